@@ -1,0 +1,21 @@
+"""The errors a user can cause; each message is one sentence with the remedy in it."""
+
+
+class SupraError(Exception):
+    """Bad input. The command line prints the message and exits with code 2."""
+
+
+class SpecError(SupraError):
+    """A model description that cannot exist, or a config that does not describe a model."""
+
+
+class FormatError(SupraError):
+    """A file that is damaged, unsafe, or not in the format it claims."""
+
+
+class LayoutError(SupraError):
+    """Tensors that do not match the spec: missing, unexpected or misshapen."""
+
+
+class MissingDependencyError(SupraError):
+    """An optional package is needed and absent; the message says what to install."""

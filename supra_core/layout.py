@@ -1,0 +1,137 @@
+"""The canonical layout: from a spec, the name and shape of every tensor.
+
+Names are Hugging Face's for Llama, plus the tensors that linear attention adds under
+``self_attn``. A projection's weight is stored (out, in), as everywhere in that ecosystem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from supra_core.errors import LayoutError
+from supra_core.spec import (
+    Folded,
+    LearnedDecay,
+    LinearAttention,
+    ModelSpec,
+    Projection,
+    SoftmaxAttention,
+)
+
+Shape = tuple[int, ...]
+
+# Read and written in float32 whatever the model's type: small, and their rounding is not.
+FLOAT32_SUFFIXES = ("self_attn.log_slope", "self_attn.log_far_gain")
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Every tensor of the canonical layout, in file order."""
+    return dict(_tensors(spec))
+
+
+def layer_prefix(index: int) -> str:
+    """What the names of layer ``index`` begin with, the dot included."""
+    return f"model.layers.{index}."
+
+
+def mixer_shapes(spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> dict[str, Shape]:
+    """The tensors of one mixer, named relative to ``self_attn.``."""
+    return dict(_mixer_tensors(spec, mixer))
+
+
+def parameter_count(spec: ModelSpec) -> int:
+    """Stored parameters; tied embeddings count once."""
+    total = 0
+    for shape in tensor_shapes(spec).values():
+        size = 1
+        for extent in shape:
+            size *= extent
+        total += size
+    return total
+
+
+def check_tensors(spec: ModelSpec, found: Mapping[str, Shape], where: str) -> None:
+    """Raise :class:`LayoutError` naming every missing, unexpected or misshapen tensor."""
+    expected = tensor_shapes(spec)
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    if problems:
+        listed = "; ".join(problems[:8]) + (
+            f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        )
+        raise LayoutError(
+            f"{where}: tensors do not match config.json ({listed}): convert the model again or "
+            "correct the config"
+        )
+
+
+def _tensors(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    D, F = spec.hidden_size, spec.intermediate_size
+    yield "model.embed_tokens.weight", (spec.vocab_size, D)
+    if spec.embedding_norm:
+        yield "model.embed_norm.weight", (D,)
+    for index, layer in enumerate(spec.layers):
+        prefix = layer_prefix(index)
+        yield prefix + "input_layernorm.weight", (D,)
+        for name, shape in _mixer_tensors(spec, layer.mixer):
+            yield f"{prefix}self_attn.{name}", shape
+        yield prefix + "post_attention_layernorm.weight", (D,)
+        yield prefix + "mlp.gate_proj.weight", (F, D)
+        yield prefix + "mlp.up_proj.weight", (F, D)
+        yield prefix + "mlp.down_proj.weight", (D, F)
+    yield "model.norm.weight", (D,)
+    if not spec.tie_word_embeddings:
+        yield "lm_head.weight", (spec.vocab_size, D)
+
+
+def _mixer_tensors(
+    spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention
+) -> Iterator[tuple[str, Shape]]:
+    D, H, K = spec.hidden_size, spec.num_attention_heads, spec.num_key_value_heads
+    size, bias = spec.head_dim, spec.attention_bias != "none"
+    qk_bias = bias
+    if isinstance(mixer, LinearAttention) and isinstance(mixer.feature_map.projection, Folded):
+        size = mixer.feature_map.size
+        qk_bias = mixer.feature_map.projection.bias
+    for name, heads, width, has_bias in (
+        ("q_proj", H, size, qk_bias),
+        ("k_proj", K, size, qk_bias),
+        ("v_proj", K, spec.value_head_dim, bias),
+    ):
+        yield f"{name}.weight", (heads * width, D)
+        if has_bias:
+            yield f"{name}.bias", (heads * width,)
+    yield "o_proj.weight", (D, H * spec.value_head_dim)
+    if spec.attention_bias == "qkvo":
+        yield "o_proj.bias", (D,)
+    if isinstance(mixer, LinearAttention):
+        yield from _linear_tensors(spec, mixer)
+
+
+def _linear_tensors(spec: ModelSpec, mixer: LinearAttention) -> Iterator[tuple[str, Shape]]:
+    H, K, d = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+    phi = mixer.feature_map
+    if isinstance(phi.projection, Projection):
+        maps = [("q_feature", H)] if phi.projection.shared else [("q_feature", H), ("k_feature", K)]
+        for name, heads in maps:
+            if phi.projection.scope == "all_heads":
+                weight, bias = (heads * phi.size, heads * d), (heads * phi.size,)
+            else:
+                weight, bias = (heads, phi.size, d), (heads, phi.size)  # type: ignore[assignment]
+            yield f"{name}.weight", weight
+            if phi.projection.bias:
+                yield f"{name}.bias", bias
+    if mixer.qk_norm:
+        yield "q_norm.weight", (H * phi.output_size,)
+        yield "k_norm.weight", (H * phi.output_size,)
+    if isinstance(mixer.decay, LearnedDecay):
+        yield "log_slope", (H,)
+    if mixer.gain != "none":
+        yield "gain", (H,) if mixer.gain == "per_head" else (H, spec.value_head_dim)
+    if mixer.window is not None:
+        yield "log_far_gain", (H,)

@@ -1,0 +1,398 @@
+"""The model spec: an exact, backend-agnostic description that every backend obeys.
+
+A :class:`ModelSpec` holds the sizes shared by all layers and one :class:`LayerSpec` a layer,
+whose mixer is softmax attention or linear attention. A pure SUPRA model, a hybrid and the
+untouched transformer are the same type. Choices that exclude each other are separate types, so
+that an impossible model cannot be built; what depends on two fields is checked on construction
+and raises :class:`~supra_core.errors.SpecError`.
+
+Letters used throughout: B batch, T tokens, H query heads, K key/value heads, D hidden size,
+Dk features a head, Dv value channels a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from supra_core.errors import SpecError
+
+_STRICT = ConfigDict(extra="forbid")
+
+RopePosition = Literal["none", "before", "between", "after"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise SpecError(message)
+
+
+def _require_window(window: int | None) -> None:
+    if window is not None and window < 1:
+        raise SpecError(f"window must be at least 1 token, not {window}; leave it out for none")
+
+
+# --- positions ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LinearScaling:
+    """Positions divided by ``factor`` (Hugging Face ``rope_type: linear``)."""
+
+    factor: float
+    kind: Literal["linear"] = "linear"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Llama3Scaling:
+    """The frequency-dependent scaling of Llama 3.1 (Hugging Face ``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    kind: Literal["llama3"] = "llama3"
+
+
+RopeScaling = Annotated[LinearScaling | Llama3Scaling, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RotaryEmbedding:
+    """Rotary position embedding (arXiv 2104.09864).
+
+    ``pairing`` says which channels rotate together: ``half`` pairs channel i with i + d/2
+    (Hugging Face), ``interleaved`` pairs 2i with 2i + 1 (the original Llama code).
+    """
+
+    base: float = 10000.0
+    pairing: Literal["half", "interleaved"] = "half"
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.base > 0, "rope base must be positive")
+
+
+# --- linear attention -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Projection:
+    """The learned part of a feature map: z -> W z + b.
+
+    ``scope``: one W over all heads together (published SUPRA) or one W for each head.
+    ``shared``: q and k use the same W and b (needs as many key/value heads as query heads).
+    """
+
+    scope: Literal["all_heads", "per_head"]
+    shared: bool = False
+    bias: bool = True
+    kind: Literal["projection"] = "projection"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Folded:
+    """The learned part was multiplied into q_proj and k_proj; a bias may remain there."""
+
+    bias: bool = True
+    kind: Literal["folded"] = "folded"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Identity:
+    """No learned part: the activation acts on q and k themselves."""
+
+    kind: Literal["identity"] = "identity"
+
+
+FeatureProjection = Annotated[Projection | Folded | Identity, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class FeatureMap:
+    """phi(z) = activation(projection(z)).
+
+    ``size`` is what the projection yields a head. ``activation``:
+
+    - ``relu``: max(z, 0), Dk = size (published SUPRA);
+    - ``signed_relu``: [max(z, 0), max(-z, 0)], Dk = 2 size;
+    - ``signed_softmax``: [softmax(z), softmax(-z)], Dk = 2 size (Hedgehog, arXiv 2402.04347);
+    - ``none``: z itself, Dk = size.
+    """
+
+    activation: Literal["relu", "signed_relu", "signed_softmax", "none"]
+    size: int
+    projection: FeatureProjection
+
+    def __post_init__(self) -> None:
+        _require(self.size > 0, "feature map size must be positive")
+
+    @property
+    def output_size(self) -> int:
+        """Features a head, Dk."""
+        return 2 * self.size if self.activation.startswith("signed_") else self.size
+
+    @property
+    def positive(self) -> bool:
+        """Whether every feature is >= 0."""
+        return self.activation != "none"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class NoDecay:
+    """gamma = 1 for every head."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LightningDecay:
+    """gamma_h = exp(-s_h), s_h = 2^(-8 (h + 1) / H) or, with ``start``, start 2^(-8 h / H).
+
+    For H that is no power of two the slopes follow ALiBi's rule (arXiv 2108.12409).
+    """
+
+    start: float | None = None
+    kind: Literal["lightning"] = "lightning"
+
+    def __post_init__(self) -> None:
+        _require(self.start is None or self.start > 0, "decay start must be positive")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RetnetDecay:
+    """gamma_h = 1 - 2^(-5 - h) (RetNet, arXiv 2307.08621)."""
+
+    kind: Literal["retnet"] = "retnet"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LearnedDecay:
+    """gamma_h = exp(-exp(a_h)), a the layer's tensor ``self_attn.log_slope`` (H,) float32."""
+
+    kind: Literal["learned"] = "learned"
+
+
+Decay = Annotated[
+    NoDecay | LightningDecay | RetnetDecay | LearnedDecay, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GroupNorm:
+    """Each head's output is normalised by its own mean and variance; no parameters."""
+
+    eps: float = 1e-5
+    kind: Literal["group_norm"] = "group_norm"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SumNormaliser:
+    """Each output is divided by the sum of its weights, as in softmax attention."""
+
+    kind: Literal["sum"] = "sum"
+
+
+Normaliser = Annotated[GroupNorm | SumNormaliser, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SoftmaxAttention:
+    """The transformer's mixer, over all earlier tokens or the last ``window`` of them."""
+
+    window: int | None = None
+    kind: Literal["softmax_attention"] = "softmax_attention"
+
+    def __post_init__(self) -> None:
+        _require_window(self.window)
+
+    @property
+    def layer_type(self) -> str:
+        return "full_attention" if self.window is None else "sliding_attention"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LinearAttention:
+    """o_t = normalise(sum_{j <= t} gamma^(t - j) (phi(q_t) . scale phi(k_j)) v_j) times a gain.
+
+    ``rope``: where the rotation stands: ``before`` the projection, ``between`` projection and
+    activation, ``after`` the activation (published SUPRA), or ``none``.
+    ``key_scale``: the factor on phi(k); the published model's is Dk^-1/2.
+    ``qk_norm``: the model's norm over all heads of phi(q) and of the repeated phi(k).
+    ``gain``: a learned factor on the normalised output, a head or a channel each.
+    ``window``: the last ``window`` tokens get softmax weights exp(q . k / sqrt(d)) instead; the
+    tokens before them keep linear weights, decayed from the window's edge and multiplied by
+    exp(``self_attn.log_far_gain``); one sum normalises both. The cache stays of fixed size.
+    """
+
+    feature_map: FeatureMap
+    rope: RopePosition
+    decay: Decay
+    normaliser: Normaliser
+    key_scale: float = 1.0
+    qk_norm: bool = False
+    gain: Literal["none", "per_head", "per_channel"] = "none"
+    window: int | None = None
+    kind: Literal["linear_attention"] = "linear_attention"
+
+    def __post_init__(self) -> None:
+        _require_window(self.window)
+        folded = isinstance(self.feature_map.projection, Folded)
+        if folded and self.rope == "before":
+            raise SpecError(
+                "a folded feature map needs rope between or after it, because a rotation stands "
+                "between q_proj and the feature map; keep the feature map unfolded"
+            )
+        if isinstance(self.normaliser, SumNormaliser) and (
+            self.rope == "after" or not self.feature_map.positive or self.qk_norm
+        ):
+            raise SpecError(
+                "the sum normaliser needs weights that are never negative: use a positive "
+                "feature map without qk_norm and with rope before or between, or group_norm"
+            )
+        if self.window is not None and not isinstance(self.normaliser, SumNormaliser):
+            raise SpecError(
+                "a window needs the sum normaliser, which it shares with the linear part; "
+                "choose output norm 'sum' or leave the window out"
+            )
+        if self.window is not None and folded:
+            raise SpecError(
+                "a windowed layer cannot be folded, because its softmax needs q and k before "
+                "the feature map; keep the feature map unfolded"
+            )
+
+    @property
+    def layer_type(self) -> str:
+        return "linear_attention"
+
+
+Mixer = Annotated[SoftmaxAttention | LinearAttention, Field(discriminator="kind")]
+
+
+# --- the model ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LayerSpec:
+    """One pre-norm residual block: mixer, then a gated feed-forward network (SwiGLU)."""
+
+    mixer: Mixer
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Norm:
+    """RMSNorm, or LayerNorm with a gain and no bias; eps is added to the mean square/variance."""
+
+    kind: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Provenance:
+    """Where the weights came from, for the model card."""
+
+    source: str = ""
+    family: str = ""
+    recipe: str = ""
+    trained_tokens: int = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelSpec:
+    """A whole model. Sizes carry Hugging Face's names, so that config.json can state them."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    value_head_dim: int
+    layers: tuple[LayerSpec, ...]
+    norm: Norm = Norm()
+    rope: RotaryEmbedding = RotaryEmbedding()
+    tie_word_embeddings: bool = False
+    embedding_norm: bool = False
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    provenance: Provenance = Provenance()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "value_head_dim", "max_position_embeddings",
+        ):  # fmt: skip
+            _require(getattr(self, name) > 0, f"{name} must be positive")
+        _require(len(self.layers) > 0, "a model needs at least one layer")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise SpecError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        for index, layer in enumerate(self.layers):
+            self._check_layer(index, layer.mixer)
+
+    def _check_layer(self, index: int, mixer: SoftmaxAttention | LinearAttention) -> None:
+        where = f"layer {index}: "
+        if isinstance(mixer, SoftmaxAttention):
+            _require(self.head_dim % 2 == 0, where + "rope needs an even head_dim")
+            return
+        phi = mixer.feature_map
+        rotated = {"before": self.head_dim, "between": phi.size, "after": phi.output_size}
+        size = rotated.get(mixer.rope, 2)
+        _require(size % 2 == 0, where + f"rope needs an even number of channels, not {size}")
+        if mixer.window is not None:
+            _require(self.head_dim % 2 == 0, where + "the window's rope needs an even head_dim")
+        if isinstance(phi.projection, Identity):
+            _require(
+                phi.size == self.head_dim,
+                where + "a feature map without projection needs size equal to head_dim",
+            )
+        if isinstance(phi.projection, Projection) and phi.projection.shared:
+            _require(
+                self.num_attention_heads == self.num_key_value_heads,
+                where + "q and k can share a feature map only with equally many heads",
+            )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads to one key/value head, H / K."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether every layer is softmax attention."""
+        return all(isinstance(layer.mixer, SoftmaxAttention) for layer in self.layers)
+
+    def with_mixers(self, mixers: list[SoftmaxAttention | LinearAttention]) -> ModelSpec:
+        """The same model with other mixers, one for each layer."""
+        return replace(self, layers=tuple(LayerSpec(mixer) for mixer in mixers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; :meth:`from_dict` reads it back to an equal spec."""
+        return _ADAPTER.dump_python(self, mode="json")  # type: ignore[no-any-return]
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> ModelSpec:
+        """The spec a dictionary describes; :class:`SpecError` names the first wrong field."""
+        try:
+            return _ADAPTER.validate_json(json.dumps(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            # A union's tag appears in pydantic's path; only real keys help the reader.
+            place = ".".join(str(part) for part in first["loc"])
+            raise SpecError(f"field {place or 'config'}: {first['msg'].lower()}") from None
+
+
+_ADAPTER: TypeAdapter[ModelSpec] = TypeAdapter(ModelSpec)

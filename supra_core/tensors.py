@@ -1,0 +1,57 @@
+"""A tensor that is read when it is needed, so that no whole model is ever held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from supra_core.errors import FormatError
+
+Array = npt.NDArray[np.generic]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+# The types a model's weights may have, by the name users and configs give them.
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """Shape and type now, numbers on :meth:`read`. ``read`` may return a read-only memory map."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    read: Callable[[], Array]
+
+    @staticmethod
+    def of(array: Array) -> LazyTensor:
+        """An array that is already in memory."""
+        return LazyTensor(tuple(array.shape), array.dtype, lambda: array)
+
+    def astype(self, dtype: np.dtype[np.generic]) -> LazyTensor:
+        """The same numbers in another type, converted when read."""
+        if dtype == self.dtype:
+            return self
+        return LazyTensor(self.shape, dtype, lambda: self.read().astype(dtype))
+
+    def map(self, shape: tuple[int, ...], function: Callable[[Array], Array]) -> LazyTensor:
+        """``function`` applied when read; it must yield ``shape`` in the same type."""
+        return LazyTensor(shape, self.dtype, lambda: function(self.read()))
+
+
+TensorSource = Mapping[str, LazyTensor]
+
+
+def dtype_named(name: str) -> np.dtype[np.generic]:
+    """The numpy type of ``name``; :class:`FormatError` lists what is known."""
+    if name not in DTYPES:
+        raise FormatError(f"unknown dtype '{name}': use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
