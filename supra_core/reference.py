@@ -1,0 +1,438 @@
+"""The definition: the whole model in NumPy float64, written to be read next to the formulas.
+
+Every backend is tested against this module. It is slow on purpose: one sequence at a time, no
+fused step, and masked tokens are simply left out, because they neither write nor decay.
+
+The operator, for one head with decay gamma in (0, 1]::
+
+    S_t = gamma S_{t-1} + k_t^T v_t          o_t = q_t S_t
+    o_t = sum_{j <= t} gamma^(t - j) (q_t . k_j) v_j
+
+With the normaliser by the sum, v gets a column of ones; the output is divided by that column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from supra_core import decay as decays
+from supra_core.layout import layer_prefix
+from supra_core.rotary import rotate
+from supra_core.spec import (
+    GroupNorm,
+    LinearAttention,
+    ModelSpec,
+    Norm,
+    Projection,
+    SoftmaxAttention,
+    SumNormaliser,
+)
+from supra_core.tensors import Array, LazyTensor
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+Form = Literal["parallel", "recurrent"]
+
+
+# --- the operator ---------------------------------------------------------------------------
+
+
+def linear_attention(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    decay: npt.ArrayLike,
+    *,
+    initial_state: npt.ArrayLike | None = None,
+    mask: npt.ArrayLike | None = None,
+    normaliser: Literal["sum"] | None = None,
+    form: Form = "recurrent",
+) -> tuple[Float64, Float64]:
+    """Causal linear attention with decay.
+
+    q (B, T, H, Dk); k (B, T, K, Dk); v (B, T, K, Dv), query head h using key/value head
+    h // (H / K); decay (H,), gamma in (0, 1]; initial_state (B, H, Dk, Dv), with
+    ``normaliser="sum"`` (B, H, Dk, Dv + 1), zeros when None; mask (B, T) bool: a False token
+    neither writes nor decays, and its output reads the state as it is.
+
+    Returns output (B, T, H, Dv) and final state, shaped as the initial one, float64.
+    Raises ValueError when the shapes do not fit together.
+    """
+    q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    gamma = np.asarray(decay, dtype=np.float64)
+    B, T, H, Dk = q.shape
+    if k.shape[:2] != (B, T) or v.shape[:3] != k.shape[:3] or k.shape[3] != Dk or H % k.shape[2]:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
+    if gamma.shape != (H,):
+        raise ValueError(f"decay must have shape ({H},), not {gamma.shape}")
+    k, v = (np.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+    if normaliser == "sum":
+        v = np.concatenate([v, np.ones_like(v[..., :1])], axis=-1)
+    state = np.zeros((B, H, Dk, v.shape[-1])) if initial_state is None else initial_state
+    state = np.array(state, dtype=np.float64)
+    if state.shape != (B, H, Dk, v.shape[-1]):
+        raise ValueError(f"initial_state must be {(B, H, Dk, v.shape[-1])}, not {state.shape}")
+    valid = np.ones((B, T), dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+    operator = _recurrent if form == "recurrent" else _parallel
+    output, state = operator(q, k, v, gamma, state, valid)
+    if normaliser == "sum":
+        total = output[..., -1:]
+        # Nothing written yet: 0 / 0 becomes 0.
+        output = output[..., :-1] / np.where(total == 0.0, 1.0, total)
+    return output, state
+
+
+def _recurrent(
+    q: Float64, k: Float64, v: Float64, gamma: Float64, state: Float64, valid: Bool
+) -> tuple[Float64, Float64]:
+    output = np.empty((*q.shape[:3], v.shape[-1]))
+    for t in range(q.shape[1]):
+        written = gamma[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        state = np.where(valid[:, t, None, None, None], written, state)
+        output[:, t] = np.einsum("bhk,bhkv->bhv", q[:, t], state)
+    return output, state
+
+
+def _parallel(
+    q: Float64, k: Float64, v: Float64, gamma: Float64, state: Float64, valid: Bool
+) -> tuple[Float64, Float64]:
+    age = np.cumsum(valid, axis=1)  # valid tokens up to and including t
+    steps: Int64 = age[:, :, None] - age[:, None, :]  # decays between j and t
+    causal = np.tril(np.ones(steps.shape[1:], dtype=bool)) & valid[:, None, :]
+    weights = np.where(causal[..., None], gamma ** np.maximum(steps, 0)[..., None], 0.0)
+    scores = np.einsum("bthk,bjhk->btjh", q, k) * weights
+    output = np.einsum("btjh,bjhv->bthv", scores, v)
+    output += np.einsum("bthk,bhkv->bthv", q, state) * (gamma ** age[..., None])[..., None]
+    if not q.shape[1]:
+        return output, state
+    left = gamma ** (age[:, -1:] - age)[..., None] * valid[..., None]  # (B, T, H)
+    final = np.einsum("bjhk,bjhv->bhkv", k * left[..., None], v)
+    return output, final + state * (gamma ** age[:, -1:])[..., None, None]
+
+
+# --- the model ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SequenceState:
+    """One sequence's memory: tokens seen, and for each layer its named arrays."""
+
+    tokens: int = 0
+    layers: tuple[dict[str, Float64], ...] = ()
+
+
+@dataclass
+class ReferenceModel:
+    """A spec and its weights in float64, one sequence after the other.
+
+    ``weights`` maps canonical names to arrays or lazy tensors. The states are one
+    :class:`SequenceState` a row of the batch.
+    """
+
+    spec: ModelSpec
+    weights: Mapping[str, Array | LazyTensor]
+    name: str = "reference"
+    _cache: dict[str, Float64] = field(default_factory=dict)
+
+    def logits(
+        self, ids: npt.ArrayLike, *, mask: npt.ArrayLike | None = None, form: str = "parallel"
+    ) -> Float64:
+        """Logits (B, T, V) of ids (B, T); 0 where ``mask`` (B, T) is False.
+
+        ``form``: ``parallel`` (dense sums), ``recurrent`` (one call, a state), or ``step`` (one
+        token a call).
+        """
+        ids = np.asarray(ids)
+        if form != "step":
+            dense: Form = "parallel" if form == "parallel" else "recurrent"
+            return self.prefill(ids, mask=mask, form=dense)[0]
+        state, columns = self.initial_state(len(ids)), []
+        for t in range(ids.shape[1]):
+            column = None if mask is None else np.asarray(mask)[:, t : t + 1]
+            logits, state = self.prefill(ids[:, t : t + 1], state, mask=column)
+            columns.append(logits)
+        return np.concatenate(columns, axis=1)
+
+    def initial_state(self, batch: int) -> list[SequenceState]:
+        """The memory of ``batch`` sequences that have seen nothing."""
+        return [SequenceState()] * batch
+
+    def prefill(
+        self,
+        ids: npt.ArrayLike,
+        state: list[SequenceState] | None = None,
+        *,
+        mask: npt.ArrayLike | None = None,
+        form: Form = "recurrent",
+    ) -> tuple[Float64, list[SequenceState]]:
+        """Logits (B, T, V) and the state after ids (B, T), going on from ``state``."""
+        ids = np.asarray(ids, dtype=np.int64)
+        valid = np.ones(ids.shape, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+        logits = np.zeros((*ids.shape, self.spec.vocab_size))
+        after = []
+        for row, before in enumerate(state or self.initial_state(len(ids))):
+            new = before
+            if valid[row].any():
+                logits[row, valid[row]], new = self._sequence(ids[row, valid[row]], before, form)
+            after.append(new)
+        return logits, after
+
+    def step(
+        self, ids: npt.ArrayLike, state: list[SequenceState]
+    ) -> tuple[Float64, list[SequenceState]]:
+        """Logits (B, V) and the state after one more token each, ids (B,)."""
+        logits, state = self.prefill(np.asarray(ids)[:, None], state)
+        return logits[:, 0], state
+
+    def _sequence(
+        self, ids: Int64, state: SequenceState, form: Form
+    ) -> tuple[Float64, SequenceState]:
+        spec = self.spec
+        positions = state.tokens + np.arange(len(ids), dtype=np.int64)
+        embedding = self._weight("model.embed_tokens.weight")
+        h = embedding[ids]
+        if spec.embedding_norm:
+            h = normalise(h, self._weight("model.embed_norm.weight"), spec.norm)
+        layers = []
+        for index, layer in enumerate(spec.layers):
+            prefix = layer_prefix(index)
+            x = normalise(h, self._weight(prefix + "input_layernorm.weight"), spec.norm)
+            before = state.layers[index] if state.layers else {}
+            mixed, memory = self._mixer(prefix, layer.mixer, x, positions, before, form)
+            h = h + mixed
+            x = normalise(h, self._weight(prefix + "post_attention_layernorm.weight"), spec.norm)
+            h = h + self._feed_forward(prefix, x)
+            layers.append(memory)
+        h = normalise(h, self._weight("model.norm.weight"), spec.norm)
+        head = embedding if spec.tie_word_embeddings else self._weight("lm_head.weight")
+        return h @ head.T, SequenceState(state.tokens + len(ids), tuple(layers))
+
+    def _feed_forward(self, prefix: str, x: Float64) -> Float64:
+        gate = self._linear(prefix + "mlp.gate_proj", x)
+        up = self._linear(prefix + "mlp.up_proj", x)
+        return self._linear(prefix + "mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
+
+    def _mixer(
+        self,
+        prefix: str,
+        mixer: SoftmaxAttention | LinearAttention,
+        x: Float64,
+        positions: Int64,
+        state: dict[str, Float64],
+        form: Form,
+    ) -> tuple[Float64, dict[str, Float64]]:
+        """x (T, D) -> (T, D) and the layer's memory."""
+        attention = prefix + "self_attn."
+        heads = {"q": self.spec.num_attention_heads, "k": self.spec.num_key_value_heads}
+        heads["v"] = heads["k"]
+        q, k, v = (
+            self._linear(f"{attention}{name}_proj", x).reshape(len(x), heads[name], -1)
+            for name in "qkv"
+        )
+        if isinstance(mixer, SoftmaxAttention):
+            q, k = (rotate(z, positions, self.spec.rope) for z in (q, k))
+            out, memory = softmax_attention(q, k, v, state, mixer.window)
+        else:
+            out, memory = self._linear_mixer(attention, mixer, q, k, v, positions, state, form)
+        return self._linear(attention + "o_proj", out.reshape(len(x), -1)), memory
+
+    def _linear_mixer(
+        self,
+        attention: str,
+        mixer: LinearAttention,
+        q: Float64,
+        k: Float64,
+        v: Float64,
+        positions: Int64,
+        state: dict[str, Float64],
+        form: Form,
+    ) -> tuple[Float64, dict[str, Float64]]:
+        phi_q = self.features(attention, mixer, q, positions, "q_feature")
+        phi_k = self.features(attention, mixer, k, positions, "k_feature")
+        if mixer.qk_norm:
+            phi_q, phi_k, v = self._qk_norm(attention, phi_q, phi_k, v)
+        if mixer.rope == "after":
+            phi_q, phi_k = (rotate(z, positions, self.spec.rope) for z in (phi_q, phi_k))
+        phi_k = phi_k * mixer.key_scale
+        gamma = self.gamma(attention, mixer)
+        if mixer.window is not None:
+            q, k = (rotate(z, positions, self.spec.rope) for z in (q, k))
+            far_gain = np.exp(self._weight(attention + "log_far_gain"))
+            out, memory = windowed_attention(
+                q, k, v, phi_q, phi_k, gamma, far_gain, mixer.window, state
+            )
+        else:
+            out, final = linear_attention(
+                phi_q[None], phi_k[None], v[None], gamma,
+                initial_state=state.get("state"),
+                normaliser="sum" if isinstance(mixer.normaliser, SumNormaliser) else None,
+                form=form,
+            )  # fmt: skip
+            out, memory = out[0], {"state": final}
+        if isinstance(mixer.normaliser, GroupNorm):
+            out = out - out.mean(axis=-1, keepdims=True)
+            out = out / np.sqrt((out**2).mean(axis=-1, keepdims=True) + mixer.normaliser.eps)
+        if mixer.gain != "none":
+            gain = self._weight(attention + "gain")
+            out = out * (gain[:, None] if mixer.gain == "per_head" else gain)
+        return out, memory
+
+    def features(
+        self, attention: str, mixer: LinearAttention, z: Float64, positions: Int64, name: str
+    ) -> Float64:
+        """phi(z): (T, heads, d) -> (T, heads, Dk), up to a rotation that stands after it."""
+        phi = mixer.feature_map
+        if mixer.rope == "before":
+            z = rotate(z, positions, self.spec.rope)
+        if isinstance(phi.projection, Projection):
+            name = "q_feature" if phi.projection.shared else name
+            weight = self._weight(f"{attention}{name}.weight")
+            if phi.projection.scope == "all_heads":
+                z = (z.reshape(len(z), -1) @ weight.T).reshape(*z.shape[:2], phi.size)
+            else:
+                z = np.einsum("thd,hfd->thf", z, weight)
+            if phi.projection.bias:
+                z = z + self._weight(f"{attention}{name}.bias").reshape(z.shape[1:])
+        if mixer.rope == "between":
+            z = rotate(z, positions, self.spec.rope)
+        return activate(phi.activation, z)
+
+    def gamma(self, attention: str, mixer: LinearAttention) -> Float64:
+        """The decay of each head, (H,)."""
+        learned = mixer.decay.kind == "learned"
+        log_slope = self._weight(attention + "log_slope") if learned else None
+        return np.exp(-decays.slopes(mixer.decay, self.spec.num_attention_heads, log_slope))
+
+    def _qk_norm(
+        self, attention: str, q: Float64, k: Float64, v: Float64
+    ) -> tuple[Float64, Float64, Float64]:
+        k, v = (np.repeat(x, self.spec.group_size, axis=1) for x in (k, v))
+        q, k = (
+            normalise(
+                z.reshape(len(z), -1), self._weight(f"{attention}{name}.weight"), self.spec.norm
+            ).reshape(z.shape)
+            for z, name in ((q, "q_norm"), (k, "k_norm"))
+        )
+        return q, k, v
+
+    def _linear(self, name: str, x: Float64) -> Float64:
+        out = x @ self._weight(name + ".weight").T
+        if name + ".bias" in self.weights:
+            out = out + self._weight(name + ".bias")
+        return out
+
+    def _weight(self, name: str) -> Float64:
+        if name not in self._cache:
+            weight = self.weights[name]
+            array = weight.read() if isinstance(weight, LazyTensor) else weight
+            self._cache[name] = np.asarray(array).astype(np.float64)
+        return self._cache[name]
+
+
+# --- the pieces -----------------------------------------------------------------------------
+
+
+def normalise(x: Float64, weight: Float64, norm: Norm) -> Float64:
+    """RMSNorm or gain-only LayerNorm over the last axis."""
+    if norm.kind == "layer_norm":
+        x = x - x.mean(axis=-1, keepdims=True)
+    return np.asarray(x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + norm.eps) * weight)
+
+
+def activate(activation: str, z: Float64) -> Float64:
+    """A feature map's activation over the last axis; signed ones double it."""
+    if activation == "relu":
+        return np.maximum(z, 0.0)
+    if activation == "signed_relu":
+        return np.concatenate([np.maximum(z, 0.0), np.maximum(-z, 0.0)], axis=-1)
+    if activation == "signed_softmax":
+        return np.concatenate([_softmax(z), _softmax(-z)], axis=-1)
+    return z
+
+
+def softmax_attention(
+    q: Float64, k: Float64, v: Float64, state: dict[str, Float64], window: int | None
+) -> tuple[Float64, dict[str, Float64]]:
+    """softmax(q k^T / sqrt(d)) v over earlier tokens, or the last ``window`` of them.
+
+    q (T, H, d), k (T, K, d), v (T, K, Dv), rotated; state holds earlier keys and values.
+    Returns (T, H, Dv) and the new state, cut to what a window can still see.
+    """
+    if state:
+        k, v = np.concatenate([state["keys"], k]), np.concatenate([state["values"], v])
+    scores = _window_scores(q, k, window)
+    out = np.einsum("htj,jhv->thv", _softmax(scores), _repeat(v, q.shape[1]))
+    kept = len(k) if window is None else min(len(k), window)
+    return out, {"keys": k[len(k) - kept :], "values": v[len(v) - kept :]}
+
+
+def windowed_attention(
+    q: Float64,
+    k: Float64,
+    v: Float64,
+    phi_q: Float64,
+    phi_k: Float64,
+    gamma: Float64,
+    far_gain: Float64,
+    window: int,
+    state: dict[str, Float64],
+) -> tuple[Float64, dict[str, Float64]]:
+    """Softmax weights inside the window, linear weights before it, one sum for both.
+
+    With n the number of tokens up to t, a token j <= t - W has left the window::
+
+        w_tj = exp(q_t . k_j / sqrt(d))                              t - W < j <= t
+        w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
+        o_t  = sum_j w_tj v_j / sum_j w_tj
+
+    Shapes as in :func:`softmax_attention`, phi_q (T, H, Dk), phi_k (T, K, Dk); state: the last
+    W keys, values and features, and ``state`` (H, Dk, Dv + 1) of all that left the window.
+    """
+    T, H, Dk = phi_q.shape
+    memory = state.get("state", np.zeros((H, Dk, v.shape[-1] + 1)))
+    cached = 0
+    if state:
+        cached = len(state["keys"])
+        k, v, phi_k = (
+            np.concatenate([state[name], new])
+            for name, new in (("keys", k), ("values", v), ("features", phi_k))
+        )
+    scores = _window_scores(q, k, window)
+    top = scores.max(axis=-1, keepdims=True)
+    near = np.exp(scores - top)
+    ones = np.concatenate([v, np.ones_like(v[..., :1])], axis=-1)
+    weighted = np.einsum("htj,jhv->thv", near, _repeat(ones, H))
+    for t in range(T):
+        leaving = cached + t - window
+        if leaving >= 0:
+            key, value = _repeat(phi_k[leaving][None], H)[0], _repeat(ones[leaving][None], H)[0]
+            memory = gamma[:, None, None] * memory + key[:, :, None] * value[:, None, :]
+        far = np.einsum("hk,hkv->hv", phi_q[t], memory)
+        weighted[t] += (far_gain * np.exp(-top[:, t, 0]))[:, None] * far
+    kept = max(len(k) - window, 0)
+    new = {"keys": k[kept:], "values": v[kept:], "features": phi_k[kept:], "state": memory}
+    return weighted[..., :-1] / weighted[..., -1:], new
+
+
+def _window_scores(q: Float64, k: Float64, window: int | None) -> Float64:
+    """(H, T, S) scores of the last T of S tokens, -inf for later tokens and outside the window."""
+    T, H, d = q.shape
+    scores = np.einsum("thd,jhd->htj", q, _repeat(k, H)) / np.sqrt(d)
+    distance = np.arange(len(k) - T, len(k))[:, None] - np.arange(len(k))
+    seen = (distance >= 0) & (distance < (window if window is not None else len(k) + 1))
+    return np.where(seen, scores, -np.inf)
+
+
+def _repeat(x: Float64, heads: int) -> Float64:
+    return np.repeat(x, heads // x.shape[1], axis=1)
+
+
+def _softmax(z: Float64) -> Float64:
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True))
