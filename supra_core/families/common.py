@@ -1,0 +1,183 @@
+"""What the Llama-shaped families share: their config's fields to a spec, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from supra_core.errors import SpecError
+from supra_core.families.fields import Fields
+from supra_core.spec import (
+    LayerSpec,
+    LinearScaling,
+    Llama3Scaling,
+    ModelSpec,
+    Norm,
+    Provenance,
+    RotaryEmbedding,
+    SoftmaxAttention,
+)
+
+
+def spec_from_fields(
+    fields: Fields,
+    family: str,
+    *,
+    attention_bias: bool,
+    key_value_heads: int | None,
+    max_positions: int,
+    window: int | None,
+) -> ModelSpec:
+    """The spec of a Llama-shaped config.
+
+    ``key_value_heads`` (None: as many as query heads) and ``max_positions`` are what the family
+    takes where the config states nothing.
+    """
+    _refuse_unsupported(fields)
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    if not fields.has("head_dim") and hidden % heads:
+        raise fields.error(
+            f"hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}): "
+            "state head_dim or correct them"
+        )
+    head_dim = fields.integer("head_dim", default=hidden // heads)
+    layer = LayerSpec(SoftmaxAttention(window=window))
+    try:
+        return ModelSpec(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_attention_heads=heads,
+            num_key_value_heads=fields.integer(
+                "num_key_value_heads", default=key_value_heads or heads
+            ),
+            head_dim=head_dim,
+            value_head_dim=head_dim,
+            layers=(layer,) * fields.integer("num_hidden_layers"),
+            norm=Norm("rms_norm", fields.number("rms_norm_eps", default=1e-6)),
+            rope=_rotary(fields),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
+            attention_bias="qkvo" if attention_bias else "none",
+            max_position_embeddings=fields.integer(
+                "max_position_embeddings", default=max_positions
+            ),
+            bos_token_id=fields.token("bos_token_id"),
+            eos_token_id=fields.tokens("eos_token_id"),
+            pad_token_id=fields.token("pad_token_id"),
+            provenance=Provenance(family=family),
+        )
+    except SpecError as error:
+        raise _located(error, fields.where) from None
+
+
+def config_from_spec(spec: ModelSpec, family: str, architecture: str) -> dict[str, Any]:
+    """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``."""
+    _refuse_inexpressible(spec, family)
+    eos = list(spec.eos_token_id)
+    return {
+        "architectures": [architecture],
+        "model_type": family,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_hidden_layers,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_key_value_heads": spec.num_key_value_heads,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.norm.eps,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "rope_theta": spec.rope.base,
+        "rope_scaling": _scaling_config(spec.rope),
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        "bos_token_id": spec.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": spec.pad_token_id,
+    }
+
+
+def uniform_window(spec: ModelSpec, family: str) -> int | None:
+    """The window all layers have in common."""
+    windows = {
+        layer.mixer.window for layer in spec.layers if isinstance(layer.mixer, SoftmaxAttention)
+    }
+    if len(windows) > 1:
+        raise SpecError(f"layers with different windows cannot be written as {family}")
+    return next(iter(windows), None)
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    if fields.text("hidden_act", default="silu") not in ("silu", "swish"):
+        raise fields.error(
+            f"field hidden_act is '{fields.values['hidden_act']}', but only silu is supported"
+        )
+    if fields.has("quantization_config"):
+        raise fields.error(
+            "field quantization_config states quantised weights: get the unquantised model"
+        )
+    if fields.number("partial_rotary_factor", default=1.0) != 1.0:
+        raise fields.error("field partial_rotary_factor must be 1: others are not supported")
+
+
+def _rotary(fields: Fields) -> RotaryEmbedding:
+    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
+    name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
+    stated = fields.values.get(name)
+    stated = {} if stated is None else stated
+    if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
+        raise fields.error(f"field {name} must be one object for all layers, not {stated!r}")
+    # The inner rope_theta is the newer statement; released files carry one or the other.
+    base = fields.number("rope_theta", default=10000.0)
+    inner = Fields(stated, f"{fields.where}: field {name}")
+    base = inner.number("rope_theta", default=base)
+    if inner.number("partial_rotary_factor", default=1.0) != 1.0:
+        raise inner.error("partial_rotary_factor must be 1: others are not supported")
+    kind = inner.text("rope_type", "type", default="default")
+    if kind == "default":
+        return RotaryEmbedding(base=base)
+    if kind == "linear":
+        return RotaryEmbedding(base=base, scaling=LinearScaling(inner.number("factor")))
+    if kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=inner.number("factor"),
+            low_freq_factor=inner.number("low_freq_factor"),
+            high_freq_factor=inner.number("high_freq_factor"),
+            original_max_position_embeddings=inner.integer("original_max_position_embeddings"),
+        )
+        return RotaryEmbedding(base=base, scaling=scaling)
+    raise inner.error(f"rope_type '{kind}' is not supported: known are default, linear and llama3")
+
+
+def _scaling_config(rope: RotaryEmbedding) -> dict[str, Any] | None:
+    if rope.scaling is None:
+        return None
+    if isinstance(rope.scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": rope.scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": rope.scaling.factor,
+        "low_freq_factor": rope.scaling.low_freq_factor,
+        "high_freq_factor": rope.scaling.high_freq_factor,
+        "original_max_position_embeddings": rope.scaling.original_max_position_embeddings,
+    }
+
+
+def _refuse_inexpressible(spec: ModelSpec, family: str) -> None:
+    problems = {
+        "linear-attention layers": not spec.is_transformer,
+        "LayerNorm": spec.norm.kind != "rms_norm",
+        "interleaved rope": spec.rope.pairing != "half",
+        "a norm after the embeddings": spec.embedding_norm,
+        "value heads of another size": spec.value_head_dim != spec.head_dim,
+        "biases on q, k and v alone": spec.attention_bias == "qkv",
+    }
+    for problem, present in problems.items():
+        if present:
+            raise SpecError(
+                f"a model with {problem} cannot be written as a plain {family} transformer: "
+                "write it as supra instead"
+            )
+
+
+def _located(error: SpecError, where: str) -> SpecError:
+    message = str(error)
+    return error if message.startswith(where) else SpecError(f"{where}: {message}")

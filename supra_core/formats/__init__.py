@@ -1,0 +1,1 @@
+"""Reading and writing weights, tensor by tensor: one file a format."""

@@ -1,0 +1,109 @@
+"""Outputs that appear whole or not at all: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from supra_core.errors import SupraError
+
+
+@contextmanager
+def atomic_folder(
+    out: str | Path, force: bool = False, *, holds: str | None = None
+) -> Iterator[Path]:
+    """An empty folder beside ``out`` that becomes ``out`` when the block ends.
+
+    If the block raises (Ctrl-C included), the folder is removed and ``out`` is as it was. An
+    existing ``out`` is refused unless it is empty or ``force`` is given; then it is replaced only
+    once the new folder is complete. ``holds`` names a file that an existing ``out`` must hold to
+    be replaced, so that a mistyped path never deletes something else.
+    """
+    place = _resolved(out)
+    _check_replaceable(place, force, holds)
+    partial = _partial_name(place)
+    with _writing(place):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _swap(partial, place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it replaces ``path`` when the block ends.
+
+    If the block raises, what it wrote is removed and ``path`` is as it was.
+    """
+    place = _resolved(path)
+    partial = _partial_name(place)
+    with _writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            flush_to_disk(partial)
+            os.replace(partial, place)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return once the file's bytes are on disk, so that a rename after it cannot outrun them."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _resolved(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _partial_name(place: Path) -> Path:
+    return place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _check_replaceable(place: Path, force: bool, holds: str | None) -> None:
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise SupraError(f"{place} is a file: choose a folder that does not exist yet")
+    if not any(place.iterdir()):
+        return
+    if not force:
+        raise SupraError(f"{place} exists already: choose another folder, or pass --force")
+    if holds is not None and not (place / holds).exists():
+        raise SupraError(
+            f"{place} holds no {holds}, so it is not replaced even by force: choose another folder"
+        )
+
+
+def _swap(new: Path, place: Path) -> None:
+    if not place.exists():
+        os.rename(new, place)
+        return
+    old = _partial_name(place)
+    os.rename(place, old)
+    try:
+        os.rename(new, place)
+    except BaseException:
+        os.rename(old, place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SupraError(f"{place} could not be written: {error}") from error

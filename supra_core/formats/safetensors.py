@@ -1,0 +1,232 @@
+"""Safetensors files and folders, read as memory maps and written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from supra_core.errors import FormatError
+from supra_core.formats.atomic import flush_to_disk
+from supra_core.formats.jsonfile import read_object
+from supra_core.formats.mapping import mapped
+from supra_core.tensors import LazyTensor, TensorSource
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Bytes a file may hold before a folder is sharded, as the hub and transformers have it.
+SHARD_BYTES = 5_000_000_000
+
+# Called after each tensor with the bytes written so far and the bytes in all.
+Progress = Callable[[int, int], None]
+
+_TYPES: dict[str, np.dtype[np.generic]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+
+
+def read_file(path: str | Path) -> dict[str, LazyTensor]:
+    """Every tensor of one file; :class:`FormatError` if it is truncated or damaged."""
+    path = Path(path)
+    try:
+        # The library checks the header against the file: bounds, overlaps, sizes.
+        with safe_open(path, "np"):
+            pass
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist: check the path") from None
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{path}: truncated or damaged safetensors file ({error}): get the file again"
+        ) from None
+    start, header = _header(path)
+    size = path.stat().st_size
+    return {
+        name: _entry(path, name, entry, start, size)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
+    """The tensors of ``model.safetensors``, or of all shards its index lists."""
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        return _read_sharded(folder)
+    if (folder / SINGLE).is_file():
+        return read_file(folder / SINGLE)
+    raise FormatError(f"{folder} holds neither {SINGLE} nor {INDEX}: name a folder with weights")
+
+
+def holds_safetensors(folder: Path) -> bool:
+    """Whether :func:`read_folder` would find something."""
+    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+
+
+def write_file(
+    path: str | Path,
+    tensors: TensorSource,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the tensors one after the other; memory holds about one of them at a time.
+
+    ``progress`` is called with the size in bytes of each tensor written.
+    """
+    ordered = _file_order(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + _bytes(tensor)
+        header[name] = {
+            "dtype": _type_name(name, tensor),
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # Tensors begin at a multiple of eight bytes.
+    path = Path(path)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name, tensor in ordered:
+            file.write(_raw(name, tensor))
+            if progress is not None:
+                progress(_bytes(tensor))
+    flush_to_disk(path)
+
+
+def write_folder(
+    folder: Path,
+    tensors: TensorSource,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """``model.safetensors`` in ``folder``, or shards with an index above ``shard_bytes``."""
+    total = sum(_bytes(tensor) for tensor in tensors.values())
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        write_file(folder / SINGLE, shards[0], metadata, advance)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, shard, metadata, advance)
+        weight_map.update(dict.fromkeys(shard, name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def shard_files(folder: Path, index_name: str) -> dict[str, list[str]]:
+    """From an index, file name -> the tensors it must hold; names may not leave ``folder``."""
+    index = folder / index_name
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: field weight_map is missing or empty: get the file again")
+    files: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+            raise FormatError(f"{index}: {tensor} points outside its folder ('{name}'): refused")
+        files.setdefault(name, []).append(tensor)
+    return files
+
+
+def _read_sharded(folder: Path) -> dict[str, LazyTensor]:
+    tensors: dict[str, LazyTensor] = {}
+    for name, expected in shard_files(folder, INDEX).items():
+        if not (folder / name).is_file():
+            raise FormatError(f"{folder / name} is missing, though {INDEX} lists it: get it again")
+        found = read_file(folder / name)
+        for tensor in expected:
+            if tensor not in found:
+                raise FormatError(f"{folder / name} lacks {tensor}, which {INDEX} places there")
+            tensors[tensor] = found[tensor]
+    return tensors
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return 8 + length, header
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any], start: int, size: int) -> LazyTensor:
+    dtype = _TYPES.get(entry["dtype"])
+    if dtype is None:
+        raise FormatError(
+            f"{path}: {name} has type {entry['dtype']}, which is not supported: convert the "
+            "weights to F32, F16 or BF16"
+        )
+    shape = tuple(int(extent) for extent in entry["shape"])
+    begin, end = entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0 or start + end > size:
+        raise FormatError(f"{path}: {name} does not fit its place in the file: get the file again")
+    return mapped(path, start + begin, shape, dtype)
+
+
+def _file_order(tensors: TensorSource) -> list[tuple[str, LazyTensor]]:
+    # Wide types first: every tensor is then aligned to its own type, as the library does it.
+    return sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+
+
+def _type_name(name: str, tensor: LazyTensor) -> str:
+    if tensor.dtype not in _NAMES:
+        raise FormatError(f"{name}: type {tensor.dtype} cannot be stored in safetensors")
+    return _NAMES[tensor.dtype]
+
+
+def _bytes(tensor: LazyTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _raw(name: str, tensor: LazyTensor) -> memoryview:
+    array = tensor.read()
+    if array.dtype != tensor.dtype or array.shape != tensor.shape:
+        raise FormatError(
+            f"{name} was read as {array.dtype} {list(array.shape)}, "
+            f"not as the announced {tensor.dtype} {list(tensor.shape)}"
+        )
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _shards(tensors: TensorSource, shard_bytes: int) -> Iterator[dict[str, LazyTensor]]:
+    shard: dict[str, LazyTensor] = {}
+    held = 0
+    for name, tensor in tensors.items():
+        size = _bytes(tensor)
+        if shard and held + size > shard_bytes:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = tensor
+        held += size
+    yield shard
