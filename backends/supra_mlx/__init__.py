@@ -1,0 +1,1 @@
+"""On-device recurrent inference with MLX, standing on mlx-lm."""

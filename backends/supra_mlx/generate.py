@@ -1,0 +1,112 @@
+"""Streaming generation on mlx-lm's own generator and samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse, stream_generate
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_wrapped_tokenizer
+
+from supra_core.errors import FormatError, SupraError
+from supra_core.spec import ModelSpec
+from supra_mlx import weights
+from supra_mlx.model import Model
+
+# Tokens the repetition penalty looks back on; mlx-lm's own default is 20.
+_REPETITION_CONTEXT = 64
+
+
+def load_model(path: str | Path, *, dtype: str | None = None) -> tuple[Model, TokenizerWrapper]:
+    """The model at ``path`` and its tokenizer, running no code of the folder.
+
+    Raises SupraError when either cannot be read.
+    """
+    model = weights.load_model(path, dtype=dtype)
+    return model, load_tokenizer(path, model.spec)
+
+
+def load_tokenizer(path: str | Path, spec: ModelSpec) -> TokenizerWrapper:
+    """The folder's tokenizer in mlx-lm's wrapper, ending at the spec's end-of-text tokens."""
+    folder = Path(path)
+    if not (folder / "tokenizer.json").is_file() and not any(folder.glob("tokenizer*")):
+        raise FormatError(
+            f"{folder} has no tokenizer: copy tokenizer.json and tokenizer_config.json from the "
+            "source model into it, or convert it again"
+        )
+    try:
+        return load_wrapped_tokenizer(
+            folder,
+            {"trust_remote_code": False, "local_files_only": True},
+            eos_token_ids=list(spec.eos_token_id) or None,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise FormatError(
+            f"the tokenizer of {folder} cannot be read ({reason}): copy the tokenizer files from "
+            "the source model again"
+        ) from error
+
+
+def stream(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    cache: list[Any] | None = None,
+) -> Iterator[GenerationResponse]:
+    """Pieces of the continuation of ``prompt_ids``, each with its token and new text.
+
+    temperature 0 takes the likeliest token; ``max_tokens`` -1 goes on until the end of text;
+    ``cache`` goes on from earlier tokens and is updated: it holds every token yielded, the last
+    one included. Raises SupraError when there is nothing to go on from or a setting is out of
+    range.
+    """
+    _check(prompt_ids, max_tokens, temperature, top_p, min_p, repetition_penalty)
+    if seed is not None:
+        mx.random.seed(seed)
+    processors = None
+    if repetition_penalty != 1.0:
+        processors = make_logits_processors(
+            repetition_penalty=repetition_penalty, repetition_context_size=_REPETITION_CONTEXT
+        )
+    return stream_generate(
+        model,
+        tokenizer,
+        mx.array(list(prompt_ids), dtype=mx.int32),
+        max_tokens=max_tokens,
+        sampler=make_sampler(temp=temperature, top_p=top_p, min_p=min_p),
+        logits_processors=processors,
+        prompt_cache=model.make_cache() if cache is None else cache,
+    )
+
+
+def _check(
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+) -> None:
+    if not len(prompt_ids):
+        raise SupraError("the prompt is empty: give at least one token to go on from")
+    for name, fits, allowed in (
+        ("max_tokens", max_tokens >= 1 or max_tokens == -1, "at least 1, or -1 for no limit"),
+        ("temperature", temperature >= 0, "at least 0"),
+        ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
+        ("min_p", 0 <= min_p <= 1, "from 0 to 1"),
+        ("repetition_penalty", repetition_penalty > 0, "above 0; 1 is none"),
+    ):
+        if not fits:
+            raise SupraError(f"{name} must be {allowed}")

@@ -1,0 +1,414 @@
+"""The model of any spec, by mlx-lm's protocol: ``Model(ModelArgs.from_dict(config))``.
+
+Parameters carry the names of :mod:`supra_core.layout`. Nothing is evaluated in here, so that
+mlx-lm's generator can run ahead of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
+from mlx_lm.models.base import BaseModelArgs, create_ssm_mask, scaled_dot_product_attention
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+
+from supra_core import decay as decays
+from supra_core.layout import FLOAT32_SUFFIXES, mixer_shapes
+from supra_core.spec import (
+    FeatureMap,
+    GroupNorm,
+    LearnedDecay,
+    LinearAttention,
+    ModelSpec,
+    Projection,
+    SoftmaxAttention,
+    SumNormaliser,
+)
+from supra_mlx.ops import WindowMemory, linear_attention, windowed_attention
+from supra_mlx.rotary import Rotary, Rotate
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Slots of a linear layer's ArraysCache; windowed layers use all of them.
+LINEAR_SLOTS = ("state", "positions", "keys", "values", "features", "valid")
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """What mlx-lm builds a model from: here a spec."""
+
+    spec: ModelSpec
+    model_type: str = "supra"
+
+    @classmethod
+    def from_dict(cls, params: dict[str, Any]) -> ModelArgs:
+        """From a folder's config.json; raises SpecError when it does not describe a model."""
+        from supra_core.artifact import config_to_spec
+
+        return cls(spec=config_to_spec(params))
+
+
+@dataclass
+class _Context:
+    """What all layers of one forward pass share."""
+
+    rotate: Rotate
+    mask: mx.array | None  # (B, T) valid new tokens, for linear layers
+    positions_after: mx.array  # (B,) int32 tokens seen after this pass
+    history: mx.array | None  # (B, S) valid cached and new tokens, for softmax layers
+    length: int
+    softmax_masks: dict[int | None, Any] = field(default_factory=dict)
+
+    def softmax_mask(self, window: int | None, cache: Any) -> Any:
+        """What mlx's attention takes as its mask; layers of the same window share one."""
+        if window not in self.softmax_masks:
+            if self.history is None:
+                made = cache.make_mask(self.length, return_array=False, window_size=window)
+            else:
+                made = _history_mask(self.history, self.length, window)
+            self.softmax_masks[window] = made
+        return self.softmax_masks[window]
+
+
+def _history_mask(valid: mx.array, length: int, window: int | None) -> mx.array:
+    """(B, 1, T, S): which of S tokens the last T may see, distances counted in valid tokens.
+
+    Padding sees itself: a row without any key would be 0 / 0 and spoil later layers' values.
+    """
+    S = valid.shape[1]
+    slots = mx.arange(S)
+    mine = slots[S - length :, None]
+    seen = (slots <= mine) & valid[:, None, :]
+    if window is not None:
+        age = mx.cumsum(valid.astype(mx.int32), axis=1)
+        seen = seen & (age[:, S - length :, None] - age[:, None, :] < window)
+    return (seen | (slots == mine))[:, None]
+
+
+class SoftmaxMixer(nn.Module):
+    """The transformer's attention, over all tokens or a sliding window."""
+
+    def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention) -> None:
+        super().__init__()
+        _add_projections(self, mixer_shapes(spec, mixer))
+        self._heads, self._kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+        self._scale = spec.head_dim**-0.5
+        self._window = mixer.window
+
+    def __call__(self, x: mx.array, cache: Any, context: _Context) -> mx.array:
+        """(B, T, D) -> (B, T, D)."""
+        B, T, _ = x.shape
+        q = context.rotate(self.q_proj(x).reshape(B, T, self._heads, -1))
+        k = context.rotate(self.k_proj(x).reshape(B, T, self._kv_heads, -1))
+        v = self.v_proj(x).reshape(B, T, self._kv_heads, -1)
+        q, k, v = (z.transpose(0, 2, 1, 3) for z in (q, k, v))
+        mask = context.softmax_mask(self._window, cache)
+        k, v = cache.update_and_fetch(k, v)
+        out = scaled_dot_product_attention(q, k, v, cache, scale=self._scale, mask=mask)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, T, -1))
+
+
+class PerHeadLinear(nn.Module):
+    """One linear map a head: weight (heads, out, in), bias (heads, out)."""
+
+    def __init__(self, shape: tuple[int, ...], bias: bool) -> None:
+        super().__init__()
+        self.weight = mx.zeros(shape)
+        if bias:
+            self.bias = mx.zeros(shape[:2])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, T, heads, in) -> (B, T, heads, out)."""
+        out = (x.transpose(0, 2, 1, 3) @ self.weight.swapaxes(-1, -2)).transpose(0, 2, 1, 3)
+        return out + self.bias if "bias" in self else out
+
+
+class LinearMixer(nn.Module):
+    """Linear attention with every choice of :class:`~supra_core.spec.LinearAttention`."""
+
+    def __init__(self, spec: ModelSpec, mixer: LinearAttention) -> None:
+        super().__init__()
+        shapes = mixer_shapes(spec, mixer)
+        _add_projections(self, shapes)
+        for name in ("q_feature", "k_feature"):
+            if f"{name}.weight" in shapes:
+                setattr(self, name, _feature_projection(shapes, name, mixer.feature_map))
+        for name in ("q_norm", "k_norm"):
+            if f"{name}.weight" in shapes:
+                setattr(self, name, _norm(spec, shapes[f"{name}.weight"][0]))
+        for name in ("log_slope", "gain", "log_far_gain"):
+            if name in shapes:
+                setattr(self, name, mx.zeros(shapes[name]))
+        self._spec, self._mixer = spec, mixer
+        if not isinstance(mixer.decay, LearnedDecay):
+            slopes = decays.slopes(mixer.decay, spec.num_attention_heads)
+            self._fixed_decay = mx.exp(-mx.array(slopes.tolist(), dtype=mx.float32))
+
+    def __call__(self, x: mx.array, cache: ArraysCache, context: _Context) -> mx.array:
+        """(B, T, D) -> (B, T, D)."""
+        spec, mixer = self._spec, self._mixer
+        B, T, _ = x.shape
+        q, k, v = (
+            projection(x).reshape(B, T, heads, -1)
+            for projection, heads in (
+                (self.q_proj, spec.num_attention_heads),
+                (self.k_proj, spec.num_key_value_heads),
+                (self.v_proj, spec.num_key_value_heads),
+            )
+        )
+        rotate = context.rotate
+        phi_q, phi_k = (
+            self._features(q, "q_feature", rotate),
+            self._features(k, "k_feature", rotate),
+        )
+        if mixer.qk_norm:
+            phi_q, phi_k, v = self._qk_norm(phi_q, phi_k, v)
+        if mixer.rope == "after":
+            phi_q, phi_k = rotate(phi_q), rotate(phi_k)
+        if mixer.key_scale != 1.0:
+            phi_k = phi_k * mixer.key_scale
+        if mixer.window is None:
+            out, cache[0] = linear_attention(
+                phi_q, phi_k, v, self._decay(),
+                initial_state=cache[0], mask=context.mask,
+                normaliser="sum" if isinstance(mixer.normaliser, SumNormaliser) else None,
+            )  # fmt: skip
+        else:
+            buffers: list[Any] = cache.cache[2:]
+            memory = None if cache[0] is None else WindowMemory(cache[0], *buffers)
+            out, memory = windowed_attention(
+                rotate(q), rotate(k), v, phi_q, phi_k, self._decay(), self.log_far_gain,
+                mixer.window, memory=memory, mask=context.mask,
+            )  # fmt: skip
+            for slot, array in zip((0, 2, 3, 4, 5), memory, strict=True):
+                cache[slot] = array
+        cache[1] = context.positions_after
+        if isinstance(mixer.normaliser, GroupNorm):
+            out = mx.fast.layer_norm(out, None, None, mixer.normaliser.eps)
+        if mixer.gain != "none":
+            out = out * (self.gain[:, None] if mixer.gain == "per_head" else self.gain)
+        return self.o_proj(out.reshape(B, T, -1).astype(x.dtype))
+
+    def _features(self, z: mx.array, name: str, rotate: Rotate) -> mx.array:
+        """phi(z): (B, T, heads, d) -> (B, T, heads, Dk), up to a rotation after it."""
+        phi, rope = self._mixer.feature_map, self._mixer.rope
+        if rope == "before":
+            z = rotate(z)
+        if isinstance(phi.projection, Projection):
+            project = self[("q_feature" if phi.projection.shared else name)]
+            if phi.projection.scope == "all_heads":
+                z = project(z.flatten(2)).reshape(*z.shape[:3], phi.size)
+            else:
+                z = project(z)
+        if rope == "between":
+            z = rotate(z)
+        return _activate(phi.activation, z)
+
+    def _qk_norm(
+        self, q: mx.array, k: mx.array, v: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        # The norm's weight differs between the query heads of a group: k has to be repeated.
+        k, v = (mx.repeat(x, self._spec.group_size, axis=2) for x in (k, v))
+        q = self.q_norm(q.flatten(2)).reshape(q.shape)
+        return q, self.k_norm(k.flatten(2)).reshape(k.shape), v
+
+    def _decay(self) -> mx.array:
+        """gamma (H,), float32."""
+        if isinstance(self._mixer.decay, LearnedDecay):
+            return mx.exp(-mx.exp(self.log_slope.astype(mx.float32)))
+        return self._fixed_decay
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm residual block."""
+
+    def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(spec, spec.hidden_size)
+        if isinstance(mixer, LinearAttention):
+            self.self_attn = LinearMixer(spec, mixer)
+        else:
+            self.self_attn = SoftmaxMixer(spec, mixer)
+        self.post_attention_layernorm = _norm(spec, spec.hidden_size)
+        self.mlp = FeedForward(spec)
+
+    def __call__(self, h: mx.array, cache: Any, context: _Context) -> mx.array:
+        """(B, T, D) -> (B, T, D)."""
+        h = h + self.self_attn(self.input_layernorm(h), cache, context)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Body(nn.Module):
+    """Everything below the output head."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.embedding_norm:
+            self.embed_norm = _norm(spec, spec.hidden_size)
+        self.layers = [Block(spec, layer.mixer) for layer in spec.layers]
+        self.norm = _norm(spec, spec.hidden_size)
+
+    def __call__(self, inputs: mx.array, cache: list[Any], context: _Context) -> mx.array:
+        """Ids (B, T) -> (B, T, D)."""
+        h = self.embed_tokens(inputs)
+        if "embed_norm" in self:
+            h = self.embed_norm(h)
+        for layer, memory in zip(self.layers, cache, strict=True):
+            h = layer(h, memory, context)
+        return self.norm(h)
+
+
+class Model(nn.Module):
+    """A spec's model, randomly initialised until weights are loaded."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = Body(args.spec)
+        if not args.spec.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.spec.hidden_size, args.spec.vocab_size, bias=False)
+        self._rotary = Rotary(args.spec.rope)
+        self._linear = [
+            index
+            for index, layer in enumerate(args.spec.layers)
+            if isinstance(layer.mixer, LinearAttention)
+        ]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What this model is."""
+        return self.args.spec
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return self.model.layers  # type: ignore[no-any-return]
+
+    def __call__(
+        self, inputs: mx.array, cache: list[Any] | None = None, mask: mx.array | None = None
+    ) -> mx.array:
+        """Logits (B, T, V) of ids (B, T); ``cache`` is updated.
+
+        mask (B, S) bool: which of the S = cached + new tokens are no padding; padding may stand
+        anywhere, and its logits mean nothing. It needs a cache of ``make_cache(bounded=False)``.
+        Without it mlx-lm's own padding counts, which its batch generator puts in the caches.
+        """
+        cache = self.make_cache() if cache is None else cache
+        h = self.model(inputs, cache, self._context(inputs, cache, mask))
+        if self._linear:
+            # Every layer's padding is the same: only the first linear layer's is kept up to
+            # date, because lazy updates that nobody reads pile up.
+            cache[self._linear[0]].advance(inputs.shape[1])
+        if self.spec.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(h)  # type: ignore[no-any-return]
+        return self.lm_head(h)  # type: ignore[no-any-return]
+
+    def _context(self, inputs: mx.array, cache: list[Any], history: mx.array | None) -> _Context:
+        T = inputs.shape[1]
+        first = cache[self._linear[0]] if self._linear else None
+        if history is not None:
+            valid = history[:, history.shape[1] - T :]
+        else:
+            valid = create_ssm_mask(inputs, first) if first is not None else None
+        seen = self._tokens_seen(inputs, cache, history)
+        if valid is None:
+            positions, added = mx.arange(T), mx.array(T)
+        else:
+            count = mx.cumsum(valid.astype(mx.int32), axis=1)
+            positions, added = count - 1, count[:, -1]
+        return _Context(
+            rotate=self._rotary.at(seen[:, None] + positions),
+            mask=valid,
+            positions_after=(seen + added).astype(mx.int32),
+            history=history,
+            length=T,
+        )
+
+    def _tokens_seen(
+        self, inputs: mx.array, cache: list[Any], history: mx.array | None
+    ) -> mx.array:
+        """(B,) int32: the position of each row's next token."""
+        B, T = inputs.shape
+        if self._linear:
+            before: mx.array | None = cache[self._linear[0]][1]
+            return mx.zeros((B,), dtype=mx.int32) if before is None else before
+        if history is not None:
+            return history[:, : history.shape[1] - T].astype(mx.int32).sum(axis=1)
+        return mx.broadcast_to(mx.array(cache[0].offset, dtype=mx.int32), (B,))
+
+    def make_cache(self, *, bounded: bool = True) -> list[Any]:
+        """An empty cache of mlx-lm's own classes for each layer.
+
+        A sliding softmax layer keeps its window only, or everything if not ``bounded``.
+        """
+        caches: list[Any] = []
+        for layer in self.spec.layers:
+            mixer = layer.mixer
+            if isinstance(mixer, LinearAttention):
+                caches.append(ArraysCache(2 if mixer.window is None else len(LINEAR_SLOTS)))
+            elif mixer.window is not None and bounded:
+                caches.append(RotatingKVCache(max_size=mixer.window))
+            else:
+                caches.append(KVCache())
+        return caches
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Weights as they stand in a file, without a tied head's copy."""
+        if self.spec.tie_word_embeddings:
+            weights = {name: w for name, w in weights.items() if name != "lm_head.weight"}
+        return weights
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """Which parameters mlx-lm's converter may store in a shorter type."""
+        return lambda name: not name.endswith(FLOAT32_SUFFIXES)
+
+
+def _add_projections(module: nn.Module, shapes: Shapes) -> None:
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        out, into = shapes[f"{name}.weight"]
+        setattr(module, name, nn.Linear(into, out, bias=f"{name}.bias" in shapes))
+
+
+def _feature_projection(shapes: Shapes, name: str, phi: FeatureMap) -> nn.Module:
+    shape, bias = shapes[f"{name}.weight"], f"{name}.bias" in shapes
+    assert isinstance(phi.projection, Projection)
+    if phi.projection.scope == "all_heads":
+        return nn.Linear(shape[1], shape[0], bias=bias)
+    return PerHeadLinear(shape, bias)
+
+
+def _norm(spec: ModelSpec, size: int) -> nn.Module:
+    if spec.norm.kind == "layer_norm":
+        return nn.LayerNorm(size, eps=spec.norm.eps, bias=False)
+    return nn.RMSNorm(size, eps=spec.norm.eps)
+
+
+def _activate(activation: str, z: mx.array) -> mx.array:
+    if activation == "relu":
+        return mx.maximum(z, 0.0)
+    if activation == "signed_relu":
+        return mx.concatenate([mx.maximum(z, 0.0), mx.maximum(-z, 0.0)], axis=-1)
+    if activation == "signed_softmax":
+        return mx.concatenate([mx.softmax(s, axis=-1, precise=True) for s in (z, -z)], axis=-1)
+    return z

@@ -1,0 +1,343 @@
+"""Linear attention in MLX: chunked prefill, the decode step, and the windowed form.
+
+Everything is computed and kept in float32. Inside a chunk every exponent of the decay is <= 0,
+so that no slope and no length overflows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import mlx.core as mx
+
+# Scores of keys that a query must not see; finite, so that a row without any key stays finite.
+_MASKED = -1e30
+# The smallest normal float32: a decay that underflowed to 0 still has a logarithm.
+_TINY = 1.1754944e-38
+
+
+def linear_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    decay: mx.array,
+    *,
+    initial_state: mx.array | None = None,
+    mask: mx.array | None = None,
+    normaliser: Literal["sum"] | None = None,
+    chunk_size: int = 64,
+) -> tuple[mx.array, mx.array]:
+    """Causal linear attention with decay: o_t = q_t S_t, S_t = gamma S_{t-1} + k_t^T v_t.
+
+    q (B, T, H, Dk); k (B, T, K, Dk) and v (B, T, K, Dv), query head h using key/value head
+    h // (H / K); decay (H,), gamma in (0, 1]; initial_state (B, H, Dk, Dv), zeros when None;
+    mask (B, T) bool: a False token neither writes nor decays. With ``normaliser="sum"`` the
+    output is divided by q_t . z_t, and z is the last column of the state (B, H, Dk, Dv + 1).
+
+    Returns the output (B, T, H, Dv) in q's type and the final state in float32. Memory is
+    linear in T. Raises ValueError when the shapes do not fit together.
+    """
+    _check(q, k, v, decay, initial_state, mask, normaliser)
+    if normaliser == "sum":
+        v = _with_ones(v)
+    output, state = _weighted_sum(q, k, v, decay, initial_state, mask, chunk_size)
+    if normaliser == "sum":
+        output = _divide(output)
+    return output.astype(q.dtype), state
+
+
+class WindowMemory(NamedTuple):
+    """What a windowed layer remembers; all zeros before the first token.
+
+    state (B, H, Dk, Dv + 1) float32: the tokens that have left the window; keys (B, W, K, d),
+    values (B, W, K, Dv), features (B, W, K, Dk), valid (B, W) bool: the last W tokens, newest
+    last.
+    """
+
+    state: mx.array
+    keys: mx.array
+    values: mx.array
+    features: mx.array
+    valid: mx.array
+
+
+def windowed_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    phi_q: mx.array,
+    phi_k: mx.array,
+    decay: mx.array,
+    log_far_gain: mx.array,
+    window: int,
+    *,
+    memory: WindowMemory | None = None,
+    mask: mx.array | None = None,
+    chunk_size: int = 64,
+) -> tuple[mx.array, WindowMemory]:
+    """Softmax weights for the last W tokens, linear weights before them, one sum for both::
+
+        w_tj = exp(q_t . k_j / sqrt(d))                                   t - W < j <= t
+        w_tj = exp(log_far_gain) gamma^(t - W - j) (phi(q_t) . phi(k_j))  j <= t - W
+        o_t  = sum_j w_tj v_j / sum_j w_tj
+
+    q (B, T, H, d) and k (B, T, K, d) rotated, v (B, T, K, Dv), phi_q (B, T, H, Dk), phi_k
+    (B, T, K, Dk) >= 0, decay and log_far_gain (H,), mask (B, T) bool: False tokens are left out,
+    and their output means nothing. Returns the output (B, T, H, Dv) in q's type and the memory.
+    Memory use is linear in T.
+    """
+    B, T, H, _ = q.shape
+    if memory is None:
+        memory = empty_window(window, k, v, phi_k, H)
+    order = None
+    if mask is not None:
+        order = _valid_last(mask)
+        q, phi_q = _take(q, order), _take(phi_q, order)
+        # What is not valid may stay in the window's unused slots and must never write.
+        phi_k = mx.where(mask[:, :, None, None], phi_k, mx.zeros_like(phi_k))
+    new = mx.ones((B, T), dtype=mx.bool_) if mask is None else mask
+    valid = mx.concatenate([memory.valid, new], axis=1)
+    k, v, phi_k = (
+        mx.concatenate([old.astype(x.dtype), x], axis=1)
+        for old, x in ((memory.keys, k), (memory.values, v), (memory.features, phi_k))
+    )
+    if mask is not None:
+        together = _valid_last(valid)
+        k, v, phi_k = (_take(x, together) for x in (k, v, phi_k))
+        valid = mx.take_along_axis(valid, together, axis=1)
+    # Query i stands at slot W + i and sees slots i + 1 ... W + i: slot i has just left.
+    far, state = _weighted_sum(
+        phi_q, phi_k[:, :T], _with_ones(v[:, :T]), decay, memory.state,
+        None if mask is None else valid[:, :T], chunk_size,
+    )  # fmt: skip
+    near, top = _window_sums(q, k, _with_ones(v), valid, window, chunk_size)
+    output = _join(near, top, far, log_far_gain)
+    if order is not None:
+        output = _take(output, mx.argsort(order, axis=1))
+    after = WindowMemory(state, k[:, T:], v[:, T:], phi_k[:, T:], valid[:, T:])
+    return output.astype(q.dtype), after
+
+
+def empty_window(
+    window: int, k: mx.array, v: mx.array, phi_k: mx.array, heads: int
+) -> WindowMemory:
+    """The memory before the first token, for keys, values and features like these."""
+    B, _, K, Dv = v.shape
+
+    def buffer(x: mx.array) -> mx.array:
+        return mx.zeros((B, window, K, x.shape[-1]), dtype=x.dtype)
+
+    state = mx.zeros((B, heads, phi_k.shape[-1], Dv + 1))
+    valid = mx.zeros((B, window), dtype=mx.bool_)
+    return WindowMemory(state, buffer(k), buffer(v), buffer(phi_k), valid)
+
+
+# --- the linear part ------------------------------------------------------------------------
+
+
+def _weighted_sum(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    decay: mx.array,
+    initial_state: mx.array | None,
+    mask: mx.array | None,
+    chunk_size: int,
+) -> tuple[mx.array, mx.array]:
+    """The operator without its normaliser: (B, T, H, Dv) and (B, H, Dk, Dv), float32."""
+    B, T, H, Dk = q.shape
+    K, Dv = v.shape[2:]
+    G = H // K
+    # Heads of a group share a dimension, so that k and v are never repeated in memory.
+    q = q.astype(mx.float32).reshape(B, T, K, G, Dk).transpose(0, 2, 3, 1, 4)
+    k, v = (x.astype(mx.float32).transpose(0, 2, 1, 3) for x in (k, v))
+    if initial_state is None:
+        state = mx.zeros((B, K, G, Dk, Dv))
+    else:
+        state = initial_state.astype(mx.float32).reshape(B, K, G, Dk, Dv)
+    decay = decay.astype(mx.float32).reshape(K, G)
+    if T == 0:
+        output = mx.zeros((B, K, G, 0, Dv))
+    elif T == 1:
+        output, state = _step(q, k, v, decay, state, mask)
+    else:
+        output, state = _chunks(q, k, v, decay, state, mask, chunk_size)
+    output = output.transpose(0, 3, 1, 2, 4).reshape(B, T, H, Dv)
+    return output, state.reshape(B, H, Dk, Dv)
+
+
+def _step(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    decay: mx.array,
+    state: mx.array,
+    mask: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """One token: q (B, K, G, 1, Dk), k and v (B, K, 1, D), state (B, K, G, Dk, Dv)."""
+    written = decay[..., None, None] * state + k[:, :, None].swapaxes(-1, -2) * v[:, :, None]
+    if mask is not None:
+        written = mx.where(mask.reshape(-1, 1, 1, 1, 1), written, state)
+    return q @ written, written
+
+
+class _Weights(NamedTuple):
+    """Powers of the decay in one chunk of C tokens, b being B or, without a mask, 1."""
+
+    within: mx.array  # (b, K, G, C, C): from token j to token i, 0 where i must not see j
+    entering: mx.array  # (b, K, G, C, 1): from the chunk's start to token i
+    leaving: mx.array  # (b, K, G, 1, C): from token j to the chunk's end
+    across: mx.array  # (b, K, G, 1, 1): over the whole chunk
+
+
+def _chunk_weights(slope: mx.array, valid: mx.array) -> _Weights:
+    """slope (K, G), valid (b, C)."""
+    C = valid.shape[1]
+    age = mx.cumsum(valid.astype(mx.float32), axis=1)  # valid tokens up to and including i
+    slope = slope[..., None, None]
+    steps = mx.maximum(age[:, :, None] - age[:, None, :], 0.0)[:, None, None]
+    seen = (mx.tril(mx.ones((C, C), dtype=mx.bool_)) & valid[:, None, :])[:, None, None]
+    left = (age[:, -1:] - age)[:, None, None, None, :]
+    return _Weights(
+        within=mx.where(seen, mx.exp(-slope * steps), 0.0),
+        entering=mx.exp(-slope * age[:, None, None, :, None]),
+        leaving=mx.where(valid[:, None, None, None, :], mx.exp(-slope * left), 0.0),
+        across=mx.exp(-slope * age[:, None, None, -1:, None]),
+    )
+
+
+def _chunks(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    decay: mx.array,
+    state: mx.array,
+    mask: mx.array | None,
+    chunk_size: int,
+) -> tuple[mx.array, mx.array]:
+    """Matmuls inside a chunk, the state between chunks. Shapes as in :func:`_step`."""
+    B, K, G, T, Dk = q.shape
+    slope = -mx.log(mx.maximum(decay, _TINY))
+    known: dict[int, _Weights] = {}
+    outputs = []
+    for start in range(0, T, chunk_size):
+        stop = min(start + chunk_size, T)
+        C = stop - start
+        if mask is not None:
+            weights = _chunk_weights(slope, mask[:, start:stop])
+        else:
+            if C not in known:
+                known[C] = _chunk_weights(slope, mx.ones((1, C), dtype=mx.bool_))
+            weights = known[C]
+        queries, keys, values = q[..., start:stop, :], k[:, :, start:stop], v[:, :, start:stop]
+        transposed = keys.swapaxes(-1, -2)
+        scores = (queries.reshape(B, K, G * C, Dk) @ transposed).reshape(B, K, G, C, C)
+        inside = (scores * weights.within).reshape(B, K, G * C, C) @ values
+        before = (queries * weights.entering) @ state
+        outputs.append(inside.reshape(B, K, G, C, -1) + before)
+        written = (transposed[:, :, None] * weights.leaving) @ values[:, :, None]
+        state = weights.across * state + written
+    return mx.concatenate(outputs, axis=3), state
+
+
+# --- the window -----------------------------------------------------------------------------
+
+
+def _window_sums(
+    q: mx.array, k: mx.array, v: mx.array, valid: mx.array, window: int, chunk_size: int
+) -> tuple[mx.array, mx.array]:
+    """sum_j exp(s_ij - top_i) v_j over the window, and top_i the largest score s_ij.
+
+    q (B, T, H, d); k, v (B, W + T, K, D) and valid (B, W + T), query i being slot W + i.
+    Returns (B, T, H, Dv) and (B, T, H, 1), float32.
+    """
+    B, T, H, d = q.shape
+    K = k.shape[2]
+    G = H // K
+    q = (q.astype(mx.float32) * d**-0.5).reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4)
+    k = k.astype(mx.float32).transpose(0, 2, 3, 1)
+    v = v.astype(mx.float32).transpose(0, 2, 1, 3)
+    # A chunk of C queries reads W + C - 1 slots: C near W wastes least.
+    size = max(chunk_size, min(window, 512))
+    sums, tops = [], []
+    for start in range(0, T, size):
+        C = min(size, T - start)
+        slots = slice(start + 1, start + window + C)
+        offset = mx.arange(window + C - 1) - mx.arange(C)[:, None]
+        inside = (offset >= 0) & (offset < window)
+        seen = (inside & valid[:, None, slots])[:, None, None]
+        queries = q[..., start : start + C, :].reshape(B, K, G * C, d)
+        scores = (queries @ k[..., slots]).reshape(B, K, G, C, -1)
+        scores = mx.where(seen, scores, _MASKED)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = mx.exp(scores - top).reshape(B, K, G * C, -1)
+        sums.append((weights @ v[:, :, slots]).reshape(B, K, G, C, -1))
+        tops.append(top)
+    total, top = (
+        mx.concatenate(x, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+        for x in (sums, tops)
+    )
+    return total, top
+
+
+def _join(near: mx.array, top: mx.array, far: mx.array, log_far_gain: mx.array) -> mx.array:
+    """One normalised output of both parts, each (B, T, H, Dv + 1) with its sum last.
+
+    The near part is scaled by exp(-top); the far part joins through the logarithm of its sum,
+    so that neither over- nor underflows.
+    """
+    mass = far[..., -1:]
+    written = mass > 0.0
+    safe = mx.where(written, mass, 1.0)
+    log_far = mx.where(written, mx.log(safe) + log_far_gain[:, None], _MASKED)
+    shift = mx.maximum(top, log_far)
+    near_scale = mx.exp(top - shift)
+    far_weight = mx.where(written, mx.exp(log_far - shift), 0.0)
+    total = near[..., -1:] * near_scale + far_weight
+    return (near[..., :-1] * near_scale + far[..., :-1] / safe * far_weight) / total
+
+
+# --- small pieces ---------------------------------------------------------------------------
+
+
+def _with_ones(v: mx.array) -> mx.array:
+    return mx.concatenate([v, mx.ones_like(v[..., :1])], axis=-1)
+
+
+def _divide(output: mx.array) -> mx.array:
+    """Divide by the last column; nothing written yet is 0 / 0 and becomes 0."""
+    total = output[..., -1:]
+    return output[..., :-1] / mx.where(total == 0.0, 1.0, total)
+
+
+def _valid_last(mask: mx.array) -> mx.array:
+    """(B, S) indices that bring the valid slots to the right, otherwise in order."""
+    S = mask.shape[1]
+    return mx.argsort(mask.astype(mx.int32) * S + mx.arange(S), axis=1)
+
+
+def _take(x: mx.array, indices: mx.array) -> mx.array:
+    return mx.take_along_axis(x, indices[:, :, None, None], axis=1)
+
+
+def _check(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    decay: mx.array,
+    initial_state: mx.array | None,
+    mask: mx.array | None,
+    normaliser: str | None,
+) -> None:
+    B, T, H, Dk = q.shape
+    if k.shape[:2] != (B, T) or v.shape[:3] != k.shape[:3] or k.shape[3] != Dk or H % k.shape[2]:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
+    if decay.shape != (H,):
+        raise ValueError(f"decay must have shape ({H},), not {decay.shape}")
+    if normaliser not in (None, "sum"):
+        raise ValueError(f"normaliser must be 'sum' or None, not {normaliser!r}")
+    expected = (B, H, Dk, v.shape[3] + (normaliser == "sum"))
+    if initial_state is not None and initial_state.shape != expected:
+        raise ValueError(f"initial_state must be {expected}, not {initial_state.shape}")
+    if mask is not None and mask.shape != (B, T):
+        raise ValueError(f"mask must be {(B, T)}, not {mask.shape}")

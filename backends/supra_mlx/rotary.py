@@ -1,0 +1,66 @@
+"""Rotary position embedding at any position, exact to float32.
+
+A recurrent model has no longest context, and position times frequency in float32 is wrong by
+position * 6e-8 radians. The phase is counted in 2^-64 turns instead: unsigned multiplication
+wraps around exactly where the angle does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from supra_core.rotary import inverse_frequencies
+from supra_core.spec import RotaryEmbedding
+
+Rotate = Callable[[mx.array], mx.array]
+
+_RADIANS = 2 * math.pi / 2**32
+
+
+class Rotary:
+    """The rotation of a spec; each number of channels has its frequencies, computed once."""
+
+    def __init__(self, rope: RotaryEmbedding) -> None:
+        self._rope = rope
+        self._turns: dict[int, mx.array] = {}
+
+    def at(self, positions: mx.array) -> Rotate:
+        """The rotation by integer positions (B, T), for x (B, T, heads, channels).
+
+        Sines and cosines are shared by all layers that use the returned function.
+        """
+        tables: dict[int, tuple[mx.array, mx.array]] = {}
+        wrapped = positions.astype(mx.uint64)[..., None]
+
+        def rotate(x: mx.array) -> mx.array:
+            channels = x.shape[-1]
+            if channels not in tables:
+                phase = ((wrapped * self._frequencies(channels)) >> 32).astype(mx.uint32)
+                angle = phase.view(mx.int32).astype(mx.float32) * _RADIANS
+                tables[channels] = mx.cos(angle)[:, :, None], mx.sin(angle)[:, :, None]
+            return self._apply(x, *tables[channels])
+
+        return rotate
+
+    def _frequencies(self, channels: int) -> mx.array:
+        """(channels / 2,) uint64: 2^-64 turns a position."""
+        if channels not in self._turns:
+            turns = inverse_frequencies(self._rope, channels) / (2 * math.pi)
+            counts = [round(float(turn) % 1.0 * 2**64) % 2**64 for turn in turns]
+            self._turns[channels] = mx.array(np.array(counts, dtype=np.uint64))
+        return self._turns[channels]
+
+    def _apply(self, x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+        half = x.shape[-1] // 2
+        if self._rope.pairing == "half":
+            first, second = x[..., :half], x[..., half:]
+        else:
+            first, second = x[..., 0::2], x[..., 1::2]
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        if self._rope.pairing == "half":
+            return mx.concatenate(turned, axis=-1).astype(x.dtype)
+        return mx.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)

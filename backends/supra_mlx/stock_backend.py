@@ -1,0 +1,170 @@
+"""A plain transformer's folder in stock mlx-lm, behind the same protocol as every backend."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+from mlx_lm.utils import load_model
+
+from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
+from supra_core.errors import FormatError, SupraError
+from supra_core.sources import open_source
+from supra_core.spec import ModelSpec
+from supra_core.tensors import dtype_named
+from supra_mlx.pieces import pieces
+from supra_mlx.weights import to_mlx, to_numpy
+
+# How mlx-lm pads each kind of cache on the left.
+_PADDED: dict[type, Callable[[Any, list[int]], Any]] = {
+    KVCache: lambda cache, padding: BatchKVCache(padding),
+    RotatingKVCache: lambda cache, padding: BatchRotatingKVCache(cache.max_size, padding),
+    ArraysCache: lambda cache, padding: ArraysCache(len(cache.cache), padding),
+}
+
+
+@dataclass(frozen=True)
+class StockState:
+    """mlx-lm's cache a layer, and whether they are its batch caches with left padding."""
+
+    caches: tuple[Any, ...]
+    padded: bool = False
+
+
+class StockBackend:
+    """A model that mlx-lm itself builds. States are never changed in place."""
+
+    name = "mlx-lm"
+
+    def __init__(self, model: Any, spec: ModelSpec) -> None:
+        self.model = model
+        self.spec = spec
+
+    def logits(self, ids: Ids, *, mask: Mask | None = None, form: Form = "parallel") -> Logits:
+        """Logits (B, T, V), float32; forms as in :class:`supra_mlx.backend.MLXBackend`."""
+        state, parts = self._start(mask), []
+        for piece in pieces(np.shape(ids)[1], form):
+            logits, state = self._run(ids[:, piece], state)
+            parts.append(logits)
+        return np.concatenate(parts, axis=1)
+
+    def prefill(
+        self, ids: Ids, state: StockState | None = None, *, mask: Mask | None = None
+    ) -> tuple[Logits, StockState]:
+        """Logits (B, T, V) and the state after ids (B, T), going on from ``state``.
+
+        SupraError when a mask is more than left padding at the start: mlx-lm has no other.
+        """
+        if state is None:
+            return self._run(ids, self._start(mask))
+        if mask is not None and not np.all(mask):
+            raise SupraError(
+                "mlx-lm pads on the left of the first tokens only: leave the mask out of later "
+                "calls, or use the backend mlx"
+            )
+        return self._run(ids, state)
+
+    def step(self, ids: Ids, state: StockState) -> tuple[Logits, StockState]:
+        """Logits (B, V) and the state after one more token each, ids (B,)."""
+        logits, after = self._run(np.asarray(ids)[:, None], state)
+        return logits[:, 0], after
+
+    def state_arrays(self, state: StockState) -> StateArrays:
+        """Each entry of mlx-lm's cache state as ``layers.N.M``."""
+        arrays: StateArrays = {"padded": np.array(state.padded)}
+        for index, cache in enumerate(state.caches):
+            for entry, value in enumerate(() if cache.empty() else cache.state):
+                if not isinstance(value, (mx.array, int)):
+                    raise SupraError(
+                        f"mlx-lm's {type(cache).__name__} cannot be saved as arrays: use the "
+                        "backend mlx to save states"
+                    )
+                array = to_numpy(value) if isinstance(value, mx.array) else np.array(value)
+                arrays[f"layers.{index}.{entry}"] = array
+        return arrays
+
+    def state_from_arrays(self, arrays: StateArrays) -> StockState:
+        """The inverse of :meth:`state_arrays`; FormatError when an array is missing."""
+        if "padded" not in arrays:
+            raise FormatError(
+                "the state was saved by another backend: start from the text again, or load it "
+                "in the backend that saved it"
+            )
+        padded = bool(arrays["padded"])
+        caches = self._caches([0] if padded else None)
+        for index, cache in enumerate(caches):
+            names = [name for name in arrays if name.startswith(f"layers.{index}.")]
+            if names:
+                entries = [arrays[f"layers.{index}.{entry}"] for entry in range(len(names))]
+                cache.state = tuple(x.item() if x.ndim == 0 else to_mlx(x) for x in entries)
+        return StockState(tuple(caches), padded)
+
+    def _start(self, mask: Mask | None) -> StockState:
+        if mask is None or np.all(mask):
+            return StockState(tuple(self._caches(None)))
+        mask = np.asarray(mask, dtype=bool)
+        if not (np.diff(mask.astype(int), axis=1) >= 0).all():
+            raise SupraError(
+                "mlx-lm takes padding on the left only: move it there, or use the backend mlx"
+            )
+        return StockState(tuple(self._caches([int(n) for n in (~mask).sum(axis=1)])), True)
+
+    def _caches(self, padding: list[int] | None) -> list[Any]:
+        caches = make_prompt_cache(self.model)
+        if padding is None:
+            return caches
+        for cache in caches:
+            if type(cache) not in _PADDED:
+                raise SupraError(
+                    f"mlx-lm cannot pad its {type(cache).__name__}: run the rows one at a time"
+                )
+        return [_PADDED[type(cache)](cache, padding) for cache in caches]
+
+    def _run(self, ids: Ids, state: StockState) -> tuple[Logits, StockState]:
+        # MLX arrays are immutable: the copy shares them all.
+        caches = copy.deepcopy(list(state.caches))
+        logits = self.model(mx.array(np.asarray(ids, dtype=np.int32)), cache=caches)
+        logits = logits.astype(mx.float32)
+        mx.eval(logits, [cache.state for cache in caches])
+        return np.array(logits), StockState(tuple(caches), state.padded)
+
+
+def load(path: str | Path, *, dtype: str | None = None) -> StockBackend:
+    """The transformer folder at ``path`` by mlx-lm's own code, and by none of the folder's.
+
+    ``dtype``: the type to compute in; None keeps the weights' own. Raises SupraError when the
+    folder is one that mlx-lm cannot load.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise SupraError(
+            f"{folder} is no folder with a config.json, which mlx-lm needs: convert it with "
+            "supra convert --to hf"
+        )
+    spec = open_source(folder).spec
+    try:
+        model, _ = load_model(folder, lazy=dtype is not None)
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SupraError(
+            f"{folder} cannot be loaded by stock mlx-lm ({reason.rstrip('.')}): use the backend "
+            "mlx, or convert it with supra convert --to hf"
+        ) from error
+    if dtype is not None:
+        dtype_named(dtype)
+        model.set_dtype(getattr(mx, dtype))
+        mx.eval(model.parameters())
+    return StockBackend(model, spec)

@@ -1,0 +1,66 @@
+"""Arrays between NumPy and MLX, and a loaded :class:`~supra_mlx.model.Model`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from supra_core.layout import FLOAT32_SUFFIXES, check_tensors
+from supra_core.spec import ModelSpec
+from supra_core.tensors import BFLOAT16, LazyTensor, dtype_named
+from supra_mlx.model import Model, ModelArgs
+
+
+def to_mlx(array: npt.NDArray[Any]) -> mx.array:
+    """A copy in MLX; bfloat16 goes by its bits, which neither library reads from the other."""
+    if array.dtype == BFLOAT16:
+        return mx.array(np.ascontiguousarray(array).view(np.uint16)).view(mx.bfloat16)
+    return mx.array(array)
+
+
+def to_numpy(array: mx.array) -> npt.NDArray[Any]:
+    """A copy in NumPy, evaluated."""
+    if array.dtype == mx.bfloat16:
+        return np.array(array.view(mx.uint16)).view(BFLOAT16)
+    return np.array(array)
+
+
+def build_model(
+    spec: ModelSpec, tensors: Mapping[str, LazyTensor], where: str, *, dtype: str | None = None
+) -> Model:
+    """The model of ``spec`` with canonical ``tensors``, read one at a time.
+
+    ``dtype``: the type to store and compute in; None keeps each tensor's own. Raises
+    LayoutError, naming ``where``, when the tensors do not match the spec.
+    """
+    check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, where)
+    model = Model(ModelArgs(spec))
+    model.load_weights(list(_arrays(tensors, dtype)), strict=True)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _arrays(tensors: Mapping[str, LazyTensor], dtype: str | None) -> Iterator[tuple[str, mx.array]]:
+    for name, tensor in tensors.items():
+        if name.endswith(FLOAT32_SUFFIXES):
+            tensor = tensor.astype(np.dtype(np.float32))
+        elif dtype is not None:
+            tensor = tensor.astype(dtype_named(dtype))
+        yield name, to_mlx(tensor.read())
+
+
+def load_model(path: str | Path, *, dtype: str | None = None) -> Model:
+    """The model at ``path``: a supra artifact, or anything supra_core can open.
+
+    No code of the folder is run. Raises SupraError when it is no model.
+    """
+    from supra_core.sources import open_source
+
+    source = open_source(path)
+    return build_model(source.spec, source.tensors, str(path), dtype=dtype)
