@@ -1,0 +1,1 @@
+"""The Torch backend: a model from any spec, its operators, and uptraining."""

@@ -1,0 +1,117 @@
+"""The Torch model behind the backend protocol: numpy in, numpy out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
+from supra_core.sources import open_source
+from supra_core.tensors import dtype_named
+from torch import Tensor
+
+from supra_torch.model import ModelState, SupraModel, build
+
+
+class TorchBackend:
+    """A loaded model. ``device``: where it computes."""
+
+    name = "torch"
+
+    def __init__(self, model: SupraModel, device: torch.device) -> None:
+        self.spec = model.spec
+        self.model = model.to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def logits(self, ids: Ids, *, mask: Mask | None = None, form: Form = "parallel") -> Logits:
+        """Logits (B, T, V). ``recurrent`` is fed in two uneven pieces, ``step`` token by token."""
+        if form == "parallel":
+            return self.prefill(ids, mask=mask)[0]
+        T = ids.shape[1]
+        cuts = list(range(T + 1)) if form == "step" else sorted({0, (T + 1) // 3, T})
+        state, pieces = None, []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            part = None if mask is None else mask[:, start:end]
+            logits, state = self.prefill(ids[:, start:end], state, mask=part)
+            pieces.append(logits)
+        return np.concatenate(pieces, axis=1)
+
+    @torch.inference_mode()
+    def prefill(
+        self, ids: Ids, state: ModelState | None = None, *, mask: Mask | None = None
+    ) -> tuple[Logits, ModelState]:
+        """Logits (B, T, V) and the state after ids (B, T)."""
+        valid = None if mask is None else torch.from_numpy(np.asarray(mask)).to(self.device)
+        logits, after = self.model(self._ids(ids), state, valid)
+        return _numpy(logits), after
+
+    @torch.inference_mode()
+    def step(self, ids: Ids, state: ModelState) -> tuple[Logits, ModelState]:
+        """Logits (B, V) and the state after ids (B,)."""
+        logits, after = self.model(self._ids(ids)[:, None], state)
+        return _numpy(logits[:, 0]), after
+
+    @torch.inference_mode()
+    def token_losses(self, ids: Ids, *, form: Form = "parallel") -> npt.NDArray[np.float32]:
+        """-log p(ids[:, t + 1] | ids[:, :t + 1]): (B, T - 1), nats."""
+        tokens = self._ids(ids)
+        if form != "parallel":
+            logits = torch.from_numpy(self.logits(ids, form=form)).to(self.device)
+            return _numpy(_losses(logits[:, :-1], tokens[:, 1:]))
+        hidden, _ = self.model.hidden(tokens)
+        head = self.model.head_weight.to(hidden.dtype)
+        # A row at a time: the logits are the largest tensor there is.
+        rows = [
+            _losses(F.linear(h[:-1], head), row[1:])
+            for h, row in zip(hidden, tokens, strict=True)
+        ]
+        return _numpy(torch.stack(rows))
+
+    def state_arrays(self, state: ModelState) -> StateArrays:
+        """The state as numpy arrays named ``tokens`` and ``layers.N.NAME``."""
+        arrays: StateArrays = {"tokens": state.tokens.cpu().numpy()}
+        for index, layer in enumerate(state.layers):
+            for name, tensor in layer.items():
+                exact = tensor.float() if tensor.is_floating_point() else tensor
+                arrays[f"layers.{index}.{name}"] = exact.cpu().numpy()
+        return arrays
+
+    def state_from_arrays(self, arrays: StateArrays) -> ModelState:
+        """The inverse of :meth:`state_arrays`."""
+        dtype = self.model.model.embed_tokens.weight.dtype
+        layers: list[dict[str, Tensor]] = [{} for _ in self.spec.layers]
+        for key, array in arrays.items():
+            if key == "tokens":
+                continue
+            _, index, name = key.split(".")
+            tensor = torch.from_numpy(np.asarray(array)).to(self.device)
+            if tensor.is_floating_point() and name != "state":
+                tensor = tensor.to(dtype)
+            layers[int(index)][name] = tensor
+        tokens = torch.from_numpy(np.asarray(arrays["tokens"])).to(self.device)
+        return ModelState(tokens, tuple(layers))
+
+    def _ids(self, ids: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(ids).astype(np.int64)).to(self.device)
+
+
+def load(path: Path, *, dtype: str | None = None) -> TorchBackend:
+    """The model at ``path`` (any source), on the GPU if there is one."""
+    source = open_source(path)
+    wanted = None if dtype is None else getattr(torch, dtype_named(dtype).name)
+    model = build(source.spec, source.tensors, dtype=wanted)
+    return TorchBackend(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    flat = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+    return flat.view(targets.shape)
+
+
+def _numpy(x: Tensor) -> npt.NDArray[np.float32]:
+    return x.float().cpu().numpy()

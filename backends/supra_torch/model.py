@@ -1,0 +1,473 @@
+"""A plain ``nn.Module`` built from a spec; parameter names are the canonical layout's.
+
+Shapes: ids (B, T); hidden states (B, T, D); q (B, T, H, ·), k and v (B, T, K, ·).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from supra_core import decay as decays
+from supra_core import layout
+from supra_core.rotary import inverse_frequencies
+from supra_core.spec import (
+    Folded,
+    GroupNorm,
+    LearnedDecay,
+    LinearAttention,
+    ModelSpec,
+    Norm,
+    Projection,
+    RotaryEmbedding,
+    SoftmaxAttention,
+    SumNormaliser,
+)
+from supra_core.tensors import BFLOAT16, LazyTensor
+from torch import Tensor, nn
+
+from supra_torch.ops import WindowState, linear_attention, windowed_attention
+
+LayerState = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What a batch of sequences remembers: tokens seen (B,), and named tensors a layer."""
+
+    tokens: Tensor
+    layers: tuple[LayerState, ...]
+
+
+class Positions:
+    """The tokens' positions (B, T), and their rotation, computed once for each width."""
+
+    def __init__(self, positions: Tensor, rope: RotaryEmbedding) -> None:
+        self.positions = positions
+        self.rope = rope
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x (B, T, heads, channels) rotated in float32, returned in its own type."""
+        cos, sin = self._table(x.shape[-1])
+        if self.rope.pairing == "half":
+            first, second = x.float().chunk(2, dim=-1)
+            rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        else:
+            first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+            rotated = torch.stack(
+                [first * cos - second * sin, second * cos + first * sin], dim=-1
+            ).flatten(-2)
+        return rotated.to(x.dtype)
+
+    def _table(self, channels: int) -> tuple[Tensor, Tensor]:
+        if channels not in self._tables:
+            theta = torch.from_numpy(inverse_frequencies(self.rope, channels))
+            # float64: a float32 angle is off by 4e-3 at position 65,536.
+            angles = self.positions.double()[..., None, None] * theta.to(self.positions.device)
+            self._tables[channels] = (angles.cos().float(), angles.sin().float())
+        return self._tables[channels]
+
+
+class NormLayer(nn.Module):
+    """RMSNorm, or LayerNorm with a gain only, computed in float32."""
+
+    def __init__(self, size: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm.kind == "rms_norm":
+            out = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.norm.eps)
+        else:
+            out = F.layer_norm(
+                x.float(), self.weight.shape, self.weight.float(), None, self.norm.eps
+            )
+        return out.to(x.dtype)
+
+
+class FeatureProjection(nn.Module):
+    """The learned part of a feature map, over all heads together or for each head."""
+
+    def __init__(self, projection: Projection, heads: int, size: int, channels: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.per_head = projection.scope == "per_head"
+        if self.per_head:
+            weight, bias = (heads, size, channels), (heads, size)
+        else:
+            weight, bias = (heads * size, heads * channels), (heads * size,)  # type: ignore[assignment]
+        self.weight = nn.Parameter(torch.empty(weight))
+        self.bias = nn.Parameter(torch.empty(bias)) if projection.bias else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        if not self.per_head:
+            z = F.linear(z.flatten(-2), self.weight, self.bias)
+            return z.unflatten(-1, (self.heads, self.size))
+        z = torch.einsum("bthd,hfd->bthf", z, self.weight)
+        return z if self.bias is None else z + self.bias
+
+
+class Mixer(nn.Module):
+    """The projections every mixer has."""
+
+    def __init__(self, spec: ModelSpec, query_size: int, query_bias: bool) -> None:
+        super().__init__()
+        D, H, K = spec.hidden_size, spec.num_attention_heads, spec.num_key_value_heads
+        bias = spec.attention_bias
+        self.heads, self.key_value_heads = H, K
+        self.q_proj = nn.Linear(D, H * query_size, bias=query_bias)
+        self.k_proj = nn.Linear(D, K * query_size, bias=query_bias)
+        self.v_proj = nn.Linear(D, K * spec.value_head_dim, bias=bias != "none")
+        self.o_proj = nn.Linear(H * spec.value_head_dim, D, bias=bias == "qkvo")
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> q (B, T, H, ·), k and v (B, T, K, ·)."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1))
+        k = self.k_proj(x).unflatten(-1, (self.key_value_heads, -1))
+        v = self.v_proj(x).unflatten(-1, (self.key_value_heads, -1))
+        return q, k, v
+
+
+class SoftmaxMixer(Mixer):
+    """Softmax attention; its state holds keys, values and which of them are tokens."""
+
+    def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention) -> None:
+        super().__init__(spec, spec.head_dim, spec.attention_bias != "none")
+        self.window = mixer.window
+
+    def forward(
+        self, x: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        q, k, v = self.project(x)
+        q, k = positions.rotate(q), positions.rotate(k)
+        B, T = x.shape[:2]
+        if state is None and mask is None and (self.window is None or self.window >= T):
+            bias = None
+        else:
+            bias = self._mask(B, T, positions, state, mask)
+        memory = self._remember(k, v, positions, state, mask)
+        if state is not None:
+            k, v = (torch.cat([state[name], x], dim=1) for name, x in (("keys", k), ("values", v)))
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=bias,
+            is_causal=bias is None,
+            enable_gqa=True,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(-2)), memory
+
+    def _mask(
+        self,
+        B: int,
+        T: int,
+        positions: Positions,
+        state: LayerState | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Which keys each query sees: (B, 1, T, S) bool."""
+        device = positions.positions.device
+        valid = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask
+        place = positions.positions.expand(B, T)
+        key_place = place
+        if state is not None:
+            valid = torch.cat([state["valid"], valid], dim=1)
+            key_place = torch.cat([state["positions"], place], dim=1)
+        S = valid.shape[1]
+        slot = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
+        seen = (slot >= 0) & valid[:, None]
+        if self.window is not None:
+            seen &= place[:, :, None] - key_place[:, None] < self.window
+        # A padding query sees itself: an empty row would be NaN.
+        return (seen | (slot == 0))[:, None]
+
+    def _remember(
+        self,
+        k: Tensor,
+        v: Tensor,
+        positions: Positions,
+        state: LayerState | None,
+        mask: Tensor | None,
+    ) -> LayerState:
+        B, T = k.shape[:2]
+        valid = torch.ones(B, T, dtype=torch.bool, device=k.device) if mask is None else mask
+        place = positions.positions.expand(B, T)
+        new = {"keys": k, "values": v, "valid": valid, "positions": place}
+        if state is None:
+            return new
+        return {name: torch.cat([state[name], x], dim=1) for name, x in new.items()}
+
+
+class LinearMixer(Mixer):
+    """Linear attention with a feature map; its state is of fixed size."""
+
+    def __init__(self, spec: ModelSpec, mixer: LinearAttention) -> None:
+        phi, bias = mixer.feature_map, spec.attention_bias != "none"
+        folded = isinstance(phi.projection, Folded)
+        if isinstance(phi.projection, Folded):
+            bias = phi.projection.bias
+        super().__init__(spec, phi.size if folded else spec.head_dim, bias)
+        self.mixer = mixer
+        H, K, d = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+        self.q_feature = self.k_feature = None
+        if isinstance(phi.projection, Projection):
+            self.q_feature = FeatureProjection(phi.projection, H, phi.size, d)
+            if not phi.projection.shared:
+                self.k_feature = FeatureProjection(phi.projection, K, phi.size, d)
+        if mixer.qk_norm:
+            self.q_norm = NormLayer(H * phi.output_size, spec.norm)
+            self.k_norm = NormLayer(H * phi.output_size, spec.norm)
+        if isinstance(mixer.decay, LearnedDecay):
+            self.log_slope = nn.Parameter(torch.empty(H))
+        else:
+            # Not a buffer: .to(dtype) would round it.
+            self.fixed_decay = torch.from_numpy(np.exp(-decays.slopes(mixer.decay, H)))
+        if mixer.gain != "none":
+            shape = (H,) if mixer.gain == "per_head" else (H, spec.value_head_dim)
+            self.gain = nn.Parameter(torch.empty(shape))
+        if mixer.window is not None:
+            self.log_far_gain = nn.Parameter(torch.empty(H))
+
+    def decay(self, device: torch.device) -> Tensor:
+        """gamma of each head, (H,) float64."""
+        if isinstance(self.mixer.decay, LearnedDecay):
+            return torch.exp(-torch.exp(self.log_slope.double()))
+        if self.fixed_decay.device != device:
+            self.fixed_decay = self.fixed_decay.to(device)
+        return self.fixed_decay
+
+    def forward(
+        self, x: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        out, memory = self.heads_output(x, positions, state, mask)
+        return self.o_proj(out.flatten(-2)), memory
+
+    def heads_output(
+        self, x: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        """What o_proj receives, (B, T, H, Dv), and the new state."""
+        mixer = self.mixer
+        q, k, v = self.project(x)
+        if mixer.window is not None:
+            out, memory = self._windowed(q, k, v, positions, state, mask)
+        else:
+            phi_q, phi_k = self._features(q, k, positions)
+            if mixer.qk_norm:
+                v = v.repeat_interleave(self.heads // v.shape[2], dim=2)
+            out, final = linear_attention(
+                phi_q,
+                phi_k,
+                v,
+                self.decay(x.device),
+                initial_state=None if state is None else state["state"],
+                mask=mask,
+                normaliser="sum" if isinstance(mixer.normaliser, SumNormaliser) else None,
+            )
+            memory = {"state": final}
+        if isinstance(mixer.normaliser, GroupNorm):
+            out = F.layer_norm(out.float(), out.shape[-1:], eps=mixer.normaliser.eps).to(v.dtype)
+        if mixer.gain != "none":
+            out = (out * self.gain.view(self.heads, -1)).to(v.dtype)
+        return out.to(v.dtype), memory
+
+    def _windowed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Positions,
+        state: LayerState | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, LayerState]:
+        assert self.mixer.window is not None
+        rotated_q, rotated_k = positions.rotate(q), positions.rotate(k)
+        if self.mixer.rope == "before":
+            phi_q, phi_k = self._activate(rotated_q, rotated_k, positions)
+        else:
+            phi_q, phi_k = self._features(q, k, positions)
+        out, memory = windowed_attention(
+            rotated_q,
+            rotated_k,
+            v,
+            phi_q,
+            phi_k,
+            self.decay(q.device),
+            self.log_far_gain,
+            self.mixer.window,
+            initial_state=None if state is None else WindowState(**state),
+            mask=mask,
+        )
+        return out, dict(vars(memory))
+
+    def _features(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """phi(q) (B, T, H, Dk) and scaled phi(k) (B, T, K or H, Dk), every rotation included."""
+        if self.mixer.rope == "before":
+            q, k = positions.rotate(q), positions.rotate(k)
+        return self._activate(q, k, positions)
+
+    def _activate(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        mixer = self.mixer
+        if self.q_feature is not None:
+            q, k = self.q_feature(q), (self.k_feature or self.q_feature)(k)
+        if mixer.rope == "between":
+            q, k = positions.rotate(q), positions.rotate(k)
+        q, k = (activate(mixer.feature_map.activation, z) for z in (q, k))
+        if mixer.qk_norm:
+            k = k.repeat_interleave(self.heads // k.shape[2], dim=2)
+            q = self.q_norm(q.flatten(-2)).view(q.shape)
+            k = self.k_norm(k.flatten(-2)).view(k.shape)
+        if mixer.rope == "after":
+            q, k = positions.rotate(q), positions.rotate(k)
+        return q, k * mixer.key_scale
+
+
+def activate(activation: str, z: Tensor) -> Tensor:
+    """A feature map's activation over the last axis; signed ones double it."""
+    if activation == "relu":
+        return torch.relu(z)
+    if activation == "signed_relu":
+        return torch.cat([torch.relu(z), torch.relu(-z)], dim=-1)
+    if activation == "signed_softmax":
+        z32 = z.float()
+        return torch.cat([z32.softmax(-1), (-z32).softmax(-1)], dim=-1).to(z.dtype)
+    return z
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        D, F_ = spec.hidden_size, spec.intermediate_size
+        self.gate_proj = nn.Linear(D, F_, bias=False)
+        self.up_proj = nn.Linear(D, F_, bias=False)
+        self.down_proj = nn.Linear(F_, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """A pre-norm residual block."""
+
+    def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> None:
+        super().__init__()
+        self.input_layernorm = NormLayer(spec.hidden_size, spec.norm)
+        self.self_attn: SoftmaxMixer | LinearMixer = (
+            SoftmaxMixer(spec, mixer)
+            if isinstance(mixer, SoftmaxAttention)
+            else LinearMixer(spec, mixer)
+        )
+        self.post_attention_layernorm = NormLayer(spec.hidden_size, spec.norm)
+        self.mlp = FeedForward(spec)
+
+    def forward(
+        self, h: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        mixed, memory = self.self_attn(self.input_layernorm(h), positions, state, mask)
+        h = h + mixed
+        return h + self.mlp(self.post_attention_layernorm(h)), memory
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and the last norm; the level that names begin with ``model.``."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.embed_norm = NormLayer(spec.hidden_size, spec.norm) if spec.embedding_norm else None
+        self.layers = nn.ModuleList(Layer(spec, layer.mixer) for layer in spec.layers)
+        self.norm = NormLayer(spec.hidden_size, spec.norm)
+
+
+class SupraModel(nn.Module):
+    """Any model a spec can describe."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = Trunk(spec)
+        self.lm_head = (
+            None
+            if spec.tie_word_embeddings
+            else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D): the output embedding, tied or not."""
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, D), what the first layer receives."""
+        h: Tensor = self.model.embed_tokens(ids)
+        return h if self.model.embed_norm is None else self.model.embed_norm(h)
+
+    def positions(
+        self, ids: Tensor, state: ModelState | None = None, mask: Tensor | None = None
+    ) -> Positions:
+        """Where the tokens of ids (B, T) stand; padding does not count."""
+        if mask is not None:
+            steps = (mask.long().cumsum(1) - 1).clamp(min=0)
+        else:
+            steps = torch.arange(ids.shape[1], device=ids.device)[None]
+        if state is not None:
+            steps = steps + state.tokens[:, None]
+        return Positions(steps, self.spec.rope)
+
+    def hidden(
+        self, ids: Tensor, state: ModelState | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """The normed last hidden states (B, T, D) and the state after ids (B, T)."""
+        positions = self.positions(ids, state, mask)
+        h, memories = self.embed(ids), []
+        for index, layer in enumerate(self.model.layers):
+            before = None if state is None else state.layers[index]
+            h, memory = layer(h, positions, before, mask)
+            memories.append(memory)
+        new = ids.new_full(ids.shape[:1], ids.shape[1]) if mask is None else mask.long().sum(1)
+        tokens = new if state is None else state.tokens + new
+        return self.model.norm(h), ModelState(tokens, tuple(memories))
+
+    def forward(
+        self, ids: Tensor, state: ModelState | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Logits (B, T, V) and the state after ids (B, T); mask (B, T) bool, False for padding."""
+        h, after = self.hidden(ids, state, mask)
+        return F.linear(h, self.head_weight.to(h.dtype)), after
+
+
+def to_torch(tensor: LazyTensor) -> Tensor:
+    """A lazy tensor's numbers in torch, in their own type, owned by torch."""
+    array = np.ascontiguousarray(tensor.read())
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def build(
+    spec: ModelSpec, tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype | None = None
+) -> SupraModel:
+    """The module with these weights; ``dtype`` None keeps the weights' own.
+
+    Small decay and gain tensors stay float32. Raises LayoutError when names or shapes differ
+    from the spec's.
+    """
+    layout.check_tensors(spec, {name: t.shape for name, t in tensors.items()}, "the model")
+    with torch.device("meta"):
+        model = SupraModel(spec)
+    weights = {}
+    for name, tensor in tensors.items():
+        keep = name.endswith(layout.FLOAT32_SUFFIXES)
+        weights[name] = to_torch(tensor).to(torch.float32 if keep else dtype)
+    model.load_state_dict(weights, assign=True, strict=True)
+    return model

@@ -1,0 +1,214 @@
+"""Causal linear attention with decay.
+
+For one head with decay gamma, n_t the number of valid tokens up to t::
+
+    o_t = sum_{j <= t} gamma^(n_t - n_j) (q_t . k_j) v_j  +  gamma^(n_t) q_t S_0
+
+The chunked form computes, for chunks of C tokens, the sum inside a chunk by two matrix products
+and everything before it from the state at the chunk's border. All exponents of gamma are >= 0
+and gamma <= 1, so nothing overflows, however fast a head decays. Products are taken in the
+type of q; sums, decay and state are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Implementation = Literal["auto", "reference", "chunked"]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    normaliser: Literal["sum"] | None = None,
+    implementation: Implementation = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Causal linear attention with decay.
+
+    q (B, T, H, Dk); k (B, T, K, Dk) and v (B, T, K, Dv), query head h using key/value head
+    h // (H / K); decay (H,), gamma in (0, 1] (float64 keeps slow heads exact); initial_state
+    (B, H, Dk, Dv) float32, zeros when None; mask (B, T) bool, False tokens neither write nor
+    decay. With ``normaliser="sum"`` the output is divided by q_t . z_t, and the state has z as a
+    last column: (B, H, Dk, Dv + 1).
+
+    Returns the output (B, T, H, Dv) in q's type and the final state, float32. ``auto`` takes the
+    chunked form. Raises ValueError when the shapes do not fit together.
+    """
+    if implementation not in ("auto", "reference", "chunked"):
+        raise ValueError(f"unknown implementation '{implementation}'")
+    if normaliser == "sum":
+        v = append_ones(v)
+    _check_shapes(q, k, v, decay, initial_state, mask)
+    # Autocast would turn the float32 sums into bfloat16.
+    with torch.autocast(q.device.type, enabled=False):
+        if implementation == "reference":
+            output, state = linear_attention_reference(q, k, v, decay, initial_state, mask)
+        else:
+            output, state = linear_attention_chunked(
+                q, k, v, decay, initial_state, mask, chunk_size
+            )
+        if normaliser == "sum":
+            output = divide_by_last(output)
+    return output.to(q.dtype), state
+
+
+def linear_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The dense form: all T x T weights at once. Shapes as in :func:`linear_attention`.
+
+    Returns float32 output and state. For checks; its memory grows with T squared.
+    """
+    B, T, H, Dk = q.shape
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    slope = _slope(decay)[:, None]
+    valid = q.new_ones(B, T, dtype=torch.bool) if mask is None else mask
+    age = valid.cumsum(1)[:, None].float()  # (B, 1, T)
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril() & valid[:, None, None]
+    exponent = (age[..., :, None] - age[..., None, :]).clamp(min=0)
+    weights = torch.exp(-slope[..., None] * exponent) * causal
+    output = (q @ k.mT * weights) @ v
+    left = torch.exp(-slope * (age[..., -1:] - age)) * valid[:, None]  # (B, H, T)
+    state = (k * left[..., None]).mT @ v
+    if initial_state is not None:
+        initial_state = initial_state.float()
+        output = output + torch.exp(-slope * age)[..., None] * (q @ initial_state)
+        state = state + torch.exp(-slope * age[..., -1:])[..., None] * initial_state
+    return output.transpose(1, 2), state
+
+
+def linear_attention_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The chunked form, linear in T. Shapes as in :func:`linear_attention`; float32 results.
+
+    Key/value heads are never repeated: the G = H / K query heads of a group are rows of one
+    matrix product.
+    """
+    B, T, H, Dk = q.shape
+    K, Dv = v.shape[2], v.shape[3]
+    G, C = H // K, min(chunk_size, T)
+    N = -(-T // C)
+    slope = _slope(decay).view(K, G)
+    ages, valid = _chunk_ages(mask, B, T, N, C, q.device)  # (b, N, C), b = 1 without a mask
+    # (B, K, N, G, C, Dk), (B, K, N, C, Dk), (B, K, N, C, Dv)
+    q = _into_chunks(q, N, C).view(B, N, C, K, G, Dk).permute(0, 3, 1, 4, 2, 5)
+    k, v = (_into_chunks(x, N, C).permute(0, 3, 1, 2, 4) for x in (k, v))
+
+    # Inside the chunks.
+    scores = (q.reshape(B, K, N, G * C, Dk) @ k.mT).view(B, K, N, G, C, C)
+    # Without a mask all chunks agree: the last one is filled up, but with keys that are zero.
+    alike = slice(0, 1) if mask is None else slice(None)
+    weights = _inner_weights(slope, ages[:, alike], valid[:, alike])  # (b, K, n, G, C, C)
+    inner = (scores.float() * weights).to(v.dtype).view(B, K, N, G * C, C) @ v
+    output = inner.view(B, K, N, G, C, Dv).float()
+
+    # What each chunk adds to the state at its end, and the state at each chunk's border.
+    # (b, N, C) against (K, G) -> (b, K, N, G, C)
+    s = slope[None, :, None, :, None]
+    age, end = ages[:, None, :, None, :], ages[:, None, :, None, -1:]
+    left = torch.exp(-s * (end - age)) * valid[:, None, :, None, :]
+    weighted = k[:, :, :, None] * left[..., None].to(k.dtype)  # (B, K, N, G, C, Dk)
+    added = (weighted.mT @ v[:, :, :, None]).float()  # (B, K, N, G, Dk, Dv)
+    kept = torch.exp(-s * end)[..., None]  # (b, K, N, G, 1, 1)
+    state = (
+        added.new_zeros(B, K, G, Dk, Dv)
+        if initial_state is None
+        else initial_state.float().view(B, K, G, Dk, Dv)
+    )
+    borders = []
+    for n in range(N):
+        borders.append(state)
+        state = kept[:, :, min(n, kept.shape[2] - 1)] * state + added[:, :, n]
+    if initial_state is not None or N > 1:
+        before = torch.stack(borders, dim=2).to(q.dtype)
+        output = output + torch.exp(-s * age)[..., None] * (q @ before).float()
+    output = output.permute(0, 2, 4, 1, 3, 5).reshape(B, N * C, H, Dv)[:, :T]
+    return output, state.reshape(B, H, Dk, Dv)
+
+
+def append_ones(v: Tensor) -> Tensor:
+    """v (..., Dv) -> (..., Dv + 1): the column that sums the weights."""
+    return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+
+
+def divide_by_last(output: Tensor) -> Tensor:
+    """(..., Dv + 1) -> (..., Dv), divided by the last column; 0 where nothing was written."""
+    total = output[..., -1:]
+    return output[..., :-1] / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _slope(decay: Tensor) -> Tensor:
+    # The logarithm in decay's own type: near gamma = 1 float32 has few digits left.
+    return -torch.log(decay).float()
+
+
+def _into_chunks(x: Tensor, N: int, C: int) -> Tensor:
+    """(B, T, heads, D) -> (B, N, C, heads, D), the last chunk filled with zeros."""
+    x = F.pad(x, (0, 0, 0, 0, 0, N * C - x.shape[1]))
+    return x.view(x.shape[0], N, C, *x.shape[2:])
+
+
+def _chunk_ages(
+    mask: Tensor | None, B: int, T: int, N: int, C: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Valid tokens of its chunk up to each token, and which are valid: (B or 1, N, C) float32."""
+    valid = torch.ones(1, T, device=device) if mask is None else mask.float()
+    valid = F.pad(valid, (0, N * C - T)).view(-1, N, C)
+    return valid.cumsum(-1), valid
+
+
+def _inner_weights(slope: Tensor, ages: Tensor, valid: Tensor) -> Tensor:
+    """gamma^(n_i - n_j) for valid j <= i of a chunk: (b, K, n, G, C, C)."""
+    exponent = (ages[..., :, None] - ages[..., None, :]).clamp(min=0)
+    causal = torch.ones(exponent.shape[-2:], device=exponent.device).tril()
+    seen = causal * valid[..., None, :]
+    decayed = torch.exp(-slope[None, :, None, :, None, None] * exponent[:, None, :, None])
+    return decayed * seen[:, None, :, None]
+
+
+def _check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    B, T, H, Dk = q.shape
+    K, Dv = v.shape[2:]
+    if tuple(k.shape) != (B, T, K, Dk) or tuple(v.shape[:2]) != (B, T) or H % K or T < 1:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together"
+        )
+    if tuple(decay.shape) != (H,):
+        raise ValueError(f"decay must have shape ({H},), not {tuple(decay.shape)}")
+    if mask is not None and tuple(mask.shape) != (B, T):
+        raise ValueError(f"mask must have shape ({B}, {T}), not {tuple(mask.shape)}")
+    if initial_state is not None and tuple(initial_state.shape) != (B, H, Dk, Dv):
+        raise ValueError(
+            f"initial_state must have shape ({B}, {H}, {Dk}, {Dv}), "
+            f"not {tuple(initial_state.shape)}"
+        )

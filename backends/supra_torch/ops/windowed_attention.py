@@ -1,0 +1,146 @@
+"""Softmax weights inside a window, linear weights before it, one sum for both.
+
+With W the window and j <= t::
+
+    w_tj = exp(q_t . k_j / sqrt(d))                              t - W < j
+    w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
+    o_t  = sum_j w_tj v_j / sum_j w_tj
+
+The far sum is :func:`linear_attention` over keys and values that lag W tokens behind. The two
+are joined as averages weighted by their logarithmic mass, so neither can overflow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supra_torch.ops.linear_attention import append_ones, linear_attention_chunked
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """The last W tokens, right-aligned, and the sum of all tokens before them.
+
+    keys (B, W, K, d); values (B, W, K, Dv); features (B, W, K, Dk); valid (B, W) bool;
+    state (B, H, Dk, Dv + 1) float32.
+    """
+
+    keys: Tensor
+    values: Tensor
+    features: Tensor
+    valid: Tensor
+    state: Tensor
+
+    @staticmethod
+    def empty(window: int, k: Tensor, v: Tensor, phi_k: Tensor, heads: int) -> WindowState:
+        """The state before any token, typed and placed as the given tensors."""
+        B, Dk, Dv = k.shape[0], phi_k.shape[-1], v.shape[-1]
+        buffers = (x.new_zeros(B, window, *x.shape[2:]) for x in (k, v, phi_k))
+        return WindowState(
+            *buffers,
+            valid=torch.zeros(B, window, dtype=torch.bool, device=k.device),
+            state=torch.zeros(B, heads, Dk, Dv + 1, device=k.device),
+        )
+
+
+def windowed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    decay: Tensor,
+    log_far_gain: Tensor,
+    window: int,
+    *,
+    initial_state: WindowState | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, WindowState]:
+    """Windowed softmax attention over a linear state.
+
+    q (B, T, H, d), k (B, T, K, d), rotated; v (B, T, K, Dv); phi_q (B, T, H, Dk), phi_k
+    (B, T, K, Dk) >= 0; decay (H,); log_far_gain (H,); mask (B, T) bool. Returns the output
+    (B, T, H, Dv) in q's type and the state after the last token.
+    """
+    T, H = q.shape[1], q.shape[2]
+    before = initial_state or WindowState.empty(window, k, v, phi_k, H)
+    new = mask if mask is not None else torch.ones_like(q[:, :, 0, 0], dtype=torch.bool)
+    valid = torch.cat([before.valid, new], dim=1)
+    k, v, phi_k = (
+        torch.cat([old, x], dim=1)
+        for old, x in ((before.keys, k), (before.values, v), (before.features, phi_k))
+    )
+    order = None
+    if mask is not None:
+        # Valid tokens move to the right end, so that W slots are W tokens.
+        order = torch.argsort(valid.int(), dim=1, stable=True)
+        valid = valid.gather(1, order)
+        k, v, phi_k = (_gather(x, order) for x in (k, v, phi_k))
+        q, phi_q = (_gather(_in_front(x, window), order)[:, window:] for x in (q, phi_q))
+    with torch.autocast(q.device.type, enabled=False):
+        near, near_mass = _near(q, k, v, valid, window)
+        # An empty buffer holds zeros, which write nothing: no mask, and one decay for all rows.
+        written = None if mask is None and initial_state is None else valid[:, :T]
+        far, state = linear_attention_chunked(
+            phi_q, phi_k[:, :T], append_ones(v[:, :T]), decay, before.state, written
+        )
+        output = _join(near, near_mass, far, log_far_gain.float())
+    if order is not None:
+        output = _gather(_in_front(output, window), torch.argsort(order, dim=1))[:, window:]
+    last = (x[:, T:] for x in (k, v, phi_k))
+    return output.to(q.dtype), WindowState(*last, valid=valid[:, T:], state=state)
+
+
+def _in_front(x: Tensor, slots: int) -> Tensor:
+    """x (B, T, heads, D) with zero slots before the first token."""
+    return F.pad(x, (0, 0, 0, 0, slots, 0))
+
+
+def _gather(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(1, order[..., None, None].expand(-1, -1, *x.shape[2:]))
+
+
+def _near(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Softmax over the window: averages (B, T, H, Dv) and log masses (B, T, H, 1), float32.
+
+    k, v and valid have W more slots in front than q. Blocks of C queries see W + C slots.
+    """
+    B, T, H, d = q.shape
+    K, Dv = v.shape[2:]
+    G, C = H // K, min(max(window, 64), T)
+    N = -(-T // C)
+    fill = N * C - T
+    q = F.pad(q, (0, 0, 0, 0, 0, fill)).view(B, N, C, K, G, d)
+    q = q.permute(0, 3, 1, 4, 2, 5).reshape(B, K, N, G * C, d)
+    k, v = (F.pad(x, (0, 0, 0, 0, 0, fill)).unfold(1, C + window, C) for x in (k, v))
+    k, v = k.permute(0, 2, 1, 3, 4), v.permute(0, 2, 1, 4, 3)  # (B,K,N,d,S), (B,K,N,S,Dv)
+    seen = F.pad(valid, (0, fill)).unfold(1, C + window, C)  # (B, N, S)
+    i = torch.arange(C, device=q.device)[:, None]
+    j = torch.arange(C + window, device=q.device)
+    band = (j > i) & (j <= i + window)
+    allowed = (band & seen[:, :, None])[:, None, :, None]  # (B, 1, N, 1, C, S)
+    scores = (q @ k).view(B, K, N, G, C, C + window).float() / math.sqrt(d)
+    # A large finite number: padding queries see nothing, and -inf would make them NaN.
+    scores = scores.masked_fill(~allowed, -1e30)
+    mass = torch.logsumexp(scores, dim=-1, keepdim=True)
+    weights = torch.exp(scores - mass).to(v.dtype).view(B, K, N, G * C, C + window)
+    near = (weights @ v).view(B, K, N, G, C, Dv).float()
+
+    def out(x: Tensor) -> Tensor:
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(B, N * C, H, x.shape[-1])[:, :T]
+
+    return out(near), out(mass)
+
+
+def _join(near: Tensor, near_mass: Tensor, far: Tensor, log_far_gain: Tensor) -> Tensor:
+    total = far[..., -1:]
+    empty = total <= 0
+    total = torch.where(empty, torch.ones_like(total), total)
+    far_mass = torch.log(total) + log_far_gain[:, None]
+    share = torch.sigmoid(far_mass - near_mass).masked_fill(empty, 0.0)
+    return near + share * (far[..., :-1] / total - near)

@@ -1,0 +1,191 @@
+"""A transformer's spec and weights -> a linear one's spec and initial weights.
+
+Two presets:
+
+- ``paper``: exactly the published model (arXiv 2405.06640): relu(W z + b) over all heads, W and
+  b at random, RoPE after it, lightning decay, GroupNorm.
+- ``aligned``: starts close to the transformer: each head's own [softmax(W z), softmax(-W z)]
+  (Hedgehog, arXiv 2402.04347) with W the identity and b zero, RoPE before it as the transformer
+  has it, a normaliser by the sum, a decay that is learned, a gain for each head that is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+
+from supra_core.decay import slopes
+from supra_core.errors import SpecError
+from supra_core.layout import layer_prefix, mixer_shapes, tensor_shapes
+from supra_core.spec import (
+    Decay,
+    FeatureMap,
+    GroupNorm,
+    Identity,
+    LearnedDecay,
+    LightningDecay,
+    LinearAttention,
+    ModelSpec,
+    NoDecay,
+    Normaliser,
+    Projection,
+    RetnetDecay,
+    SoftmaxAttention,
+    SumNormaliser,
+)
+from supra_core.tensors import LazyTensor, TensorSource
+
+Preset = Literal["paper", "aligned"]
+FeatureMapName = Literal["relu", "signed_relu", "signed_softmax", "none"]
+DecayName = Literal["lightning", "retnet", "none", "learned"]
+OutputNormName = Literal["group_norm", "sum"]
+
+
+@dataclass(frozen=True)
+class LinearizeOptions:
+    """A preset and what differs from it; None leaves a choice to the preset.
+
+    ``window``: tokens that keep softmax weights; 0 for none. ``keep_softmax``: layers that stay
+    as they are. ``seed``: of the random weights, where there are any.
+    """
+
+    preset: Preset = "aligned"
+    feature_map: FeatureMapName | None = None
+    decay: DecayName | None = None
+    output_norm: OutputNormName | None = None
+    window: int | None = None
+    keep_softmax: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (
+            ("--recipe", self.preset, Preset),
+            ("--feature-map", self.feature_map, FeatureMapName),
+            ("--decay", self.decay, DecayName),
+            ("--output-norm", self.output_norm, OutputNormName),
+        ):
+            if value is not None and value not in get_args(kind):
+                raise SpecError(
+                    f"{name} '{value}' is unknown: use one of {', '.join(get_args(kind))}"
+                )
+
+
+def linearize(
+    spec: ModelSpec, tensors: Mapping[str, LazyTensor], options: LinearizeOptions
+) -> tuple[ModelSpec, TensorSource]:
+    """The linear model's spec and weights; kept weights stay lazy.
+
+    Raises SpecError when the source is no transformer or a choice is impossible.
+    """
+    if not spec.is_transformer:
+        raise SpecError(
+            "the source already has linear attention: convert it with --no-linearize, or start "
+            "from the transformer"
+        )
+    wrong = [index for index in options.keep_softmax if not 0 <= index < spec.num_hidden_layers]
+    if wrong:
+        raise SpecError(
+            f"--keep-softmax names layer {wrong[0]}, but the model has layers 0 to "
+            f"{spec.num_hidden_layers - 1}"
+        )
+    mixer = linear_mixer(spec, options)
+    mixers = [
+        layer.mixer if index in options.keep_softmax else mixer
+        for index, layer in enumerate(spec.layers)
+    ]
+    linear = replace(
+        spec.with_mixers(mixers), provenance=replace(spec.provenance, recipe=options.preset)
+    )
+    new = dict(tensors)
+    for index in range(spec.num_hidden_layers):
+        if index not in options.keep_softmax:
+            prefix = layer_prefix(index) + "self_attn."
+            for name, array in initial_tensors(spec, mixer, options.seed + index).items():
+                new[prefix + name] = LazyTensor.of(array)
+    return linear, {name: new[name] for name in tensor_shapes(linear)}
+
+
+def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:
+    """The mixer a preset and its overrides describe for this model."""
+    paper = options.preset == "paper"
+    heads = spec.num_attention_heads
+    activation = options.feature_map or ("relu" if paper else "signed_softmax")
+    norm_name = options.output_norm or ("group_norm" if paper else "sum")
+    grouped = isinstance(_NORMALISERS[norm_name], GroupNorm)
+    scope: Literal["all_heads", "per_head"] = "all_heads" if paper else "per_head"
+    shared = paper and heads == spec.num_key_value_heads
+    feature_map = FeatureMap(
+        activation,
+        spec.head_dim,
+        Identity() if activation == "none" else Projection(scope, shared=shared),
+    )
+    published_scale = activation in ("relu", "signed_relu", "none")
+    return LinearAttention(
+        feature_map=feature_map,
+        rope="after" if grouped else "before",
+        decay=_DECAYS[options.decay or ("lightning" if paper else "learned")],
+        normaliser=_NORMALISERS[norm_name],
+        key_scale=feature_map.output_size**-0.5 if published_scale else 1.0,
+        gain="none" if paper else "per_head",
+        window=_window(options.window),
+    )
+
+
+def initial_tensors(
+    spec: ModelSpec, mixer: LinearAttention, seed: int
+) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    """What a linear mixer has and the transformer's has not, by name under ``self_attn.``."""
+    softmax = mixer_shapes(spec, SoftmaxAttention())
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in mixer_shapes(spec, mixer).items():
+        if name not in softmax:
+            array = _initial(name, shape, spec, mixer, generator)
+            tensors[name] = array.astype(np.float32)
+    return tensors
+
+
+def _initial(
+    name: str,
+    shape: tuple[int, ...],
+    spec: ModelSpec,
+    mixer: LinearAttention,
+    generator: np.random.Generator,
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    projection = mixer.feature_map.projection
+    if name == "log_slope":
+        return np.log(slopes(LightningDecay(), spec.num_attention_heads))
+    if name == "log_far_gain":
+        return np.zeros(shape)
+    if name in ("gain", "q_norm.weight", "k_norm.weight"):
+        return np.ones(shape)
+    assert isinstance(projection, Projection)
+    if projection.scope == "per_head":
+        if name.endswith("bias"):
+            return np.zeros(shape)
+        return np.broadcast_to(np.eye(shape[1], shape[2]), shape).copy()
+    # torch's default for a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), bias included.
+    heads = spec.num_attention_heads if name.startswith("q_") else spec.num_key_value_heads
+    bound = 1.0 / math.sqrt(heads * spec.head_dim)
+    return generator.uniform(-bound, bound, size=shape)
+
+
+def _window(window: int | None) -> int | None:
+    if window is None or window == 0:
+        return None
+    if window < 0:
+        raise SpecError(f"--window must be a positive number of tokens, not {window}")
+    return window
+
+
+_DECAYS: dict[DecayName, Decay] = {
+    "lightning": LightningDecay(),
+    "retnet": RetnetDecay(),
+    "none": NoDecay(),
+    "learned": LearnedDecay(),
+}
+_NORMALISERS: dict[OutputNormName, Normaliser] = {"group_norm": GroupNorm(), "sum": SumNormaliser()}
