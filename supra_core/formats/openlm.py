@@ -8,7 +8,9 @@ from typing import Any
 
 from supra_core.errors import FormatError, SpecError, SupraError
 from supra_core.formats import safetensors, torch_pickle
+from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
+from supra_core.formats.conversion import converted
 from supra_core.formats.jsonfile import read_object, write_object
 from supra_core.formats.openlm_config import config_to_spec, is_config, spec_to_config
 from supra_core.formats.openlm_tensors import canonical_tensors, published_tensors
@@ -53,14 +55,14 @@ def write(
     config = spec_to_config(spec)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
     target = dtype_named(dtype)
-    converted = {
-        name: tensor.astype(target) for name, tensor in published_tensors(spec, tensors).items()
+    stored = {
+        name: converted(name, tensor, target)
+        for name, tensor in published_tensors(spec, tensors).items()
     }
     with atomic_folder(out, force, holds="config.json") as folder:
         write_object(folder / "config.json", {**config, "torch_dtype": dtype})
-        safetensors.write_folder(folder, converted, progress=progress)
-        for name, content in assets.items():
-            (folder / name).write_bytes(content)
+        safetensors.write_folder(folder, stored, progress=progress)
+        write_assets(folder, assets)
 
 
 def _model(

@@ -45,9 +45,8 @@ _STORAGE_TYPES: dict[str, np.dtype[np.generic]] = {
 
 # Globals that are values, not calls: their name stands for them.
 _DTYPE_NAMES = frozenset(
-    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+    ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
 )
-
 _NUMBER_TYPES = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
 
 

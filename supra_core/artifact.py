@@ -1,0 +1,211 @@
+"""The artifact: one folder that is a supra model.
+
+``config.json`` (``model_type: "supra"``) states the sizes under Hugging Face's names, the layers'
+types as that ecosystem writes them, and the rest of the spec; weights are safetensors in the
+canonical layout; tokenizer, generation config and a model card stand beside them. What the config
+states twice for other readers is checked when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from supra_core.errors import FormatError, SpecError
+from supra_core.families.fields import Fields
+from supra_core.formats import safetensors
+from supra_core.formats.assets import write_assets
+from supra_core.formats.atomic import atomic_folder
+from supra_core.formats.conversion import converted
+from supra_core.formats.jsonfile import read_object, write_object
+from supra_core.formats.safetensors import Progress
+from supra_core.layout import FLOAT32_SUFFIXES, check_tensors, parameter_count
+from supra_core.spec import ModelSpec
+from supra_core.tensors import DTYPES, LazyTensor, TensorSource, dtype_named
+
+MODEL_TYPE = "supra"
+ARCHITECTURE = "SupraForCausalLM"
+FORMAT_VERSION = 1
+
+CONFIG = "config.json"
+
+# The spec's fields as config.json states them; ``layers`` is stored as a table instead.
+_SPEC_FIELDS = tuple(name for name in ModelSpec.__dataclass_fields__ if name != "layers")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that was read: its spec and its tensors under canonical names."""
+
+    spec: ModelSpec
+    tensors: dict[str, LazyTensor]
+    path: Path
+    dtype: str
+
+
+def spec_to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
+    """``config.json`` of a model whose weights are stored as ``dtype``.
+
+    Mixers that several layers share stand once, in ``mixers``; ``layer_mixers`` holds each
+    layer's index into it.
+    """
+    dtype_named(dtype)
+    fields = spec.to_dict()
+    mixers: list[dict[str, Any]] = []
+    layer_mixers: list[int] = []
+    for layer in fields.pop("layers"):
+        if layer["mixer"] not in mixers:
+            mixers.append(layer["mixer"])
+        layer_mixers.append(mixers.index(layer["mixer"]))
+    eos = fields["eos_token_id"]
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "format_version": FORMAT_VERSION,
+        "torch_dtype": dtype,
+        **fields,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "hidden_act": "silu",
+        "num_hidden_layers": spec.num_hidden_layers,
+        "layer_types": [layer.mixer.layer_type for layer in spec.layers],
+        "mixers": mixers,
+        "layer_mixers": layer_mixers,
+    }
+
+
+def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
+    """The spec ``config.json`` states; ``where`` names it in errors.
+
+    Raises :class:`SpecError` for what is missing, wrong, newer than this version, or contradicts
+    itself. Fields that other programs add are ignored.
+    """
+    fields = Fields(config, where)
+    if config.get("model_type") != MODEL_TYPE:
+        raise fields.error(f"field model_type must be '{MODEL_TYPE}' for a supra model")
+    version = fields.integer("format_version")
+    if version > FORMAT_VERSION:
+        raise fields.error(
+            f"field format_version is {version}, but this supra reads up to {FORMAT_VERSION}: "
+            "upgrade supra"
+        )
+    if fields.text("hidden_act", default="silu") != "silu":
+        raise fields.error("field hidden_act must be silu")
+    stated = {name: config[name] for name in _SPEC_FIELDS if name in config}
+    stated["eos_token_id"] = list(fields.tokens("eos_token_id"))
+    try:
+        spec = ModelSpec.from_dict({**stated, "layers": _layers(fields)})
+    except SpecError as error:
+        raise (error if str(error).startswith(where) else fields.error(str(error))) from None
+    _check_repeated(fields, spec)
+    return spec
+
+
+def read(folder: str | Path) -> Artifact:
+    """The model in ``folder``; every tensor's name, shape and type is checked, none is read."""
+    folder = Path(folder)
+    config_path = folder / CONFIG
+    config = read_object(config_path)
+    if "quantization" in config:
+        raise FormatError(f"{config_path} states quantised weights, which cannot be read here")
+    spec = config_to_spec(config, str(config_path))
+    fields = Fields(config, str(config_path))
+    dtype = fields.text("torch_dtype", "dtype")
+    if dtype not in DTYPES:
+        raise fields.error(f"field torch_dtype is '{dtype}': known are {', '.join(DTYPES)}")
+    tensors = safetensors.read_folder(folder)
+    check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
+    for name, tensor in tensors.items():
+        if tensor.dtype != stored_dtype(name, dtype):
+            raise FormatError(
+                f"{folder}: {name} is {tensor.dtype}, but {CONFIG} states {dtype}: convert the "
+                "model again"
+            )
+    return Artifact(spec, tensors, folder, dtype)
+
+
+def write(
+    out: str | Path,
+    spec: ModelSpec,
+    tensors: TensorSource,
+    assets: Mapping[str, bytes],
+    *,
+    force: bool = False,
+    dtype: str,
+    progress: Progress | None = None,
+) -> None:
+    """Write the artifact folder ``out``, whole or not at all.
+
+    ``assets``: file name -> bytes, e.g. the tokenizer's. Weights are converted to ``dtype`` one
+    by one; ``progress`` is called with the bytes written and the bytes in all. An existing
+    ``out`` is refused unless ``force``, and then replaced once the new folder is complete.
+    """
+    config = spec_to_config(spec, dtype)
+    check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
+    stored = {
+        name: converted(name, tensor, stored_dtype(name, dtype)) for name, tensor in tensors.items()
+    }
+    with atomic_folder(out, force, holds=CONFIG) as folder:
+        write_object(folder / CONFIG, config)
+        safetensors.write_folder(folder, stored, progress=progress)
+        (folder / "README.md").write_text(model_card(spec, dtype), encoding="utf-8")
+        write_assets(folder, assets)
+
+
+def stored_dtype(name: str, dtype: str) -> np.dtype[np.generic]:
+    """The type tensor ``name`` has in an artifact of type ``dtype``."""
+    return DTYPES["float32"] if name.endswith(FLOAT32_SUFFIXES) else dtype_named(dtype)
+
+
+def model_card(spec: ModelSpec, dtype: str) -> str:
+    """The folder's README.md: what the model is and where it came from."""
+    kinds = [layer.mixer.layer_type for layer in spec.layers]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    origin = spec.provenance
+    rows = {
+        "Source": origin.source or "not stated",
+        "Source family": origin.family or "not stated",
+        "Recipe": origin.recipe or "none (converted as it was)",
+        "Tokens trained after conversion": f"{origin.trained_tokens:,}",
+        "Parameters": f"{parameter_count(spec):,}",
+        "Layers": counts,
+        "Weights": dtype,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        "---\nlibrary_name: supra\npipeline_tag: text-generation\ntags:\n- supra\n---\n\n"
+        f"# {origin.source or 'A supra model'}\n\n"
+        "Converted with [supra](https://pypi.org/project/supra-lm/). The terms of the source "
+        "model's licence apply.\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
+        "## Quality\n\nNot measured yet: `supra eval` measures it.\n"
+    )
+
+
+def _layers(fields: Fields) -> list[dict[str, Any]]:
+    mixers, indices = _table(fields, "mixers"), _table(fields, "layer_mixers")
+    for index in indices:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(mixers):
+            raise fields.error(f"field layer_mixers holds {index!r}, which is no index into mixers")
+    return [{"mixer": mixers[index]} for index in indices]
+
+
+def _table(fields: Fields, name: str) -> list[Any]:
+    value = fields.values.get(name)
+    if not isinstance(value, list) or not value:
+        raise fields.error(f"field {name} must be a list with at least one entry")
+    return value
+
+
+def _check_repeated(fields: Fields, spec: ModelSpec) -> None:
+    """What other programs read must say what the spec says."""
+    repeated = {
+        "num_hidden_layers": spec.num_hidden_layers,
+        "layer_types": [layer.mixer.layer_type for layer in spec.layers],
+    }
+    for name, expected in repeated.items():
+        if name in fields.values and fields.values[name] != expected:
+            raise fields.error(f"field {name} contradicts layer_mixers, which gives {expected}")

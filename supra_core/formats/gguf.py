@@ -1,0 +1,271 @@
+"""GGUF files: a Llama-shaped model's config and weights, dequantised tensor by tensor.
+
+llama.cpp stores the rows of q and k in the order its interleaved rotation wants; here they are
+put back into Hugging Face's half-split order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from supra_core import families
+from supra_core.errors import FormatError, SpecError
+from supra_core.formats.gguf_tokenizer import tokenizer_assets
+from supra_core.formats.mapping import mapped, read_range
+from supra_core.layout import check_tensors
+from supra_core.rotary import inverse_frequencies
+from supra_core.spec import Llama3Scaling, ModelSpec, RotaryEmbedding
+from supra_core.tensors import BFLOAT16, Array, LazyTensor
+
+_ARCHITECTURE = "llama"  # Mistral's files state it too.
+_ROPE_FACTORS = "rope_freqs.weight"
+
+_PLAIN: dict[str, np.dtype[np.generic]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+}
+_QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+# What every Llama 3.1 and later states; a GGUF stores only what follows from it.
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A file that was read; ``assets()`` builds its tokenizer's files, which takes seconds."""
+
+    spec: ModelSpec
+    tensors: dict[str, LazyTensor]
+    assets: Callable[[], dict[str, bytes]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where one tensor lies in the file; ``shape`` is row-major."""
+
+    kind: Any
+    shape: tuple[int, ...]
+    offset: int
+    byte_shape: tuple[int, ...]
+
+
+def read(path: str | Path) -> GgufModel:
+    """The model in ``path``; :class:`FormatError` if it is damaged or of an unknown kind."""
+    path = Path(path)
+    metadata, stored = _parse(path)
+    config = _config(path, metadata, stored)
+    spec = families.config_to_spec(config, str(path))
+    tensors: dict[str, LazyTensor] = {}
+    for name, entry in stored.items():
+        if name != _ROPE_FACTORS:
+            tensors[_canonical_name(name)] = _tensor(path, name, entry, spec)
+    check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
+    return GgufModel(spec, tensors, partial(tokenizer_assets, path, metadata, spec))
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist: check the path")
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        metadata = {name: entry.contents() for name, entry in reader.fields.items()}
+        stored = {
+            tensor.name: _Stored(
+                tensor.tensor_type,
+                tuple(int(extent) for extent in reversed(tensor.shape)),
+                int(tensor.data_offset),
+                tuple(int(extent) for extent in tensor.data.shape),
+            )
+            for tensor in reader.tensors
+        }
+    except Exception as error:  # The library raises whatever a damaged header runs into.
+        raise FormatError(
+            f"{path}: truncated or damaged GGUF file ({error}): get the file again"
+        ) from None
+    return metadata, stored
+
+
+# --- config ---------------------------------------------------------------------------------
+
+
+def _config(path: Path, metadata: dict[str, Any], stored: dict[str, _Stored]) -> dict[str, Any]:
+    """The Hugging Face config the metadata amounts to."""
+    _refuse_unsupported(path, metadata)
+
+    def stated(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{_ARCHITECTURE}.{key}", default)
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            return value[0]
+        return _shortest(value) if isinstance(value, float) else value
+
+    embedding = stored.get("token_embd.weight")
+    heads, hidden = stated("attention.head_count"), stated("embedding_length")
+    whole = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
+    head_dim = stated("attention.key_length", hidden // heads if whole else None)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if stated(key, head_dim) != head_dim:
+            raise FormatError(
+                f"{path}: {_ARCHITECTURE}.{key} is {stated(key)}, which differs from the head size "
+                f"{head_dim} and is not supported: use another model"
+            )
+    window = stated("attention.sliding_window")
+    base = stated("rope.freq_base", 10000.0)
+    return {
+        "model_type": "mistral" if window else "llama",
+        "sliding_window": window or None,
+        "hidden_size": hidden,
+        "intermediate_size": stated("feed_forward_length"),
+        "num_hidden_layers": stated("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": stated("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": embedding.shape[0] if embedding else stated("vocab_size"),
+        "rms_norm_eps": stated("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": stated("context_length"),
+        "rope_theta": base,
+        "rope_scaling": _rope_scaling(path, stated, stored, base, head_dim),
+        "attention_bias": "blk.0.attn_q.bias" in stored,
+        "tie_word_embeddings": "output.weight" not in stored,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _stop_tokens(metadata),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _refuse_unsupported(path: Path, metadata: dict[str, Any]) -> None:
+    architecture = metadata.get("general.architecture")
+    if architecture != _ARCHITECTURE:
+        raise SpecError(
+            f"{path}: general.architecture is {architecture!r}, but only '{_ARCHITECTURE}' (Llama "
+            "and Mistral) is supported"
+        )
+    if metadata.get("split.count", 1) > 1:
+        raise FormatError(f"{path} is one part of a split model: merge it with gguf-split first")
+    if metadata.get(f"{_ARCHITECTURE}.expert_count", 0):
+        raise SpecError(f"{path} is a mixture of experts, which is not supported")
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same float32, e.g. 1e-05 for 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _stop_tokens(metadata: dict[str, Any]) -> list[int]:
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    return list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
+
+
+def _rope_scaling(
+    path: Path, stated: Callable[..., Any], stored: dict[str, _Stored], base: float, head_dim: int
+) -> dict[str, Any] | None:
+    kind = stated("rope.scaling.type", "none")
+    factor = stated("rope.scaling.factor", stated("rope.scale_linear", 1.0))
+    if _ROPE_FACTORS in stored:
+        return _llama3_scaling(
+            path,
+            stored[_ROPE_FACTORS],
+            RotaryEmbedding(base=base),
+            head_dim,
+            stated("rope.scaling.original_context_length", _LLAMA3_ORIGINAL),
+        )
+    if kind == "linear" or (kind == "none" and factor not in (0.0, 1.0)):
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "none":
+        raise SpecError(f"{path}: rope scaling '{kind}' is not supported: known is linear")
+    return None
+
+
+def _llama3_scaling(
+    path: Path, entry: _Stored, rope: RotaryEmbedding, head_dim: int, original: int
+) -> dict[str, Any] | None:
+    """Llama 3's scaling, recovered from the divisors of the frequencies it amounts to."""
+    divisors = read_range(path, entry.offset, entry.shape, np.dtype(np.float32)).astype(np.float64)
+    if (divisors == 1).all():
+        return None
+    scaling = Llama3Scaling(_shortest(divisors.max()), _LLAMA3_LOW, _LLAMA3_HIGH, original)
+    scaled = inverse_frequencies(RotaryEmbedding(base=rope.base, scaling=scaling), head_dim)
+    expected = inverse_frequencies(rope, head_dim) / scaled
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise SpecError(
+            f"{path}: {_ROPE_FACTORS} is no Llama 3 rope scaling, which is not supported: convert "
+            "from the Hugging Face folder instead"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }
+
+
+# --- tensors --------------------------------------------------------------------------------
+
+
+def _canonical_name(name: str) -> str:
+    """The canonical name, or ``name`` itself where there is none (and the check lists it)."""
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _NAMES:
+        return f"model.layers.{parts[1]}.{_NAMES[parts[2]]}.{parts[3]}"
+    if len(parts) == 2 and parts[0] in _NAMES:
+        return f"{_NAMES[parts[0]]}.{parts[1]}"
+    return name
+
+
+def _tensor(path: Path, name: str, entry: _Stored, spec: ModelSpec) -> LazyTensor:
+    tensor = _numbers(path, name, entry)
+    for projection, heads in (
+        (".attn_q.", spec.num_attention_heads),
+        (".attn_k.", spec.num_key_value_heads),
+    ):
+        if projection in name:
+            return tensor.map(tensor.shape, partial(_half_split_rows, heads=heads))
+    return tensor
+
+
+def _numbers(path: Path, name: str, entry: _Stored) -> LazyTensor:
+    kind = entry.kind.name
+    if kind in _PLAIN:
+        return mapped(path, entry.offset, entry.shape, _PLAIN[kind])
+    if kind not in _QUANTISED:
+        known = ", ".join((*_PLAIN, *_QUANTISED))
+        raise FormatError(f"{path}: {name} has type {kind}, which is not supported: known: {known}")
+
+    def read() -> Array:
+        from gguf.quants import dequantize
+
+        blocks = read_range(path, entry.offset, entry.byte_shape, np.dtype(np.uint8))
+        numbers: Array = dequantize(blocks, entry.kind).reshape(entry.shape)
+        return numbers
+
+    return LazyTensor(entry.shape, np.dtype(np.float32), read)
+
+
+def _half_split_rows(rows: Array, heads: int) -> Array:
+    """Each head's rows from pairs (0, d/2), (1, d/2 + 1), ... to first halves, second halves."""
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

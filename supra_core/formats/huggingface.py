@@ -1,0 +1,76 @@
+"""Plain transformers in Hugging Face's layout: a config of a known family beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from supra_core import families
+from supra_core.errors import FormatError
+from supra_core.formats import safetensors, torch_pickle
+from supra_core.formats.assets import write_assets
+from supra_core.formats.atomic import atomic_folder
+from supra_core.formats.conversion import converted
+from supra_core.formats.jsonfile import write_object
+from supra_core.formats.safetensors import Progress
+from supra_core.layout import check_tensors
+from supra_core.spec import ModelSpec
+from supra_core.tensors import LazyTensor, TensorSource, dtype_named
+
+# Tables that older checkpoints store and every program computes.
+_COMPUTED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
+
+def read(
+    folder: Path, config: dict[str, Any], where: str
+) -> tuple[ModelSpec, dict[str, LazyTensor]]:
+    """The model in ``folder`` under ``config``, which stands in the file ``where``."""
+    spec = families.config_to_spec(config, where)
+    tensors = _kept(spec, _read_weights(folder))
+    check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
+    return spec, tensors
+
+
+def write(
+    out: str | Path,
+    spec: ModelSpec,
+    tensors: TensorSource,
+    assets: Mapping[str, bytes],
+    *,
+    force: bool = False,
+    dtype: str,
+    progress: Progress | None = None,
+) -> None:
+    """Write a plain transformer that transformers and mlx-lm load as it is.
+
+    :class:`SpecError` if the model is none, e.g. has linear-attention layers.
+    """
+    config = families.spec_to_config(spec)
+    check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
+    target = dtype_named(dtype)
+    stored = {name: converted(name, tensor, target) for name, tensor in tensors.items()}
+    with atomic_folder(out, force, holds="config.json") as folder:
+        write_object(folder / "config.json", {**config, "torch_dtype": dtype})
+        safetensors.write_folder(folder, stored, progress=progress)
+        write_assets(folder, assets)
+
+
+def _read_weights(folder: Path) -> dict[str, LazyTensor]:
+    if safetensors.holds_safetensors(folder):
+        return safetensors.read_folder(folder)
+    if torch_pickle.holds_pickles(folder):
+        return torch_pickle.read_folder(folder)
+    raise FormatError(
+        f"{folder} holds no weights (neither {safetensors.SINGLE} nor {torch_pickle.SINGLE}): "
+        "get the model again"
+    )
+
+
+def _kept(spec: ModelSpec, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    dropped = ("lm_head.weight",) if spec.tie_word_embeddings else ()
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in dropped and not name.endswith(_COMPUTED_SUFFIXES)
+    }

@@ -1,0 +1,203 @@
+"""Opening whatever a model comes as: one function, one type, whatever the format.
+
+A source is a Hugging Face folder or hub id, a GGUF file, an OpenLM folder or file, a supra
+artifact, or an uptraining run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from supra_core import artifact
+from supra_core.errors import FormatError, SupraError
+from supra_core.formats import gguf, huggingface, openlm
+from supra_core.formats.assets import ASSET_NAMES, read_assets
+from supra_core.formats.jsonfile import read_object
+from supra_core.formats.openlm_config import is_config as is_openlm_config
+from supra_core.formats.safetensors import Progress
+from supra_core.spec import ModelSpec
+from supra_core.tensors import DTYPES, LazyTensor, TensorSource
+
+Kind = Literal["hf", "gguf", "openlm", "supra", "run"]
+
+CONFIG = artifact.CONFIG
+RUN_FILE = "run.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to be read: ``tensors`` are canonical and lazy, ``assets()`` are the files beside.
+
+    ``dtype`` is what most of its numbers are stored as; quantised weights count as float32.
+    """
+
+    spec: ModelSpec
+    tensors: dict[str, LazyTensor]
+    assets: Callable[[], dict[str, bytes]] = field(repr=False)
+    dtype: str
+    kind: Kind
+    path: Path
+
+
+class Writer(Protocol):
+    """What :data:`WRITERS` hold; see :func:`supra_core.artifact.write` for the meaning."""
+
+    def __call__(
+        self,
+        out: str | Path,
+        spec: ModelSpec,
+        tensors: TensorSource,
+        assets: Mapping[str, bytes],
+        *,
+        force: bool = False,
+        dtype: str,
+        progress: Progress | None = None,
+    ) -> None: ...
+
+
+WRITERS: dict[str, Writer] = {
+    "supra": artifact.write,
+    "hf": huggingface.write,
+    "openlm": openlm.write,
+}
+
+
+def open_source(path: str | Path, *, config: str | Path | None = None) -> Source:
+    """The model at ``path``, or under that id on the hub; no tensor is read yet.
+
+    ``config`` names the config of an OpenLM checkpoint that has none, or several, beside it.
+    Raises :class:`SupraError` with one sentence for whatever is missing, damaged or unknown.
+    """
+    place = Path(path)
+    if not place.exists():
+        if not _HUB_ID.fullmatch(str(path)):
+            raise FormatError(f"{path} does not exist: check the path, or name a hub id org/name")
+        source = open_source(_download(str(path)), config=config)
+        return replace(source, spec=_from(source.spec, str(path)))
+    source = _open(place, None if config is None else Path(config))
+    return replace(source, spec=_from(source.spec, place.resolve().name))
+
+
+def _open(place: Path, config: Path | None) -> Source:
+    if place.is_dir():
+        return _open_folder(place, config)
+    if place.suffix == ".gguf":
+        return _open_gguf(place)
+    if place.suffix in _WEIGHT_SUFFIXES:
+        beside = place.parent / CONFIG
+        if config is None and beside.is_file() and not is_openlm_config(read_object(beside)):
+            return _open_folder(place.parent, None)
+        return _open_openlm(place, config)
+    raise FormatError(
+        f"{place} is no model file: known are .gguf, {', '.join(_WEIGHT_SUFFIXES)} and folders"
+    )
+
+
+def _open_folder(folder: Path, config: Path | None) -> Source:
+    if config is not None:
+        return _open_openlm(folder, config)
+    if (folder / RUN_FILE).is_file():
+        return _open_run(folder)
+    if not (folder / CONFIG).is_file():
+        return _open_without_config(folder)
+    stated = read_object(folder / CONFIG)
+    if stated.get("model_type") == artifact.MODEL_TYPE:
+        return _open_artifact(folder)
+    if is_openlm_config(stated):
+        return _open_openlm(folder, None)
+    return _open_huggingface(folder, stated)
+
+
+def _open_without_config(folder: Path) -> Source:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return _open_gguf(files[0])
+    if not files and any(folder.glob("*config.json")):
+        return _open_openlm(folder, None)
+    problem = (
+        "several GGUF files: name one of them"
+        if files
+        else f"no {CONFIG}: name a folder that holds a model"
+    )
+    raise FormatError(f"{folder} holds {problem}")
+
+
+def _open_gguf(path: Path) -> Source:
+    model = gguf.read(path)
+    return Source(model.spec, model.tensors, model.assets, _dtype(model.tensors), "gguf", path)
+
+
+def _open_huggingface(folder: Path, config: dict[str, Any]) -> Source:
+    spec, tensors = huggingface.read(folder, config, str(folder / CONFIG))
+    return Source(spec, tensors, partial(read_assets, folder), _dtype(tensors), "hf", folder)
+
+
+def _open_openlm(path: Path, config: Path | None) -> Source:
+    spec, tensors = openlm.read(path, config)
+    folder = path if path.is_dir() else path.parent
+    return Source(spec, tensors, partial(read_assets, folder), _dtype(tensors), "openlm", path)
+
+
+def _open_artifact(folder: Path) -> Source:
+    read = artifact.read(folder)
+    return Source(
+        read.spec, read.tensors, partial(read_assets, folder), read.dtype, "supra", folder
+    )
+
+
+def _open_run(folder: Path) -> Source:
+    if (folder / "model" / CONFIG).is_file():
+        return replace(_open_artifact(folder / "model"), kind="run", path=folder)
+    checkpoints = [
+        (int(place.name.removeprefix("step_")), place / "model")
+        for place in (folder / "checkpoints").glob("step_*")
+        if place.name.removeprefix("step_").isdigit() and (place / "model" / CONFIG).is_file()
+    ]
+    if not checkpoints:
+        raise FormatError(
+            f"{folder} is an uptraining run without a model or checkpoint yet: let it run on"
+        )
+    return replace(_open_artifact(max(checkpoints)[1]), kind="run", path=folder)
+
+
+def _dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[str(tensor.dtype)] += prod(tensor.shape)
+    most = counts.most_common(1)[0][0]
+    return most if most in DTYPES else "float32"
+
+
+def _from(spec: ModelSpec, name: str) -> ModelSpec:
+    """``spec`` with its source named, unless it already states an earlier one."""
+    if spec.provenance.source:
+        return spec
+    return replace(spec, provenance=replace(spec.provenance, source=name))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_NAMES]
+    pickles = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*patterns, *pickles]))
+    except Exception as error:  # Offline, no such id, no access: each has its own type there.
+        reason = str(error).strip().splitlines()
+        raise SupraError(
+            f"{hub_id} is no folder here and cannot be had from the hub "
+            f"({reason[0] if reason else type(error).__name__}): check the id and the network, or "
+            "name a folder"
+        ) from None
+    return folder
