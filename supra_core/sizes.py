@@ -1,0 +1,87 @@
+"""What a model keeps in memory: parameters, recurrent state, and the KV cache it replaces.
+
+All sizes are for one sequence. The state of linear attention is float32 in every backend; keys
+and values are counted in ``cache_itemsize`` bytes an element, 2 for the usual 16-bit types.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from supra_core.layout import parameter_count
+from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention, SumNormaliser
+from supra_core.tensors import TensorSource
+
+STATE_ITEMSIZE = 4
+CACHE_ITEMSIZE = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``state_bytes`` is fixed; ``growing_bytes_per_token`` is what remaining softmax layers add.
+
+    ``kv_bytes_per_token``: the transformer's with the same heads. ``break_even_tokens``: the
+    context from which the model's memory is the smaller one; None if it never is.
+    """
+
+    parameters: int
+    weight_bytes: int
+    state_bytes: int
+    growing_bytes_per_token: int
+    kv_bytes_per_token: int
+    break_even_tokens: int | None
+
+    def memory_bytes(self, context: int) -> int:
+        """State and growing caches after ``context`` tokens."""
+        return self.state_bytes + context * self.growing_bytes_per_token
+
+    def transformer_memory_bytes(self, context: int) -> int:
+        """The transformer's KV cache after ``context`` tokens."""
+        return context * self.kv_bytes_per_token
+
+
+def measure(
+    spec: ModelSpec, tensors: TensorSource, *, cache_itemsize: int = CACHE_ITEMSIZE
+) -> Sizes:
+    """The sizes of a model with these weights."""
+    state = sum(mixer_state_bytes(spec, layer.mixer, cache_itemsize) for layer in spec.layers)
+    per_layer = kv_bytes_per_token(spec, cache_itemsize)
+    growing = per_layer * sum(
+        isinstance(layer.mixer, SoftmaxAttention) and layer.mixer.window is None
+        for layer in spec.layers
+    )
+    transformer = per_layer * spec.num_hidden_layers
+    saved = transformer - growing
+    return Sizes(
+        parameters=parameter_count(spec),
+        weight_bytes=sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values()),
+        state_bytes=state,
+        growing_bytes_per_token=growing,
+        kv_bytes_per_token=transformer,
+        break_even_tokens=math.ceil(state / saved) if saved else None,
+    )
+
+
+def kv_bytes_per_token(spec: ModelSpec, cache_itemsize: int = CACHE_ITEMSIZE) -> int:
+    """What one softmax layer caches for one token: a key and a value for each key/value head."""
+    return spec.num_key_value_heads * (spec.head_dim + spec.value_head_dim) * cache_itemsize
+
+
+def mixer_state_bytes(
+    spec: ModelSpec,
+    mixer: SoftmaxAttention | LinearAttention,
+    cache_itemsize: int = CACHE_ITEMSIZE,
+) -> int:
+    """The fixed memory of one layer: recurrent state, and the buffer of a window."""
+    window = 0
+    if mixer.window is not None:
+        window = mixer.window * kv_bytes_per_token(spec, cache_itemsize)
+    if isinstance(mixer, SoftmaxAttention):
+        return window
+    features = mixer.feature_map.output_size
+    if mixer.window is not None:
+        # A key leaves the window as features, which are kept beside it.
+        window += mixer.window * spec.num_key_value_heads * features * cache_itemsize
+    columns = spec.value_head_dim + isinstance(mixer.normaliser, SumNormaliser)
+    return window + spec.num_attention_heads * features * columns * STATE_ITEMSIZE

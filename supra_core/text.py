@@ -1,0 +1,77 @@
+"""Text to token ids, with a model's own tokenizer and nothing added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from supra_core.errors import FormatError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text, its token ids (T,), and the character where each token ends (T,)."""
+
+    text: str
+    ids: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+    def head(self, tokens: int) -> EncodedText:
+        """The first ``tokens`` tokens."""
+        return EncodedText(self.text, self.ids[:tokens], self.ends[:tokens])
+
+    def byte_count(self, start: int, stop: int) -> int:
+        """UTF-8 bytes of tokens start .. stop - 1."""
+        first = int(self.ends[start - 1]) if start else 0
+        return len(self.text[first : int(self.ends[stop - 1])].encode())
+
+
+def load_tokenizer(assets: Mapping[str, bytes], where: str) -> Tokenizer:
+    """The tokenizer among a source's assets; ``where`` names the source in errors."""
+    from tokenizers import Tokenizer
+
+    if TOKENIZER not in assets:
+        raise FormatError(
+            f"{where} has no {TOKENIZER}: give token ids, or add the file from the source model"
+        )
+    try:
+        return Tokenizer.from_str(assets[TOKENIZER].decode())
+    # The library raises bare Exception for everything it cannot read.
+    except Exception as error:
+        raise FormatError(f"{where}: {TOKENIZER} cannot be read ({error}): get it again") from None
+
+
+def encode(tokenizer: Tokenizer, text: str) -> EncodedText:
+    """Token ids of ``text`` as it stands: no BOS, no template."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
+    return EncodedText(text, np.array(encoding.ids, dtype=np.int64), ends)
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file as one string; :class:`FormatError` if it is absent, empty or no text."""
+    path = Path(path)
+    try:
+        # newline="" keeps the file's own line ends: they are part of what is measured.
+        with open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FormatError(f"{path} cannot be read ({reason}): name a text file") from None
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it first"
+        ) from None
+    if not text:
+        raise FormatError(f"{path} is empty: name a file with text in it")
+    return text

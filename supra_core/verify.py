@@ -1,0 +1,198 @@
+"""The same tokens through two models or backends, and how far their logits are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from supra_core import backend as backends
+from supra_core.backend import Form, Ids, Logits
+from supra_core.errors import FormatError, SupraError
+from supra_core.formats.atomic import atomic_file
+from supra_core.progress import Progress, silent
+
+DEFAULT_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute logits: a model in a backend, by one of its forms."""
+
+    label: str
+    backend: str
+    path: Path
+    form: Form
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two logits (B, T, V) compared.
+
+    ``max_abs_difference`` in logits; ``mean_kl`` is KL(first || other) in nats, the mean over
+    positions; ``top1_agreement`` the share of positions whose likeliest token is the same.
+    """
+
+    max_abs_difference: float
+    mean_kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against the first one."""
+
+    candidate: Candidate
+    difference: Difference
+    within_tolerance: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """All comparisons; with a single candidate there are none, and it passes."""
+
+    first: Candidate
+    comparisons: tuple[Comparison, ...]
+    tolerance: float
+    batch: int
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        return all(comparison.within_tolerance for comparison in self.comparisons)
+
+
+def candidates(
+    path: Path, other: Path | None, names: Sequence[str], form: Form
+) -> tuple[Candidate, ...]:
+    """What to compare, the first with all others.
+
+    Several backends run ``path`` each; with ``other``, the first backend runs ``path`` and the
+    rest run ``other``. One backend runs both models, or, without ``other``, its own parallel
+    form and the one asked for.
+    """
+    if not names:
+        raise SupraError("name at least one backend, as in --backend torch")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise SupraError(f"backend {repeated[0]} is named twice: name each backend once")
+    first = names[0]
+    if len(names) > 1:
+        rest = other or path
+        return (
+            Candidate(first, first, path, form),
+            *(Candidate(name, name, rest, form) for name in names[1:]),
+        )
+    if other is not None:
+        return (
+            Candidate(first, first, path, form),
+            Candidate(f"{first}-second", first, other, form),
+        )
+    if form != "parallel":
+        return (
+            Candidate(f"{first}-parallel", first, path, "parallel"),
+            Candidate(first, first, path, form),
+        )
+    return (Candidate(first, first, path, form),)
+
+
+def random_ids(vocab_size: int, length: int = DEFAULT_LENGTH, seed: int = 0) -> Ids:
+    """A fixed random sequence, (1, length): the same on every machine."""
+    return np.random.default_rng(seed).integers(vocab_size, size=(1, length))
+
+
+def read_ids(path: Path) -> Ids:
+    """Token ids (B, T) from a ``.npy`` file of integers, (T,) or (B, T)."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read as a .npy file of token ids: {error}") from None
+    if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
+        raise FormatError(f"{path} holds no integers: save token ids with numpy.save")
+    if ids.ndim not in (1, 2) or not ids.size:
+        raise FormatError(
+            f"{path} has shape {list(ids.shape)}: token ids are (T,) or (B, T) and not empty"
+        )
+    return np.atleast_2d(ids).astype(np.int64)
+
+
+def verify(
+    chosen: Sequence[Candidate],
+    ids: Ids,
+    *,
+    tolerance: float,
+    dtype: str | None = None,
+    save_logits: Path | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """Run ids (B, T) through every candidate, one model in memory at a time.
+
+    ``save_logits``: a folder that gets LABEL.npy, float32 (B, T, V), for each of them.
+    """
+    first: Logits | None = None
+    comparisons = []
+    for done, candidate in enumerate(chosen):
+        progress(f"verify: {candidate.label}", done, len(chosen))
+        logits = _logits(candidate, ids, dtype)
+        if save_logits is not None:
+            _save(save_logits / f"{candidate.label}.npy", logits)
+        if first is None:
+            first = logits
+            continue
+        difference = compare(first, logits)
+        # Written so that a difference that is no number fails.
+        within = difference.max_abs_difference <= tolerance
+        comparisons.append(Comparison(candidate, difference, within))
+    progress("verify", len(chosen), len(chosen))
+    B, T = ids.shape
+    return Report(chosen[0], tuple(comparisons), tolerance, B, T)
+
+
+def compare(first: Logits, other: Logits) -> Difference:
+    """How far ``other`` is from ``first``, both (B, T, V)."""
+    if first.shape != other.shape:
+        raise SupraError(
+            f"logits of shapes {list(first.shape)} and {list(other.shape)} cannot be compared: "
+            "the two models have different vocabularies"
+        )
+    largest, divergence, agreed = 0.0, 0.0, 0
+    rows_first, rows_other = (x.reshape(-1, x.shape[-1]) for x in (first, other))
+    # Row by row: float64 copies of the whole would be several times the logits.
+    for a, b in zip(rows_first, rows_other, strict=True):
+        p, q = _log_softmax(a.astype(np.float64)), _log_softmax(b.astype(np.float64))
+        # np.maximum, because Python's max would drop a NaN.
+        largest = float(np.maximum(largest, np.abs(a.astype(np.float64) - b).max()))
+        divergence += float(np.sum(np.exp(p) * (p - q)))
+        agreed += int(a.argmax() == b.argmax())
+    positions = len(rows_first)
+    return Difference(largest, divergence / positions, agreed / positions)
+
+
+def _logits(candidate: Candidate, ids: Ids, dtype: str | None) -> Logits:
+    model = backends.load(candidate.backend, candidate.path, dtype=dtype)
+    check_ids(ids, model.spec.vocab_size)
+    return model.logits(ids, form=candidate.form)
+
+
+def check_ids(ids: Ids, vocab_size: int) -> None:
+    """Raise :class:`SupraError` for an id that the vocabulary does not have."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = int(ids.min() if ids.min() < 0 else ids.max())
+        raise SupraError(
+            f"token id {wrong} is outside the model's vocabulary of {vocab_size}: "
+            "use ids of this model's tokenizer"
+        )
+
+
+def _save(path: Path, logits: Logits) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as partial, open(partial, "wb") as file:
+        np.save(file, logits)
+
+
+def _log_softmax(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shifted = z - z.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
