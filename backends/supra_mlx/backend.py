@@ -15,10 +15,11 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.errors import FormatError
+from supra_core.sources import open_source
 from supra_core.spec import ModelSpec
 from supra_mlx.model import LINEAR_SLOTS, Model
 from supra_mlx.pieces import pieces
-from supra_mlx.weights import load_model, to_mlx, to_numpy
+from supra_mlx.weights import load_source, to_mlx, to_numpy
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,11 @@ class MLXBackend:
 
 
 def load(path: str | Path, *, dtype: str | None = None) -> MLXBackend:
-    """The model at ``path`` (a supra artifact or a transformer's folder) in MLX."""
-    return MLXBackend(load_model(path, dtype=dtype))
+    """The model at ``path``, anything that ``open_source`` opens, in MLX.
+
+    ``dtype``: the type to compute in; None keeps the weights' own. No code of a folder is run.
+    """
+    return MLXBackend(load_source(open_source(path), dtype=dtype))
 
 
 def _cache_arrays(cache: ArraysCache | KVCache) -> Iterator[tuple[str, mx.array]]:

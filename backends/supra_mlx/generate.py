@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,43 +14,48 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_wrapped_tokenizer
 
 from supra_core.errors import FormatError, SupraError
-from supra_core.spec import ModelSpec
-from supra_mlx import weights
+from supra_core.formats.assets import write_assets
+from supra_core.sources import Source, open_source
 from supra_mlx.model import Model
+from supra_mlx.weights import load_source
 
 # Tokens the repetition penalty looks back on; mlx-lm's own default is 20.
 _REPETITION_CONTEXT = 64
 
 
 def load_model(path: str | Path, *, dtype: str | None = None) -> tuple[Model, TokenizerWrapper]:
-    """The model at ``path`` and its tokenizer, running no code of the folder.
+    """The model at ``path``, anything that ``open_source`` opens, and its tokenizer.
 
-    Raises SupraError when either cannot be read.
+    No code of a folder is run. Raises SupraError when either cannot be read.
     """
-    model = weights.load_model(path, dtype=dtype)
-    return model, load_tokenizer(path, model.spec)
+    source = open_source(path)
+    tokenizer = load_tokenizer(source)
+    return load_source(source, dtype=dtype), tokenizer
 
 
-def load_tokenizer(path: str | Path, spec: ModelSpec) -> TokenizerWrapper:
-    """The folder's tokenizer in mlx-lm's wrapper, ending at the spec's end-of-text tokens."""
-    folder = Path(path)
-    if not (folder / "tokenizer.json").is_file() and not any(folder.glob("tokenizer*")):
+def load_tokenizer(source: Source) -> TokenizerWrapper:
+    """A source's tokenizer in mlx-lm's wrapper, ending at the spec's end-of-text tokens."""
+    assets = source.assets()
+    if not {"tokenizer.json", "tokenizer.model"} & set(assets):
         raise FormatError(
-            f"{folder} has no tokenizer: copy tokenizer.json and tokenizer_config.json from the "
-            "source model into it, or convert it again"
+            f"{source.path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from "
+            "the source model into it, or convert it again"
         )
-    try:
-        return load_wrapped_tokenizer(
-            folder,
-            {"trust_remote_code": False, "local_files_only": True},
-            eos_token_ids=list(spec.eos_token_id) or None,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise FormatError(
-            f"the tokenizer of {folder} cannot be read ({reason}): copy the tokenizer files from "
-            "the source model again"
-        ) from error
+    # Only the known files are laid out: a GGUF has them inside it, and none of them is code.
+    with tempfile.TemporaryDirectory() as folder:
+        write_assets(Path(folder), assets)
+        try:
+            return load_wrapped_tokenizer(
+                Path(folder),
+                {"trust_remote_code": False, "local_files_only": True},
+                eos_token_ids=list(source.spec.eos_token_id) or None,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise FormatError(
+                f"the tokenizer of {source.path} cannot be read ({reason}): copy the tokenizer "
+                "files from the source model again"
+            ) from error
 
 
 def stream(

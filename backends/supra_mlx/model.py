@@ -17,6 +17,7 @@ from mlx_lm.models.base import BaseModelArgs, create_ssm_mask, scaled_dot_produc
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from supra_core import decay as decays
+from supra_core.artifact import config_to_spec
 from supra_core.layout import FLOAT32_SUFFIXES, mixer_shapes
 from supra_core.spec import (
     FeatureMap,
@@ -47,9 +48,7 @@ class ModelArgs(BaseModelArgs):
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> ModelArgs:
         """From a folder's config.json; raises SpecError when it does not describe a model."""
-        from supra_core.artifact import config_to_spec
-
-        return cls(spec=config_to_spec(params))
+        return cls(spec=config_to_spec(params, "config.json"))
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.layout import FLOAT32_SUFFIXES, check_tensors
+from supra_core.sources import Source
 from supra_core.spec import ModelSpec
 from supra_core.tensors import BFLOAT16, LazyTensor, dtype_named
 from supra_mlx.model import Model, ModelArgs
@@ -55,12 +55,6 @@ def _arrays(tensors: Mapping[str, LazyTensor], dtype: str | None) -> Iterator[tu
         yield name, to_mlx(tensor.read())
 
 
-def load_model(path: str | Path, *, dtype: str | None = None) -> Model:
-    """The model at ``path``: a supra artifact, or anything supra_core can open.
-
-    No code of the folder is run. Raises SupraError when it is no model.
-    """
-    from supra_core.sources import open_source
-
-    source = open_source(path)
-    return build_model(source.spec, source.tensors, str(path), dtype=dtype)
+def load_source(source: Source, *, dtype: str | None = None) -> Model:
+    """The model of an opened source. Raises SupraError when its tensors cannot be read."""
+    return build_model(source.spec, source.tensors, str(source.path), dtype=dtype)

@@ -1,0 +1,171 @@
+"""The operators against the reference's float64."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+mx = pytest.importorskip("mlx.core")
+
+from supra_core import reference  # noqa: E402
+from supra_mlx import ops  # noqa: E402
+
+# Rounding of float32, 2^-24, times the few dozen roundings that one term passes through, times
+# the sum of the terms' sizes, which the operator itself gives for absolute values.
+_ROUNDINGS = 64 * 2.0**-24
+
+LENGTHS = (1, 2, 63, 64, 65, 130)
+
+
+def _inputs(seed: int, B: int, T: int, H: int, K: int, Dk: int, Dv: int) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    q, k = (np.abs(rng.normal(size=(B, T, heads, Dk))).astype(np.float32) for heads in (H, K))
+    v = rng.normal(size=(B, T, K, Dv)).astype(np.float32)
+    gamma = np.exp(-np.exp2(-8.0 * rng.random(H))).astype(np.float32)
+    return [q, k, v, gamma]
+
+
+def _mask(seed: int, B: int, T: int, kind: str) -> Any:
+    rng = np.random.default_rng(seed + 1)
+    if kind == "none":
+        return None
+    if kind == "left":
+        return np.arange(T) >= rng.integers(0, T, size=(B, 1))
+    return rng.random((B, T)) < 0.6
+
+
+def _mlx(array: Any) -> Any:
+    return None if array is None else mx.array(array)
+
+
+@given(
+    seed=st.integers(0, 999),
+    T=st.sampled_from(LENGTHS),
+    heads=st.sampled_from([(1, 1), (6, 2), (9, 3), (5, 5)]),
+    sizes=st.sampled_from([(5, 7), (12, 3), (64, 64)]),
+    normaliser=st.sampled_from([None, "sum"]),
+    mask_kind=st.sampled_from(["none", "left", "holes"]),
+    with_state=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_linear_attention_is_the_reference(
+    seed: int, T: int, heads: tuple[int, int], sizes: tuple[int, int],
+    normaliser: Literal["sum"] | None, mask_kind: str, with_state: bool,
+) -> None:  # fmt: skip
+    B, (H, K), (Dk, Dv) = 2, heads, sizes
+    q, k, v, gamma = _inputs(seed, B, T, H, K, Dk, Dv)
+    mask, state = _mask(seed, B, T, mask_kind), None
+    if with_state:
+        shape = (B, H, Dk, Dv + (normaliser == "sum"))
+        state = np.abs(np.random.default_rng(seed + 2).normal(size=shape)).astype(np.float32)
+    expected, final = reference.linear_attention(
+        q, k, v, gamma, initial_state=state, mask=mask, normaliser=normaliser
+    )
+    out, after = ops.linear_attention(
+        *map(mx.array, (q, k, v, gamma)),
+        initial_state=_mlx(state), mask=_mlx(mask), normaliser=normaliser,
+    )  # fmt: skip
+    size, final_size = reference.linear_attention(
+        q, k, np.abs(v), gamma, initial_state=state, mask=mask, normaliser=normaliser
+    )
+    assert out.shape == (B, T, H, Dv)
+    assert after.dtype == mx.float32
+    np.testing.assert_allclose(out, expected, rtol=0, atol=_ROUNDINGS * (size.max() + 1))
+    np.testing.assert_allclose(after, final, rtol=0, atol=_ROUNDINGS * (final_size.max() + 1))
+
+
+@pytest.mark.parametrize("normaliser", [None, "sum"])
+def test_a_thousand_tokens_cut_in_two(normaliser: Literal["sum"] | None) -> None:
+    q, k, v, gamma = _inputs(3, 1, 1000, 3, 1, 6, 5)
+    expected, final = reference.linear_attention(q, k, v, gamma, normaliser=normaliser)
+    parts, state = [], None
+    for piece in (slice(0, 1), slice(1, 334), slice(334, 1000)):
+        out, state = ops.linear_attention(
+            *(mx.array(x[:, piece]) for x in (q, k, v)), mx.array(gamma),
+            initial_state=state, normaliser=normaliser,
+        )  # fmt: skip
+        parts.append(np.array(out))
+    bound = _ROUNDINGS * np.abs(expected).max() * 4
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=0, atol=bound)
+    np.testing.assert_allclose(state, final, rtol=0, atol=_ROUNDINGS * np.abs(final).max() * 4)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-30, 0.5, 1.0])
+def test_any_decay_stays_finite(gamma: float) -> None:
+    q, k, v, _ = _inputs(4, 1, 200, 2, 2, 4, 4)
+    decay = np.full(2, gamma, dtype=np.float32)
+    expected, _ = reference.linear_attention(q, k, v, np.maximum(decay, 1e-38), form="recurrent")
+    out, state = ops.linear_attention(*map(mx.array, (q, k, v, decay)))
+    assert np.isfinite(np.array(state)).all()
+    np.testing.assert_allclose(out, expected, rtol=0, atol=_ROUNDINGS * np.abs(expected).max())
+
+
+def test_the_output_has_the_type_of_q_and_the_state_is_float32() -> None:
+    q, k, v, gamma = (mx.array(x) for x in _inputs(5, 1, 9, 2, 1, 4, 4))
+    out, state = ops.linear_attention(*(x.astype(mx.bfloat16) for x in (q, k, v)), gamma)
+    assert (out.dtype, state.dtype) == (mx.bfloat16, mx.float32)
+
+
+def test_misfits_are_named() -> None:
+    q, k, v, gamma = (mx.array(x) for x in _inputs(6, 1, 3, 4, 2, 4, 4))
+    with pytest.raises(ValueError, match="do not fit"):
+        ops.linear_attention(q[:, :, :3], k, v, gamma)
+    with pytest.raises(ValueError, match="decay"):
+        ops.linear_attention(q, k, v, gamma[:2])
+    with pytest.raises(ValueError, match="initial_state"):
+        ops.linear_attention(q, k, v, gamma, initial_state=mx.zeros((1, 4, 4, 4)), normaliser="sum")
+    with pytest.raises(ValueError, match="mask"):
+        ops.linear_attention(q, k, v, gamma, mask=mx.ones((1, 2), dtype=mx.bool_))
+
+
+@given(
+    seed=st.integers(0, 999),
+    T=st.sampled_from(LENGTHS),
+    window=st.sampled_from([1, 5, 64, 100]),
+    mask_kind=st.sampled_from(["none", "left", "holes"]),
+    cut=st.floats(0, 1),
+)
+@settings(max_examples=30, deadline=None)
+def test_windowed_attention_is_the_reference(
+    seed: int, T: int, window: int, mask_kind: str, cut: float
+) -> None:
+    B, H, K, d, Dk, Dv = 2, 6, 2, 4, 5, 3
+    rng = np.random.default_rng(seed)
+    phi_q, phi_k, v, gamma = _inputs(seed, B, T, H, K, Dk, Dv)
+    q, k = ((3 * rng.normal(size=(B, T, heads, d))).astype(np.float32) for heads in (H, K))
+    log_gain = rng.normal(size=H).astype(np.float32)
+    mask = _mask(seed, B, T, mask_kind)
+    memory, parts = None, []
+    for piece in (slice(0, int(cut * T)), slice(int(cut * T), T)):
+        if piece.start == piece.stop:
+            continue
+        out, memory = ops.windowed_attention(
+            *(mx.array(x[:, piece]) for x in (q, k, v, phi_q, phi_k)), mx.array(gamma),
+            mx.array(log_gain), window, memory=memory,
+            mask=None if mask is None else mx.array(mask[:, piece]),
+        )  # fmt: skip
+        parts.append(np.array(out))
+    found = np.concatenate(parts, axis=1)
+    assert np.isfinite(found).all()
+    for row in range(B):
+        valid = np.ones(T, dtype=bool) if mask is None else mask[row]
+        if not valid.any():
+            continue
+        expected, last = reference.windowed_attention(
+            *(x[row, valid].astype(np.float64) for x in (q, k, v, phi_q, phi_k)),
+            gamma.astype(np.float64), np.exp(log_gain.astype(np.float64)), window, {},
+        )  # fmt: skip
+        # Weighted means of v; a score's rounding (|s| < 2^7) is a relative error of its weight.
+        np.testing.assert_allclose(found[row, valid], expected, rtol=0, atol=2.0**-24 * 2**8)
+        state = np.array(memory.state[row])
+        scale = np.abs(last["state"]).max() + 1
+        np.testing.assert_allclose(state, last["state"], rtol=0, atol=_ROUNDINGS * scale)
+        kept = min(int(valid.sum()), window)
+        assert np.array(memory.valid[row]).sum() == kept
+        np.testing.assert_array_equal(
+            np.array(memory.keys[row])[window - kept :], last["keys"].astype(np.float32)
+        )
