@@ -1,0 +1,153 @@
+"""Hugging Face configs to specs and back; what cannot be expressed is one clear sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from supra_core import families
+from supra_core.errors import SpecError
+from supra_core.spec import (
+    LayerSpec,
+    LinearScaling,
+    Llama3Scaling,
+    ModelSpec,
+    Norm,
+    RotaryEmbedding,
+    SoftmaxAttention,
+)
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": [2, 5],
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _spec(**changes: Any) -> ModelSpec:
+    return families.config_to_spec({**LLAMA, **changes}, "x/config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"eos_token_id": 2, "pad_token_id": 0},
+        {"eos_token_id": None, "bos_token_id": None},
+        {"tie_word_embeddings": True, "head_dim": 16},
+        {"attention_bias": True},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"model_type": "mistral", "sliding_window": 128},
+        {"model_type": "mistral", "sliding_window": None},
+    ],
+)
+def test_config_round_trip(changes: dict[str, Any]) -> None:
+    spec = _spec(**changes)
+    config = families.spec_to_config(spec)
+    assert config["model_type"] == changes.get("model_type", "llama")
+    assert families.config_to_spec(config, "again") == spec
+
+
+def test_defaults_follow_transformers() -> None:
+    bare = {
+        name: value
+        for name, value in LLAMA.items()
+        if name not in ("num_key_value_heads", "rms_norm_eps", "rope_theta")
+    }
+    spec = families.config_to_spec(bare, "x")
+    assert (spec.num_key_value_heads, spec.head_dim) == (4, 8)
+    assert (spec.norm.eps, spec.rope.base) == (1e-6, 10000.0)
+    mistral = {**bare, "model_type": "mistral", "num_attention_heads": 16, "hidden_size": 64}
+    spec = families.config_to_spec(mistral, "x")
+    assert spec.num_key_value_heads == 8
+    assert spec.layers[0].mixer == SoftmaxAttention(window=4096)
+
+
+def test_old_and_new_rope_fields_agree() -> None:
+    new = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    for scaling in ({"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, LLAMA3):
+        old = _spec(rope_scaling=None if scaling["rope_type"] == "default" else scaling)
+        parameters = {**scaling, "rope_theta": 500000.0}
+        assert families.config_to_spec({**new, "rope_parameters": parameters}, "x") == old
+    assert _spec(rope_scaling=LLAMA3).rope.scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "field model_type is 'gpt2', which is unknown: known are llama"),
+        ({"model_type": None}, "field model_type is missing: known are llama, mistral"),
+        ({"hidden_size": None}, "field hidden_size is missing"),
+        ({"vocab_size": "many"}, "field vocab_size must be a positive integer, not 'many'"),
+        ({"num_hidden_layers": 0}, "field num_hidden_layers must be a positive integer"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "is not a multiple of"),
+        ({"hidden_act": "gelu"}, "field hidden_act is 'gelu'"),
+        ({"mlp_bias": True}, "field mlp_bias"),
+        ({"attention_bias": "yes"}, "field attention_bias must be true or false"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "field rope_scaling: field factor is missing"),
+        ({"rope_parameters": {"full_attention": {}}}, "one object for all layers"),
+        ({"rms_norm_eps": -1}, "field rms_norm_eps must be a positive number"),
+        ({"eos_token_id": "</s>"}, "field eos_token_id must be a token id or a list"),
+    ],
+)
+def test_bad_configs_name_the_file_and_the_field(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        _spec(**changes)
+    assert str(error.value).startswith("x/config.json: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_transformer_cannot_express() -> None:
+    spec = _spec()
+    mixed = (SoftmaxAttention(), SoftmaxAttention(8), SoftmaxAttention())
+    changed = {
+        "LayerNorm": replace(spec, norm=Norm("layer_norm")),
+        "interleaved rope": replace(spec, rope=RotaryEmbedding(pairing="interleaved")),
+        "embeddings": replace(spec, embedding_norm=True),
+        "value heads": replace(spec, value_head_dim=4),
+        "biases on q, k and v": replace(spec, attention_bias="qkv"),
+        "different windows": replace(spec, layers=tuple(LayerSpec(m) for m in mixed)),
+    }
+    for message, model in changed.items():
+        with pytest.raises(SpecError, match=message):
+            families.spec_to_config(model)
+
+
+def test_a_window_makes_it_mistral() -> None:
+    spec = _spec().with_mixers([SoftmaxAttention(16)] * 3)
+    assert families.spec_to_config(spec)["model_type"] == "mistral"
+    scaled = replace(_spec(), rope=RotaryEmbedding(scaling=LinearScaling(2.0)))
+    assert families.spec_to_config(scaled)["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_transformers_understands_what_is_written(model_type: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    spec = _spec(model_type=model_type, rope_scaling=LLAMA3, sliding_window=None)
+    config = families.spec_to_config(spec)
+    theirs = transformers.AutoConfig.for_model(**config)
+    assert families.config_to_spec(theirs.to_dict(), "theirs") == spec
