@@ -1,0 +1,117 @@
+"""``supra convert``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from supra_cli import options
+
+if TYPE_CHECKING:
+    from supra_core.linearize import LinearizeOptions
+
+
+def command(
+    source: Annotated[str, typer.Argument(help="Hub id, folder, .gguf or OpenLM checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="supra, hf or openlm.")] = "supra",
+    linearize: Annotated[
+        bool | None,
+        typer.Option(
+            "--linearize/--no-linearize",
+            help="Default: linearize a plain transformer on its way to supra.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="aligned (default) or paper, the published model.")
+    ] = None,
+    feature_map: Annotated[
+        str | None, typer.Option(help="relu, signed_relu, signed_softmax or none.")
+    ] = None,
+    decay: Annotated[str | None, typer.Option(help="lightning, retnet, none or learned.")] = None,
+    output_norm: Annotated[str | None, typer.Option(help="group_norm or sum.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens that keep softmax weights; default: none.")
+    ] = None,
+    keep_softmax: Annotated[
+        str | None, typer.Option(help="Layers that stay as they are, as in 0,15.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random weights of the paper recipe.")] = 0,
+    dtype: options.Dtype = None,
+    fold: Annotated[
+        bool, typer.Option("--fold/--no-fold", help="Multiply feature maps into q and k.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Config of an OpenLM checkpoint that has none beside it.")
+    ] = None,
+    force: options.Force = False,
+    json_output: options.Json = False,
+) -> None:
+    """Convert a model, and linearize it on the way."""
+    from supra_cli.output import log, print_json
+    from supra_cli.progress import ProgressReporter
+    from supra_core.convert import convert
+    from supra_core.layout import parameter_count
+
+    chosen = _linearize_options(seed, recipe, feature_map, decay, output_norm, window, keep_softmax)
+    start = time.monotonic()
+    with ProgressReporter() as progress:
+        done = convert(
+            source, out, to=to, linearize=linearize, options=chosen, fold=fold, dtype=dtype,
+            force=force, config=config, progress=progress,
+        )  # fmt: skip
+    layer_types = [layer.mixer.layer_type for layer in done.spec.layers]
+    if json_output:
+        print_json(
+            {
+                "source": source,
+                "source_kind": done.kind,
+                "out": str(out),
+                "to": to,
+                "linearized": done.linearized,
+                "folded": done.folded,
+                "recipe": done.spec.provenance.recipe,
+                "dtype": done.dtype,
+                "parameters": parameter_count(done.spec),
+                "layer_types": layer_types,
+                "seconds": round(time.monotonic() - start, 2),
+            }
+        )
+        return
+    kinds = ", ".join(f"{layer_types.count(kind)} {kind}" for kind in dict.fromkeys(layer_types))
+    log(f"{out}: {parameter_count(done.spec):,} parameters in {done.dtype}, layers: {kinds}")
+
+
+def _linearize_options(
+    seed: int,
+    recipe: str | None,
+    feature_map: str | None,
+    decay: str | None,
+    output_norm: str | None,
+    window: int | None,
+    keep_softmax: str | None,
+) -> LinearizeOptions | None:
+    """None when nothing about linearizing was said, so that a linear source stays as it is."""
+    from supra_cli.output import layer_numbers
+    from supra_core.errors import SupraError
+    from supra_core.linearize import LinearizeOptions
+
+    if window is not None and window < 1:
+        raise SupraError(
+            f"--window must be at least 1 token, not {window}: leave it out for no window"
+        )
+    given: dict[str, Any] = {
+        "preset": recipe,
+        "feature_map": feature_map,
+        "decay": decay,
+        "output_norm": output_norm,
+        "window": window,
+        "keep_softmax": layer_numbers(keep_softmax) or None,
+        "seed": seed or None,
+    }
+    stated = {name: value for name, value in given.items() if value is not None}
+    return replace(LinearizeOptions(), **stated) if stated else None

@@ -1,0 +1,107 @@
+"""``supra inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from supra_cli import options
+
+if TYPE_CHECKING:
+    from supra_core.sizes import Sizes
+    from supra_core.sources import Source
+    from supra_core.spec import LinearAttention, SoftmaxAttention
+
+
+def command(
+    path: Annotated[str, typer.Argument(help="Anything supra convert reads.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Config of an OpenLM checkpoint that has none beside it.")
+    ] = None,
+    json_output: options.Json = False,
+) -> None:
+    """Show a model's layers, parameters and memory."""
+    from supra_cli.output import print_json
+    from supra_core.sizes import measure
+    from supra_core.sources import open_source
+
+    source = open_source(path, config=config)
+    sizes = measure(source.spec, source.tensors)
+    if json_output:
+        print_json(_result(source, sizes))
+    else:
+        _show(source, sizes)
+
+
+def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "path": str(source.path),
+        "kind": source.kind,
+        "dtype": source.dtype,
+        "parameters": sizes.parameters,
+        "weight_bytes": sizes.weight_bytes,
+        "state_bytes": sizes.state_bytes,
+        "growing_bytes_per_token": sizes.growing_bytes_per_token,
+        "kv_bytes_per_token": sizes.kv_bytes_per_token,
+        "break_even_tokens": sizes.break_even_tokens,
+        "layer_types": [layer.mixer.layer_type for layer in source.spec.layers],
+        "spec": source.spec.to_dict(),
+    }
+
+
+def _show(source: Source, sizes: Sizes) -> None:
+    from supra_cli.output import bytes_text, print_table
+
+    spec = source.spec
+    if sizes.break_even_tokens is None:
+        break_even = "never: every layer keeps a KV cache"
+    else:
+        break_even = f"{sizes.break_even_tokens:,} tokens"
+    rows = [
+        ("format", f"{source.kind}, weights in {source.dtype}"),
+        ("parameters", f"{sizes.parameters:,} ({bytes_text(sizes.weight_bytes)})"),
+        ("vocabulary", f"{spec.vocab_size:,}"),
+        ("hidden, feed-forward", f"{spec.hidden_size}, {spec.intermediate_size}"),
+        (
+            "heads",
+            f"{spec.num_attention_heads} query, {spec.num_key_value_heads} key/value, "
+            f"{spec.head_dim} channels",
+        ),
+        *_layer_rows(source),
+        ("state a sequence", bytes_text(sizes.state_bytes) + " whatever the context"),
+        ("cache that grows", bytes_text(sizes.growing_bytes_per_token) + " a token"),
+        ("transformer's KV cache", bytes_text(sizes.kv_bytes_per_token) + " a token, 16 bit"),
+        ("smaller from a context of", break_even),
+        ("source", spec.provenance.source or "not stated"),
+        ("recipe", spec.provenance.recipe or "none"),
+        ("trained tokens", f"{spec.provenance.trained_tokens:,}"),
+    ]
+    print_table(rows, title=str(source.path))
+
+
+def _layer_rows(source: Source) -> list[tuple[str, str]]:
+    """One row for each run of equal layers."""
+    rows: list[tuple[str, str]] = []
+    layers = source.spec.layers
+    first = 0
+    for index in range(1, len(layers) + 1):
+        if index == len(layers) or layers[index].mixer != layers[first].mixer:
+            name = f"layer {first}" if index - first == 1 else f"layers {first}-{index - 1}"
+            rows.append((name, _describe(layers[first].mixer)))
+            first = index
+    return rows
+
+
+def _describe(mixer: LinearAttention | SoftmaxAttention) -> str:
+    from supra_core.spec import SoftmaxAttention
+
+    window = "" if mixer.window is None else f", window {mixer.window}"
+    if isinstance(mixer, SoftmaxAttention):
+        return "softmax attention" + window
+    phi = mixer.feature_map
+    return (
+        f"linear attention: {phi.activation} ({phi.projection.kind}, {phi.output_size} features), "
+        f"decay {mixer.decay.kind}, {mixer.normaliser.kind}, rope {mixer.rope}{window}"
+    )

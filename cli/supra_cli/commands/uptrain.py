@@ -1,0 +1,69 @@
+"""``supra uptrain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supra_cli import options
+
+
+def command(
+    start: Annotated[
+        str, typer.Argument(metavar="CONFIG.toml|MODEL", help="A run's settings, or a model.")
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(help="Stages and settings by name; default: aligned.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A text file, or a folder of .txt files.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default: runs/ and the config's name.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
+    ] = None,
+    json_output: options.Json = False,
+) -> None:
+    """Train a linearized model after its transformer; resumes."""
+    from supra_cli.backends import require
+    from supra_cli.output import log, print_json
+    from supra_cli.progress import ProgressReporter
+    from supra_core.errors import SupraError
+
+    require("torch", "uptraining")
+    from supra_torch.uptrain.config import resolve
+    from supra_torch.uptrain.run import uptrain
+
+    is_config = start.endswith(".toml")
+    if out is None and not is_config:
+        raise SupraError("uptraining a model needs --out: name the run's folder")
+    config = resolve(
+        config=Path(start) if is_config else None,
+        model=None if is_config else start,
+        recipe=recipe,
+        data=data,
+        overrides=_overrides(settings or []),
+    )
+    folder = out or Path("runs") / Path(start).stem
+    with ProgressReporter() as progress:
+        summary = uptrain(config, folder, progress=progress)
+    if json_output:
+        print_json({"run": str(folder), "model": str(folder / "model"), **summary})
+    else:
+        log(f"done: supra eval {folder} --tasks perplexity --data FILE measures it")
+
+
+def _overrides(settings: list[str]) -> dict[str, str]:
+    from supra_core.errors import SupraError
+
+    overrides = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise SupraError(f"--set {setting} is no setting: write key=value")
+        overrides[key.strip()] = value.strip()
+    return overrides

@@ -1,0 +1,135 @@
+"""``supra verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from supra_cli import options
+
+if TYPE_CHECKING:
+    from supra_core.backend import Form, Ids
+    from supra_core.verify import Report
+
+EXIT_CHECK_FAILED = 1
+DEFAULT_BACKENDS = ("torch", "mlx")
+
+
+def command(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A model.")],
+    second: Annotated[
+        Path | None, typer.Argument(metavar="[B]", help="Another, for all backends but the first.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="reference, torch, mlx or transformers; repeat it to compare."),
+    ] = None,
+    ids: Annotated[Path | None, typer.Option(help="Token ids, a .npy file (T,) or (B, T).")] = None,
+    text: Annotated[str | None, typer.Option(help="Text to tokenise instead.")] = None,
+    form: options.Form = "parallel",
+    save_logits: Annotated[
+        Path | None, typer.Option(help="Folder for BACKEND.npy, float32 (B, T, V).")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Allowed difference of logits.")] = 1e-3,
+    dtype: options.Dtype = None,
+    json_output: options.Json = False,
+) -> None:
+    """Compare models or backends; exit code 1 if they differ."""
+    from supra_cli.output import print_json
+    from supra_cli.progress import ProgressReporter
+    from supra_core.verify import candidates, verify
+
+    chosen = candidates(first, second, backend or DEFAULT_BACKENDS, parse_form(form))
+    tokens = _tokens(first, ids, text)
+    with ProgressReporter() as progress:
+        report = verify(
+            chosen, tokens, tolerance=tolerance, dtype=dtype, save_logits=save_logits,
+            progress=progress,
+        )  # fmt: skip
+    if json_output:
+        print_json(_result(report))
+    else:
+        _show(report)
+    if not report.passed:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def parse_form(name: str) -> Form:
+    """One of the three forms; :class:`SupraError` lists them."""
+    from typing import get_args
+
+    from supra_core.backend import Form
+    from supra_core.errors import SupraError
+
+    for form in get_args(Form):
+        if form == name:
+            return form  # type: ignore[no-any-return]
+    raise SupraError(f"--form '{name}' is unknown: use one of {', '.join(get_args(Form))}")
+
+
+def _tokens(model: Path, ids: Path | None, text: str | None) -> Ids:
+    from supra_core.errors import SupraError
+    from supra_core.sources import open_source
+    from supra_core.text import encode, load_tokenizer
+    from supra_core.verify import random_ids, read_ids
+
+    if ids is not None and text is not None:
+        raise SupraError("--ids and --text exclude each other: give one of them")
+    if ids is not None:
+        return read_ids(ids)
+    source = open_source(model)
+    if text is None:
+        return random_ids(source.spec.vocab_size)
+    encoded = encode(load_tokenizer(source.assets(), str(model)), text)
+    if not len(encoded.ids):
+        raise SupraError("--text has no tokens: give some text")
+    return encoded.ids[None]
+
+
+def _result(report: Report) -> dict[str, Any]:
+    return {
+        "first": report.first.label,
+        "batch": report.batch,
+        "tokens": report.tokens,
+        "tolerance": report.tolerance,
+        "passed": report.passed,
+        "comparisons": [
+            {
+                "label": comparison.candidate.label,
+                "backend": comparison.candidate.backend,
+                "path": str(comparison.candidate.path),
+                "form": comparison.candidate.form,
+                "max_abs_difference": comparison.difference.max_abs_difference,
+                "mean_kl": comparison.difference.mean_kl,
+                "top1_agreement": comparison.difference.top1_agreement,
+                "within_tolerance": comparison.within_tolerance,
+            }
+            for comparison in report.comparisons
+        ],
+    }
+
+
+def _show(report: Report) -> None:
+    from supra_cli.output import log, print_table
+
+    if not report.comparisons:
+        log(f"{report.first.label}: logits computed, nothing to compare them with")
+        return
+    rows = [
+        (
+            comparison.candidate.label,
+            comparison.candidate.form,
+            f"{comparison.difference.max_abs_difference:.2e}",
+            f"{comparison.difference.mean_kl:.2e}",
+            f"{100 * comparison.difference.top1_agreement:.1f} %",
+            "yes" if comparison.within_tolerance else "NO",
+        )
+        for comparison in report.comparisons
+    ]
+    columns = (
+        f"against {report.first.label}", "form", "max difference", "KL, nats", "same top-1",
+        f"within {report.tolerance:g}",
+    )  # fmt: skip
+    print_table(rows, columns=columns)

@@ -1,0 +1,65 @@
+"""The command ``supra``: registers the commands and turns errors into exit codes.
+
+Only typer is imported here, so that ``supra --help`` is quick and works without any backend;
+each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from supra_cli.commands import (
+    chat,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    uptrain,
+    verify,
+)
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class SupraGroup(TyperGroup):
+    """Bad input ends in one sentence and exit code 2, Ctrl-C in 130, neither in a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from supra_core.errors import SupraError
+
+        try:
+            return super().invoke(ctx)
+        except SupraError as error:
+            print(f"supra: error: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
+        except KeyboardInterrupt:
+            print("\nsupra: interrupted", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=SupraGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn pretrained transformers into recurrent networks, and run them.",
+)
+
+app.command("convert")(convert.command)
+app.command("inspect")(inspect.command)
+app.command("verify")(verify.command)
+app.command("uptrain")(uptrain.command)
+app.command("eval")(evaluate.command)
+app.command("generate")(generate.command)
+app.command("chat")(chat.command)
+app.command("doctor")(doctor.command)
+app.command("demo")(demo.command)

@@ -1,0 +1,25 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; default: the type the weights have."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Form = Annotated[str, typer.Option(help="parallel, recurrent or step.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling: keep this much probability.")]
+MaxTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
+Seed = Annotated[int | None, typer.Option(help="Repeatable sampling.")]
+System = Annotated[str | None, typer.Option(help="System prompt; default: the template's own.")]
+GenerationBackend = Annotated[
+    str | None, typer.Option(help="mlx or torch; default: mlx where it is installed.")
+]

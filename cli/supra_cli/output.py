@@ -1,0 +1,71 @@
+"""What commands print: one JSON object, or tables and lines for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from supra_core.errors import SupraError
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The result as one JSON object on stdout; numbers JSON has not (NaN, inf) become null."""
+    print(json.dumps(_plain(result), indent=2, allow_nan=False))
+
+
+def log(message: str) -> None:
+    """A line for people, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_table(
+    rows: Iterable[Sequence[object]], *, columns: Sequence[str] = (), title: str | None = None
+) -> None:
+    """A table on stdout; the first column is text, numbers after it are to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=bool(columns))
+    rows = [[str(cell) for cell in row] for row in rows]
+    width = max((len(row) for row in rows), default=len(columns))
+    for index in range(width):
+        header = columns[index] if index < len(columns) else ""
+        table.add_column(header, justify="right" if index and columns else "left")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe has no width; 80 columns would break paths apart.
+    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
+
+
+def bytes_text(count: float) -> str:
+    """A size in the unit that suits it: 12.3 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def layer_numbers(text: str | None) -> tuple[int, ...]:
+    """``0,15`` as numbers; :class:`SupraError` if it is anything else."""
+    if not text:
+        return ()
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise SupraError(
+            f"--keep-softmax '{text}' is no list of layers: write numbers as in 0,15"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,80 @@
+"""Progress on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class ProgressReporter:
+    """A :class:`supra_core.progress.Progress`; use as a context manager."""
+
+    def __init__(self) -> None:
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._stage = ""
+        self._printed_at = 0.0
+        self._started_at = 0.0
+        self._finished = False
+
+    def __enter__(self) -> ProgressReporter:
+        if sys.stderr.isatty():
+            self._bars = _bars()
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
+        """``done`` of ``total`` in ``stage``, with the latest figures."""
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        if self._bars is not None:
+            self._show(self._bars, stage, done, total, figures)
+        else:
+            self._print(stage, done, total, figures)
+
+    def _show(self, bars: Bars, stage: str, done: int, total: int, figures: str) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = bars.add_task(stage, figures="")
+        bars.update(self._tasks[stage], completed=done, total=total, figures=figures)
+
+    def _print(self, stage: str, done: int, total: int, figures: str) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._started_at, self._finished = stage, now, False
+        elif self._finished or (done < total and now - self._printed_at < _SECONDS_BETWEEN_LINES):
+            return
+        self._printed_at = now
+        self._finished = total > 0 and done >= total
+        share = f"{100 * done / total:3.0f} %" if total else ""
+        line = f"{stage}  {share}  {now - self._started_at:.0f} s  {figures}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
+
+
+def _bars() -> Bars:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=Console(stderr=True),
+    )

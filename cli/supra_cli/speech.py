@@ -1,0 +1,188 @@
+"""One way to speak to a model, whichever backend it runs in: continue a text, or converse."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from supra_core.backend import load
+from supra_core.errors import FormatError, SupraError
+from supra_core.generate import Memory, Sampling, generate
+from supra_core.sources import Source, open_source
+
+if TYPE_CHECKING:
+    from supra_mlx.conversation import Conversation
+
+Message = dict[str, str]
+
+
+class Speaker(Protocol):
+    """A loaded model; what it says comes piece by piece.
+
+    A caller that stops early keeps in the conversation what has been said.
+    """
+
+    def continuation(self, prompt: str) -> Generator[str]:
+        """What follows ``prompt``, which is fed as it stands."""
+        ...
+
+    def reply(self, text: str) -> Generator[str]:
+        """The answer to ``text`` in the conversation so far, by the chat template."""
+        ...
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        ...
+
+
+def load_speaker(
+    model: str, backend: str, sampling: Sampling, system: str | None, dtype: str | None = None
+) -> Speaker:
+    """The model in MLX, with mlx-lm's own generator, or in any other backend, with ours."""
+    source = open_source(model)
+    if backend == "mlx":
+        return MLXSpeaker(source, model, sampling, system, dtype)
+    return BackendSpeaker(source, model, backend, sampling, system, dtype)
+
+
+@contextmanager
+def asset_folder(source: Source) -> Iterator[Path]:
+    """The source's tokenizer files in a folder of their own, also where it is a GGUF file."""
+    assets = source.assets()
+    if not any(name.startswith("tokenizer") for name in assets):
+        raise FormatError(
+            f"{source.path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from "
+            "the source model into it, or convert it again"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in assets.items():
+            (Path(folder) / name).write_bytes(content)
+        yield Path(folder)
+
+
+class MLXSpeaker:
+    """mlx-lm's generator over the recurrent cache."""
+
+    def __init__(
+        self, source: Source, model: str, sampling: Sampling, system: str | None, dtype: str | None
+    ) -> None:
+        from supra_cli.backends import require
+
+        require("mlx", "this backend")
+        from supra_mlx.generate import load_tokenizer
+        from supra_mlx.weights import load_model
+
+        with asset_folder(source) as folder:
+            self._tokenizer = load_tokenizer(folder, source.spec)
+        self._model = load_model(model, dtype=dtype)
+        self._system = system
+        self._settings: dict[str, Any] = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+        }
+        self._conversation: Conversation | None = None
+
+    def continuation(self, prompt: str) -> Generator[str]:
+        from supra_mlx.generate import stream
+
+        ids = self._tokenizer.encode(prompt)
+        for response in stream(self._model, self._tokenizer, ids, **self._settings):
+            yield response.text
+
+    def reply(self, text: str) -> Generator[str]:
+        from supra_mlx.conversation import Conversation
+
+        if self._conversation is None:
+            self._conversation = Conversation(self._model, self._tokenizer, system=self._system)
+        yield from self._conversation.reply(text, **self._settings)
+
+    def clear(self) -> None:
+        self._conversation = None
+
+
+class BackendSpeaker:
+    """Our own loop over prefill and step; each turn feeds what the state has not seen."""
+
+    def __init__(
+        self,
+        source: Source,
+        model: str,
+        backend: str,
+        sampling: Sampling,
+        system: str | None,
+        dtype: str | None,
+    ) -> None:
+        self._tokenizer = _transformers_tokenizer(source)
+        self._model = load(backend, model, dtype=dtype)
+        self._sampling = sampling
+        self._start: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.clear()
+
+    def clear(self) -> None:
+        self._messages = list(self._start)
+        self._memory = Memory()
+
+    def continuation(self, prompt: str) -> Generator[str]:
+        for text, _ in self._speak(self._tokenizer.encode(prompt), Memory()):
+            yield text
+
+    def reply(self, text: str) -> Generator[str]:
+        if not self._tokenizer.chat_template:
+            raise SupraError(
+                "the model's tokenizer has no chat template: use supra generate --raw, or a "
+                "model made for chat"
+            )
+        self._messages.append({"role": "user", "content": text})
+        ids = self._tokenizer.apply_chat_template(
+            self._messages, add_generation_prompt=True, return_dict=False
+        )
+        memory = self._memory if self._continues(ids) else Memory()
+        said: list[str] = []
+        try:
+            for piece, after in self._speak(ids[len(memory.tokens) :], memory):
+                self._memory = after
+                said.append(piece)
+                yield piece
+        finally:
+            self._messages.append({"role": "assistant", "content": "".join(said)})
+
+    def _continues(self, ids: list[int]) -> bool:
+        seen = list(self._memory.tokens)
+        return len(seen) < len(ids) and ids[: len(seen)] == seen
+
+    def _speak(self, ids: list[int], memory: Memory) -> Iterator[tuple[str, Memory]]:
+        text = _detokenizer(self._tokenizer)
+        for token, after in generate(self._model, ids, self._sampling, memory=memory):
+            yield text(token), after
+
+
+def _transformers_tokenizer(source: Source) -> Any:
+    from supra_cli.backends import require
+
+    require("transformers", "the chat template")
+    from transformers import AutoTokenizer
+
+    with asset_folder(source) as folder:
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise FormatError(
+                f"the tokenizer of {source.path} cannot be read ({reason}): copy the tokenizer "
+                "files from the source model again"
+            ) from error
+
+
+def _detokenizer(tokenizer: Any) -> Callable[[int], str]:
+    """Token -> the text that became certain with it; a character may span several tokens."""
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=True)
+    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""
