@@ -121,7 +121,7 @@ def _open_without_config(folder: Path) -> Source:
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return _open_gguf(files[0])
-    if not files and any(folder.glob("*config.json")):
+    if not files and openlm.config_files(folder):
         return _open_openlm(folder, None)
     problem = (
         "several GGUF files: name one of them"

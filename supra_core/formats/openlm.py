@@ -32,8 +32,8 @@ def read(path: Path, config: Path | None = None) -> tuple[ModelSpec, dict[str, L
     if (folder / "config.json").is_file():
         beside = folder / "config.json"
         return _model(read_object(beside), beside, weights(), str(path))
-    candidates = [found for found in sorted(folder.glob("*config.json")) if _is_config_file(found)]
     tensors = weights()
+    candidates = config_files(folder)
     models = [model for found in candidates if (model := _try_model(found, tensors, str(path)))]
     if len(models) == 1:
         return models[0]
@@ -63,6 +63,11 @@ def write(
         write_object(folder / "config.json", {**config, "torch_dtype": dtype})
         safetensors.write_folder(folder, stored, progress=progress)
         write_assets(folder, assets)
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The files ``*config.json`` in ``folder`` that are OpenLM configs."""
+    return [path for path in sorted(folder.glob("*config.json")) if _is_config_file(path)]
 
 
 def _model(

@@ -1,0 +1,218 @@
+"""The artifact folder: exact round trip, atomic, and no contradiction goes unseen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from supra_core import artifact
+from supra_core.errors import FormatError, LayoutError, SpecError, SupraError
+from supra_core.formats import safetensors
+from supra_core.layout import tensor_shapes
+from supra_core.spec import (
+    FeatureMap,
+    Identity,
+    LayerSpec,
+    LearnedDecay,
+    LinearAttention,
+    Llama3Scaling,
+    ModelSpec,
+    Norm,
+    Provenance,
+    RotaryEmbedding,
+    SoftmaxAttention,
+    SumNormaliser,
+)
+from supra_core.tensors import LazyTensor
+
+LINEAR = LinearAttention(
+    feature_map=FeatureMap("signed_softmax", 8, Identity()),
+    rope="before",
+    decay=LearnedDecay(),
+    normaliser=SumNormaliser(),
+    gain="per_head",
+    window=4,
+)
+
+
+def _spec(**changes: Any) -> ModelSpec:
+    spec = ModelSpec(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        value_head_dim=8,
+        layers=tuple(LayerSpec(mixer) for mixer in (LINEAR, SoftmaxAttention(3), LINEAR)),
+        norm=Norm("layer_norm", 1e-6),
+        rope=RotaryEmbedding(5e5, "half", Llama3Scaling(8.0, 1.0, 4.0, 64)),
+        bos_token_id=1,
+        eos_token_id=(2, 0),
+        provenance=Provenance("org/name", "llama", "aligned", 12345),
+    )
+    return replace(spec, **changes)
+
+
+def _tensors(spec: ModelSpec) -> dict[str, LazyTensor]:
+    rng = np.random.default_rng(0)
+    return {
+        name: LazyTensor.of(rng.normal(size=shape).astype(np.float32))
+        for name, shape in tensor_shapes(spec).items()
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    spec = _spec()
+    artifact.write(tmp_path / "m", spec, _tensors(spec), {"tokenizer.json": b"t"}, dtype="float32")
+    return tmp_path / "m"
+
+
+def _change(folder: Path, **changes: Any) -> None:
+    path = folder / artifact.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("eos", [(), (2,), (2, 0)])
+def test_config_round_trip(eos: tuple[int, ...]) -> None:
+    spec = _spec(eos_token_id=eos)
+    config = json.loads(json.dumps(artifact.spec_to_config(spec, "bfloat16")))
+    assert artifact.config_to_spec(config, "x") == spec
+    assert config["layer_types"] == ["linear_attention", "sliding_attention", "linear_attention"]
+    assert (len(config["mixers"]), config["layer_mixers"]) == (2, [0, 1, 0])
+    assert config["architectures"] == ["SupraForCausalLM"]
+
+
+def test_folder_round_trip(folder: Path) -> None:
+    read = artifact.read(folder)
+    assert (read.spec, read.dtype, read.path) == (_spec(), "float32", folder)
+    expected = _tensors(_spec())
+    assert read.tensors.keys() == expected.keys()
+    for name, tensor in read.tensors.items():
+        np.testing.assert_array_equal(tensor.read(), expected[name].read())
+    assert (folder / "tokenizer.json").read_bytes() == b"t"
+    card = (folder / "README.md").read_text()
+    assert all(word in card for word in ("org/name", "aligned", "12,345", "2 linear_attention"))
+
+
+def test_bfloat16_keeps_small_tensors_in_float32(tmp_path: Path) -> None:
+    spec = _spec()
+    artifact.write(tmp_path / "m", spec, _tensors(spec), {}, dtype="bfloat16")
+    read = artifact.read(tmp_path / "m")
+    kept = {name for name, tensor in read.tensors.items() if tensor.dtype == np.float32}
+    assert {name.split(".", 3)[3] for name in kept} == {
+        "self_attn.log_slope",
+        "self_attn.log_far_gain",
+    }
+    expected = _tensors(spec)["model.norm.weight"].read().astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(read.tensors["model.norm.weight"].read(), expected)
+
+
+def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
+    spec = _spec()
+    tensors = _tensors(spec)
+    tensors["model.norm.weight"] = LazyTensor.of(np.full(16, 1e6, np.float32))
+    with pytest.raises(SupraError, match=r"model\.norm\.weight holds numbers beyond float16"):
+        artifact.write(tmp_path / "m", spec, tensors, {}, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    spec = _spec()
+
+    def stop(done: int, total: int) -> None:
+        assert 0 < done <= total
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        artifact.write(tmp_path / "m", spec, _tensors(spec), {}, dtype="float32", progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_and_rewriting_in_place(folder: Path) -> None:
+    read = artifact.read(folder)
+    with pytest.raises(SupraError, match="exists already"):
+        artifact.write(folder, read.spec, read.tensors, {}, dtype="float16")
+    artifact.write(folder, read.spec, read.tensors, {}, dtype="float16", force=True)
+    assert artifact.read(folder).dtype == "float16"
+    assert not (folder / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", ["../evil", "config.json", "model.safetensors"])
+def test_assets_cannot_replace_the_model(tmp_path: Path, name: str) -> None:
+    spec = _spec()
+    with pytest.raises(FormatError, match="no new file name"):
+        artifact.write(tmp_path / "m", spec, _tensors(spec), {name: b""}, dtype="float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "field model_type must be 'supra'"),
+        ({"format_version": 2}, "field format_version is 2, but this supra reads up to 1"),
+        ({"format_version": None}, "field format_version is missing"),
+        ({"num_hidden_layers": 4}, "field num_hidden_layers contradicts layer_mixers"),
+        ({"layer_types": ["full_attention"] * 3}, "field layer_types contradicts layer_mixers"),
+        ({"layer_mixers": [0, 2, 0]}, "field layer_mixers holds 2, which is no index"),
+        ({"layer_mixers": []}, "field layer_mixers must be a list"),
+        ({"mixers": None}, "field mixers must be a list"),
+        ({"hidden_act": "gelu"}, "field hidden_act must be silu"),
+        ({"vocab_size": "x"}, "field vocab_size"),
+        ({"torch_dtype": "int8"}, "field torch_dtype is 'int8'"),
+    ],
+)
+def test_configs_that_contradict_themselves(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    _change(folder, **changes)
+    with pytest.raises(SpecError) as error:
+        artifact.read(folder)
+    assert str(error.value).startswith(str(folder / "config.json"))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_field_is_named(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["head_dim"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(SpecError, match="field head_dim"):
+        artifact.read(folder)
+
+
+def test_weights_that_do_not_fit_the_config(folder: Path) -> None:
+    _change(folder, torch_dtype="bfloat16")
+    with pytest.raises(FormatError, match=r"is float32, but config\.json states bfloat16"):
+        artifact.read(folder)
+    _change(folder, torch_dtype="float32", vocab_size=21)
+    with pytest.raises(LayoutError, match=r"embed_tokens\.weight has shape \[20, 16\]"):
+        artifact.read(folder)
+    _change(folder, vocab_size=20, tie_word_embeddings=True)
+    with pytest.raises(LayoutError, match=r"unexpected lm_head\.weight"):
+        artifact.read(folder)
+    _change(folder, quantization={"bits": 4})
+    with pytest.raises(FormatError, match="quantised"):
+        artifact.read(folder)
+
+
+def test_fields_of_other_programs_are_ignored(folder: Path) -> None:
+    _change(folder, transformers_version="5.0", auto_map={"AutoConfig": "a.B"}, use_cache=True)
+    assert artifact.read(folder).spec == _spec()
+
+
+def test_writing_needs_the_spec_s_tensors(tmp_path: Path) -> None:
+    spec = _spec()
+    tensors = _tensors(spec)
+    del tensors["model.norm.weight"]
+    with pytest.raises(LayoutError, match=r"missing model\.norm\.weight"):
+        artifact.write(tmp_path / "m", spec, tensors, {}, dtype="float32")
+    assert safetensors.SHARD_BYTES == 5_000_000_000
