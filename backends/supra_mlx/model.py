@@ -301,7 +301,7 @@ class Model(nn.Module):
     @property
     def layers(self) -> list[Block]:
         """The blocks, in order."""
-        return self.model.layers  # type: ignore[no-any-return]
+        return self.model.layers
 
     def __call__(
         self, inputs: mx.array, cache: list[Any] | None = None, mask: mx.array | None = None
@@ -319,16 +319,17 @@ class Model(nn.Module):
             # date, because lazy updates that nobody reads pile up.
             cache[self._linear[0]].advance(inputs.shape[1])
         if self.spec.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(h)  # type: ignore[no-any-return]
-        return self.lm_head(h)  # type: ignore[no-any-return]
+            return self.model.embed_tokens.as_linear(h)
+        return self.lm_head(h)
 
     def _context(self, inputs: mx.array, cache: list[Any], history: mx.array | None) -> _Context:
         T = inputs.shape[1]
         first = cache[self._linear[0]] if self._linear else None
+        valid: mx.array | None = None
         if history is not None:
             valid = history[:, history.shape[1] - T :]
-        else:
-            valid = create_ssm_mask(inputs, first) if first is not None else None
+        elif first is not None:
+            valid = create_ssm_mask(inputs, first)
         seen = self._tokens_seen(inputs, cache, history)
         if valid is None:
             positions, added = mx.arange(T), mx.array(T)

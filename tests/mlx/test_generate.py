@@ -10,6 +10,8 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from mlx_lm.generate import batch_generate  # noqa: E402
+
 from supra_core.errors import FormatError, SupraError  # noqa: E402
 from supra_mlx.backend import MLXBackend, load  # noqa: E402
 from supra_mlx.conversation import Conversation  # noqa: E402
@@ -172,3 +174,11 @@ def test_a_turn_that_fails_leaves_no_trace(loaded: Any) -> None:
     with pytest.raises(SupraError, match="temperature"):
         list(conversation.reply("Hello", temperature=-1.0))
     assert conversation.messages == conversation.tokens == []
+
+
+def test_mlx_lms_batch_generator(loaded: Any) -> None:
+    """Prompts of unequal lengths, padded by mlx-lm inside its own caches."""
+    model, tokenizer = loaded
+    prompts = [PROMPT[:30], PROMPT[:7], PROMPT[10:]]
+    texts = batch_generate(model, tokenizer, prompts, max_tokens=12).texts
+    assert texts == [_text(tokenizer, _greedy(model, prompt, 12)) for prompt in prompts]
