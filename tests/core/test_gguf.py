@@ -1,0 +1,368 @@
+"""GGUF: the real model against transformers' own loading, and written files of every kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from supra_core import artifact
+from supra_core.errors import SupraError
+from supra_core.formats import gguf
+from supra_core.formats.safetensors import write_file
+from supra_core.layout import tensor_shapes
+from supra_core.rotary import inverse_frequencies
+from supra_core.sources import WRITERS, open_source
+from supra_core.spec import LinearScaling, Llama3Scaling, RotaryEmbedding, SoftmaxAttention
+
+library = pytest.importorskip("gguf")
+
+HEADS, KEY_VALUE_HEADS, HIDDEN, FFN, VOCABULARY = 8, 4, 256, 512, 262
+
+
+def _permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's reordering of q and k (convert_hf_to_gguf.py, LlamaModel.permute)."""
+    split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _arrays(tied: bool = True, bias: bool = False) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (VOCABULARY, HIDDEN),
+        "output_norm.weight": (HIDDEN,),
+        "blk.0.attn_norm.weight": (HIDDEN,),
+        "blk.0.attn_q.weight": (HIDDEN, HIDDEN),
+        "blk.0.attn_k.weight": (HIDDEN // 2, HIDDEN),
+        "blk.0.attn_v.weight": (HIDDEN // 2, HIDDEN),
+        "blk.0.attn_output.weight": (HIDDEN, HIDDEN),
+        "blk.0.ffn_norm.weight": (HIDDEN,),
+        "blk.0.ffn_gate.weight": (FFN, HIDDEN),
+        "blk.0.ffn_up.weight": (FFN, HIDDEN),
+        "blk.0.ffn_down.weight": (HIDDEN, FFN),
+    }
+    if not tied:
+        shapes["output.weight"] = (VOCABULARY, HIDDEN)
+    if bias:
+        shapes |= {
+            "blk.0.attn_q.bias": (HIDDEN,),
+            "blk.0.attn_k.bias": (HIDDEN // 2,),
+            "blk.0.attn_v.bias": (HIDDEN // 2,),
+            "blk.0.attn_output.bias": (HIDDEN,),
+        }
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _write(
+    path: Path,
+    arrays: dict[str, np.ndarray] | None = None,
+    change: Callable[[Any], None] = lambda writer: None,
+    architecture: str = "llama",
+    kinds: dict[str, Any] | None = None,
+) -> Path:
+    writer = library.GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_VALUE_HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    change(writer)
+    for name, array in (arrays or _arrays()).items():
+        writer.add_tensor(name, array, raw_dtype=(kinds or {}).get(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# --- the real model -------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_real_model_spec(smollm2_gguf: Path) -> None:
+    found = open_source(smollm2_gguf)
+    spec = found.spec
+    assert (found.kind, found.dtype, spec.num_hidden_layers) == ("gguf", "float32", 30)
+    assert (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim) == (9, 3, 64)
+    assert (spec.rope, spec.norm.eps) == (RotaryEmbedding(100000.0), 1e-5)
+    assert (spec.tie_word_embeddings, spec.eos_token_id, spec.bos_token_id) == (True, (2,), 1)
+
+
+@pytest.fixture(scope="session")
+def smollm2_artifact(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = open_source(smollm2_gguf)
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    artifact.write(out, source.spec, source.tensors, source.assets(), dtype="float32")
+    return out
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_real_weights_are_transformers_own(smollm2_gguf: Path, smollm2_artifact: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    loading = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    place = {"pretrained_model_name_or_path": str(smollm2_gguf.parent)}
+    config = transformers.AutoConfig.from_pretrained(**place, gguf_file=smollm2_gguf.name)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    # What from_pretrained(gguf_file=...) calls, without the accelerate it asks for.
+    loaded = loading.load_gguf_checkpoint(
+        str(smollm2_gguf), return_tensors=True, model_to_load=empty
+    )
+    theirs = loaded["tensors"]
+    ours = artifact.read(smollm2_artifact).tensors
+    assert ours.keys() == theirs.keys() - {"lm_head.weight"}
+    assert len(ours) == 272
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor.read(), theirs[name].numpy(), err_msg=name)
+
+
+TEXTS = (
+    "The capital of France is Paris.",
+    "  indented\n\tcode = {'a': 1}  # comment\n\n\n",
+    "Ünïcödé 漢字 🙂 12345 3.14 don't we'll",
+    "<|im_start|>user\nHi<|im_end|>\n<|endoftext|>",
+    "",
+)
+CHATS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "What is 2 + 2?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"},
+    ],
+)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("to", ["supra", "hf"])
+def test_real_tokenizer_is_transformers_own(
+    smollm2_gguf: Path, smollm2_artifact: Path, tmp_path: Path, to: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    out = smollm2_artifact
+    if to == "hf":
+        source = open_source(smollm2_artifact)
+        out = tmp_path / "hf"
+        WRITERS[to](out, source.spec, source.tensors, source.assets(), dtype="bfloat16")
+    ours = transformers.AutoTokenizer.from_pretrained(out)
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name
+    )
+    assert len(ours) == len(theirs) == 49152
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "all_special_ids"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.eos_token == "<|im_end|>"
+    for text in TEXTS:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+        ids = theirs(text)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids)
+    for chat in CHATS:
+        for prompt in (True, False):
+            rendered = [
+                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+                for tokenizer in (ours, theirs)
+            ]
+            assert rendered[0] == rendered[1]
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+
+
+# --- written files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, True)])
+def test_names_and_row_order(tmp_path: Path, tied: bool, bias: bool) -> None:
+    arrays = _arrays(tied, bias)
+    stored = {
+        name: _permuted(array, HEADS if "attn_q" in name else KEY_VALUE_HEADS)
+        if "attn_q" in name or "attn_k" in name
+        else array
+        for name, array in arrays.items()
+    }
+    model = gguf.read(_write(tmp_path / "m.gguf", stored))
+    assert model.spec.tie_word_embeddings is tied
+    assert model.spec.attention_bias == ("qkvo" if bias else "none")
+    assert model.tensors.keys() == tensor_shapes(model.spec).keys()
+    for ours, theirs in {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.layers.0.self_attn.q_proj.weight": "blk.0.attn_q.weight",
+        "model.layers.0.self_attn.k_proj.weight": "blk.0.attn_k.weight",
+        "model.layers.0.self_attn.o_proj.weight": "blk.0.attn_output.weight",
+        "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
+        "model.layers.0.post_attention_layernorm.weight": "blk.0.ffn_norm.weight",
+    }.items():
+        np.testing.assert_array_equal(model.tensors[ours].read(), arrays[theirs])
+    if bias:
+        found = model.tensors["model.layers.0.self_attn.k_proj.bias"].read()
+        np.testing.assert_array_equal(found, arrays["blk.0.attn_k.bias"])
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_half_types_are_kept(tmp_path: Path, kind: str) -> None:
+    dtype = np.dtype({"F16": np.float16, "BF16": ml_dtypes.bfloat16}[kind])
+    name = "blk.0.attn_v.weight"
+    arrays = _arrays()
+    expected = arrays[name].astype(dtype)
+    arrays[name] = expected if kind == "F16" else expected.view(np.uint8)
+    kinds = {name: library.GGMLQuantizationType[kind]}
+    model = gguf.read(_write(tmp_path / "m.gguf", arrays, kinds=kinds))
+    tensor = model.tensors["model.layers.0.self_attn.v_proj.weight"]
+    assert tensor.dtype == dtype
+    np.testing.assert_array_equal(tensor.read(), expected)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"])
+def test_blocks_are_dequantised(tmp_path: Path, kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    dequant = pytest.importorskip("transformers.integrations.gguf.dequant")
+    quantisation = library.GGMLQuantizationType[kind]
+    block, size = library.GGML_QUANT_SIZES[quantisation]
+    blocks = np.random.default_rng(1).integers(0, 255, (FFN, HIDDEN // block * size), np.uint8)
+    # Random scales may be NaN or infinite: clear the top of every byte of an exponent.
+    blocks &= 0x3F
+    name = "blk.0.ffn_up.weight"
+    arrays = {**_arrays(), name: blocks}
+    model = gguf.read(_write(tmp_path / "m.gguf", arrays, kinds={name: quantisation}))
+    tensor = model.tensors["model.layers.0.mlp.up_proj.weight"]
+    found = tensor.read()
+    assert (found.shape, found.dtype, tensor.dtype) == ((FFN, HIDDEN), np.float32, np.float32)
+    # An implementation of the same formats in torch.
+    theirs = dequant.dequantize(torch.from_numpy(blocks), int(quantisation)).numpy()
+    np.testing.assert_allclose(found, theirs.reshape(found.shape), rtol=1e-6, atol=1e-6)
+    assert np.ptp(found) > 0
+
+
+def test_mistral_and_linear_scaling(tmp_path: Path) -> None:
+    def change(writer: Any) -> None:
+        writer.add_sliding_window(32)
+        writer.add_rope_scaling_type(library.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(2.0)
+        writer.add_rope_freq_base(1e6)
+
+    spec = gguf.read(_write(tmp_path / "m.gguf", change=change)).spec
+    assert spec.layers[0].mixer == SoftmaxAttention(32)
+    assert spec.rope == RotaryEmbedding(1e6, scaling=LinearScaling(2.0))
+    assert spec.norm.eps == 1e-6
+
+
+def test_llama3_scaling_is_recovered(tmp_path: Path) -> None:
+    scaling = Llama3Scaling(32.0, 1.0, 4.0, 8192)
+    rope = RotaryEmbedding(500000.0, scaling=scaling)
+    plain = inverse_frequencies(RotaryEmbedding(500000.0), HIDDEN // HEADS)
+    factors = (plain / inverse_frequencies(rope, HIDDEN // HEADS)).astype(np.float32)
+    assert 1 < np.median(factors) <= 32
+
+    def read(divisors: np.ndarray) -> RotaryEmbedding:
+        arrays = {**_arrays(), "rope_freqs.weight": divisors}
+        path = _write(tmp_path / "m.gguf", arrays, lambda w: w.add_rope_freq_base(5e5))
+        return gguf.read(path).spec.rope
+
+    assert read(factors) == rope
+    assert read(np.ones_like(factors)) == RotaryEmbedding(500000.0)
+    with pytest.raises(SupraError, match=r"rope_freqs\.weight is no Llama 3 rope scaling"):
+        read(np.linspace(1, 9, len(factors), dtype=np.float32))
+
+
+def test_sentencepiece_tokenizer_with_bos(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "\u2581a"]
+    kinds = [2, 3, 3, *[6] * 256, 1, 1, 1]
+
+    def change(writer: Any) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * 259 + [-1.0, -2.0, -0.5])
+        writer.add_token_types(kinds)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_eot_token_id(5)
+        writer.add_unk_token_id(0)
+        writer.add_chat_template("{{ bos_token }}{{ messages[0]['content'] }}")
+
+    path = _write(tmp_path / "m.gguf", change=change)
+    source = open_source(path)
+    assert source.spec.eos_token_id == (2, 5)
+    artifact.write(
+        tmp_path / "out", source.spec, source.tensors, source.assets(), dtype=source.dtype
+    )
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="m.gguf")
+    for text in ("a a", "aa b", " <s>a", "é"):
+        ids = theirs(text)["input_ids"]
+        assert ours(text)["input_ids"] == ids
+        assert ids[0] == 1
+        assert ours.decode(ids) == theirs.decode(ids)
+    chat = [{"role": "user", "content": "a"}]
+    assert ours.apply_chat_template(chat, tokenize=False) == "<s>a"
+
+
+# --- what is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 200, 2000, -1000])
+def test_truncated_file(tmp_path: Path, keep: int) -> None:
+    path = _write(tmp_path / "cut.gguf")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(SupraError) as error:
+        open_source(path)
+    assert "cut.gguf: truncated or damaged GGUF file" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_garbage_and_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "no.gguf"
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+    with pytest.raises(SupraError, match="truncated or damaged GGUF"):
+        open_source(path)
+    write_file(path, {})
+    with pytest.raises(SupraError, match="truncated or damaged GGUF"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.add_expert_count(8), "mixture of experts"),
+        (lambda w: w.add_uint16("split.count", 2), "one part of a split model"),
+        (lambda w: w.add_rope_dimension_count(16), "rope.dimension_count is 16, which differs"),
+        (lambda w: w.add_value_length(64), "attention.value_length is 64, which differs"),
+        (
+            lambda w: w.add_rope_scaling_type(library.RopeScalingType.YARN),
+            "'yarn' is not supported",
+        ),
+    ],
+)
+def test_what_is_not_supported(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+    with pytest.raises(SupraError) as error:
+        open_source(_write(tmp_path / "m.gguf", change=change))
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "m.gguf"))
+
+
+def test_another_architecture_missing_and_unknown_tensors(tmp_path: Path) -> None:
+    with pytest.raises(SupraError, match=r"general\.architecture is 'qwen2'"):
+        open_source(_write(tmp_path / "m.gguf", architecture="qwen2"))
+    arrays = _arrays()
+    arrays["blk.0.attn_q_norm.weight"] = arrays.pop("blk.0.ffn_up.weight")
+    with pytest.raises(SupraError) as error:
+        open_source(_write(tmp_path / "m.gguf", arrays))
+    assert "missing model.layers.0.mlp.up_proj.weight" in str(error.value)
+    assert "unexpected blk.0.attn_q_norm.weight" in str(error.value)
+    name = "blk.0.ffn_up.weight"
+    kind = library.GGMLQuantizationType.IQ4_NL
+    block, size = library.GGML_QUANT_SIZES[kind]
+    arrays = {**_arrays(), name: np.zeros((FFN, HIDDEN // block * size), np.uint8)}
+    with pytest.raises(SupraError, match=r"ffn_up\.weight has type IQ4_NL, which is not supported"):
+        open_source(_write(tmp_path / "m.gguf", arrays, kinds={name: kind}))
