@@ -109,7 +109,7 @@ class FeatureProjection(nn.Module):
             z = F.linear(z.flatten(-2), self.weight, self.bias)
             return z.unflatten(-1, (self.heads, self.size))
         z = torch.einsum("bthd,hfd->bthf", z, self.weight)
-        return z if self.bias is None else z + self.bias
+        return z if self.bias is None else z + self.bias.to(z.dtype)
 
 
 class Mixer(nn.Module):
@@ -471,3 +471,11 @@ def build(
         weights[name] = to_torch(tensor).to(torch.float32 if keep else dtype)
     model.load_state_dict(weights, assign=True, strict=True)
     return model
+
+
+def lazy_tensors(model: SupraModel) -> dict[str, LazyTensor]:
+    """The module's weights under their canonical names, for a writer; float32 or float16."""
+    return {
+        name: LazyTensor.of(tensor.detach().cpu().numpy())
+        for name, tensor in model.state_dict().items()
+    }

@@ -109,6 +109,7 @@ def linear_attention_chunked(
     """
     B, T, H, Dk = q.shape
     K, Dv = v.shape[2], v.shape[3]
+    k, v = k.to(q.dtype), v.to(q.dtype)
     G, C = H // K, min(chunk_size, T)
     N = -(-T // C)
     slope = _slope(decay).view(K, G)

@@ -84,6 +84,7 @@ def windowed_attention(
         q, phi_q = (_gather(_in_front(x, window), order)[:, window:] for x in (q, phi_q))
     with torch.autocast(q.device.type, enabled=False):
         near, near_mass = _near(q, k, v, valid, window)
+        phi_q, phi_k = phi_q.to(v.dtype), phi_k.to(v.dtype)
         # An empty buffer holds zeros, which write nothing: no mask, and one decay for all rows.
         written = None if mask is None and initial_state is None else valid[:, :T]
         far, state = linear_attention_chunked(

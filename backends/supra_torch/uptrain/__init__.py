@@ -1,0 +1,1 @@
+"""Uptraining: stages, data, checkpoints, metrics."""

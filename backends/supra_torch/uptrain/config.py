@@ -1,0 +1,182 @@
+"""What an uptraining run is told: one validated, frozen description that is written to run.json."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from supra_core.errors import SupraError
+
+DEFAULT_RECIPE = "aligned"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Linearize(_Strict):
+    """How a plain transformer becomes linear; the fields of ``LinearizeOptions``."""
+
+    preset: Literal["paper", "aligned"] = "aligned"
+    feature_map: Literal["relu", "signed_relu", "signed_softmax", "none"] | None = None
+    decay: Literal["lightning", "retnet", "none", "learned"] | None = None
+    output_norm: Literal["group_norm", "sum"] | None = None
+    window: int | None = Field(default=None, ge=1)
+    keep_softmax: tuple[int, ...] = ()
+
+
+class Stage(_Strict):
+    """One stage of a recipe.
+
+    ``transfer``: every linear mixer learns its teacher's output, given the teacher's input; only
+    mixers are trained. ``distill``: the model learns the teacher's distribution (KL), everything
+    is trained. ``share``: of the run's tokens. ``new_learning_rate``: for what linearizing added
+    (feature maps, decay, gains). ``warmup``: share of the stage's steps; then a cosine to
+    ``final_learning_rate`` times the peak.
+    """
+
+    kind: Literal["transfer", "distill"]
+    share: float = Field(gt=0)
+    learning_rate: float = Field(ge=0)
+    new_learning_rate: float = Field(ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    final_learning_rate: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+
+
+class UptrainConfig(_Strict):
+    """A whole run.
+
+    ``model``: a transformer or a converted model; ``teacher``: the transformer to learn from,
+    when it is not ``model`` itself; ``data``: a text file or a folder of .txt files. ``tokens``
+    in all stages; ``sequence_length`` and ``batch_tokens`` in tokens; ``checkpoint_every`` and
+    ``evaluate_every`` in steps (0: only at the end of a stage).
+    """
+
+    model: str
+    data: str
+    teacher: str | None = None
+    recipe: str = DEFAULT_RECIPE
+    tokens: int = Field(default=300_000, ge=1)
+    seed: int = Field(default=0, ge=0)
+    sequence_length: int = Field(default=512, ge=2)
+    batch_tokens: int = Field(default=2048, ge=2)
+    checkpoint_every: int = Field(default=50, ge=1)
+    evaluate_every: int = Field(default=0, ge=0)
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    linearize: Linearize = Linearize()
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences a step."""
+        return max(1, self.batch_tokens // self.sequence_length)
+
+    def stage_steps(self) -> list[int]:
+        """Optimiser steps of each stage; every stage gets at least one."""
+        total = sum(stage.share for stage in self.stages)
+        step_tokens = self.batch_size * self.sequence_length
+        return [
+            max(1, round(self.tokens * stage.share / total / step_tokens))
+            for stage in self.stages
+        ]
+
+
+def resolve(
+    *,
+    config: Path | None,
+    model: str | None,
+    recipe: str | None,
+    data: str | None,
+    overrides: Mapping[str, str],
+) -> UptrainConfig:
+    """A TOML file or a model and a recipe, with single settings overridden.
+
+    Keys of ``overrides`` may have dots (``linearize.window``, ``stages.0.learning_rate``); values
+    are TOML values, or plain strings. Raises SupraError naming the first wrong field.
+    """
+    where = str(config) if config is not None else "the settings"
+    values: dict[str, Any] = {} if config is None else _read_toml(config)
+    for key, value in (("model", model), ("recipe", recipe), ("data", data)):
+        if value is not None:
+            values[key] = value
+    for key, text in overrides.items():
+        if key == "recipe":
+            values["recipe"] = text
+    base = recipe_named(values.get("recipe", DEFAULT_RECIPE))
+    merged = {**base, **values}
+    if "linearize" in base and isinstance(values.get("linearize"), dict):
+        merged["linearize"] = {**base["linearize"], **values["linearize"]}
+    for key, text in overrides.items():
+        _set(merged, key, _toml_value(text))
+    return validate(merged, where)
+
+
+def validate(values: Mapping[str, Any], where: str) -> UptrainConfig:
+    """The run that ``values`` describe; SupraError names ``where`` and the first wrong field."""
+    for key in ("model", "data"):
+        if not values.get(key):
+            raise SupraError(f"{where}: field {key} is missing: name the {key} to uptrain with")
+    try:
+        return UptrainConfig.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise SupraError(f"{where}: field {place}: {first['msg'].lower()}") from None
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    files = resources.files("supra_torch.recipes").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def recipe_named(name: str) -> dict[str, Any]:
+    """A recipe of the package by name, or a TOML file by path."""
+    if name in recipe_names():
+        text = resources.files("supra_torch.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+        return tomllib.loads(text)
+    if name.endswith(".toml"):
+        return _read_toml(Path(name))
+    raise SupraError(
+        f"unknown recipe '{name}': use one of {', '.join(recipe_names())}, or a .toml file"
+    )
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SupraError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SupraError(f"{path} is not valid TOML ({error}): correct it") from None
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; list entries are addressed by their index."""
+    *path, last = key.split(".")
+    place: Any = values
+    try:
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        if isinstance(place, list):
+            place[int(last)] = value
+        else:
+            place[last] = value
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise SupraError(f"--set {key}: there is no such setting") from None
