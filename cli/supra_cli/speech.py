@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from supra_core.backend import load
 from supra_core.errors import FormatError, SupraError
+from supra_core.formats.assets import write_assets
 from supra_core.generate import Memory, Sampling, generate
 from supra_core.sources import Source, open_source
 
@@ -42,42 +42,23 @@ def load_speaker(
     model: str, backend: str, sampling: Sampling, system: str | None, dtype: str | None = None
 ) -> Speaker:
     """The model in MLX, with mlx-lm's own generator, or in any other backend, with ours."""
-    source = open_source(model)
     if backend == "mlx":
-        return MLXSpeaker(source, model, sampling, system, dtype)
-    return BackendSpeaker(source, model, backend, sampling, system, dtype)
-
-
-@contextmanager
-def asset_folder(source: Source) -> Iterator[Path]:
-    """The source's tokenizer files in a folder of their own, also where it is a GGUF file."""
-    assets = source.assets()
-    if not any(name.startswith("tokenizer") for name in assets):
-        raise FormatError(
-            f"{source.path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from "
-            "the source model into it, or convert it again"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in assets.items():
-            (Path(folder) / name).write_bytes(content)
-        yield Path(folder)
+        return MLXSpeaker(model, sampling, system, dtype)
+    return BackendSpeaker(open_source(model), backend, sampling, system, dtype)
 
 
 class MLXSpeaker:
     """mlx-lm's generator over the recurrent cache."""
 
     def __init__(
-        self, source: Source, model: str, sampling: Sampling, system: str | None, dtype: str | None
+        self, model: str, sampling: Sampling, system: str | None, dtype: str | None
     ) -> None:
         from supra_cli.backends import require
 
         require("mlx", "this backend")
-        from supra_mlx.generate import load_tokenizer
-        from supra_mlx.weights import load_model
+        from supra_mlx.generate import load_model
 
-        with asset_folder(source) as folder:
-            self._tokenizer = load_tokenizer(folder, source.spec)
-        self._model = load_model(model, dtype=dtype)
+        self._model, self._tokenizer = load_model(model, dtype=dtype)
         self._system = system
         self._settings: dict[str, Any] = {
             "max_tokens": sampling.max_tokens,
@@ -111,14 +92,13 @@ class BackendSpeaker:
     def __init__(
         self,
         source: Source,
-        model: str,
         backend: str,
         sampling: Sampling,
         system: str | None,
         dtype: str | None,
     ) -> None:
         self._tokenizer = _transformers_tokenizer(source)
-        self._model = load(backend, model, dtype=dtype)
+        self._model = load(backend, source.path, dtype=dtype)
         self._sampling = sampling
         self._start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.clear()
@@ -167,7 +147,15 @@ def _transformers_tokenizer(source: Source) -> Any:
     require("transformers", "the chat template")
     from transformers import AutoTokenizer
 
-    with asset_folder(source) as folder:
+    assets = source.assets()
+    if not any(name.startswith("tokenizer") for name in assets):
+        raise FormatError(
+            f"{source.path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from "
+            "the source model into it, or convert it again"
+        )
+    # Laid out in a folder of their own: a GGUF has them inside it.
+    with tempfile.TemporaryDirectory() as folder:
+        write_assets(Path(folder), assets)
         try:
             return AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def linear_kl_divergence(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk: int = 256
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk: int = 512
 ) -> Tensor:
     """Mean over tokens of KL(teacher || student), in nats.
 

@@ -46,19 +46,20 @@ def linear_attention(
     """
     if implementation not in ("auto", "reference", "chunked"):
         raise ValueError(f"unknown implementation '{implementation}'")
-    if normaliser == "sum":
-        v = append_ones(v)
-    _check_shapes(q, k, v, decay, initial_state, mask)
+    _check_shapes(q, k, v, decay, initial_state, mask, normaliser == "sum")
     # Autocast would turn the float32 sums into bfloat16.
     with torch.autocast(q.device.type, enabled=False):
         if implementation == "reference":
+            v = append_ones(v) if normaliser == "sum" else v
             output, state = linear_attention_reference(q, k, v, decay, initial_state, mask)
+            if normaliser == "sum":
+                output = safe_divide(output[..., :-1], output[..., -1:])
         else:
-            output, state = linear_attention_chunked(
-                q, k, v, decay, initial_state, mask, chunk_size
+            output, total, state = linear_attention_chunked(
+                q, k, v, decay, initial_state, mask, chunk_size, sum_weights=normaliser == "sum"
             )
-        if normaliser == "sum":
-            output = divide_by_last(output)
+            if total is not None:
+                output = safe_divide(output, total)
     return output.to(q.dtype), state
 
 
@@ -101,53 +102,61 @@ def linear_attention_chunked(
     initial_state: Tensor | None = None,
     mask: Tensor | None = None,
     chunk_size: int = 64,
-) -> tuple[Tensor, Tensor]:
+    *,
+    sum_weights: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The chunked form, linear in T. Shapes as in :func:`linear_attention`; float32 results.
 
-    Key/value heads are never repeated: the G = H / K query heads of a group are rows of one
-    matrix product.
+    Returns the output, not yet divided; with ``sum_weights`` what to divide it by, (B, T, H, 1);
+    and the state, which then has z as a last column. Key/value heads are never repeated: the
+    G = H / K query heads of a group are rows, or columns, of one matrix product.
     """
     B, T, H, Dk = q.shape
     K, Dv = v.shape[2], v.shape[3]
-    k, v = k.to(q.dtype), v.to(q.dtype)
     G, C = H // K, min(chunk_size, T)
     N = -(-T // C)
     slope = _slope(decay).view(K, G)
-    ages, valid = _chunk_ages(mask, B, T, N, C, q.device)  # (b, N, C), b = 1 without a mask
-    # (B, K, N, G, C, Dk), (B, K, N, C, Dk), (B, K, N, C, Dv)
+    ages, valid = _chunk_ages(mask, T, N, C, q.device)  # (b, N, C), b = 1 without a mask
+    k, v = k.to(q.dtype), v.to(q.dtype)
     q = _into_chunks(q, N, C).view(B, N, C, K, G, Dk).permute(0, 3, 1, 4, 2, 5)
-    k, v = (_into_chunks(x, N, C).permute(0, 3, 1, 2, 4) for x in (k, v))
+    q = q.reshape(B, K, N, G * C, Dk)
+    k, v = (_into_chunks(x, N, C).permute(0, 3, 1, 2, 4) for x in (k, v))  # (B, K, N, C, ·)
 
-    # Inside the chunks.
-    scores = (q.reshape(B, K, N, G * C, Dk) @ k.mT).view(B, K, N, G, C, C)
-    # Without a mask all chunks agree: the last one is filled up, but with keys that are zero.
+    # Inside the chunks. Without a mask all chunks agree: the last one is filled up, but with
+    # keys that are zero.
     alike = slice(0, 1) if mask is None else slice(None)
     weights = _inner_weights(slope, ages[:, alike], valid[:, alike])  # (b, K, n, G, C, C)
-    inner = (scores.float() * weights).to(v.dtype).view(B, K, N, G * C, C) @ v
-    output = inner.view(B, K, N, G, C, Dv).float()
+    scores = (q @ k.mT).view(B, K, N, G, C, C).float() * weights
+    output = (scores.to(v.dtype).view(B, K, N, G * C, C) @ v).float()
 
-    # What each chunk adds to the state at its end, and the state at each chunk's border.
-    # (b, N, C) against (K, G) -> (b, K, N, G, C)
-    s = slope[None, :, None, :, None]
-    age, end = ages[:, None, :, None, :], ages[:, None, :, None, -1:]
-    left = torch.exp(-s * (end - age)) * valid[:, None, :, None, :]
-    weighted = k[:, :, :, None] * left[..., None].to(k.dtype)  # (B, K, N, G, C, Dk)
-    added = (weighted.mT @ v[:, :, :, None]).float()  # (B, K, N, G, Dk, Dv)
-    kept = torch.exp(-s * end)[..., None]  # (b, K, N, G, 1, 1)
-    state = (
-        added.new_zeros(B, K, G, Dk, Dv)
-        if initial_state is None
-        else initial_state.float().view(B, K, G, Dk, Dv)
-    )
-    borders = []
-    for n in range(N):
-        borders.append(state)
-        state = kept[:, :, min(n, kept.shape[2] - 1)] * state + added[:, :, n]
-    if initial_state is not None or N > 1:
-        before = torch.stack(borders, dim=2).to(q.dtype)
-        output = output + torch.exp(-s * age)[..., None] * (q @ before).float()
-    output = output.permute(0, 2, 4, 1, 3, 5).reshape(B, N * C, H, Dv)[:, :T]
-    return output, state.reshape(B, H, Dk, Dv)
+    # What each chunk adds to the state at its end, (B, K, N, Dk, G, Dv).
+    s = slope[None, :, None, None, :]  # against (b, K, N, C, G)
+    age, end = ages[:, None, :, :, None], ages[:, None, :, -1:, None]
+    left = torch.exp(-s * (end - age)) * valid[:, None, :, :, None]
+    weighted = v[..., None, :] * left[..., None].to(v.dtype)  # (B, K, N, C, G, Dv)
+    added = (k.mT @ weighted.flatten(-2)).float().view(B, K, N, Dk, G, Dv)
+    kept = torch.exp(-s * end).transpose(-1, -2)  # (b, K, N, G, 1)
+    state, z = _initial_state(initial_state, added, K, G, sum_weights)  # (B,K,Dk,G,Dv), (B,K,Dk,G)
+    grown = torch.exp(-s * age).transpose(-1, -2).reshape(-1, K, N, G * C, 1)
+    total = None
+    if initial_state is None and N == 1:
+        state = added[:, :, 0]
+    else:
+        state, before = _scan(state, added, kept[:, :, :, None])  # kept (b, K, N, 1, G, 1)
+        # (B, K, N, Dk, G, Dv) -> each group member's own state for its rows of q.
+        before = before.permute(0, 1, 2, 4, 3, 5).to(q.dtype)  # (B, K, N, G, Dk, Dv)
+        read = (q.view(B, K, N, G, C, Dk) @ before).reshape(B, K, N, G * C, Dv)
+        output = output + grown * read.float()
+    if sum_weights:
+        assert z is not None
+        added_z = k.float().mT @ left.expand(B, -1, -1, -1, -1)  # (B, K, N, Dk, G)
+        z, before_z = _scan(z, added_z, kept.mT)
+        read_z = q.view(B, K, N, G, C, Dk).float() @ before_z.mT[..., None]
+        total = scores.sum(-1).view(B, K, N, G * C, 1) + grown * read_z.view(B, K, N, G * C, 1)
+        state = torch.cat([state, z[..., None]], dim=-1)
+        total = _out_of_chunks(total, T, G)
+    final = state.permute(0, 1, 3, 2, 4).reshape(B, H, Dk, -1)
+    return _out_of_chunks(output, T, G), total, final
 
 
 def append_ones(v: Tensor) -> Tensor:
@@ -155,10 +164,30 @@ def append_ones(v: Tensor) -> Tensor:
     return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
 
 
-def divide_by_last(output: Tensor) -> Tensor:
-    """(..., Dv + 1) -> (..., Dv), divided by the last column; 0 where nothing was written."""
-    total = output[..., -1:]
-    return output[..., :-1] / torch.where(total == 0, torch.ones_like(total), total)
+def safe_divide(output: Tensor, total: Tensor) -> Tensor:
+    """output / total, 0 where nothing was written and total is 0."""
+    return output / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _initial_state(
+    initial: Tensor | None, added: Tensor, K: int, G: int, sum_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The state before the first chunk: (B, K, Dk, G, Dv), and z (B, K, Dk, G) if asked for."""
+    B, Dk, Dv = added.shape[0], added.shape[3], added.shape[5]
+    if initial is None:
+        z = added.new_zeros(B, K, Dk, G) if sum_weights else None
+        return added.new_zeros(B, K, Dk, G, Dv), z
+    state = initial.float().view(B, K, G, Dk, -1).permute(0, 1, 3, 2, 4)
+    return state[..., :Dv], state[..., Dv] if sum_weights else None
+
+
+def _scan(state: Tensor, added: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """state_n+1 = kept_n state_n + added_n over axis 2: the last state, and those before each n."""
+    before = []
+    for n in range(added.shape[2]):
+        before.append(state)
+        state = kept[:, :, n] * state + added[:, :, n]
+    return state, torch.stack(before, dim=2)
 
 
 def _slope(decay: Tensor) -> Tensor:
@@ -172,8 +201,15 @@ def _into_chunks(x: Tensor, N: int, C: int) -> Tensor:
     return x.view(x.shape[0], N, C, *x.shape[2:])
 
 
+def _out_of_chunks(x: Tensor, T: int, G: int) -> Tensor:
+    """(B, K, N, G * C, D) -> (B, T, H, D)."""
+    B, K, N, rows, D = x.shape
+    x = x.view(B, K, N, G, rows // G, D).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(B, N * (rows // G), K * G, D)[:, :T]
+
+
 def _chunk_ages(
-    mask: Tensor | None, B: int, T: int, N: int, C: int, device: torch.device
+    mask: Tensor | None, T: int, N: int, C: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Valid tokens of its chunk up to each token, and which are valid: (B or 1, N, C) float32."""
     valid = torch.ones(1, T, device=device) if mask is None else mask.float()
@@ -197,6 +233,7 @@ def _check_shapes(
     decay: Tensor,
     initial_state: Tensor | None,
     mask: Tensor | None,
+    sum_weights: bool,
 ) -> None:
     B, T, H, Dk = q.shape
     K, Dv = v.shape[2:]
@@ -208,8 +245,8 @@ def _check_shapes(
         raise ValueError(f"decay must have shape ({H},), not {tuple(decay.shape)}")
     if mask is not None and tuple(mask.shape) != (B, T):
         raise ValueError(f"mask must have shape ({B}, {T}), not {tuple(mask.shape)}")
-    if initial_state is not None and tuple(initial_state.shape) != (B, H, Dk, Dv):
+    expected = (B, H, Dk, Dv + sum_weights)
+    if initial_state is not None and tuple(initial_state.shape) != expected:
         raise ValueError(
-            f"initial_state must have shape ({B}, {H}, {Dk}, {Dv}), "
-            f"not {tuple(initial_state.shape)}"
+            f"initial_state must have shape {expected}, not {tuple(initial_state.shape)}"
         )

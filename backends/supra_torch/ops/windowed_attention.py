@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra_torch.ops.linear_attention import append_ones, linear_attention_chunked
+from supra_torch.ops.linear_attention import linear_attention_chunked, safe_divide
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,12 @@ def windowed_attention(
         phi_q, phi_k = phi_q.to(v.dtype), phi_k.to(v.dtype)
         # An empty buffer holds zeros, which write nothing: no mask, and one decay for all rows.
         written = None if mask is None and initial_state is None else valid[:, :T]
-        far, state = linear_attention_chunked(
-            phi_q, phi_k[:, :T], append_ones(v[:, :T]), decay, before.state, written
+        initial = None if initial_state is None else before.state
+        far, total, state = linear_attention_chunked(
+            phi_q, phi_k[:, :T], v[:, :T], decay, initial, written, sum_weights=True
         )
-        output = _join(near, near_mass, far, log_far_gain.float())
+        assert total is not None
+        output = _join(near, near_mass, far, total, log_far_gain.float())
     if order is not None:
         output = _gather(_in_front(output, window), torch.argsort(order, dim=1))[:, window:]
     last = (x[:, T:] for x in (k, v, phi_k))
@@ -138,10 +140,11 @@ def _near(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int) -> tuple[
     return out(near), out(mass)
 
 
-def _join(near: Tensor, near_mass: Tensor, far: Tensor, log_far_gain: Tensor) -> Tensor:
-    total = far[..., -1:]
+def _join(
+    near: Tensor, near_mass: Tensor, far: Tensor, total: Tensor, log_far_gain: Tensor
+) -> Tensor:
+    """The average of both parts, weighted by their mass; ``total`` is the far weights' sum."""
     empty = total <= 0
-    total = torch.where(empty, torch.ones_like(total), total)
-    far_mass = torch.log(total) + log_far_gain[:, None]
+    far_mass = torch.log(total.masked_fill(empty, 1.0)) + log_far_gain[:, None]
     share = torch.sigmoid(far_mass - near_mass).masked_fill(empty, 0.0)
-    return near + share * (far[..., :-1] / total - near)
+    return torch.lerp(near, safe_divide(far, total), share)

@@ -232,7 +232,7 @@ def _train(
         session.assets,
         force=True,
         dtype="float32",
-        progress=session.progress,
+        progress=lambda done, total: session.progress("write", done, total),
     )
     return {
         "run": str(session.run),
