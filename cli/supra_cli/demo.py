@@ -188,6 +188,7 @@ def choose_tokens(teacher: Path, settings: DemoSettings) -> int:
 def products_per_second() -> float:
     """Floating-point operations a second in matrix products of the type that training uses."""
     import torch
+
     from supra_torch.uptrain.run import resolved_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
