@@ -1,0 +1,152 @@
+"""Bad input ends in one clear sentence on stderr and exit code 2, never in a traceback."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from supra_cli.main import app
+
+runner = CliRunner()
+
+Damage = Callable[[Path], None]
+
+
+def _truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _set(**fields: object) -> Damage:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+def _drop_tensor(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+class _Dangerous:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        pickle.dump({"weight": _Dangerous(folder / "was_run")}, file)
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "missing folder": (shutil.rmtree, "does not exist"),
+    "truncated safetensors": (_truncate, "truncated or damaged"),
+    "unknown model_type": (_set(model_type="wonder"), "model_type is 'wonder'"),
+    "wrong shape": (_set(intermediate_size=47), "shape"),
+    "missing tensor": (_drop_tensor, "model.layers.1.self_attn.q_proj.weight"),
+    "a pickle that runs code": (_pickle, "pytorch_model.bin"),
+}
+
+
+def refused(*arguments: str | Path) -> str:
+    """The one sentence of a command that was refused."""
+    done = runner.invoke(app, [*map(str, arguments)])
+    assert done.exit_code == 2, done.output
+    lines = [line for line in done.stderr.splitlines() if line.startswith("supra: error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.output
+    return lines[0].removeprefix("supra: error: ")
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_sources_are_refused(name: str, tiny_transformer: Path, tmp_path: Path) -> None:
+    damage, expected = DAMAGES[name]
+    source = tmp_path / "source"
+    shutil.copytree(tiny_transformer, source)
+    damage(source)
+    assert expected in refused("convert", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (source / "was_run").exists()
+    assert list(tmp_path.glob(".*")) == []  # nothing half-written stays
+
+
+def test_existing_output_is_refused_and_kept(tiny_transformer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert "exists" in refused("convert", tiny_transformer, out)
+    assert (out / "config.json").read_text() == "{}"
+    done = runner.invoke(app, ["convert", str(tiny_transformer), str(out), "--force"])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("window", ["0", "-3"])
+def test_windows_without_tokens_are_refused(
+    window: str, tiny_transformer: Path, tmp_path: Path
+) -> None:
+    message = refused("convert", tiny_transformer, tmp_path / "out", "--window", window)
+    assert "--window" in message
+
+
+def test_a_window_needs_the_sum_normaliser(tiny_transformer: Path, tmp_path: Path) -> None:
+    message = refused(
+        "convert", tiny_transformer, tmp_path / "out", "--recipe", "paper", "--window", "8"
+    )
+    assert "window" in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--window", "many"),
+        ("--recipe", "wonder"),
+        ("--feature-map", "wonder"),
+        ("--keep-softmax", "first"),
+        ("--keep-softmax", "99"),
+        ("--dtype", "float8"),
+        ("--to", "wonder"),
+        ("--no-linearize", "--window", "8"),
+        ("--fold",),  # the aligned map has a rotation before it
+    ],
+    ids=" ".join,
+)
+def test_wrong_choices_end_with_exit_code_2(
+    arguments: tuple[str, ...], tiny_transformer: Path, tmp_path: Path
+) -> None:
+    done = runner.invoke(app, ["convert", str(tiny_transformer), str(tmp_path / "out"), *arguments])
+    assert done.exit_code == 2, done.output
+    assert "rror: " in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_commands_refuse_too(tiny_transformer: Path, text_file: Path, tmp_path: Path) -> None:
+    model = tiny_transformer
+    assert "--out" in refused("uptrain", model, "--data", text_file)
+    assert "key=value" in refused(
+        "uptrain", model, "--data", text_file, "--out", tmp_path / "run", "--set", "tokens"
+    )
+    assert "unknown backend" in refused("verify", model, "--backend", "wonder")
+    assert "unknown" in refused("verify", model, "--form", "wonder")
+    assert "cannot be read" in refused("verify", model, "--ids", tmp_path / "absent.npy")
+    assert "unknown" in refused("eval", model, "--data", text_file, "--tasks", "wonder")
+    assert "cannot be read" in refused("eval", model, "--data", tmp_path / "absent.txt")
+    assert "--limit" in refused("eval", model, "--data", text_file, "--limit", "1")
+    assert "temperature" in refused("generate", model, "hello", "--temperature", "-1")
+    assert "does not exist" in refused("chat", tmp_path / "absent", "--backend", "torch")

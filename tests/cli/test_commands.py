@@ -1,0 +1,152 @@
+"""The commands as a user runs them, from a tiny transformer to its perplexity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from supra_cli.main import app
+
+runner = CliRunner()
+
+
+def result(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
+    """The JSON that a command prints."""
+    done = runner.invoke(app, [*map(str, arguments), "--json"])
+    assert done.exit_code == code, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "windowed"
+    found = result("convert", tiny_transformer, out, "--window", "16")
+    assert found["linearized"]
+    assert found["layer_types"] == ["linear_attention", "linear_attention"]
+    return out
+
+
+def test_convert_leaves_a_linear_source_as_it_is(converted: Path, tmp_path: Path) -> None:
+    found = result("convert", converted, tmp_path / "again")
+    assert not found["linearized"]
+    assert found["recipe"] == "aligned"
+
+
+def test_convert_keeps_what_it_is_told(tiny_transformer: Path, tmp_path: Path) -> None:
+    found = result("convert", tiny_transformer, tmp_path / "a", "--keep-softmax", "0")
+    assert found["layer_types"] == ["full_attention", "linear_attention"]
+    found = result("convert", tiny_transformer, tmp_path / "b", "--no-linearize")
+    assert found["layer_types"] == ["full_attention", "full_attention"]
+    found = result("convert", tiny_transformer, tmp_path / "c", "--recipe", "paper", "--fold")
+    assert found["folded"]
+    found = result("convert", tiny_transformer, tmp_path / "d", "--to", "hf")
+    assert not found["linearized"]
+
+
+def test_inspect(converted: Path) -> None:
+    found = result("inspect", converted)
+    assert found["kind"] == "supra"
+    assert found["growing_bytes_per_token"] == 0
+    assert found["break_even_tokens"] > 0
+    shown = runner.invoke(app, ["inspect", str(converted)])
+    assert "window 16" in shown.stdout
+
+
+def test_verify_between_backends(converted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mlx")
+    chosen = [x for name in ("reference", "torch", "mlx") for x in ("--backend", name)]
+    found = result("verify", converted, *chosen, "--save-logits", tmp_path)
+    assert found["passed"]
+    assert [entry["label"] for entry in found["comparisons"]] == ["torch", "mlx"]
+    logits = np.load(tmp_path / "mlx.npy")
+    assert logits.dtype == np.float32
+    assert logits.shape[:2] == (1, found["tokens"])
+
+
+def test_verify_against_transformers(tiny_transformer: Path, tmp_path: Path) -> None:
+    result("convert", tiny_transformer, tmp_path / "same", "--no-linearize")
+    arguments = ("--backend", "transformers", "--backend", "torch", "--text", "The state of it")
+    for form in ("parallel", "step"):
+        found = result("verify", tiny_transformer, tmp_path / "same", *arguments, "--form", form)
+        assert found["comparisons"][0]["max_abs_difference"] < 1e-5
+
+
+def test_verify_of_one_backend_compares_its_forms(converted: Path) -> None:
+    found = result("verify", converted, "--backend", "torch", "--form", "step")
+    assert found["first"] == "torch-parallel"
+    assert found["passed"]
+
+
+def test_verify_fails_with_exit_code_1(converted: Path, tiny_transformer: Path) -> None:
+    found = result(
+        "verify", converted, tiny_transformer, "--backend", "reference", "--tolerance", "0", code=1
+    )
+    assert not found["passed"]
+
+
+def test_eval_with_the_teacher_beside_it(
+    converted: Path, tiny_transformer: Path, text_file: Path
+) -> None:
+    found = result(
+        "eval", converted, "--tasks", "perplexity", "--data", text_file, "--limit", "300",
+        "--length", "64", "--teacher", tiny_transformer,
+    )  # fmt: skip
+    student = found["results"]["perplexity"]
+    teacher = found["teacher"]["perplexity"]
+    assert student["tokens"] == 300 - 5  # five windows, whose first tokens are given
+    assert student["length"] == student["stride"] == 64
+    # Random weights know nothing: near the size of the vocabulary, both.
+    assert student["metrics"]["perplexity"] == pytest.approx(
+        teacher["metrics"]["perplexity"], rel=0.1
+    )
+
+
+def test_eval_forms_agree(converted: Path, text_file: Path) -> None:
+    found = [
+        result("eval", converted, "--data", text_file, "--limit", "100", "--form", form)
+        for form in ("parallel", "recurrent")
+    ]
+    values = [entry["results"]["perplexity"]["metrics"]["nats_per_token"] for entry in found]
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_generate_and_chat(converted: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    chosen = ("--backend", backend, "--max-tokens", "4")
+    found = result("generate", converted, "The state", "--raw", *chosen)
+    again = result("generate", converted, "The state", "--raw", *chosen)
+    assert found["text"] == again["text"]
+    plain = runner.invoke(app, ["generate", str(converted), "The state", "--raw", *chosen])
+    assert plain.stdout == found["text"] + "\n"
+    talk = runner.invoke(
+        app, ["chat", str(converted), *chosen], input="hello\nand on\n/clear\n/exit\nnever said\n"
+    )
+    assert talk.exit_code == 0, talk.output
+    assert talk.stdout.count("\n") >= 2
+
+
+def test_uptrain_and_its_model(tiny_transformer: Path, text_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (
+        "uptrain", tiny_transformer, "--data", text_file, "--out", run,
+        "--set", "tokens=256", "--set", "sequence_length=32", "--set", "batch_tokens=64",
+    )  # fmt: skip
+    first = result(*arguments)
+    assert (run / "model" / "config.json").is_file()
+    assert result(*arguments)["tokens"] == first["tokens"]  # finished: nothing is done again
+    found = result("eval", run, "--data", text_file, "--limit", "100")
+    # The run names its teacher.
+    assert found["teacher"]["perplexity"]["model"] == str(tiny_transformer)
+
+
+def test_doctor() -> None:
+    found = result("doctor")
+    assert found["python"]
+    assert found["advice"]

@@ -1,0 +1,167 @@
+"""The figures of verify, perplexity and sizes on cases that can be done by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from supra_core.errors import FormatError, SupraError
+from supra_core.evaluate import losses_of, perplexity
+from supra_core.generate import Memory, Sampling, generate, sample
+from supra_core.sizes import kv_bytes_per_token, measure
+from supra_core.spec import (
+    FeatureMap,
+    LayerSpec,
+    LearnedDecay,
+    LinearAttention,
+    ModelSpec,
+    Projection,
+    SoftmaxAttention,
+    SumNormaliser,
+)
+from supra_core.text import EncodedText
+from supra_core.verify import candidates, compare, random_ids, read_ids
+
+SOFTMAX = SoftmaxAttention()
+LINEAR = LinearAttention(
+    FeatureMap("signed_softmax", 8, Projection("per_head")), "before", LearnedDecay(),
+    SumNormaliser(),
+)  # fmt: skip
+
+
+def model(*mixers: LinearAttention | SoftmaxAttention) -> ModelSpec:
+    return ModelSpec(
+        vocab_size=11, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, value_head_dim=8, eos_token_id=(10,),
+        layers=tuple(LayerSpec(mixer) for mixer in mixers),
+    )  # fmt: skip
+
+
+class Counting:
+    """A backend that is sure of the next number: after n comes n + 1."""
+
+    name = "counting"
+    spec = model(SOFTMAX)
+
+    def logits(self, ids: Any, *, mask: Any = None, form: str = "parallel") -> Any:
+        return 50.0 * np.eye(11, dtype=np.float32)[(np.asarray(ids) + 1) % 11]
+
+    def prefill(self, ids: Any, state: Any = None, *, mask: Any = None) -> Any:
+        return self.logits(ids), (state or 0) + ids.shape[1]
+
+    def step(self, ids: Any, state: Any) -> Any:
+        return self.logits(ids), state + 1
+
+    def state_arrays(self, state: Any) -> Any:
+        return {}
+
+    def state_from_arrays(self, arrays: Any) -> Any:
+        return None
+
+
+def test_equal_logits_have_no_difference() -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    found = compare(logits, logits)
+    assert (found.max_abs_difference, found.mean_kl, found.top1_agreement) == (0.0, 0.0, 1.0)
+
+
+def test_difference_by_hand() -> None:
+    first = np.log(np.array([[[0.5, 0.5], [0.75, 0.25]]], dtype=np.float32))
+    other = np.log(np.array([[[0.5, 0.5], [0.25, 0.75]]], dtype=np.float32))
+    found = compare(first, other)
+    assert found.max_abs_difference == pytest.approx(math.log(3))
+    assert found.mean_kl == pytest.approx(0.5 * math.log(3) / 2)
+    assert found.top1_agreement == 0.5
+
+
+def test_a_difference_that_is_no_number_is_not_hidden() -> None:
+    first = np.zeros((1, 2, 3), dtype=np.float32)
+    other = first.copy()
+    other[0, 0, 0] = np.nan
+    assert not compare(first, other).max_abs_difference <= 1e9
+
+
+def test_what_is_compared_with_what() -> None:
+    a, b = Path("a"), Path("b")
+
+    def pairs(*arguments: Any) -> list[tuple[str, Path, str]]:
+        return [(c.label, c.path, c.form) for c in candidates(*arguments)]
+
+    assert pairs(a, None, ["torch", "mlx"], "step") == [("torch", a, "step"), ("mlx", a, "step")]
+    assert pairs(a, b, ["torch", "mlx"], "parallel") == [
+        ("torch", a, "parallel"),
+        ("mlx", b, "parallel"),
+    ]
+    assert pairs(a, b, ["torch"], "parallel")[1] == ("torch-second", b, "parallel")
+    assert pairs(a, None, ["torch"], "step")[0] == ("torch-parallel", a, "parallel")
+    assert len(pairs(a, None, ["torch"], "parallel")) == 1
+    with pytest.raises(SupraError, match="twice"):
+        candidates(a, None, ["torch", "torch"], "parallel")
+
+
+def test_ids_are_fixed_and_files_are_checked(tmp_path: Path) -> None:
+    assert np.array_equal(random_ids(100), random_ids(100))
+    np.save(tmp_path / "ids.npy", np.arange(5))
+    assert read_ids(tmp_path / "ids.npy").shape == (1, 5)
+    np.save(tmp_path / "floats.npy", np.ones(3))
+    with pytest.raises(FormatError, match="no integers"):
+        read_ids(tmp_path / "floats.npy")
+    with pytest.raises(FormatError, match="cannot be read"):
+        read_ids(tmp_path / "absent.npy")
+
+
+def test_losses_are_cross_entropy() -> None:
+    logits = np.log(np.array([[[0.25, 0.75], [0.5, 0.5]]], dtype=np.float32))
+    assert losses_of(logits, np.array([[0, 1]]))[0, 0] == pytest.approx(-math.log(0.75))
+
+
+def test_perplexity_over_windows_and_a_rest() -> None:
+    ids = np.arange(10) % 11
+    text = EncodedText("0123456789", ids, np.arange(1, 11))
+    found = perplexity(Counting(), text, length=4, batch=2)
+    # Windows of 4, 4 and 2 tokens predict 3 + 3 + 1, one byte each.
+    assert (found.tokens, found.text_bytes) == (7, 7)
+    assert found.perplexity == pytest.approx(1.0)
+    with pytest.raises(SupraError, match="at least 2"):
+        perplexity(Counting(), text.head(1))
+
+
+def test_generation_stops_at_the_end_of_text_and_keeps_the_memory() -> None:
+    said = list(generate(Counting(), [5, 6], Sampling(max_tokens=20)))
+    assert [token for token, _ in said] == [7, 8, 9]
+    assert said[-1][1] == Memory((5, 6, 7, 8, 9), 5)
+    assert len(list(generate(Counting(), [1], Sampling(max_tokens=2)))) == 2
+
+
+def test_sampling_respects_top_p() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2], dtype=np.float32))
+    generator = np.random.default_rng(0)
+    drawn = {sample(logits, Sampling(temperature=1.0, top_p=0.6), generator) for _ in range(100)}
+    assert drawn == {0, 1}
+
+
+def test_state_is_fixed_and_caches_grow() -> None:
+    token = kv_bytes_per_token(model(SOFTMAX))
+    assert token == 2 * (8 + 8) * 2
+    state = 4 * 16 * (8 + 1) * 4  # heads, features, values and their sum, float32
+    pure = measure(model(LINEAR, LINEAR), {})
+    assert (pure.state_bytes, pure.growing_bytes_per_token) == (2 * state, 0)
+    assert pure.break_even_tokens == math.ceil(2 * state / (2 * token))
+    hybrid = measure(model(LINEAR, SOFTMAX), {})
+    assert (hybrid.state_bytes, hybrid.growing_bytes_per_token) == (state, token)
+    assert hybrid.memory_bytes(10) == state + 10 * token
+    assert hybrid.break_even_tokens == math.ceil(state / token)
+    transformer = measure(model(SOFTMAX, SOFTMAX), {})
+    assert (transformer.state_bytes, transformer.break_even_tokens) == (0, None)
+
+
+def test_a_window_adds_its_buffers() -> None:
+    windowed = LinearAttention(
+        LINEAR.feature_map, "before", LearnedDecay(), SumNormaliser(), window=5
+    )
+    extra = measure(model(windowed), {}).state_bytes - measure(model(LINEAR), {}).state_bytes
+    assert extra == 5 * 2 * (8 + 8 + 16) * 2  # keys, values and features, 16 bit
