@@ -5,8 +5,8 @@ Two presets:
 - ``paper``: exactly the published model (arXiv 2405.06640): relu(W z + b) over all heads, W and
   b at random, RoPE after it, lightning decay, GroupNorm.
 - ``aligned``: starts close to the transformer: each head's own [softmax(W z), softmax(-W z)]
-  (Hedgehog, arXiv 2402.04347) with W the identity and b zero, RoPE before it as the transformer
-  has it, a normaliser by the sum, a decay that is learned, a gain for each head that is 1.
+  (Hedgehog, arXiv 2402.04347) with W the identity and b zero, RoPE between W and softmax
+  (so that W folds away), a normaliser by the sum, a decay that is learned, a gain for each head that is 1.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:
     published_scale = activation in ("relu", "signed_relu", "none")
     return LinearAttention(
         feature_map=feature_map,
-        rope="after" if grouped else "before",
+        # Between: as the transformer rotates, and W still folds into q_proj and k_proj.
+        rope="after" if grouped else "between",
         decay=_DECAYS[options.decay or ("lightning" if paper else "learned")],
         normaliser=_NORMALISERS[norm_name],
         key_scale=feature_map.output_size**-0.5 if published_scale else 1.0,

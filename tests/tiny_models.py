@@ -1,0 +1,111 @@
+"""Tiny models for the tests: one spec for every choice that a layer has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from supra_core.layout import tensor_shapes
+from supra_core.reference import ReferenceModel
+from supra_core.spec import (
+    FeatureMap,
+    Folded,
+    GroupNorm,
+    Identity,
+    LayerSpec,
+    LearnedDecay,
+    LightningDecay,
+    LinearAttention,
+    LinearScaling,
+    Llama3Scaling,
+    ModelSpec,
+    NoDecay,
+    Norm,
+    Projection,
+    RetnetDecay,
+    RotaryEmbedding,
+    SoftmaxAttention,
+    SumNormaliser,
+)
+from supra_core.tensors import LazyTensor
+
+Weights = dict[str, npt.NDArray[np.float32]]
+
+# Six heads in groups of three, ten channels a head: no power of two.
+_SIZE = 10
+_BASE = ModelSpec(
+    vocab_size=50, hidden_size=24, intermediate_size=40, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=_SIZE, value_head_dim=8,
+    layers=(LayerSpec(SoftmaxAttention()),),
+)  # fmt: skip
+
+PAPER = LinearAttention(
+    FeatureMap("relu", _SIZE, Projection("all_heads")), "after", LightningDecay(), GroupNorm(),
+    key_scale=_SIZE**-0.5,
+)  # fmt: skip
+HEDGEHOG = LinearAttention(
+    FeatureMap("signed_softmax", 6, Projection("per_head")), "before", LearnedDecay(),
+    SumNormaliser(), gain="per_head",
+)  # fmt: skip
+WINDOWED = replace(HEDGEHOG, window=5)
+LONG_WINDOW = replace(WINDOWED, window=70)
+
+
+def _model(*mixers: SoftmaxAttention | LinearAttention, **fields: Any) -> ModelSpec:
+    return replace(_BASE, layers=tuple(LayerSpec(mixer) for mixer in mixers), **fields)
+
+
+SPECS: dict[str, ModelSpec] = {
+    "transformer": _model(SoftmaxAttention(), SoftmaxAttention(), attention_bias="qkvo"),
+    "sliding": _model(SoftmaxAttention(7), SoftmaxAttention(20), attention_bias="qkv"),
+    "paper": _model(PAPER, PAPER),
+    "paper_shared": _model(
+        replace(PAPER, feature_map=FeatureMap("relu", _SIZE, Projection("all_heads", shared=True))),
+        num_key_value_heads=6,
+    ),
+    "paper_variant": _model(
+        replace(PAPER, decay=RetnetDecay(), qk_norm=True, gain="per_channel"),
+        replace(PAPER, decay=LightningDecay(start=0.3)),
+        norm=Norm("layer_norm", 1e-6), embedding_norm=True, tie_word_embeddings=True,
+        rope=RotaryEmbedding(pairing="interleaved"),
+    ),
+    "folded": _model(
+        replace(PAPER, feature_map=FeatureMap("relu", 12, Folded(bias=True))),
+        replace(PAPER, feature_map=FeatureMap("signed_relu", 12, Folded(bias=False))),
+    ),
+    "between": _model(
+        replace(
+            HEDGEHOG, rope="between", feature_map=FeatureMap("relu", 6, Projection("per_head"))
+        ),
+        rope=RotaryEmbedding(scaling=LinearScaling(4.0)), attention_bias="qkv",
+    ),
+    "plain": _model(
+        LinearAttention(FeatureMap("none", _SIZE, Identity()), "none", NoDecay(), GroupNorm(1e-3)),
+        HEDGEHOG,
+        rope=RotaryEmbedding(500000.0, "interleaved", Llama3Scaling(8.0, 1.0, 4.0, 32)),
+    ),
+    "windowed": _model(WINDOWED, LONG_WINDOW),
+    "hybrid": _model(WINDOWED, SoftmaxAttention(7), PAPER, SoftmaxAttention()),
+}  # fmt: skip
+
+
+def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
+    """Noise whose logits are of order one."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.normal(size=shape) * 0.3 + (len(shape) == 1) * 0.5).astype(np.float32)
+        for name, shape in tensor_shapes(spec).items()
+    }
+
+
+def reference(spec: ModelSpec, seed: int = 0) -> ReferenceModel:
+    """The definition, with the weights of :func:`lazy_weights`."""
+    return ReferenceModel(spec, random_weights(spec, seed))
+
+
+def lazy_weights(spec: ModelSpec, seed: int = 0) -> dict[str, LazyTensor]:
+    """The same weights, as the backends take them."""
+    return {name: LazyTensor.of(array) for name, array in random_weights(spec, seed).items()}

@@ -1,0 +1,103 @@
+"""Every spec in torch against the reference: forms, cuts, padding, states on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from supra_core.backend import Form  # noqa: E402
+from supra_core.errors import LayoutError  # noqa: E402
+from supra_torch.backend import TorchBackend  # noqa: E402
+from supra_torch.model import build, lazy_tensors  # noqa: E402
+from tests.tiny_models import SPECS, lazy_weights, random_weights, reference  # noqa: E402
+
+# Logits of order one after up to four layers of sums of at most 240 terms, each rounding at
+# 2^-24; a GroupNorm of a small output magnifies by up to eps^-1/2 = 300.
+TOLERANCE = 5e-5
+
+
+def _backend(name: str) -> TorchBackend:
+    spec = SPECS[name]
+    return TorchBackend(build(spec, lazy_weights(spec)), torch.device("cpu"))
+
+
+def _ids(backend: Any, B: int, T: int) -> Any:
+    return np.random.default_rng(1).integers(0, backend.spec.vocab_size, (B, T))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("form", ["parallel", "recurrent", "step"])
+def test_forms_are_the_reference(name: str, form: Form) -> None:
+    backend = _backend(name)
+    ids = _ids(backend, 2, 90)
+    expected = reference(backend.spec).logits(ids)
+    np.testing.assert_allclose(backend.logits(ids, form=form), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("form", ["parallel", "recurrent", "step"])
+@pytest.mark.parametrize("kind", ["left", "holes"])
+def test_padding_changes_nothing(name: str, form: Form, kind: str) -> None:
+    backend, T = _backend(name), 80
+    ids = _ids(backend, 3, T)
+    if kind == "left":
+        mask = np.arange(T) >= np.array([[0], [23], [79]])
+    else:
+        mask = np.random.default_rng(2).random((3, T)) > 0.4
+    expected = reference(backend.spec).logits(ids, mask=mask)
+    found = backend.logits(ids, mask=mask, form=form)
+    np.testing.assert_allclose(found[mask], expected[mask], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_state_survives_the_disk(name: str) -> None:
+    backend = _backend(name)
+    ids = _ids(backend, 2, 40)
+    _, state = backend.prefill(ids[:, :33])
+    restored = backend.state_from_arrays(backend.state_arrays(state))
+    for token in range(33, 40):
+        ours, state = backend.step(ids[:, token], state)
+        theirs, restored = backend.step(ids[:, token], restored)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_losses_are_those_of_the_logits() -> None:
+    backend = _backend("hybrid")
+    ids = _ids(backend, 2, 50)
+    logits = reference(backend.spec).logits(ids)[:, :-1]
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    expected = -np.log(np.take_along_axis(probabilities, ids[:, 1:, None], -1)[..., 0])
+    for form in ("parallel", "step"):
+        found = backend.token_losses(ids, form=form)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2 * TOLERANCE)
+
+
+def test_a_state_of_fixed_size() -> None:
+    backend = _backend("windowed")
+    _, early = backend.prefill(_ids(backend, 1, 100))
+    _, late = backend.prefill(_ids(backend, 1, 300))
+    shapes = [
+        {name: array.shape for name, array in backend.state_arrays(state).items()}
+        for state in (early, late)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_weights_come_back_as_they_were() -> None:
+    spec = SPECS["hybrid"]
+    model = build(spec, lazy_weights(spec))
+    for name, tensor in lazy_tensors(model).items():
+        np.testing.assert_array_equal(tensor.read(), random_weights(spec)[name])
+
+
+def test_loading_is_strict() -> None:
+    spec = SPECS["paper"]
+    weights = lazy_weights(spec)
+    del weights["model.norm.weight"]
+    with pytest.raises(LayoutError, match=r"missing model\.norm\.weight"):
+        build(spec, weights)
