@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import BaseModelArgs, create_ssm_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
@@ -145,7 +146,7 @@ class LinearMixer(nn.Module):
         self._spec, self._mixer = spec, mixer
         if not isinstance(mixer.decay, LearnedDecay):
             slopes = decays.slopes(mixer.decay, spec.num_attention_heads)
-            self._fixed_decay = mx.exp(-mx.array(slopes.tolist(), dtype=mx.float32))
+            self._fixed_decay = mx.array(np.exp(-slopes).astype(np.float32))
 
     def __call__(self, x: mx.array, cache: ArraysCache, context: _Context) -> mx.array:
         """(B, T, D) -> (B, T, D)."""
