@@ -109,7 +109,7 @@ def _apply(feature: LazyTensor, x: Float64, heads: int, size: int) -> Float64:
     """The feature map's W times x (heads * d, columns) -> (heads * size, columns)."""
     W = _float64(feature)
     if W.ndim == 2:
-        return W @ x
+        return np.asarray(W @ x)
     per_head = np.matmul(W, x.reshape(heads, W.shape[2], -1))
     return per_head.reshape(heads * size, -1)
 

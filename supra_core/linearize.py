@@ -5,8 +5,9 @@ Two presets:
 - ``paper``: exactly the published model (arXiv 2405.06640): relu(W z + b) over all heads, W and
   b at random, RoPE after it, lightning decay, GroupNorm.
 - ``aligned``: starts close to the transformer: each head's own [softmax(W z), softmax(-W z)]
-  (Hedgehog, arXiv 2402.04347) with W the identity and b zero, RoPE between W and softmax
-  (so that W folds away), a normaliser by the sum, a decay that is learned, a gain for each head that is 1.
+  (Hedgehog, arXiv 2402.04347) with W the identity and b zero, RoPE between W and softmax, so
+  that W folds away, a normaliser by the sum, a decay that is learned, and a gain for each head
+  that begins as 1.
 """
 
 from __future__ import annotations

@@ -1,0 +1,216 @@
+"""Uptraining: it learns, it resumes to the last bit, and it refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from supra_core import artifact  # noqa: E402
+from supra_core.errors import SupraError  # noqa: E402
+from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
+from supra_core.sources import open_source  # noqa: E402
+from supra_torch.uptrain import data as data_module  # noqa: E402
+from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
+from supra_torch.uptrain.data import Sequences  # noqa: E402
+from supra_torch.uptrain.run import learning_rate_factor, uptrain  # noqa: E402
+
+SETTINGS = {
+    "tokens": "1280", "sequence_length": "32", "batch_tokens": "64", "checkpoint_every": "3",
+    "precision": "float32", "linearize.window": "8",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_transformer: Path, text_file: Path) -> UptrainConfig:
+    return resolve(
+        config=None, model=str(tiny_transformer), recipe=None, data=str(text_file),
+        overrides=SETTINGS,
+    )  # fmt: skip
+
+
+def _losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    return {name: tensor.read() for name, tensor in artifact.read(folder).tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(settings: UptrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed, on one thread."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    _run_in_process(settings, run).wait()
+    return run
+
+
+def _run_in_process(settings: UptrainConfig, run: Path, pause: float = 0.0) -> Any:
+    """The run in a process of its own, on one thread; ``pause`` seconds after every step."""
+    script = (
+        "import sys, time, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from supra_torch.uptrain.config import UptrainConfig\n"
+        "from supra_torch.uptrain.run import uptrain\n"
+        f"uptrain(UptrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]),\n"
+        f"        progress=lambda *a, **k: time.sleep({pause}))\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, settings.model_dump_json(), str(run)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def test_it_learns(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for stage in ("transfer", "distill"):
+        losses = [record["loss"] for record in records if record.get("stage") == stage]
+        assert len(losses) == 10
+        assert losses[-1] < losses[0]
+    model = open_source(finished)
+    assert model.kind == "run"
+    assert model.spec.provenance.trained_tokens == 1280
+    assert "tokenizer.json" in model.assets()
+
+
+def test_killed_and_resumed_ends_the_same(
+    settings: UptrainConfig, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    for wanted in (5, 14):
+        process = _run_in_process(settings, run, pause=0.05)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (run / "metrics.jsonl").is_file() and len(_complete_losses(run)) >= wanted:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert _run_in_process(settings, run).wait() == 0
+    assert _losses(run) == _losses(finished)
+    ours, theirs = _weights(run / "model"), _weights(finished / "model")
+    for name, expected in theirs.items():
+        np.testing.assert_array_equal(ours[name], expected)
+
+
+def _complete_losses(run: Path) -> list[str]:
+    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+def test_ctrl_c_writes_a_checkpoint(settings: UptrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "interrupted"
+
+    def interrupt(stage: str, done: int, total: int, **metrics: float) -> None:
+        if stage == "transfer" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(settings, run, progress=interrupt)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step_00000003", "step_00000005"]
+    assert open_source(run).spec.provenance.trained_tokens == 5 * 64
+
+
+def test_a_finished_run_is_not_trained_again(settings: UptrainConfig, finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert uptrain(settings, finished)["already_finished"]
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_refused(settings: UptrainConfig, finished: Path) -> None:
+    other = settings.model_copy(update={"seed": 1})
+    with pytest.raises(SupraError, match="begun with another seed"):
+        uptrain(other, finished)
+
+
+def test_a_converted_model_holds_its_own_teacher(
+    settings: UptrainConfig, tiny_transformer: Path, finished: Path, tmp_path: Path
+) -> None:
+    source = open_source(tiny_transformer)
+    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(window=8))
+    folder = tmp_path / "converted"
+    artifact.write(folder, spec, tensors, source.assets(), dtype="float32")
+    config = settings.model_copy(update={"model": str(folder)})
+    run = tmp_path / "run"
+    assert _run_in_process(config, run).wait() == 0
+    assert _losses(run) == _losses(finished)
+    with pytest.raises(SupraError, match="no longer holds the transformer"):
+        uptrain(settings.model_copy(update={"model": str(run / "model")}), tmp_path / "again")
+
+
+def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path) -> None:
+    stage = settings.stages[1].model_copy(update={"learning_rate": 1e30, "warmup": 0.0})
+    config = settings.model_copy(update={"stages": (settings.stages[0], stage)})
+    with pytest.raises(SupraError, match="no longer finite"):
+        uptrain(config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "step_00000010").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"tokens": "many"}, "field tokens"),
+        ({"tokns": "3"}, "field tokns"),
+        ({"stages.7.learning_rate": "1e-3"}, "no such setting"),
+        ({"stages.0.kind": "guess"}, r"field stages\.0\.kind"),
+        ({"linearize.window": "-4"}, r"field linearize\.window"),
+        ({"recipe": "magic"}, "unknown recipe 'magic'"),
+    ],
+)
+def test_wrong_settings_are_named(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(SupraError, match=message):
+        resolve(config=None, model="m", recipe=None, data="d", overrides=overrides)
+
+
+def test_missing_data_is_named(settings: UptrainConfig, tmp_path: Path) -> None:
+    config = settings.model_copy(update={"data": str(tmp_path / "none.txt")})
+    with pytest.raises(SupraError, match=r"none\.txt does not exist"):
+        uptrain(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid(name: str) -> None:
+    config = resolve(config=None, model="m", recipe=name, data="d", overrides={"tokens": "10_000"})
+    assert sum(config.stage_steps()) >= len(config.stages)
+
+
+def test_every_sequence_once_an_epoch() -> None:
+    tokens = np.arange(1030, dtype=np.uint32)
+    sequences = Sequences(tokens, length=10, seed=5)
+    trained = sequences.count - sequences.held_out_count
+    first = [int(sequences.batch(step, 1)[0, 0]) for step in range(trained)]
+    second = [int(sequences.batch(step, 1)[0, 0]) for step in range(trained, 2 * trained)]
+    held_out = {int(row[0]) for row in sequences.held_out()}
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert len(set(first)) == trained
+    assert not held_out & set(first)
+
+
+def test_pieces_are_the_whole_text(tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    text = "".join(f"line {i} " + "x" * (i % 97) + "\n" for i in range(9000)) + "no newline"
+    file.write_text(text)
+    pieces = list(data_module._pieces(file))
+    assert len(pieces) > 1
+    assert "".join(pieces) == text
+
+
+def test_the_learning_rate_rises_then_falls() -> None:
+    factors = [learning_rate_factor(step, 100, 0.1, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert max(factors) == factors[10] == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0.1 <= factors[-1] < 0.11
