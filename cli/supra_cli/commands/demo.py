@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from supra_cli import options
+from supra_cli.commands.verify import EXIT_CHECK_FAILED
 
 
 def command(
@@ -34,3 +35,5 @@ def command(
         result = run(settings, progress, quiet=json_output)
     if json_output:
         print_json(result)
+    if result["verify"] is not None and not result["verify"]["passed"]:
+        raise typer.Exit(EXIT_CHECK_FAILED)

@@ -1,0 +1,48 @@
+"""The demo on a tiny model: all stages once, and nothing twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from supra_cli import pythondocs
+from supra_cli.main import app
+
+runner = CliRunner()
+
+
+def test_the_demo_ends_and_is_reused(
+    tiny_transformer: Path, text_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("mlx")
+    data, out = tmp_path / "text.txt", tmp_path / "demo"
+    data.write_text("\n".join([text_file.read_text()] * 4))
+    arguments = [
+        "demo", "--model", str(tiny_transformer), "--data", str(data), "--out", str(out),
+        "--tokens", "1024",
+    ]  # fmt: skip
+    first = runner.invoke(app, [*arguments, "--json"])
+    assert first.exit_code == 0, first.output
+    results = json.loads(first.stdout)
+    assert results["verify"]["passed"]
+    assert results["memory"][0]["context"] < results["memory"][-1]["context"]
+    made = (out / "run" / "model" / "config.json").stat().st_mtime_ns
+    second = runner.invoke(app, arguments)
+    assert second.exit_code == 0, second.output
+    assert "Next: supra chat" in second.stdout
+    assert second.stderr.count("done before") == 10
+    assert (out / "run" / "model" / "config.json").stat().st_mtime_ns == made
+    other = runner.invoke(app, ["demo", "--out", str(out)])
+    assert other.exit_code == 2
+
+
+def test_python_documents_are_plentiful_prose_in_a_fixed_order() -> None:
+    texts = pythondocs.documents()
+    train, held_out = pythondocs.split(texts, 40_000)
+    assert len(train) > 1_200_000
+    assert 40_000 <= len(held_out) < 200_000
+    assert ">>>" not in train
+    assert pythondocs.documents() == texts
