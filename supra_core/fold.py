@@ -26,9 +26,7 @@ def can_fold(spec: ModelSpec) -> bool:
     return any(_foldable(layer) for layer in spec.layers)
 
 
-def fold(
-    spec: ModelSpec, tensors: Mapping[str, LazyTensor]
-) -> tuple[ModelSpec, TensorSource]:
+def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec, TensorSource]:
     """The same function with fewer parameters; layers that cannot be folded stay as they are.
 
     Raises SpecError when no layer can be.
@@ -109,9 +107,10 @@ def _apply(feature: LazyTensor, x: Float64, heads: int, size: int) -> Float64:
     """The feature map's W times x (heads * d, columns) -> (heads * size, columns)."""
     W = _float64(feature)
     if W.ndim == 2:
-        return np.asarray(W @ x)
+        product: Float64 = W @ x
+        return product
     per_head = np.matmul(W, x.reshape(heads, W.shape[2], -1))
-    return per_head.reshape(heads * size, -1)
+    return np.asarray(per_head.reshape(heads * size, -1))
 
 
 def _float64(tensor: LazyTensor) -> Float64:

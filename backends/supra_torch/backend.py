@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources import open_source
 from supra_core.tensors import dtype_named
-from torch import Tensor
-
 from supra_torch.model import ModelState, SupraModel, build
 
 
@@ -67,8 +67,7 @@ class TorchBackend:
         head = self.model.head_weight.to(hidden.dtype)
         # A row at a time: the logits are the largest tensor there is.
         rows = [
-            _losses(F.linear(h[:-1], head), row[1:])
-            for h, row in zip(hidden, tokens, strict=True)
+            _losses(F.linear(h[:-1], head), row[1:]) for h, row in zip(hidden, tokens, strict=True)
         ]
         return _numpy(torch.stack(rows))
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from supra_core import decay as decays
 from supra_core import layout
 from supra_core.rotary import inverse_frequencies
@@ -27,8 +29,6 @@ from supra_core.spec import (
     SumNormaliser,
 )
 from supra_core.tensors import BFLOAT16, LazyTensor
-from torch import Tensor, nn
-
 from supra_torch.ops import WindowState, linear_attention, windowed_attention
 
 LayerState = dict[str, Tensor]

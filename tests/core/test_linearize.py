@@ -85,7 +85,9 @@ def test_aligned_starts_closer_than_paper() -> None:
     errors = []
     for preset in ("aligned", "paper"):
         spec, tensors = linearize(
-            TRANSFORMER, weights, LinearizeOptions(preset=preset)  # type: ignore[arg-type]
+            TRANSFORMER,
+            weights,
+            LinearizeOptions(preset=preset),  # type: ignore[arg-type]
         )
         errors.append(np.square(ReferenceModel(spec, tensors).logits(ids) - teacher).mean())
     assert errors[0] < errors[1]

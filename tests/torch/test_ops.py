@@ -102,9 +102,7 @@ def test_a_cut_anywhere_changes_nothing(cut: int) -> None:
     q, k, v, decay, _ = (_tensor(x) for x in _inputs(2, 1, 129, 3, 3, 16, 16, 0))
     whole, final = linear_attention(q, k, v, decay)
     first, state = linear_attention(q[:, :cut], k[:, :cut], v[:, :cut], decay)
-    second, last = linear_attention(
-        q[:, cut:], k[:, cut:], v[:, cut:], decay, initial_state=state
-    )
+    second, last = linear_attention(q[:, cut:], k[:, cut:], v[:, cut:], decay, initial_state=state)
     _close(torch.cat([first, second], dim=1), whole.numpy())
     _close(last, final.numpy())
 

@@ -22,9 +22,7 @@ def linear_kl_divergence(
     are taken in the type of ``hidden``, everything else is float32. Gradients reach ``hidden``
     and ``weight`` only.
     """
-    loss: Tensor = _LinearKLDivergence.apply(
-        hidden, weight, teacher_hidden, teacher_weight, chunk
-    )
+    loss: Tensor = _LinearKLDivergence.apply(hidden, weight, teacher_hidden, teacher_weight, chunk)
     return loss
 
 

@@ -40,9 +40,11 @@ class WindowState:
     def empty(window: int, k: Tensor, v: Tensor, phi_k: Tensor, heads: int) -> WindowState:
         """The state before any token, typed and placed as the given tensors."""
         B, Dk, Dv = k.shape[0], phi_k.shape[-1], v.shape[-1]
-        buffers = (x.new_zeros(B, window, *x.shape[2:]) for x in (k, v, phi_k))
+        keys, values, features = (x.new_zeros(B, window, *x.shape[2:]) for x in (k, v, phi_k))
         return WindowState(
-            *buffers,
+            keys,
+            values,
+            features,
             valid=torch.zeros(B, window, dtype=torch.bool, device=k.device),
             state=torch.zeros(B, heads, Dk, Dv + 1, device=k.device),
         )
@@ -95,8 +97,8 @@ def windowed_attention(
         output = _join(near, near_mass, far, total, log_far_gain.float())
     if order is not None:
         output = _gather(_in_front(output, window), torch.argsort(order, dim=1))[:, window:]
-    last = (x[:, T:] for x in (k, v, phi_k))
-    return output.to(q.dtype), WindowState(*last, valid=valid[:, T:], state=state)
+    after = WindowState(k[:, T:], v[:, T:], phi_k[:, T:], valid=valid[:, T:], state=state)
+    return output.to(q.dtype), after
 
 
 def _in_front(x: Tensor, slots: int) -> Tensor:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
 from supra_core import artifact
 from supra_core.formats.atomic import atomic_folder
 from supra_core.spec import ModelSpec
-from torch import Tensor, nn
-
 from supra_torch.model import SupraModel, lazy_tensors
 
 _KEPT = 2
@@ -89,7 +89,7 @@ def _optimiser_tensors(
     optimiser: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
 ) -> dict[str, Tensor]:
     tensors = {}
-    for parameter, state in optimiser.state.items():
-        for key, value in state.items():
+    for parameter in (p for group in optimiser.param_groups for p in group["params"]):
+        for key, value in optimiser.state[parameter].items():
             tensors[f"{names[parameter]}/{key}"] = value.detach().cpu().contiguous()
     return tensors

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from supra_core.errors import SupraError
 
 DEFAULT_RECIPE = "aligned"
@@ -85,8 +86,7 @@ class UptrainConfig(_Strict):
         total = sum(stage.share for stage in self.stages)
         step_tokens = self.batch_size * self.sequence_length
         return [
-            max(1, round(self.tokens * stage.share / total / step_tokens))
-            for stage in self.stages
+            max(1, round(self.tokens * stage.share / total / step_tokens)) for stage in self.stages
         ]
 
 

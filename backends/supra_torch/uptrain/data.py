@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
 from supra_core.progress import Progress

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from supra_core import artifact
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
@@ -27,8 +29,6 @@ from supra_core.progress import Progress, silent
 from supra_core.sources import Source, open_source
 from supra_core.spec import Folded, LinearAttention, ModelSpec, SoftmaxAttention
 from supra_core.tensors import LazyTensor, TensorSource
-from torch import nn
-
 from supra_torch.model import SupraModel, build, lazy_tensors
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Place
@@ -153,9 +153,7 @@ def _open_inputs(config: UptrainConfig) -> _Inputs:
     if config.teacher is not None:
         teacher = open_source(config.teacher)
         _check_teacher(config, model.spec, teacher)
-        return _Inputs(
-            model.spec, model.tensors, model.assets(), teacher.spec, teacher.tensors
-        )
+        return _Inputs(model.spec, model.tensors, model.assets(), teacher.spec, teacher.tensors)
     spec, tensors = _original(config, model)
     return _Inputs(model.spec, model.tensors, model.assets(), spec, tensors)
 
@@ -212,9 +210,7 @@ def _starting_point(
 # --- training ---------------------------------------------------------------------------------
 
 
-def _train(
-    session: _Session, place: Place, student: SupraModel, spec: ModelSpec
-) -> dict[str, Any]:
+def _train(session: _Session, place: Place, student: SupraModel, spec: ModelSpec) -> dict[str, Any]:
     config, metrics = session.config, session.run / "metrics.jsonl"
     held_out = _perplexity(session, session.teacher)
     if place.step == 0:
@@ -300,9 +296,7 @@ def _step(
     stage, began = session.config.stages[place.stage], time.perf_counter()
     batch = session.sequences.batch(place.step, session.config.batch_size)
     ids = torch.from_numpy(batch).to(session.device)
-    factor = learning_rate_factor(
-        place.stage_step, steps, stage.warmup, stage.final_learning_rate
-    )
+    factor = learning_rate_factor(place.stage_step, steps, stage.warmup, stage.final_learning_rate)
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * factor
     with session.autocast():

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from supra_core import layout
-from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 from torch import Tensor, nn
 
+from supra_core import layout
+from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 from supra_torch.model import Layer, SupraModel
 from supra_torch.ops import linear_kl_divergence
 from supra_torch.uptrain.config import Stage
