@@ -33,9 +33,8 @@ def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec,
     """
     if not can_fold(spec):
         raise SpecError(
-            "nothing can be folded: a feature map folds only where no rotation and no window "
-            "stands between it and q_proj (rope 'between' or 'after', no --window); leave out "
-            "--fold"
+            "nothing can be folded: a feature map folds where no rotation stands between it and "
+            "q_proj (rope between or after), and only once; leave out --fold"
         )
     new = dict(tensors)
     layers = []
@@ -55,7 +54,6 @@ def _foldable(layer: LayerSpec) -> bool:
         isinstance(mixer, LinearAttention)
         and isinstance(mixer.feature_map.projection, Projection)
         and mixer.rope != "before"
-        and mixer.window is None
     )
 
 

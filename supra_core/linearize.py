@@ -1,13 +1,14 @@
 """A transformer's spec and weights -> a linear one's spec and initial weights.
 
-Two presets:
+Three presets:
 
 - ``paper``: exactly the published model (arXiv 2405.06640): relu(W z + b) over all heads, W and
   b at random, RoPE after it, lightning decay, GroupNorm.
 - ``aligned``: starts close to the transformer: each head's own [softmax(W z), softmax(-W z)]
   (Hedgehog, arXiv 2402.04347) with W the identity and b zero, RoPE between W and softmax, so
   that W folds away, a normaliser by the sum, a decay that is learned, and a gain for each head
-  that begins as 1.
+  that begins as 1. The last 64 tokens keep their softmax weights.
+- ``pure``: ``aligned`` without that window: no softmax anywhere.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ from supra_core.spec import (
 )
 from supra_core.tensors import LazyTensor, TensorSource
 
-Preset = Literal["paper", "aligned"]
+Preset = Literal["paper", "aligned", "pure"]
+
+ALIGNED_WINDOW = 64
 FeatureMapName = Literal["relu", "signed_relu", "signed_softmax", "none"]
 DecayName = Literal["lightning", "retnet", "none", "learned"]
 OutputNormName = Literal["group_norm", "sum"]
@@ -50,8 +53,7 @@ OutputNormName = Literal["group_norm", "sum"]
 class LinearizeOptions:
     """A preset and what differs from it; None leaves a choice to the preset.
 
-    ``window``: tokens that keep softmax weights; 0 for none. ``keep_softmax``: layers that stay
-    as they are. ``seed``: of the random weights, where there are any.
+    ``window``: tokens that keep softmax weights. ``keep_softmax``: layers that stay as they are. ``seed``: of the random weights, where there are any.
     """
 
     preset: Preset = "aligned"
@@ -133,7 +135,7 @@ def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:
         normaliser=_NORMALISERS[norm_name],
         key_scale=feature_map.output_size**-0.5 if published_scale else 1.0,
         gain="none" if paper else "per_head",
-        window=_window(options.window),
+        window=_window(options, norm_name),
     )
 
 
@@ -176,12 +178,15 @@ def _initial(
     return generator.uniform(-bound, bound, size=shape)
 
 
-def _window(window: int | None) -> int | None:
-    if window is None or window == 0:
-        return None
-    if window < 0:
-        raise SpecError(f"--window must be a positive number of tokens, not {window}")
-    return window
+def _window(options: LinearizeOptions, norm_name: OutputNormName) -> int | None:
+    """The stated window, or that of ``aligned``, which only the sum normaliser can have."""
+    if options.window is None:
+        return ALIGNED_WINDOW if options.preset == "aligned" and norm_name == "sum" else None
+    if options.window < 1:
+        raise SpecError(
+            f"--window must be at least 1 token, not {options.window}: recipe pure has none"
+        )
+    return options.window
 
 
 _DECAYS: dict[DecayName, Decay] = {

@@ -253,8 +253,9 @@ class ReferenceModel:
         state: dict[str, Float64],
         form: Form,
     ) -> tuple[Float64, dict[str, Float64]]:
-        phi_q = self.features(attention, mixer, q, positions, "q_feature")
-        phi_k = self.features(attention, mixer, k, positions, "k_feature")
+        z_q = self.projected(attention, mixer, q, positions, "q_feature")
+        z_k = self.projected(attention, mixer, k, positions, "k_feature")
+        phi_q, phi_k = (activate(mixer.feature_map.activation, z) for z in (z_q, z_k))
         if mixer.qk_norm:
             phi_q, phi_k, v = self._qk_norm(attention, phi_q, phi_k, v)
         if mixer.rope == "after":
@@ -262,10 +263,9 @@ class ReferenceModel:
         phi_k = phi_k * mixer.key_scale
         gamma = self.gamma(attention, mixer)
         if mixer.window is not None:
-            q, k = (rotate(z, positions, self.spec.rope) for z in (q, k))
             far_gain = np.exp(self._weight(attention + "log_far_gain"))
             out, memory = windowed_attention(
-                q, k, v, phi_q, phi_k, gamma, far_gain, mixer.window, state
+                z_q, z_k, v, phi_q, phi_k, gamma, far_gain, mixer.window, state
             )
         else:
             out, final = linear_attention(
@@ -283,10 +283,10 @@ class ReferenceModel:
             out = out * (gain[:, None] if mixer.gain == "per_head" else gain)
         return out, memory
 
-    def features(
+    def projected(
         self, attention: str, mixer: LinearAttention, z: Float64, positions: Int64, name: str
     ) -> Float64:
-        """phi(z): (T, heads, d) -> (T, heads, Dk), up to a rotation that stands after it."""
+        """What the feature map's activation receives: (T, heads, d) -> (T, heads, size)."""
         phi = mixer.feature_map
         if mixer.rope == "before":
             z = rotate(z, positions, self.spec.rope)
@@ -299,9 +299,7 @@ class ReferenceModel:
                 z = np.einsum("thd,hfd->thf", z, weight)
             if phi.projection.bias:
                 z = z + self._weight(f"{attention}{name}.bias").reshape(z.shape[1:])
-        if mixer.rope == "between":
-            z = rotate(z, positions, self.spec.rope)
-        return activate(phi.activation, z)
+        return rotate(z, positions, self.spec.rope) if mixer.rope == "between" else z
 
     def gamma(self, attention: str, mixer: LinearAttention) -> Float64:
         """The decay of each head, (H,)."""
@@ -387,11 +385,11 @@ def windowed_attention(
 
     With n the number of tokens up to t, a token j <= t - W has left the window::
 
-        w_tj = exp(q_t . k_j / sqrt(d))                              t - W < j <= t
+        w_tj = exp(q_t . k_j / sqrt(size))                           t - W < j <= t
         w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
         o_t  = sum_j w_tj v_j / sum_j w_tj
 
-    Shapes as in :func:`softmax_attention`, phi_q (T, H, Dk), phi_k (T, K, Dk); state: the last
+    q (T, H, size) and k (T, K, size) are what the activation receives, v (T, K, Dv), phi_q (T, H, Dk), phi_k (T, K, Dk); state: the last
     W keys, values and features, and ``state`` (H, Dk, Dv + 1) of all that left the window.
     """
     T, H, Dk = phi_q.shape

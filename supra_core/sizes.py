@@ -74,14 +74,12 @@ def mixer_state_bytes(
     cache_itemsize: int = CACHE_ITEMSIZE,
 ) -> int:
     """The fixed memory of one layer: recurrent state, and the buffer of a window."""
-    window = 0
-    if mixer.window is not None:
-        window = mixer.window * kv_bytes_per_token(spec, cache_itemsize)
     if isinstance(mixer, SoftmaxAttention):
-        return window
-    features = mixer.feature_map.output_size
+        return (mixer.window or 0) * kv_bytes_per_token(spec, cache_itemsize)
+    features, window = mixer.feature_map.output_size, 0
     if mixer.window is not None:
         # A key leaves the window as features, which are kept beside it.
-        window += mixer.window * spec.num_key_value_heads * features * cache_itemsize
+        channels = mixer.feature_map.size + spec.value_head_dim + features
+        window = mixer.window * spec.num_key_value_heads * channels * cache_itemsize
     columns = spec.value_head_dim + isinstance(mixer.normaliser, SumNormaliser)
     return window + spec.num_attention_heads * features * columns * STATE_ITEMSIZE

@@ -224,9 +224,10 @@ class LinearAttention:
     ``key_scale``: the factor on phi(k); the published model's is Dk^-1/2.
     ``qk_norm``: the model's norm over all heads of phi(q) and of the repeated phi(k).
     ``gain``: a learned factor on the normalised output, a head or a channel each.
-    ``window``: the last ``window`` tokens get softmax weights exp(q . k / sqrt(d)) instead; the
-    tokens before them keep linear weights, decayed from the window's edge and multiplied by
-    exp(``self_attn.log_far_gain``); one sum normalises both. The cache stays of fixed size.
+    ``window``: the last ``window`` tokens get softmax weights exp(z_q . z_k / sqrt(size))
+    instead, z being what the activation receives; the tokens before them keep linear weights,
+    decayed from the window's edge and multiplied by exp(``self_attn.log_far_gain``); one sum
+    normalises both. The cache stays of fixed size.
     """
 
     feature_map: FeatureMap
@@ -258,11 +259,6 @@ class LinearAttention:
             raise SpecError(
                 "a window needs the sum normaliser, which it shares with the linear part; "
                 "choose output norm 'sum' or leave the window out"
-            )
-        if self.window is not None and folded:
-            raise SpecError(
-                "a windowed layer cannot be folded, because its softmax needs q and k before "
-                "the feature map; keep the feature map unfolded"
             )
 
     @property
@@ -348,8 +344,6 @@ class ModelSpec:
         rotated = {"before": self.head_dim, "between": phi.size, "after": phi.output_size}
         size = rotated.get(mixer.rope, 2)
         _require(size % 2 == 0, where + f"rope needs an even number of channels, not {size}")
-        if mixer.window is not None:
-            _require(self.head_dim % 2 == 0, where + "the window's rope needs an even head_dim")
         if isinstance(phi.projection, Identity):
             _require(
                 phi.size == self.head_dim,

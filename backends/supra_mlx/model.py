@@ -161,10 +161,9 @@ class LinearMixer(nn.Module):
             )
         )
         rotate = context.rotate
-        phi_q, phi_k = (
-            self._features(q, "q_feature", rotate),
-            self._features(k, "k_feature", rotate),
-        )
+        z_q = self._projected(q, "q_feature", rotate)
+        z_k = self._projected(k, "k_feature", rotate)
+        phi_q, phi_k = (_activate(mixer.feature_map.activation, z) for z in (z_q, z_k))
         if mixer.qk_norm:
             phi_q, phi_k, v = self._qk_norm(phi_q, phi_k, v)
         if mixer.rope == "after":
@@ -181,7 +180,7 @@ class LinearMixer(nn.Module):
             buffers: list[Any] = cache.cache[2:]
             memory = None if cache[0] is None else WindowMemory(cache[0], *buffers)
             out, memory = windowed_attention(
-                rotate(q), rotate(k), v, phi_q, phi_k, self._decay(), self.log_far_gain,
+                z_q, z_k, v, phi_q, phi_k, self._decay(), self.log_far_gain,
                 mixer.window, memory=memory, mask=context.mask,
             )  # fmt: skip
             for slot, array in zip((0, 2, 3, 4, 5), memory, strict=True):
@@ -193,8 +192,8 @@ class LinearMixer(nn.Module):
             out = out * (self.gain[:, None] if mixer.gain == "per_head" else self.gain)
         return self.o_proj(out.reshape(B, T, -1).astype(x.dtype))
 
-    def _features(self, z: mx.array, name: str, rotate: Rotate) -> mx.array:
-        """phi(z): (B, T, heads, d) -> (B, T, heads, Dk), up to a rotation after it."""
+    def _projected(self, z: mx.array, name: str, rotate: Rotate) -> mx.array:
+        """What the activation receives: (B, T, heads, d) -> (B, T, heads, size)."""
         phi, rope = self._mixer.feature_map, self._mixer.rope
         if rope == "before":
             z = rotate(z)
@@ -204,9 +203,7 @@ class LinearMixer(nn.Module):
                 z = project(z.flatten(2)).reshape(*z.shape[:3], phi.size)
             else:
                 z = project(z)
-        if rope == "between":
-            z = rotate(z)
-        return _activate(phi.activation, z)
+        return rotate(z) if rope == "between" else z
 
     def _qk_norm(
         self, q: mx.array, k: mx.array, v: mx.array

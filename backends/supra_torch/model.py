@@ -286,17 +286,14 @@ class LinearMixer(Mixer):
         mask: Tensor | None,
     ) -> tuple[Tensor, LayerState]:
         assert self.mixer.window is not None
-        rotated_q, rotated_k = positions.rotate(q), positions.rotate(k)
-        if self.mixer.rope == "before":
-            phi_q, phi_k = self._activate(rotated_q, rotated_k, positions)
-        else:
-            phi_q, phi_k = self._features(q, k, positions)
+        q, k = self._projected(q, k, positions)
+        phi_q, phi_k = (activate(self.mixer.feature_map.activation, z) for z in (q, k))
         out, memory = windowed_attention(
-            rotated_q,
-            rotated_k,
+            q,
+            k,
             v,
             phi_q,
-            phi_k,
+            self._scaled(phi_k),
             self.decay(q.device),
             self.log_far_gain,
             self.mixer.window,
@@ -307,24 +304,28 @@ class LinearMixer(Mixer):
 
     def _features(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """phi(q) (B, T, H, Dk) and scaled phi(k) (B, T, K or H, Dk), every rotation included."""
-        if self.mixer.rope == "before":
-            q, k = positions.rotate(q), positions.rotate(k)
-        return self._activate(q, k, positions)
-
-    def _activate(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        mixer = self.mixer
-        if self.q_feature is not None:
-            q, k = self.q_feature(q), (self.k_feature or self.q_feature)(k)
-        if mixer.rope == "between":
-            q, k = positions.rotate(q), positions.rotate(k)
-        q, k = (activate(mixer.feature_map.activation, z) for z in (q, k))
-        if mixer.qk_norm:
+        q, k = self._projected(q, k, positions)
+        q, k = (activate(self.mixer.feature_map.activation, z) for z in (q, k))
+        if self.mixer.qk_norm:
             k = k.repeat_interleave(self.heads // k.shape[2], dim=2)
             q = self.q_norm(q.flatten(-2)).view(q.shape)
             k = self.k_norm(k.flatten(-2)).view(k.shape)
-        if mixer.rope == "after":
+        if self.mixer.rope == "after":
             q, k = positions.rotate(q), positions.rotate(k)
-        return q, k * mixer.key_scale
+        return q, self._scaled(k)
+
+    def _projected(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """What the activation receives: q (B, T, H, size), k (B, T, K, size)."""
+        if self.mixer.rope == "before":
+            q, k = positions.rotate(q), positions.rotate(k)
+        if self.q_feature is not None:
+            q, k = self.q_feature(q), (self.k_feature or self.q_feature)(k)
+        if self.mixer.rope == "between":
+            q, k = positions.rotate(q), positions.rotate(k)
+        return q, k
+
+    def _scaled(self, k: Tensor) -> Tensor:
+        return k if self.mixer.key_scale == 1.0 else k * self.mixer.key_scale
 
 
 def activate(activation: str, z: Tensor) -> Tensor:

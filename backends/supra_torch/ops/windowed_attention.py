@@ -2,7 +2,7 @@
 
 With W the window and j <= t::
 
-    w_tj = exp(q_t . k_j / sqrt(d))                              t - W < j
+    w_tj = exp(q_t . k_j / sqrt(d))                              t - W < j  (d the width of q)
     w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
     o_t  = sum_j w_tj v_j / sum_j w_tj
 
@@ -65,7 +65,7 @@ def windowed_attention(
 ) -> tuple[Tensor, WindowState]:
     """Windowed softmax attention over a linear state.
 
-    q (B, T, H, d), k (B, T, K, d), rotated; v (B, T, K, Dv); phi_q (B, T, H, Dk), phi_k
+    q (B, T, H, d), k (B, T, K, d), what the activation receives; v (B, T, K, Dv); phi_q (B, T, H, Dk), phi_k
     (B, T, K, Dk) >= 0; decay (H,); log_far_gain (H,); mask (B, T) bool. Returns the output
     (B, T, H, Dv) in q's type and the state after the last token.
     """

@@ -23,7 +23,7 @@ class _Strict(BaseModel):
 class Linearize(_Strict):
     """How a plain transformer becomes linear; the fields of ``LinearizeOptions``."""
 
-    preset: Literal["paper", "aligned"] = "aligned"
+    preset: Literal["paper", "aligned", "pure"] = "aligned"
     feature_map: Literal["relu", "signed_relu", "signed_softmax", "none"] | None = None
     decay: Literal["lightning", "retnet", "none", "learned"] | None = None
     output_norm: Literal["group_norm", "sum"] | None = None
