@@ -178,7 +178,7 @@ def model_card(spec: ModelSpec, dtype: str) -> str:
     return (
         "---\nlibrary_name: supra\npipeline_tag: text-generation\ntags:\n- supra\n---\n\n"
         f"# {origin.source or 'A supra model'}\n\n"
-        "Converted with supra (`pip install supra-lm`). The terms of the source "
+        "Converted with supra. The terms of the source "
         "model's licence apply.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         "## Quality\n\nNot measured yet: `supra eval` measures it.\n"

@@ -389,8 +389,9 @@ def windowed_attention(
         w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
         o_t  = sum_j w_tj v_j / sum_j w_tj
 
-    q (T, H, size) and k (T, K, size) are what the activation receives, v (T, K, Dv), phi_q (T, H, Dk), phi_k (T, K, Dk); state: the last
-    W keys, values and features, and ``state`` (H, Dk, Dv + 1) of all that left the window.
+    q (T, H, size) and k (T, K, size) are what the activation receives; v (T, K, Dv), phi_q
+    (T, H, Dk), phi_k (T, K, Dk); state: the last W keys, values and features, and ``state``
+    (H, Dk, Dv + 1) of all that left the window.
     """
     T, H, Dk = phi_q.shape
     memory = state.get("state", np.zeros((H, Dk, v.shape[-1] + 1)))

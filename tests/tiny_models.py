@@ -88,6 +88,9 @@ SPECS: dict[str, ModelSpec] = {
         rope=RotaryEmbedding(500000.0, "interleaved", Llama3Scaling(8.0, 1.0, 4.0, 32)),
     ),
     "windowed": _model(WINDOWED, LONG_WINDOW),
+    "windowed_between": _model(
+        replace(WINDOWED, rope="between"), replace(LONG_WINDOW, rope="none")
+    ),
     "hybrid": _model(WINDOWED, SoftmaxAttention(7), PAPER, SoftmaxAttention()),
 }  # fmt: skip
 

@@ -216,7 +216,7 @@ def uptrain_model(
     config = resolve(
         config=None,
         model=str(converted),
-        recipe="windowed",
+        recipe="aligned",
         data=str(data),
         overrides={
             "tokens": str(tokens), "batch_tokens": str(_STEP_TOKENS),

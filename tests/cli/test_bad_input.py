@@ -123,7 +123,9 @@ def test_a_window_needs_the_sum_normaliser(tiny_transformer: Path, tmp_path: Pat
         ("--dtype", "float8"),
         ("--to", "wonder"),
         ("--no-linearize", "--window", "8"),
-        ("--fold",),  # the aligned map has a rotation before it
+        ("--no-linearize", "--fold"),
+        ("--window", "0"),
+        ("--recipe", "paper", "--window", "8"),
     ],
     ids=" ".join,
 )

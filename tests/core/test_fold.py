@@ -15,7 +15,7 @@ from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.reference import ReferenceModel
 from tests.tiny_models import SPECS, lazy_weights
 
-FOLDABLE = ["paper", "paper_shared", "paper_variant", "between", "hybrid"]
+FOLDABLE = ["paper", "paper_shared", "paper_variant", "between", "windowed_between", "hybrid"]
 
 
 def _float64(tensors: Any) -> Any:
@@ -36,7 +36,7 @@ def test_folding_changes_nothing(name: str) -> None:
     assert parameter_count(folded) < parameter_count(spec)
 
 
-@pytest.mark.parametrize("preset", ["paper", "aligned"])
+@pytest.mark.parametrize("preset", ["paper", "pure", "aligned"])
 def test_a_folded_model_has_the_transformers_size(preset: Any) -> None:
     transformer = replace(SPECS["transformer"], attention_bias="none")
     spec, tensors = linearize(
@@ -45,8 +45,8 @@ def test_a_folded_model_has_the_transformers_size(preset: Any) -> None:
     folded, fewer = fold(spec, tensors)
     matrices = sum(len(tensor.shape) == 2 for tensor in fewer.values())
     assert matrices == sum(len(shape) == 2 for shape in tensor_shapes(transformer).values())
-    # Only vectors remain: biases of q and k, and for aligned a decay and a gain for each head.
-    vectors = 2 * (80 + (12 if preset == "aligned" else 0))
+    # Only vectors remain: biases of q and k, and what aligned learns for each query head.
+    vectors = 2 * (80 + {"paper": 0, "pure": 12, "aligned": 18}[preset])
     assert parameter_count(folded) - parameter_count(transformer) == vectors
 
 
@@ -57,7 +57,7 @@ def test_stored_types_are_kept() -> None:
     assert {tensor.read().dtype for tensor in fewer.values()} == {np.dtype(np.float16)}
 
 
-@pytest.mark.parametrize("name", ["windowed", "transformer", "folded"])
+@pytest.mark.parametrize("name", ["plain", "transformer", "folded"])
 def test_what_cannot_be_folded_says_so(name: str) -> None:
     assert not can_fold(SPECS[name])
     with pytest.raises(SpecError, match="nothing can be folded"):

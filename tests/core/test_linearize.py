@@ -104,7 +104,7 @@ def test_kept_layers_stay_softmax() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": -1}, "--window must be a positive number"),
+        ({"window": 0}, "--window must be at least 1 token, not 0"),
         ({"preset": "paper", "window": 8}, "a window needs the sum normaliser"),
         ({"output_norm": "group_norm", "window": 8}, "a window needs the sum normaliser"),
         ({"preset": "paper", "output_norm": "sum", "feature_map": "none"}, "never negative"),
@@ -124,8 +124,8 @@ def test_a_linear_model_is_not_linearized_again() -> None:
 
 def test_parameters_that_linearizing_adds() -> None:
     spec, _ = linearize(TRANSFORMER, lazy_weights(TRANSFORMER), LinearizeOptions())
-    # Two layers: maps and biases of 6 and 2 heads, a decay and a gain for each query head.
-    added = 2 * (8 * (10 * 10 + 10) + 2 * 6)
+    # Two layers: maps and biases of 6 and 2 heads; a decay, a gain and a far gain a query head.
+    added = 2 * (8 * (10 * 10 + 10) + 3 * 6)
     assert parameter_count(spec) - parameter_count(TRANSFORMER) == added
 
 

@@ -27,7 +27,7 @@ def command(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="aligned (default) or paper, the published model.")
+        str | None, typer.Option(help="aligned (default), pure, or paper, the published model.")
     ] = None,
     feature_map: Annotated[
         str | None, typer.Option(help="relu, signed_relu, signed_softmax or none.")
@@ -35,7 +35,7 @@ def command(
     decay: Annotated[str | None, typer.Option(help="lightning, retnet, none or learned.")] = None,
     output_norm: Annotated[str | None, typer.Option(help="group_norm or sum.")] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens that keep softmax weights; default: none.")
+        int | None, typer.Option(help="Tokens that keep softmax weights; aligned: 64.")
     ] = None,
     keep_softmax: Annotated[
         str | None, typer.Option(help="Layers that stay as they are, as in 0,15.")
@@ -101,9 +101,7 @@ def _linearize_options(
     from supra_core.linearize import LinearizeOptions
 
     if window is not None and window < 1:
-        raise SupraError(
-            f"--window must be at least 1 token, not {window}: leave it out for no window"
-        )
+        raise SupraError(f"--window must be at least 1 token, not {window}: recipe pure has none")
     given: dict[str, Any] = {
         "preset": recipe,
         "feature_map": feature_map,
