@@ -53,7 +53,7 @@ OutputNormName = Literal["group_norm", "sum"]
 class LinearizeOptions:
     """A preset and what differs from it; None leaves a choice to the preset.
 
-     ``window``: tokens that keep softmax weights. ``keep_softmax``: layers that stay as they are.
+    ``window``: tokens that keep softmax weights. ``keep_softmax``: layers that stay as they are.
     ``seed``: of the random weights, where there are any.
     """
 

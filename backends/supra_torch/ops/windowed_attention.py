@@ -66,8 +66,8 @@ def windowed_attention(
     """Windowed softmax attention over a linear state.
 
     q (B, T, H, d), k (B, T, K, d), what the activation receives; v (B, T, K, Dv); phi_q
-    (B, T, H, Dk), phi_k (B, T, K, Dk) >= 0; decay (H,); log_far_gain (H,); mask (B, T) bool. Returns the output
-    (B, T, H, Dv) in q's type and the state after the last token.
+    (B, T, H, Dk), phi_k (B, T, K, Dk) >= 0; decay (H,); log_far_gain (H,); mask (B, T) bool. Returns the
+    output (B, T, H, Dv) in q's type and the state after the last token.
     """
     T, H = q.shape[1], q.shape[2]
     before = initial_state or WindowState.empty(window, k, v, phi_k, H)
