@@ -65,9 +65,9 @@ def windowed_attention(
 ) -> tuple[Tensor, WindowState]:
     """Windowed softmax attention over a linear state.
 
-    q (B, T, H, d), k (B, T, K, d), what the activation receives; v (B, T, K, Dv); phi_q
-    (B, T, H, Dk), phi_k (B, T, K, Dk) >= 0; decay (H,); log_far_gain (H,); mask (B, T) bool. Returns the
-    output (B, T, H, Dv) in q's type and the state after the last token.
+    q (B, T, H, d) and k (B, T, K, d) are what the activation receives; v (B, T, K, Dv), phi_q
+    (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay and log_far_gain (H,); mask (B, T) bool.
+    Returns the output (B, T, H, Dv) in q's type and the state after the last token.
     """
     T, H = q.shape[1], q.shape[2]
     before = initial_state or WindowState.empty(window, k, v, phi_k, H)
