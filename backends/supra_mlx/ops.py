@@ -79,10 +79,10 @@ def windowed_attention(
         w_tj = exp(log_far_gain) gamma^(t - W - j) (phi(q_t) . phi(k_j))  j <= t - W
         o_t  = sum_j w_tj v_j / sum_j w_tj
 
-    q (B, T, H, d) and k (B, T, K, d) are what the activation receives, v (B, T, K, Dv), phi_q
-    (B, T, H, Dk), phi_k (B, T, K, Dk) >= 0, decay and log_far_gain (H,), mask (B, T) bool: False tokens are left out,
-    and their output means nothing. Returns the output (B, T, H, Dv) in q's type and the memory.
-    Memory use is linear in T.
+    q (B, T, H, d) and k (B, T, K, d) are what the activation receives; v (B, T, K, Dv), phi_q
+    (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay and log_far_gain (H,); mask (B, T) bool:
+    False tokens are left out, and their output means nothing. Returns the output (B, T, H, Dv)
+    in q's type and the memory. Memory use is linear in T.
     """
     B, T, H, _ = q.shape
     if memory is None:
