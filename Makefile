@@ -1,6 +1,6 @@
 # Everything runs in the repository's own environment, made on first use and reused afterwards.
 #   make setup      the environment           make test       style, types and the fast tests
-#   make demo       the whole way, ~10 min    make test-slow  the tests that take minutes
+#   make demo       the whole way, ~7 min    make test-slow  the tests that take minutes
 #   make lint       style and types           make test-gpu   the tests that need a CUDA device
 # PYTHON=... names the interpreter to build the environment with (3.11 or newer).
 

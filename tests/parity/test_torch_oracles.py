@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def test_torch_logits(folder: Path, form: Form, stored: str) -> None:
     model, ids = backend.load(folder), np.load(folder / "input_ids.npy")
     expected = np.load(folder / f"{stored}.npy")
     np.testing.assert_allclose(model.logits(ids, form=form), expected, rtol=0, atol=LOGITS)
+
+
+def test_torch_logits_in_the_dense_form(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = partial(linear_attention, implementation="reference")
+    monkeypatch.setattr("supra_torch.model.linear_attention", dense)
+    ids = np.load(folder / "input_ids.npy")
+    expected = np.load(folder / "logits.npy")
+    np.testing.assert_allclose(backend.load(folder).logits(ids), expected, rtol=0, atol=LOGITS)
 
 
 @pytest.mark.parametrize("which", ["reference", "torch"])
