@@ -53,13 +53,25 @@ def test_errors_go_to_stderr(supra: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_leaves_no_traceback(tiny_transformer: Path) -> None:
+def test_ctrl_c_ends_a_training_run_cleanly(
+    tiny_transformer: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "supra_cli", "chat", str(tiny_transformer), "--backend", "torch"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [
+            sys.executable, "-m", "supra_cli", "uptrain", str(tiny_transformer),
+            "--data", str(text_file), "--out", str(run), "--set", "tokens=1000000",
+            "--set", "sequence_length=32", "--set", "batch_tokens=64",
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    time.sleep(3)
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.is_file() and '"loss"' in metrics.read_text():
+            break
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
+    assert list((run / "checkpoints").glob("step_*/state.json"))
