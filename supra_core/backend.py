@@ -68,8 +68,7 @@ def load(name: str, path: str | Path, *, dtype: str | None = None) -> Backend:
     ``dtype``: the type to compute in; None keeps the weights' own. Raises
     :class:`MissingDependencyError` when the backend's package is not installed.
     """
-    if name not in _MODULES:
-        raise SupraError(f"unknown backend '{name}': use one of {', '.join(BACKENDS)}")
+    check_name(name)
     module, package = _MODULES[name]
     if importlib.util.find_spec(package) is None:
         extra = "mlx" if name.startswith("mlx") else "torch"
@@ -78,6 +77,12 @@ def load(name: str, path: str | Path, *, dtype: str | None = None) -> Backend:
         )
     backend: Backend = importlib.import_module(module).load(Path(path), dtype=dtype)
     return backend
+
+
+def check_name(name: str) -> None:
+    """Raise :class:`SupraError` unless there is a backend of that name."""
+    if name not in _MODULES:
+        raise SupraError(f"unknown backend '{name}': use one of {', '.join(BACKENDS)}")
 
 
 def default_for_generation() -> str:

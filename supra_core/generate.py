@@ -27,6 +27,7 @@ class Sampling:
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
         ):
             if not fits:
                 raise SupraError(f"{name} must be {allowed}, not {getattr(self, name)}")

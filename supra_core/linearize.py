@@ -66,6 +66,8 @@ class LinearizeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise SpecError(f"--seed must be at least 0, not {self.seed}")
         for name, value, kind in (
             ("--recipe", self.preset, Preset),
             ("--feature-map", self.feature_map, FeatureMapName),

@@ -286,6 +286,9 @@ class Norm:
     kind: Literal["rms_norm", "layer_norm"] = "rms_norm"
     eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        _require(self.eps >= 0, "norm eps must not be negative")
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Provenance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def verify(
 
     ``save_logits``: a folder that gets LABEL.npy, float32 (B, T, V), for each of them.
     """
+    _check_request(chosen, tolerance, save_logits)
     first: Logits | None = None
     comparisons = []
     for done, candidate in enumerate(chosen):
@@ -149,6 +151,20 @@ def verify(
     progress("verify", len(chosen), len(chosen))
     B, T = ids.shape
     return Report(chosen[0], tuple(comparisons), tolerance, B, T)
+
+
+def _check_request(chosen: Sequence[Candidate], tolerance: float, save: Path | None) -> None:
+    for candidate in chosen:
+        backends.check_name(candidate.backend)
+    if not 0 <= tolerance < math.inf:
+        raise SupraError(f"--tolerance must be a number that is at least 0, not {tolerance}")
+    if save is not None and save.exists() and not save.is_dir():
+        raise SupraError(f"{save} is a file: name a folder for --save-logits")
+    if len(chosen) < 2 and save is None:
+        raise SupraError(
+            "there is nothing to compare: name a second --backend, a second model, another "
+            "--form, or --save-logits"
+        )
 
 
 def compare(first: Logits, other: Logits) -> Difference:

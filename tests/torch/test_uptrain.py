@@ -178,6 +178,21 @@ def test_missing_data_is_named(settings: UptrainConfig, tmp_path: Path) -> None:
     config = settings.model_copy(update={"data": str(tmp_path / "none.txt")})
     with pytest.raises(SupraError, match=r"none\.txt does not exist"):
         uptrain(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_never_began_may_be_corrected(settings: UptrainConfig, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("one word")
+    run = tmp_path / "run"
+    with pytest.raises(SupraError, match="too few for two sequences"):
+        uptrain(settings.model_copy(update={"data": str(short)}), run)
+    assert uptrain(settings.model_copy(update={"tokens": 128}), run)["steps"] == 2
+
+
+def test_a_file_is_no_run_folder(settings: UptrainConfig, text_file: Path) -> None:
+    with pytest.raises(SupraError, match="is a file"):
+        uptrain(settings, text_file)
 
 
 @pytest.mark.parametrize("name", recipe_names())

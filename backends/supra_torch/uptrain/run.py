@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from supra_torch.model import SupraModel, build, lazy_tensors
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Place
 from supra_torch.uptrain.config import UptrainConfig
-from supra_torch.uptrain.data import Sequences, tokenised
+from supra_torch.uptrain.data import Sequences, text_files, tokenised
 from supra_torch.uptrain.stages import distill, optimiser_for, trained_parameters, transfer
 
 _STAGES = {"transfer": transfer, "distill": distill}
@@ -47,12 +48,14 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolved_precision(config.precision, device)
-    _claim(run, config, precision)
+    _refuse_another_run(run, config)
     summary_file = run / "summary.json"
     if summary_file.is_file() and (run / "model").is_dir():
         summary: dict[str, Any] = json.loads(summary_file.read_text("utf-8"))
         return {**summary, "already_finished": True}
     inputs = _open_inputs(config)
+    text_files(Path(config.data))
+    _claim(run, config, precision)
     assets = inputs.student_assets
     tokenizer = assets.get("tokenizer.json")
     separator = inputs.teacher_spec.eos_token_id[0] if inputs.teacher_spec.eos_token_id else None
@@ -116,24 +119,36 @@ class _Session:
         )
 
 
-def _claim(run: Path, config: UptrainConfig, precision: str) -> None:
-    """Write run.json, or check that the one there says the same."""
-    file, stated = run / "run.json", config.model_dump(mode="json")
-    if file.is_file():
-        before = json.loads(file.read_text("utf-8"))
-        different = [key for key in stated if before["config"].get(key) != stated[key]]
-        if different:
-            raise SupraError(
-                f"{run} was begun with another {different[0]}: resume with the same settings, "
-                "or name another run folder"
-            )
+def _refuse_another_run(run: Path, config: UptrainConfig) -> None:
+    """Raise SupraError when ``run`` is no run, or one that trained with other settings."""
+    if run.exists() and not run.is_dir():
+        raise SupraError(f"{run} is a file: name a folder for the run")
+    file = run / "run.json"
+    if not file.is_file():
+        if run.is_dir() and any(run.iterdir()):
+            raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
         return
-    if run.is_dir() and any(run.iterdir()):
-        raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
+    before, stated = json.loads(file.read_text("utf-8")), config.model_dump(mode="json")
+    different = [key for key in stated if before["config"].get(key) != stated[key]]
+    if different and (run / "metrics.jsonl").is_file():
+        raise SupraError(
+            f"{run} was begun with another {different[0]}: resume with the same settings, "
+            "or name another run folder"
+        )
+    if different:
+        # It never took a step: a corrected setting may begin it again.
+        shutil.rmtree(run)
+
+
+def _claim(run: Path, config: UptrainConfig, precision: str) -> None:
+    """Write run.json, unless the run has one already."""
+    file = run / "run.json"
+    if file.is_file():
+        return
     run.mkdir(parents=True, exist_ok=True)
     packages = ("supra-lm", "torch", "numpy", "safetensors", "tokenizers")
     record = {
-        "config": stated,
+        "config": config.model_dump(mode="json"),
         "teacher": config.teacher or config.model,
         "precision": precision,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -53,6 +54,9 @@ def command(
 def _lines() -> Iterator[str]:
     """What the user types, line by line, until Ctrl-D or the end of stdin."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # One wrong byte in a line must not end the conversation.
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         for line in sys.stdin:
             yield line.strip()
         return

@@ -42,12 +42,15 @@ def command(
     from supra_cli.commands.verify import parse_form
     from supra_cli.output import print_json
     from supra_cli.progress import ProgressReporter
+    from supra_core.errors import SupraError
     from supra_core.teacher import find_teacher
 
     _check(tasks, limit, length, batch)
     name = backend or default_for_evaluation()
     chosen = parse_form(form)
     text = _encoded(model, data, limit)
+    if no_teacher and teacher is not None:
+        raise SupraError("--teacher and --no-teacher exclude each other: give one of them")
     other = None if no_teacher else teacher or find_teacher(model)
     with ProgressReporter() as progress:
         result = _measure(model, text, name, chosen, dtype, length, batch, progress, "model")

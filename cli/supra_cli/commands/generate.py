@@ -32,6 +32,8 @@ def command(
 
     if raw and system is not None:
         raise SupraError("--system needs the chat template: leave out --raw or --system")
+    if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode("utf-8"):
+        raise SupraError("the prompt is not UTF-8 text: give it in that encoding")
     name = backend or default_for_generation()
     sampling = Sampling(temperature, top_p, max_tokens, seed)
     speaker = load_speaker(model, name, sampling, system, dtype)

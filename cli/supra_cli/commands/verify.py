@@ -24,7 +24,7 @@ def command(
     ] = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="reference, torch, mlx or transformers; repeat it to compare."),
+        typer.Option(help="reference, torch, mlx, transformers, mlx-lm; repeatable."),
     ] = None,
     ids: Annotated[Path | None, typer.Option(help="Token ids, a .npy file (T,) or (B, T).")] = None,
     text: Annotated[str | None, typer.Option(help="Text to tokenise instead.")] = None,
