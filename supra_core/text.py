@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,25 @@ def load_tokenizer(assets: Mapping[str, bytes], where: str) -> Tokenizer:
     # The library raises bare Exception for everything it cannot read.
     except Exception as error:
         raise FormatError(f"{where}: {TOKENIZER} cannot be read ({error}): get it again") from None
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """The conversation's token ids by the tokenizer's chat template, up to the next answer.
+
+    ``tokenizer`` is one of transformers' or mlx-lm's. Raises :class:`FormatError` when the
+    template is broken or refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise FormatError(
+            f"the model's chat template cannot be rendered ({error}): correct chat_template.jinja"
+        ) from None
+    return ids
 
 
 def encode(tokenizer: Tokenizer, text: str) -> EncodedText:

@@ -11,6 +11,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from supra_core.errors import SupraError
+from supra_core.text import render_chat
 from supra_mlx.generate import stream
 from supra_mlx.model import Model
 
@@ -98,8 +99,7 @@ class Conversation:
                 self.undo()
 
     def _render(self) -> list[int]:
-        ids = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
-        return [int(token) for token in ids]
+        return [int(token) for token in render_chat(self.tokenizer, self.messages)]
 
     def _unseen(self, ids: list[int]) -> list[int]:
         """What of ``ids`` the state has yet to see; takes up an earlier state if need be."""

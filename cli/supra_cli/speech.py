@@ -12,6 +12,7 @@ from supra_core.errors import FormatError, SupraError
 from supra_core.formats.assets import write_assets
 from supra_core.generate import Memory, Sampling, generate
 from supra_core.sources import Source, open_source
+from supra_core.text import render_chat
 
 if TYPE_CHECKING:
     from supra_mlx.conversation import Conversation
@@ -118,9 +119,7 @@ class BackendSpeaker:
                 "model made for chat"
             )
         self._messages.append({"role": "user", "content": text})
-        ids = self._tokenizer.apply_chat_template(
-            self._messages, add_generation_prompt=True, return_dict=False
-        )
+        ids = render_chat(self._tokenizer, self._messages)
         memory = self._memory if self._continues(ids) else Memory()
         said: list[str] = []
         try:
