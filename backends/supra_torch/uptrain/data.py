@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ import numpy.typing as npt
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
 from supra_core.progress import Progress
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Tokens = npt.NDArray[np.uint32]
 
@@ -68,12 +72,12 @@ class Sequences:
 
 
 def tokenised(
-    path: Path, tokenizer: bytes | None, separator: int | None, folder: Path, progress: Progress
+    path: Path, tokenizer: Tokenizer, separator: int | None, folder: Path, progress: Progress
 ) -> Tokens:
     """The tokens of a text file or a folder of .txt files, kept as ``folder``/tokens.npy.
 
-    ``tokenizer``: the contents of tokenizer.json; ``separator``: the token between files. Raises
-    SupraError when there is no text, no tokenizer, or the data has changed since.
+    ``separator``: the token between files. Raises SupraError when there is no text, or the data
+    has changed since.
     """
     files = text_files(path)
     listing = {"files": [[file.name, file.stat().st_size] for file in files]}
@@ -84,8 +88,6 @@ def tokenised(
                 f"{path} is not the data this run began with: use another run folder, or restore it"
             )
         return np.load(store, mmap_mode="r")  # type: ignore[no-any-return]
-    if tokenizer is None:
-        raise SupraError("the model has no tokenizer.json: convert it together with its tokenizer")
     tokens = _tokenise(files, tokenizer, separator, progress)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(store) as beside, open(beside, "wb") as stream:
@@ -108,18 +110,15 @@ def text_files(path: Path) -> list[Path]:
 
 
 def _tokenise(
-    files: list[Path], tokenizer: bytes, separator: int | None, progress: Progress
+    files: list[Path], tokenizer: Tokenizer, separator: int | None, progress: Progress
 ) -> Tokens:
-    from tokenizers import Tokenizer
-
-    encode = Tokenizer.from_str(tokenizer.decode("utf-8"))
-    encode.no_truncation()
-    encode.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     total, done, parts = sum(file.stat().st_size for file in files), 0, []
     for file in files:
         # A batch is encoded on all cores.
         for pieces in _batches(_pieces(file), 16):
-            for encoded in encode.encode_batch(pieces, add_special_tokens=False):
+            for encoded in tokenizer.encode_batch(pieces, add_special_tokens=False):
                 parts.append(np.asarray(encoded.ids, dtype=np.uint32))
             done += sum(len(piece.encode("utf-8")) for piece in pieces)
             progress("tokenise", done, total)

@@ -30,6 +30,7 @@ from supra_core.progress import Progress, silent
 from supra_core.sources import Source, open_source
 from supra_core.spec import Folded, LinearAttention, ModelSpec, SoftmaxAttention
 from supra_core.tensors import LazyTensor, TensorSource
+from supra_core.text import load_tokenizer
 from supra_torch.model import SupraModel, build, lazy_tensors
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Place
@@ -54,10 +55,10 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
         summary: dict[str, Any] = json.loads(summary_file.read_text("utf-8"))
         return {**summary, "already_finished": True}
     inputs = _open_inputs(config)
+    assets = inputs.student_assets
+    tokenizer = load_tokenizer(assets, config.model)
     text_files(Path(config.data))
     _claim(run, config, precision)
-    assets = inputs.student_assets
-    tokenizer = assets.get("tokenizer.json")
     separator = inputs.teacher_spec.eos_token_id[0] if inputs.teacher_spec.eos_token_id else None
     tokens = tokenised(Path(config.data), tokenizer, separator, run / "data", progress)
     session = _Session(
@@ -136,8 +137,10 @@ def _refuse_another_run(run: Path, config: UptrainConfig) -> None:
             "or name another run folder"
         )
     if different:
-        # It never took a step: a corrected setting may begin it again.
-        shutil.rmtree(run)
+        # It never took a step: a corrected setting may begin it again. Only what a run makes
+        # is removed, never the folder.
+        file.unlink()
+        shutil.rmtree(run / "data", ignore_errors=True)
 
 
 def _claim(run: Path, config: UptrainConfig, precision: str) -> None:
