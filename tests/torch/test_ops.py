@@ -116,7 +116,7 @@ def test_gradients_are_the_dense_forms(normaliser: Literal["sum"] | None) -> Non
         inputs = [_tensor(x).requires_grad_() for x in arrays]
         output, state = linear_attention(
             *inputs[:4], initial_state=inputs[4], mask=mask, normaliser=normaliser,
-            implementation=implementation, chunk_size=32,  # type: ignore[arg-type]
+            implementation=implementation,  # type: ignore[arg-type]
         )  # fmt: skip
         (output.square().mean() + state.square().mean()).backward()
         gradients.append([x.grad for x in inputs])
@@ -128,7 +128,7 @@ def test_gradients_are_the_dense_forms(normaliser: Literal["sum"] | None) -> Non
 def test_fast_decay_over_a_long_chunk_stays_finite() -> None:
     q, k, v, _, _ = (_tensor(x) for x in _inputs(4, 1, 512, 1, 2, 8, 8, 0))
     decay = torch.tensor([1e-4, 1.0])
-    output, state = linear_attention(q, k, v, decay, chunk_size=512)
+    output, state = linear_attention(q, k, v, decay)
     assert output.isfinite().all()
     assert state.isfinite().all()
 

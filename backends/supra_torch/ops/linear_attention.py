@@ -1,24 +1,45 @@
-"""Causal linear attention with decay.
+"""Causal linear attention with decay: one operator, three implementations, one dispatcher.
 
 For one head with decay gamma, n_t the number of valid tokens up to t::
 
     o_t = sum_{j <= t} gamma^(n_t - n_j) (q_t . k_j) v_j  +  gamma^(n_t) q_t S_0
 
-The chunked form computes, for chunks of C tokens, the sum inside a chunk by two matrix products
-and everything before it from the state at the chunk's border. All exponents of gamma are >= 0
-and gamma <= 1, so nothing overflows, however fast a head decays. Products are taken in the
-type of q; sums, decay and state are float32.
+``reference`` is the dense form, for checks; ``chunked`` is torch, for CPUs; ``triton`` is the
+fused kernel, for GPUs. All three obey one contract, :class:`Operator`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-Implementation = Literal["auto", "reference", "chunked"]
+from supra_torch.ops.chunked import linear_attention_chunked
+from supra_torch.ops.dense import linear_attention_dense
+
+Implementation = Literal["auto", "reference", "chunked", "triton"]
+
+
+class Operator(Protocol):
+    """What an implementation is: shapes as in :func:`linear_attention`, already checked.
+
+    ``slope`` (H,) float32 is -ln gamma >= 0. Returns the output in q's type, the float32 sum of
+    the weights (B, T, H) by which it was divided (without ``normalise`` an empty tensor), and
+    the final state. All three carry gradients to q, k, v, slope and initial_state.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slope: Tensor,
+        initial_state: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        normalise: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def linear_attention(
@@ -29,212 +50,75 @@ def linear_attention(
     *,
     initial_state: Tensor | None = None,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     normaliser: Literal["sum"] | None = None,
     implementation: Implementation = "auto",
-    chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Causal linear attention with decay.
 
     q (B, T, H, Dk); k (B, T, K, Dk) and v (B, T, K, Dv), query head h using key/value head
     h // (H / K); decay (H,), gamma in (0, 1] (float64 keeps slow heads exact); initial_state
     (B, H, Dk, Dv) float32, zeros when None; mask (B, T) bool, False tokens neither write nor
-    decay. With ``normaliser="sum"`` the output is divided by q_t . z_t, and the state has z as a
-    last column: (B, H, Dk, Dv + 1).
+    decay. With ``cu_seqlens`` (N + 1,) integers from 0 to T, B is 1 and tokens cu_seqlens[n] to
+    cu_seqlens[n + 1] are a sequence of their own with its own state, (N, H, Dk, Dv). With
+    ``normaliser="sum"`` the output is divided by q_t . z_t, and the state has z as a last
+    column: (B, H, Dk, Dv + 1).
 
-    Returns the output (B, T, H, Dv) in q's type and the final state, float32. ``auto`` takes the
-    chunked form. Raises ValueError when the shapes do not fit together.
+    Returns the output (B, T, H, Dv) in q's type and the final state, float32. Products are taken
+    in the type of q; sums, decay and state are float32. ``auto`` takes the Triton kernel for
+    CUDA tensors that it supports, else the chunked form. Raises ValueError when the shapes do
+    not fit together, or the implementation asked for does not support them.
     """
-    if implementation not in ("auto", "reference", "chunked"):
-        raise ValueError(f"unknown implementation '{implementation}'")
-    _check_shapes(q, k, v, decay, initial_state, mask, normaliser == "sum")
+    output, _, state = linear_attention_with_sums(
+        q, k, v, decay, initial_state=initial_state, mask=mask, cu_seqlens=cu_seqlens,
+        normalise=normaliser == "sum", implementation=implementation,
+    )  # fmt: skip
+    return output, state
+
+
+def linear_attention_with_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    normalise: bool = True,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`linear_attention` with what it divided by: output, sums (B, T, H) float32, state."""
+    check_shapes(q, k, v, decay, initial_state, mask, cu_seqlens, normalise)
+    operator = _implementation(implementation, q, k, v)
+    # The logarithm in decay's own type: near gamma = 1 float32 has few digits left.
+    slope = -torch.log(decay).float()
     # Autocast would turn the float32 sums into bfloat16.
     with torch.autocast(q.device.type, enabled=False):
-        if implementation == "reference":
-            v = append_ones(v) if normaliser == "sum" else v
-            output, state = linear_attention_reference(q, k, v, decay, initial_state, mask)
-            if normaliser == "sum":
-                output = safe_divide(output[..., :-1], output[..., -1:])
-        else:
-            output, total, state = linear_attention_chunked(
-                q, k, v, decay, initial_state, mask, chunk_size, sum_weights=normaliser == "sum"
-            )
-            if total is not None:
-                output = safe_divide(output, total)
-    return output.to(q.dtype), state
+        return operator(
+            q, k.to(q.dtype), v.to(q.dtype), slope, initial_state, mask, cu_seqlens, normalise
+        )
 
 
-def linear_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    initial_state: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The dense form: all T x T weights at once. Shapes as in :func:`linear_attention`.
-
-    Returns float32 output and state. For checks; its memory grows with T squared.
-    """
-    B, T, H, Dk = q.shape
-    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    slope = _slope(decay)[:, None]
-    valid = q.new_ones(B, T, dtype=torch.bool) if mask is None else mask
-    age = valid.cumsum(1)[:, None].float()  # (B, 1, T)
-    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril() & valid[:, None, None]
-    exponent = (age[..., :, None] - age[..., None, :]).clamp(min=0)
-    weights = torch.exp(-slope[..., None] * exponent) * causal
-    output = (q @ k.mT * weights) @ v
-    left = torch.exp(-slope * (age[..., -1:] - age)) * valid[:, None]  # (B, H, T)
-    state = (k * left[..., None]).mT @ v
-    if initial_state is not None:
-        initial_state = initial_state.float()
-        output = output + torch.exp(-slope * age)[..., None] * (q @ initial_state)
-        state = state + torch.exp(-slope * age[..., -1:])[..., None] * initial_state
-    return output.transpose(1, 2), state
+def _implementation(name: Implementation, q: Tensor, k: Tensor, v: Tensor) -> Operator:
+    if name == "reference":
+        return linear_attention_dense
+    if name in ("auto", "chunked"):
+        return linear_attention_chunked
+    raise ValueError(f"unknown implementation '{name}': use auto, reference, chunked or triton")
 
 
-def linear_attention_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    initial_state: Tensor | None = None,
-    mask: Tensor | None = None,
-    chunk_size: int = 64,
-    *,
-    sum_weights: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The chunked form, linear in T. Shapes as in :func:`linear_attention`; float32 results.
-
-    Returns the output, not yet divided; with ``sum_weights`` what to divide it by, (B, T, H, 1);
-    and the state, which then has z as a last column. Key/value heads are never repeated: the
-    G = H / K query heads of a group are rows, or columns, of one matrix product.
-    """
-    B, T, H, Dk = q.shape
-    K, Dv = v.shape[2], v.shape[3]
-    G, C = H // K, min(chunk_size, T)
-    N = -(-T // C)
-    slope = _slope(decay).view(K, G)
-    ages, valid = _chunk_ages(mask, T, N, C, q.device)  # (b, N, C), b = 1 without a mask
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    q = _into_chunks(q, N, C).view(B, N, C, K, G, Dk).permute(0, 3, 1, 4, 2, 5)
-    q = q.reshape(B, K, N, G * C, Dk)
-    k, v = (_into_chunks(x, N, C).permute(0, 3, 1, 2, 4) for x in (k, v))  # (B, K, N, C, ·)
-
-    # Inside the chunks. Without a mask all chunks agree: the last one is filled up, but with
-    # keys that are zero.
-    alike = slice(0, 1) if mask is None else slice(None)
-    weights = _inner_weights(slope, ages[:, alike], valid[:, alike])  # (b, K, n, G, C, C)
-    scores = (q @ k.mT).view(B, K, N, G, C, C).float() * weights
-    output = (scores.to(v.dtype).view(B, K, N, G * C, C) @ v).float()
-
-    # What each chunk adds to the state at its end, (B, K, N, Dk, G, Dv).
-    s = slope[None, :, None, None, :]  # against (b, K, N, C, G)
-    age, end = ages[:, None, :, :, None], ages[:, None, :, -1:, None]
-    left = torch.exp(-s * (end - age)) * valid[:, None, :, :, None]
-    weighted = v[..., None, :] * left[..., None].to(v.dtype)  # (B, K, N, C, G, Dv)
-    added = (k.mT @ weighted.flatten(-2)).float().view(B, K, N, Dk, G, Dv)
-    kept = torch.exp(-s * end).transpose(-1, -2)  # (b, K, N, G, 1)
-    state, z = _initial_state(initial_state, added, K, G, sum_weights)  # (B,K,Dk,G,Dv), (B,K,Dk,G)
-    grown = torch.exp(-s * age).transpose(-1, -2).reshape(-1, K, N, G * C, 1)
-    total = None
-    if initial_state is None and N == 1:
-        state = added[:, :, 0]
-    else:
-        state, before = _scan(state, added, kept[:, :, :, None])  # kept (b, K, N, 1, G, 1)
-        # (B, K, N, Dk, G, Dv) -> each group member's own state for its rows of q.
-        before = before.permute(0, 1, 2, 4, 3, 5).to(q.dtype)  # (B, K, N, G, Dk, Dv)
-        read = (q.view(B, K, N, G, C, Dk) @ before).reshape(B, K, N, G * C, Dv)
-        output = output + grown * read.float()
-    if sum_weights:
-        assert z is not None
-        added_z = k.float().mT @ left.expand(B, -1, -1, -1, -1)  # (B, K, N, Dk, G)
-        z, before_z = _scan(z, added_z, kept.mT)
-        read_z = q.view(B, K, N, G, C, Dk).float() @ before_z.mT[..., None]
-        total = scores.sum(-1).view(B, K, N, G * C, 1) + grown * read_z.view(B, K, N, G * C, 1)
-        state = torch.cat([state, z[..., None]], dim=-1)
-        total = _out_of_chunks(total, T, G)
-    final = state.permute(0, 1, 3, 2, 4).reshape(B, H, Dk, -1)
-    return _out_of_chunks(output, T, G), total, final
-
-
-def append_ones(v: Tensor) -> Tensor:
-    """v (..., Dv) -> (..., Dv + 1): the column that sums the weights."""
-    return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-
-
-def safe_divide(output: Tensor, total: Tensor) -> Tensor:
-    """output / total, 0 where nothing was written and total is 0."""
-    return output / torch.where(total == 0, torch.ones_like(total), total)
-
-
-def _initial_state(
-    initial: Tensor | None, added: Tensor, K: int, G: int, sum_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The state before the first chunk: (B, K, Dk, G, Dv), and z (B, K, Dk, G) if asked for."""
-    B, Dk, Dv = added.shape[0], added.shape[3], added.shape[5]
-    if initial is None:
-        z = added.new_zeros(B, K, Dk, G) if sum_weights else None
-        return added.new_zeros(B, K, Dk, G, Dv), z
-    state = initial.float().view(B, K, G, Dk, -1).permute(0, 1, 3, 2, 4)
-    return state[..., :Dv], state[..., Dv] if sum_weights else None
-
-
-def _scan(state: Tensor, added: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """state_n+1 = kept_n state_n + added_n over axis 2: the last state, and those before each n."""
-    before = []
-    for n in range(added.shape[2]):
-        before.append(state)
-        state = kept[:, :, n] * state + added[:, :, n]
-    return state, torch.stack(before, dim=2)
-
-
-def _slope(decay: Tensor) -> Tensor:
-    # The logarithm in decay's own type: near gamma = 1 float32 has few digits left.
-    return -torch.log(decay).float()
-
-
-def _into_chunks(x: Tensor, N: int, C: int) -> Tensor:
-    """(B, T, heads, D) -> (B, N, C, heads, D), the last chunk filled with zeros."""
-    x = F.pad(x, (0, 0, 0, 0, 0, N * C - x.shape[1]))
-    return x.view(x.shape[0], N, C, *x.shape[2:])
-
-
-def _out_of_chunks(x: Tensor, T: int, G: int) -> Tensor:
-    """(B, K, N, G * C, D) -> (B, T, H, D)."""
-    B, K, N, rows, D = x.shape
-    x = x.view(B, K, N, G, rows // G, D).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(B, N * (rows // G), K * G, D)[:, :T]
-
-
-def _chunk_ages(
-    mask: Tensor | None, T: int, N: int, C: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Valid tokens of its chunk up to each token, and which are valid: (B or 1, N, C) float32."""
-    valid = torch.ones(1, T, device=device) if mask is None else mask.float()
-    valid = F.pad(valid, (0, N * C - T)).view(-1, N, C)
-    return valid.cumsum(-1), valid
-
-
-def _inner_weights(slope: Tensor, ages: Tensor, valid: Tensor) -> Tensor:
-    """gamma^(n_i - n_j) for valid j <= i of a chunk: (b, K, n, G, C, C)."""
-    exponent = (ages[..., :, None] - ages[..., None, :]).clamp(min=0)
-    causal = torch.ones(exponent.shape[-2:], device=exponent.device).tril()
-    seen = causal * valid[..., None, :]
-    decayed = torch.exp(-slope[None, :, None, :, None, None] * exponent[:, None, :, None])
-    return decayed * seen[:, None, :, None]
-
-
-def _check_shapes(
+def check_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor,
     initial_state: Tensor | None,
     mask: Tensor | None,
-    sum_weights: bool,
+    cu_seqlens: Tensor | None,
+    normalise: bool,
 ) -> None:
+    """Raise ValueError unless the shapes fit together; values on the device are not looked at."""
     B, T, H, Dk = q.shape
     K, Dv = v.shape[2:]
     if tuple(k.shape) != (B, T, K, Dk) or tuple(v.shape[:2]) != (B, T) or H % K or T < 1:
@@ -245,7 +129,15 @@ def _check_shapes(
         raise ValueError(f"decay must have shape ({H},), not {tuple(decay.shape)}")
     if mask is not None and tuple(mask.shape) != (B, T):
         raise ValueError(f"mask must have shape ({B}, {T}), not {tuple(mask.shape)}")
-    expected = (B, H, Dk, Dv + sum_weights)
+    sequences = B
+    if cu_seqlens is not None:
+        if B != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                "cu_seqlens must be a vector of at least two integers, and the batch one row, not "
+                f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} and {B} rows"
+            )
+        sequences = len(cu_seqlens) - 1
+    expected = (sequences, H, Dk, Dv + normalise)
     if initial_state is not None and tuple(initial_state.shape) != expected:
         raise ValueError(
             f"initial_state must have shape {expected}, not {tuple(initial_state.shape)}"

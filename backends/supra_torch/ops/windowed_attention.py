@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra_torch.ops.linear_attention import linear_attention_chunked, safe_divide
+from supra_torch.ops.linear_attention import linear_attention_with_sums
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,10 @@ def windowed_attention(
         # An empty buffer holds zeros, which write nothing: no mask, and one decay for all rows.
         written = None if mask is None and initial_state is None else valid[:, :T]
         initial = None if initial_state is None else before.state
-        far, total, state = linear_attention_chunked(
-            phi_q, phi_k[:, :T], v[:, :T], decay, initial, written, sum_weights=True
+        far, total, state = linear_attention_with_sums(
+            phi_q, phi_k[:, :T], v[:, :T], decay, initial_state=initial, mask=written
         )
-        assert total is not None
-        output = _join(near, near_mass, far, total, log_far_gain.float())
+        output = _join(near, near_mass, far.float(), total[..., None], log_far_gain.float())
     if order is not None:
         output = _gather(_in_front(output, window), torch.argsort(order, dim=1))[:, window:]
     after = WindowState(k[:, T:], v[:, T:], phi_k[:, T:], valid=valid[:, T:], state=state)
@@ -145,8 +144,8 @@ def _near(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int) -> tuple[
 def _join(
     near: Tensor, near_mass: Tensor, far: Tensor, total: Tensor, log_far_gain: Tensor
 ) -> Tensor:
-    """The average of both parts, weighted by their mass; ``total`` is the far weights' sum."""
+    """Both parts' averages, weighted by their mass; ``total`` is the far weights' sum."""
     empty = total <= 0
     far_mass = torch.log(total.masked_fill(empty, 1.0)) + log_far_gain[:, None]
     share = torch.sigmoid(far_mass - near_mass).masked_fill(empty, 0.0)
-    return torch.lerp(near, safe_divide(far, total), share)
+    return torch.lerp(near, far, share)
