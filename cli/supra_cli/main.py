@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from supra_cli.commands import (
+    bench,
     chat,
     convert,
     demo,
@@ -63,3 +64,4 @@ app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
+app.add_typer(bench.app, name="bench")

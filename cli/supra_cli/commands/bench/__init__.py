@@ -1,0 +1,10 @@
+"""``supra bench``: measurements, one module a subcommand."""
+
+from __future__ import annotations
+
+import typer
+
+from supra_cli.commands.bench import train
+
+app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+app.command("train")(train.command)
