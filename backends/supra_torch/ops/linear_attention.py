@@ -10,6 +10,7 @@ fused kernel, for GPUs. All three obey one contract, :class:`Operator`.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal, Protocol
 
 import torch
@@ -103,9 +104,27 @@ def linear_attention_with_sums(
 def _implementation(name: Implementation, q: Tensor, k: Tensor, v: Tensor) -> Operator:
     if name == "reference":
         return linear_attention_dense
-    if name in ("auto", "chunked"):
+    if name == "chunked" or (name == "auto" and q.device.type != "cuda"):
         return linear_attention_chunked
-    raise ValueError(f"unknown implementation '{name}': use auto, reference, chunked or triton")
+    if name not in ("auto", "triton"):
+        raise ValueError(f"unknown implementation '{name}': use auto, reference, chunked or triton")
+    reason = _triton_refuses(q, k, v)
+    if reason is None:
+        from supra_torch.ops.triton_linear_attention import linear_attention_triton
+
+        return linear_attention_triton
+    if name == "auto":
+        return linear_attention_chunked
+    raise ValueError(f"{reason}: use implementation='chunked'")
+
+
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton kernel cannot serve, or None. Triton is looked for on a GPU only."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from supra_torch.ops.triton_linear_attention import unsupported
+
+    return unsupported(q, k, v)
 
 
 def check_shapes(
