@@ -1,0 +1,203 @@
+"""Losses over a vocabulary, without holding the logits of all tokens.
+
+For each chunk of tokens the gradient by the logits is turned into the gradients of the hidden
+states and the head at once, as in Liger-Kernel's and cut-cross-entropy's fused losses; so peak
+memory is a chunk's logits, and nothing is computed twice. Ours, since those two are Triton alone
+and the logits are the largest memory on a CPU too, and since torch's own
+``F.linear_cross_entropy`` trades that memory for several times the time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512
+) -> Tensor:
+    """Mean over tokens of -log softmax(hidden weight^T)[target], in nats.
+
+    hidden (tokens, D); weight (V, D); targets (tokens,) int64, where -100 marks a token that does
+    not count. Products are taken in the type of ``hidden``, everything else is float32 (float64
+    for float64). ``chunk``: tokens whose logits are held at once. NaN when no token counts, as
+    torch's own. Raises ValueError when the shapes do not fit together.
+    """
+    _check(hidden, weight, chunk)
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must have shape ({len(hidden)},), not {tuple(targets.shape)}")
+    loss, *_ = torch.ops.supra.linear_cross_entropy(
+        hidden, weight, targets, chunk, _needed(hidden), _needed(weight)
+    )
+    return loss
+
+
+def linear_kl_divergence(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk: int = 512
+) -> Tensor:
+    """Mean over tokens of KL(teacher || student), in nats.
+
+    hidden (tokens, D) and weight (V, D) are the student's, the others the teacher's, whose D may
+    differ; types and ``chunk`` as in :func:`linear_cross_entropy`. Gradients reach ``hidden`` and
+    ``weight`` only. Raises ValueError when the shapes do not fit together.
+    """
+    _check(hidden, weight, chunk)
+    _check(teacher_hidden, teacher_weight, chunk)
+    if len(hidden) != len(teacher_hidden) or len(weight) != len(teacher_weight):
+        raise ValueError(
+            f"the student's {len(hidden)} tokens over {len(weight)} words do not fit the "
+            f"teacher's {len(teacher_hidden)} over {len(teacher_weight)}"
+        )
+    loss, *_ = torch.ops.supra.linear_kl_divergence(
+        hidden, weight, teacher_hidden, teacher_weight, chunk, _needed(hidden), _needed(weight)
+    )
+    return loss
+
+
+def _check(hidden: Tensor, weight: Tensor, chunk: int) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or chunk < 1:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and chunk {chunk} do not "
+            "fit together: (tokens, D), (V, D) and at least 1"
+        )
+
+
+def _needed(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+# --- the operators: the loss, and the gradients of its sum over tokens ------------------------
+
+
+@torch.library.custom_op("supra::linear_cross_entropy", mutates_args=())
+def _cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counted = targets != IGNORED
+    # With zero hidden states an ignored token's share of the head's gradient is zero.
+    hidden = hidden.masked_fill(~counted[:, None], 0.0)
+    targets = targets.where(counted, 0)
+    gradients = _Gradients(hidden, weight, for_hidden, for_weight)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for rows in _chunks(len(hidden), chunk):
+        place = targets[rows, None]
+        log_probability = _log_softmax(hidden[rows], gradients.head)
+        losses = log_probability.gather(1, place).where(counted[rows, None], 0.0)
+        total -= losses.sum(dtype=torch.float64)
+        if for_hidden or for_weight:
+            minus_one = log_probability.new_full((1, 1), -1.0).expand(place.shape)
+            gradients.add(rows, log_probability.exp_().scatter_add_(1, place, minus_one))
+    gradients.hidden.masked_fill_(~counted[: len(gradients.hidden), None], 0.0)
+    count = counted.sum(dtype=torch.float64)
+    return (total / count).to(_sums(hidden)), gradients.hidden, gradients.weight, count
+
+
+@torch.library.custom_op("supra::linear_kl_divergence", mutates_args=())
+def _kl_divergence(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk: int,
+    for_hidden: bool, for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = _Gradients(hidden, weight, for_hidden, for_weight)
+    teacher_hidden, teacher_head = (x.to(hidden.dtype) for x in (teacher_hidden, teacher_weight))
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for rows in _chunks(len(hidden), chunk):
+        student = _log_softmax(hidden[rows], gradients.head)
+        teacher = _log_softmax(teacher_hidden[rows], teacher_head)
+        probability = teacher.exp()
+        losses = teacher.sub_(student).mul_(probability).sum(-1)
+        total += losses.sum(dtype=torch.float64)
+        if for_hidden or for_weight:
+            gradients.add(rows, student.exp_().sub_(probability))
+    count = torch.full_like(total, len(hidden))
+    return (total / count).to(_sums(hidden)), gradients.hidden, gradients.weight, count
+
+
+class _Gradients:
+    """The gradients of hidden states and head, gathered chunk by chunk; empty if not asked for."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool) -> None:
+        self.states, self.head = hidden, weight.to(hidden.dtype)
+        self.hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0, 1)
+        self.weight = weight.new_zeros(weight.shape if for_weight else (0, 1), dtype=_sums(hidden))
+        self.for_hidden, self.for_weight = for_hidden, for_weight
+
+    def add(self, rows: slice, by_logits: Tensor) -> None:
+        """The share of a chunk, from the gradient by its logits (rows, V)."""
+        by_logits = by_logits.to(self.head.dtype)
+        with torch.autocast(by_logits.device.type, enabled=False):
+            if self.for_hidden:
+                torch.mm(by_logits, self.head, out=self.hidden[rows])
+            if self.for_weight:
+                self.weight += by_logits.T @ self.states[rows]
+
+
+def _log_softmax(hidden: Tensor, head: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.log_softmax((hidden @ head.T).to(_sums(hidden)), dim=-1)
+
+
+def _sums(x: Tensor) -> torch.dtype:
+    """The type of sums: float32, float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _chunks(tokens: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+
+
+# --- what torch.compile and autograd have to know ---------------------------------------------
+
+
+@_cross_entropy.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake(hidden, weight, for_hidden, for_weight)
+
+
+@_kl_divergence.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk: int,
+    for_hidden: bool, for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _fake(hidden, weight, for_hidden, for_weight)
+
+
+def _fake(
+    hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = _sums(hidden)
+    return (
+        hidden.new_empty((), dtype=sums),
+        torch.empty_like(hidden) if for_hidden else hidden.new_empty(0, 1),
+        weight.new_empty(weight.shape if for_weight else (0, 1), dtype=sums),
+        hidden.new_empty((), dtype=torch.float64),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.needed, ctx.types = inputs[-2:], (inputs[0].dtype, inputs[1].dtype)
+    ctx.others = len(inputs) - 2
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The saved gradients of the sum, times the loss's gradient over the tokens that count."""
+    by_hidden, by_weight, count = ctx.saved_tensors
+    found: list[Tensor | None] = [None, None]
+    if grad is not None:
+        for index, saved in enumerate((by_hidden, by_weight)):
+            if ctx.needed[index]:
+                factor = (grad / count).to(_sums(saved))
+                found[index] = (saved * factor).to(ctx.types[index])
+    return (*found, *(None for _ in range(ctx.others)))
+
+
+_cross_entropy.register_autograd(_backward, setup_context=_save)
+_kl_divergence.register_autograd(_backward, setup_context=_save)
