@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from supra_core import decay as decays
 from supra_core import layout
@@ -389,12 +390,17 @@ class Trunk(nn.Module):
 
 
 class SupraModel(nn.Module):
-    """Any model a spec can describe."""
+    """Any model a spec can describe.
+
+    ``activation_checkpointing``: keep only what enters each layer for backward, and compute the
+    layer again there.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
         self.model = Trunk(spec)
+        self.activation_checkpointing = False
         self.lm_head = (
             None
             if spec.tie_word_embeddings
@@ -433,7 +439,12 @@ class SupraModel(nn.Module):
         h, memories = self.embed(ids), []
         for index, layer in enumerate(self.model.layers):
             before = None if state is None else state.layers[index]
-            h, memory = layer(h, positions, before, mask)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                h, memory = checkpoint(
+                    layer, h, positions, before, mask, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                h, memory = layer(h, positions, before, mask)
             memories.append(memory)
         new = ids.new_full(ids.shape[:1], ids.shape[1]) if mask is None else mask.long().sum(1)
         tokens = new if state is None else state.tokens + new

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from supra_core.errors import SupraError  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
 from supra_torch.uptrain import data as data_module  # noqa: E402
+from supra_torch.uptrain import run as run_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.uptrain.data import Sequences  # noqa: E402
+from supra_torch.uptrain.interrupts import deferred_interrupts  # noqa: E402
 from supra_torch.uptrain.run import learning_rate_factor, uptrain  # noqa: E402
 
 SETTINGS = {
@@ -229,3 +232,108 @@ def test_the_learning_rate_rises_then_falls() -> None:
     assert max(factors) == factors[10] == 1.0
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert 0.1 <= factors[-1] < 0.11
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_waits_for_the_end_of_a_step(
+    settings: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted when the weights have just moved, the checkpoint says that they have."""
+    run, steps = tmp_path / "interrupted", 0
+    step = torch.optim.AdamW.step
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        nonlocal steps
+        result, steps = step(self, *arguments), steps + 1
+        if steps == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(settings, run)
+    assert steps == len(_losses(run)) == 5
+    assert open_source(run).spec.provenance.trained_tokens == 5 * 64
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupts_elsewhere_than_in_the_main_thread_are_left_alone() -> None:
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with deferred_interrupts():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+@pytest.fixture(scope="module")
+def paper(settings: UptrainConfig) -> UptrainConfig:
+    """The published recipe; its learning rate is too small to see in a few steps."""
+    return resolve(
+        config=None, model=settings.model, recipe="paper", data=settings.data,
+        overrides={
+            **{key: value for key, value in SETTINGS.items() if key != "linearize.window"},
+            "stages.0.learning_rate": "1e-2", "stages.0.new_learning_rate": "1e-2",
+        },
+    )  # fmt: skip
+
+
+def test_the_published_recipe_learns_without_a_teacher(
+    paper: UptrainConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    summary = uptrain(paper, run)
+    losses = _losses(run)
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
+    # A trained model no longer holds its teacher, and this stage needs none.
+    again = uptrain(
+        paper.model_copy(update={"model": str(run / "model"), "tokens": 128}), tmp_path / "again"
+    )
+    assert again["teacher_held_out_perplexity"] is None
+    assert again["held_out_perplexity"] < summary["teacher_held_out_perplexity"]
+
+
+def test_activation_checkpointing_changes_no_loss(paper: UptrainConfig, tmp_path: Path) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        run = tmp_path / str(checkpointing)
+        uptrain(
+            paper.model_copy(update={"tokens": 256, "activation_checkpointing": checkpointing}), run
+        )
+        losses.append(_losses(run))
+    # The same operations in the same order; threads may sum in another.
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_perplexity_is_measured_once(
+    paper: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def count(session: Any, model: Any) -> float:
+        counted.append(model)
+        return measured(session, model)
+
+    measured = run_module._perplexity
+    monkeypatch.setattr(run_module, "_perplexity", count)
+    run = tmp_path / "run"
+    uptrain(paper.model_copy(update={"tokens": 128, "evaluate_every": 1}), run)
+    # The teacher's, the untrained model's, and one after each of two steps.
+    assert len(counted) == 4
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(
+    settings: UptrainConfig, finished: Path
+) -> None:
+    file = finished / "run.json"
+    record = json.loads(file.read_text())
+    del record["config"]["activation_checkpointing"]
+    file.write_text(json.dumps(record))
+    assert uptrain(settings, finished)["already_finished"]
+    with pytest.raises(SupraError, match="begun with another activation_checkpointing"):
+        uptrain(settings.model_copy(update={"activation_checkpointing": True}), finished)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from supra_core.errors import SupraError
 
 DEFAULT_RECIPE = "aligned"
+StageKind = Literal["transfer", "distill", "uptrain"]
 
 
 class _Strict(BaseModel):
@@ -36,12 +37,13 @@ class Stage(_Strict):
 
     ``transfer``: every linear mixer learns its teacher's output, given the teacher's input; only
     mixers are trained. ``distill``: the model learns the teacher's distribution (KL), everything
-    is trained. ``share``: of the run's tokens. ``new_learning_rate``: for what linearizing added
-    (feature maps, decay, gains). ``warmup``: share of the stage's steps; then a cosine to
-    ``final_learning_rate`` times the peak.
+    is trained. ``uptrain``: the model learns the next token (cross entropy), everything is
+    trained and no teacher is needed. ``share``: of the run's tokens. ``new_learning_rate``: for
+    what linearizing added (feature maps, decay, gains). ``warmup``: share of the stage's steps;
+    then a cosine to ``final_learning_rate`` times the peak.
     """
 
-    kind: Literal["transfer", "distill"]
+    kind: StageKind
     share: float = Field(gt=0)
     learning_rate: float = Field(ge=0)
     new_learning_rate: float = Field(ge=0)
@@ -59,7 +61,8 @@ class UptrainConfig(_Strict):
     ``model``: a transformer or a converted model; ``teacher``: the transformer to learn from,
     when it is not ``model`` itself; ``data``: a text file or a folder of .txt files. ``tokens``
     in all stages; ``sequence_length`` and ``batch_tokens`` in tokens; ``checkpoint_every`` and
-    ``evaluate_every`` in steps (0: only at the end of a stage).
+    ``evaluate_every`` in steps (0: only at the end of a stage). ``activation_checkpointing``
+    computes every layer's forward again in backward: less memory, more time.
     """
 
     model: str
@@ -73,8 +76,14 @@ class UptrainConfig(_Strict):
     checkpoint_every: int = Field(default=50, ge=1)
     evaluate_every: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "float32"] = "auto"
+    activation_checkpointing: bool = False
     linearize: Linearize = Linearize()
     stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any stage learns from the original transformer."""
+        return any(stage.kind != "uptrain" for stage in self.stages)
 
     @property
     def batch_size(self) -> int:

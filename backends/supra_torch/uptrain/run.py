@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from supra_core import artifact
 from supra_core.errors import SupraError
@@ -36,9 +34,9 @@ from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Place
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.data import Sequences, text_files, tokenised
-from supra_torch.uptrain.stages import distill, optimiser_for, trained_parameters, transfer
-
-_STAGES = {"transfer": transfer, "distill": distill}
+from supra_torch.uptrain.interrupts import deferred_interrupts
+from supra_torch.uptrain.stages import gradients, next_token_loss, optimiser_for
+from supra_torch.uptrain.step import autocast, resolved_precision, training_step
 
 
 def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) -> dict[str, Any]:
@@ -59,7 +57,8 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     tokenizer = load_tokenizer(assets, config.model)
     text_files(Path(config.data))
     _claim(run, config, precision)
-    separator = inputs.teacher_spec.eos_token_id[0] if inputs.teacher_spec.eos_token_id else None
+    end = inputs.student_spec.eos_token_id
+    separator = end[0] if end else None
     tokens = tokenised(Path(config.data), tokenizer, separator, run / "data", progress)
     session = _Session(
         config=config,
@@ -67,26 +66,16 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
         device=device,
         precision=precision,
         sequences=Sequences(tokens, config.sequence_length, config.seed),
-        teacher=_teacher(inputs, precision, device),
+        teacher=inputs.teacher and frozen_teacher(*inputs.teacher, precision, device),
         assets=assets,
         progress=progress,
     )
-    place, student, spec = _starting_point(run, inputs, device)
+    place, student, spec = _starting_point(config, run, inputs, device)
     _trim_metrics(run / "metrics.jsonl", place)
     summary = _train(session, place, student, spec)
     with atomic_file(summary_file) as beside:
         beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return {**summary, "already_finished": False}
-
-
-def resolved_precision(precision: str, device: torch.device) -> str:
-    """``auto`` is bf16 where the hardware multiplies it natively, else float32."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
-    # Without these instructions bf16 products are emulated and slower than float32.
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or _has_amx() else "float32"
 
 
 # --- what a run works on ----------------------------------------------------------------------
@@ -97,8 +86,7 @@ class _Inputs:
     student_spec: ModelSpec
     student_tensors: TensorSource
     student_assets: dict[str, bytes]
-    teacher_spec: ModelSpec
-    teacher_tensors: TensorSource
+    teacher: tuple[ModelSpec, TensorSource] | None
 
 
 @dataclass(frozen=True)
@@ -110,14 +98,12 @@ class _Session:
     device: torch.device
     precision: str
     sequences: Sequences
-    teacher: SupraModel
+    teacher: SupraModel | None
     assets: Mapping[str, bytes]
     progress: Progress
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-        )
+        return autocast(self.device, self.precision)
 
 
 def _refuse_another_run(run: Path, config: UptrainConfig) -> None:
@@ -130,7 +116,9 @@ def _refuse_another_run(run: Path, config: UptrainConfig) -> None:
             raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
         return
     before, stated = json.loads(file.read_text("utf-8")), config.model_dump(mode="json")
-    different = [key for key in stated if before["config"].get(key) != stated[key]]
+    # A setting that is younger than the run had its default then.
+    defaults = {key: field.default for key, field in UptrainConfig.model_fields.items()}
+    different = [key for key in stated if before["config"].get(key, defaults[key]) != stated[key]]
     if different and (run / "metrics.jsonl").is_file():
         raise SupraError(
             f"{run} was begun with another {different[0]}: resume with the same settings, "
@@ -167,13 +155,24 @@ def _open_inputs(config: UptrainConfig) -> _Inputs:
     if model.spec.is_transformer:
         options = LinearizeOptions(**config.linearize.model_dump(), seed=config.seed)
         spec, tensors = linearize(model.spec, model.tensors, options)
-        return _Inputs(spec, tensors, model.assets(), model.spec, model.tensors)
+        return _Inputs(spec, tensors, model.assets(), (model.spec, model.tensors))
+    return _Inputs(model.spec, model.tensors, model.assets(), _teacher_of(config, model))
+
+
+def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, TensorSource] | None:
+    """The transformer that a converted model learns from: named, inside it, or not needed."""
     if config.teacher is not None:
         teacher = open_source(config.teacher)
         _check_teacher(config, model.spec, teacher)
-        return _Inputs(model.spec, model.tensors, model.assets(), teacher.spec, teacher.tensors)
-    spec, tensors = _original(config, model)
-    return _Inputs(model.spec, model.tensors, model.assets(), spec, tensors)
+        return teacher.spec, teacher.tensors
+    if _holds_original(model.spec):
+        return _original(model)
+    if config.needs_teacher:
+        raise SupraError(
+            f"{config.model} no longer holds the transformer to learn from: name it with "
+            "--set teacher=PATH"
+        )
+    return None
 
 
 def _check_teacher(config: UptrainConfig, student: ModelSpec, teacher: Source) -> None:
@@ -187,32 +186,35 @@ def _check_teacher(config: UptrainConfig, student: ModelSpec, teacher: Source) -
             )
 
 
-def _original(config: UptrainConfig, model: Source) -> tuple[ModelSpec, TensorSource]:
-    """The transformer inside a freshly converted model, whose own weights are untouched."""
-    mixers = [layer.mixer for layer in model.spec.layers]
+def _holds_original(spec: ModelSpec) -> bool:
+    """Whether the model is freshly converted: the transformer's own weights are untouched."""
+    mixers = [layer.mixer for layer in spec.layers]
     folded = any(
         isinstance(mixer, LinearAttention) and isinstance(mixer.feature_map.projection, Folded)
         for mixer in mixers
     )
-    if folded or model.spec.provenance.trained_tokens or not model.spec.provenance.recipe:
-        raise SupraError(
-            f"{config.model} no longer holds the transformer to learn from: name it with "
-            "--set teacher=PATH"
-        )
+    return not folded and not spec.provenance.trained_tokens and bool(spec.provenance.recipe)
+
+
+def _original(model: Source) -> tuple[ModelSpec, TensorSource]:
+    """The transformer inside a freshly converted model."""
+    mixers = [layer.mixer for layer in model.spec.layers]
     spec = model.spec.with_mixers(
         [m if isinstance(m, SoftmaxAttention) else SoftmaxAttention() for m in mixers]
     )
     return spec, {name: model.tensors[name] for name in tensor_shapes(spec)}
 
 
-def _teacher(inputs: _Inputs, precision: str, device: torch.device) -> SupraModel:
+def frozen_teacher(
+    spec: ModelSpec, tensors: TensorSource, precision: str, device: torch.device
+) -> SupraModel:
+    """The transformer to learn from, in the type its products are taken in."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    teacher = build(inputs.teacher_spec, inputs.teacher_tensors, dtype=dtype)
-    return teacher.to(device).eval().requires_grad_(False)
+    return build(spec, tensors, dtype=dtype).to(device).eval().requires_grad_(False)
 
 
 def _starting_point(
-    run: Path, inputs: _Inputs, device: torch.device
+    config: UptrainConfig, run: Path, inputs: _Inputs, device: torch.device
 ) -> tuple[Place, SupraModel, ModelSpec]:
     """The newest checkpoint, or the linearized model."""
     found = checkpoint.checkpoints(run)
@@ -222,6 +224,7 @@ def _starting_point(
         place = checkpoint.read_place(found[-1])
         tensors = artifact.read(found[-1] / "model").tensors
     student = build(spec, tensors, dtype=torch.float32).to(device).train()
+    student.activation_checkpointing = config.activation_checkpointing
     return place, student, spec
 
 
@@ -230,14 +233,17 @@ def _starting_point(
 
 def _train(session: _Session, place: Place, student: SupraModel, spec: ModelSpec) -> dict[str, Any]:
     config, metrics = session.config, session.run / "metrics.jsonl"
-    held_out = _perplexity(session, session.teacher)
+    held_out = None if session.teacher is None else _perplexity(session, session.teacher)
+    if not config.needs_teacher:
+        session = replace(session, teacher=None)
     if place.step == 0:
         _write(metrics, {"evaluation": "held_out", "teacher_perplexity": held_out, "step": 0})
         _evaluate(session, place, student)
-    steps = config.stage_steps()
+    steps, final = config.stage_steps(), None
     while place.stage < len(steps):
-        place = _run_stage(session, place, student, spec, steps[place.stage])
-    final = _perplexity(session, student)
+        place, final = _run_stage(session, place, student, spec, steps[place.stage])
+    if final is None:
+        final = _perplexity(session, student)
     finished = _trained(spec, place)
     artifact.write(
         session.run / "model",
@@ -261,8 +267,8 @@ def _train(session: _Session, place: Place, student: SupraModel, spec: ModelSpec
 
 def _run_stage(
     session: _Session, place: Place, student: SupraModel, spec: ModelSpec, steps: int
-) -> Place:
-    """Train from ``place`` to the end of its stage; returns the beginning of the next."""
+) -> tuple[Place, float]:
+    """Train from ``place`` to the end of its stage: the next one's beginning, and perplexity."""
     config, stage = session.config, session.config.stages[place.stage]
     optimiser = optimiser_for(student, stage)
     names = {parameter: name for name, parameter in student.named_parameters()}
@@ -276,31 +282,35 @@ def _run_stage(
 
     try:
         while place.stage_step < steps:
-            record = _step(session, place, student, optimiser, steps)
-            place = replace(
-                place,
-                stage_step=place.stage_step + 1,
-                step=place.step + 1,
-                tokens=place.tokens + record["step_tokens"],
-            )
-            _write(session.run / "metrics.jsonl", {**record, "tokens": place.tokens})
+            # Weights, place and metrics move together, or a checkpoint would mix two steps.
+            with deferred_interrupts():
+                record = _step(session, place, student, optimiser, steps)
+                place = replace(
+                    place,
+                    stage_step=place.stage_step + 1,
+                    step=place.step + 1,
+                    tokens=place.tokens + record["step_tokens"],
+                )
+                _write(session.run / "metrics.jsonl", {**record, "tokens": place.tokens})
             session.progress(
                 stage.kind, place.stage_step, steps,
                 loss=record["loss"], tokens_per_second=record["tokens_per_second"],
             )  # fmt: skip
+            if place.stage_step == steps:
+                break
             if config.evaluate_every and place.step % config.evaluate_every == 0:
                 _evaluate(session, place, student)
-            if place.step % config.checkpoint_every == 0 and place.stage_step < steps:
+            if place.step % config.checkpoint_every == 0:
                 save()
                 saved = place
+        perplexity = _evaluate(session, place, student)
     except KeyboardInterrupt:
         if place != saved and place.stage_step:
             save()
         raise
-    _evaluate(session, place, student)
     place = replace(place, stage=place.stage + 1, stage_step=0)
     save()
-    return place
+    return place, perplexity
 
 
 def _step(
@@ -315,19 +325,20 @@ def _step(
     batch = session.sequences.batch(place.step, session.config.batch_size)
     ids = torch.from_numpy(batch).to(session.device)
     factor = learning_rate_factor(place.stage_step, steps, stage.warmup, stage.final_learning_rate)
-    for group in optimiser.param_groups:
-        group["lr"] = group["peak"] * factor
-    with session.autocast():
-        loss = _STAGES[stage.kind](student, session.teacher, ids)
-    norm = nn.utils.clip_grad_norm_(list(trained_parameters(optimiser)), stage.clip).item()
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise SupraError(
-            f"{session.run}: the loss is no longer finite at step {place.step + 1} (loss {loss}, "
-            f"gradient norm {norm}): lower stages.{place.stage}.learning_rate; the last "
-            "checkpoint is kept"
+
+    def accumulate() -> float:
+        with session.autocast():
+            return gradients(stage.kind, student, session.teacher, ids)
+
+    try:
+        loss, norm = training_step(
+            accumulate, optimiser, learning_rate_factor=factor, clip=stage.clip
         )
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    except FloatingPointError as error:
+        raise SupraError(
+            f"{session.run}: the loss is no longer finite at step {place.step + 1} ({error}): "
+            f"lower stages.{place.stage}.learning_rate; the last checkpoint is kept"
+        ) from None
     seconds = time.perf_counter() - began
     return {
         "stage": stage.kind,
@@ -349,26 +360,25 @@ def learning_rate_factor(step: int, steps: int, warmup: float, final: float) -> 
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _evaluate(session: _Session, place: Place, student: SupraModel) -> None:
+def _evaluate(session: _Session, place: Place, student: SupraModel) -> float:
+    """The held-out perplexity, written to the metrics."""
     perplexity = _perplexity(session, student)
     record = {"evaluation": "held_out", "step": place.step, "perplexity": perplexity}
     _write(session.run / "metrics.jsonl", {**record, "tokens": place.tokens})
     session.progress("evaluate", 1, 1, perplexity=perplexity)
+    return perplexity
 
 
 @torch.inference_mode()
 def _perplexity(session: _Session, model: SupraModel) -> float:
-    """exp of the mean loss over the held-out sequences."""
-    total, count = 0.0, 0
+    """exp of the mean loss over the held-out sequences, which are all of one length."""
+    losses = []
     for row in session.sequences.held_out():
         ids = torch.from_numpy(row)[None].to(session.device)
         with session.autocast():
-            hidden, _ = model.hidden(ids)
-            logits = F.linear(hidden[0, :-1], model.head_weight.to(hidden.dtype))
-        total += F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
-        count += ids.numel() - 1
+            losses.append(next_token_loss(model, ids).item())
     # Far from a language model the mean loss can exceed what exp can hold.
-    return math.exp(min(total / count, 700.0))
+    return math.exp(min(sum(losses) / len(losses), 700.0))
 
 
 def _trained(spec: ModelSpec, place: Place) -> ModelSpec:
@@ -403,7 +413,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _has_amx() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())

@@ -1,7 +1,8 @@
-"""The two stages: match every mixer's output, then match the teacher's distribution.
+"""The stages: match every mixer's output, match the teacher's distribution, predict the text.
 
-Both run the teacher's forward once a batch and leave gradients on the student. ``transfer``
-never runs backward through the stack: every layer gets the teacher's own input.
+Each leaves gradients on the student and returns its loss. The first two run the teacher's forward
+once a batch; ``transfer`` never runs backward through the stack: every layer gets the teacher's
+own input.
 """
 
 from __future__ import annotations
@@ -14,8 +15,22 @@ from torch import Tensor, nn
 from supra_core import layout
 from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 from supra_torch.model import Layer, SupraModel
-from supra_torch.ops import linear_kl_divergence
-from supra_torch.uptrain.config import Stage
+from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
+from supra_torch.uptrain.config import Stage, StageKind
+from supra_torch.uptrain.step import adamw
+
+
+def gradients(
+    kind: StageKind, student: SupraModel, teacher: SupraModel | None, ids: Tensor
+) -> float:
+    """Accumulate the gradients of a stage's loss on ids (B, T); returns the loss."""
+    if kind == "uptrain":
+        return uptrain(student, ids)
+    if teacher is None:
+        raise ValueError(f"a {kind} stage needs a teacher")
+    if kind == "transfer":
+        return transfer(student, teacher, ids)
+    return distill(student, teacher, ids)
 
 
 def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
@@ -51,15 +66,36 @@ def distill(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
     with torch.no_grad():
         target, _ = teacher.hidden(ids)
     hidden, _ = student.hidden(ids)
-    dtype = target.dtype
     loss = linear_kl_divergence(
-        hidden.flatten(0, 1).to(dtype),
+        for_products(hidden).flatten(0, 1),
         student.head_weight,
         target.flatten(0, 1),
         teacher.head_weight,
     )
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()
+
+
+def uptrain(student: SupraModel, ids: Tensor) -> float:
+    """Accumulate gradients of :func:`next_token_loss`; ids (B, T)."""
+    loss = next_token_loss(student, ids)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.item()
+
+
+def next_token_loss(model: SupraModel, ids: Tensor) -> Tensor:
+    """Mean over ids (B, T), their first tokens left out, of -log p(token | before), in nats."""
+    hidden, _ = model.hidden(ids)
+    hidden = for_products(hidden)[:, :-1].flatten(0, 1)
+    return linear_cross_entropy(hidden, model.head_weight, ids[:, 1:].flatten())
+
+
+def for_products(x: Tensor) -> Tensor:
+    """x in the type autocast multiplies in, where it is enabled."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def is_linear(layer: Layer) -> bool:
@@ -70,36 +106,22 @@ def is_linear(layer: Layer) -> bool:
 def optimiser_for(student: SupraModel, stage: Stage) -> torch.optim.AdamW:
     """AdamW over what the stage trains; everything else is frozen.
 
-    Two groups: weights the transformer had, and those that linearizing added; weight decay is
-    for matrices only.
+    Weights the transformer had and those that linearizing added have each their rate; weight
+    decay is for matrices that the transformer had.
     """
+    return adamw(_trained(student, stage), stage)
+
+
+def _trained(student: SupraModel, stage: Stage) -> Iterator[tuple[nn.Parameter, float, float]]:
+    """What the stage trains: parameter, peak learning rate, weight decay."""
     new = _new_names(student.spec)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         rate = stage.new_learning_rate if name in new else stage.learning_rate
-        trained = rate > 0 and (stage.kind == "distill" or _in_linear_mixer(student.spec, name))
-        parameter.requires_grad_(trained)
-        if trained:
-            groups.setdefault((name in new, parameter.dim() >= 2), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak": stage.new_learning_rate if is_new else stage.learning_rate,
-                "weight_decay": stage.weight_decay if matrix and not is_new else 0.0,
-            }
-            for (is_new, matrix), parameters in groups.items()
-        ],
-        lr=0.0,
-        betas=(stage.beta1, stage.beta2),
-        fused=True,
-    )
-
-
-def trained_parameters(optimiser: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    """Every parameter an optimiser changes."""
-    for group in optimiser.param_groups:
-        yield from group["params"]
+        in_reach = stage.kind != "transfer" or _in_linear_mixer(student.spec, name)
+        parameter.requires_grad_(rate > 0 and in_reach)
+        if parameter.requires_grad:
+            decayed = parameter.dim() >= 2 and name not in new
+            yield parameter, rate, stage.weight_decay if decayed else 0.0
 
 
 def _in_linear_mixer(spec: ModelSpec, name: str) -> bool:

@@ -1,0 +1,71 @@
+"""One optimiser step, whatever the model: what a run does, and what the benchmark times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+from supra_torch.uptrain.config import Stage
+
+
+def resolved_precision(precision: str, device: torch.device) -> str:
+    """``auto`` is bf16 where the hardware multiplies it natively, else float32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+    # Without these instructions bf16 products are emulated and slower than float32.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "float32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Products in bfloat16 over float32 weights, for the precision ``bf16``."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def adamw(trained: Iterable[tuple[nn.Parameter, float, float]], stage: Stage) -> torch.optim.AdamW:
+    """AdamW over parameters, each with its peak learning rate and weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, peak, weight_decay in trained:
+        groups.setdefault((peak, weight_decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "peak": peak, "weight_decay": weight_decay}
+            for (peak, weight_decay), parameters in groups.items()
+        ],
+        lr=0.0,
+        betas=(stage.beta1, stage.beta2),
+        fused=True,
+    )
+
+
+def trained_parameters(optimiser: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """Every parameter an optimiser changes."""
+    for group in optimiser.param_groups:
+        yield from group["params"]
+
+
+def training_step(
+    accumulate: Callable[[], float],
+    optimiser: torch.optim.Optimizer,
+    *,
+    learning_rate_factor: float,
+    clip: float,
+) -> tuple[float, float]:
+    """Gradients by ``accumulate``, which returns the loss; clip; optimiser. Loss, gradient norm.
+
+    Raises FloatingPointError, with no weight moved, when either is not finite.
+    """
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * learning_rate_factor
+    loss = accumulate()
+    norm = nn.utils.clip_grad_norm_(list(trained_parameters(optimiser)), clip).item()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return loss, norm
