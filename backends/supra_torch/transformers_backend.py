@@ -102,17 +102,22 @@ def load(path: str | Path, *, dtype: str | None = None) -> TransformersBackend:
     spec = open_source(path).spec
     if not spec.is_transformer:
         raise FormatError(f"{path} is no plain transformer: use another backend for it")
-    settings: dict[str, Any] = {"dtype": getattr(torch, dtype or "float32")}
+    model = causal_language_model(path, dtype=getattr(torch, dtype or "float32"))
+    return TransformersBackend(model.eval(), spec)
+
+
+def causal_language_model(path: Path, *, dtype: torch.dtype) -> Any:
+    """transformers' own module, with torch's SDPA for attention."""
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
     folder = path
     if path.suffix == ".gguf":
         folder = path.parent
         settings["gguf_file"] = path.name
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _without_progress_bars():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        return transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **settings
         )
-    return TransformersBackend(model.eval(), spec)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     if summary_file.is_file() and (run / "model").is_dir():
         summary: dict[str, Any] = json.loads(summary_file.read_text("utf-8"))
         return {**summary, "already_finished": True}
-    inputs = _open_inputs(config)
+    inputs = open_inputs(config)
     assets = inputs.student_assets
     tokenizer = load_tokenizer(assets, config.model)
     text_files(Path(config.data))
@@ -82,7 +82,9 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
+    """The student as it begins, and the transformer to learn from where there is one."""
+
     student_spec: ModelSpec
     student_tensors: TensorSource
     student_assets: dict[str, bytes]
@@ -150,13 +152,14 @@ def _claim(run: Path, config: UptrainConfig, precision: str) -> None:
         beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _open_inputs(config: UptrainConfig) -> _Inputs:
+def open_inputs(config: UptrainConfig) -> Inputs:
+    """What ``config`` names; a transformer is linearized. Raises SupraError without a teacher."""
     model = open_source(config.model)
     if model.spec.is_transformer:
         options = LinearizeOptions(**config.linearize.model_dump(), seed=config.seed)
         spec, tensors = linearize(model.spec, model.tensors, options)
-        return _Inputs(spec, tensors, model.assets(), (model.spec, model.tensors))
-    return _Inputs(model.spec, model.tensors, model.assets(), _teacher_of(config, model))
+        return Inputs(spec, tensors, model.assets(), (model.spec, model.tensors))
+    return Inputs(model.spec, model.tensors, model.assets(), _teacher_of(config, model))
 
 
 def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, TensorSource] | None:
@@ -214,7 +217,7 @@ def frozen_teacher(
 
 
 def _starting_point(
-    config: UptrainConfig, run: Path, inputs: _Inputs, device: torch.device
+    config: UptrainConfig, run: Path, inputs: Inputs, device: torch.device
 ) -> tuple[Place, SupraModel, ModelSpec]:
     """The newest checkpoint, or the linearized model."""
     found = checkpoint.checkpoints(run)

@@ -25,6 +25,9 @@ def command(
         typer.Option(help="How a transformer is linearized; repeatable; default: aligned."),
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Less memory, more time; for all.")
+    ] = False,
     json_output: options.Json = False,
 ) -> None:
     """Time training steps beside the original transformer's, in turns."""
@@ -32,7 +35,7 @@ def command(
     from supra_cli.output import log, print_json, print_table
 
     require("torch", "measuring training")
-    from supra_torch.uptrain.benchmark import benchmark
+    from supra_torch.benchmark.train import benchmark
 
     result = benchmark(
         model,
@@ -42,6 +45,7 @@ def command(
         batch_tokens=batch_tokens,
         steps=steps,
         precision=precision,
+        activation_checkpointing=activation_checkpointing,
         log=log,
     )
     if json_output:

@@ -1,0 +1,137 @@
+"""A process that trains one model, a step at a time when asked: its memory is its own."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from supra_core.errors import SupraError
+from supra_core.sources import open_source
+from supra_torch.model import build
+from supra_torch.uptrain.config import UptrainConfig
+from supra_torch.uptrain.run import frozen_teacher, open_inputs
+from supra_torch.uptrain.stages import gradients, optimiser_for
+from supra_torch.uptrain.step import adamw, autocast, training_step
+
+Accumulate = Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a process trains: ours, or with ``original`` the transformer in transformers."""
+
+    config: UptrainConfig
+    original: bool
+    precision: str
+    threads: int
+
+
+def serve(training: Training, pipe: Connection) -> None:
+    """Answer ``ready``, then each step's number with its seconds, then None with peak bytes.
+
+    A SupraError is answered with its message as a string, and ends the process.
+    """
+    torch.set_num_threads(training.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        accumulate, optimiser, vocabulary = (_original if training.original else _ours)(
+            training, device
+        )
+    except SupraError as error:
+        pipe.send(str(error))
+        return
+    config = training.config
+    reset_peak(device)
+    pipe.send("ready")
+    while (number := pipe.recv()) is not None:
+        shape = (config.batch_size, config.sequence_length)
+        batch = np.random.default_rng(number).integers(0, vocabulary, shape)
+        began = time.perf_counter()
+        ids = torch.from_numpy(batch).to(device)
+        training_step(
+            lambda ids=ids: accumulate(ids),  # type: ignore[misc]
+            optimiser,
+            learning_rate_factor=1.0,
+            clip=config.stages[0].clip,
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - began)
+    pipe.send(peak_memory(device))
+
+
+def _ours(
+    training: Training, device: torch.device
+) -> tuple[Accumulate, torch.optim.Optimizer, int]:
+    config, stage = training.config, training.config.stages[0]
+    inputs = open_inputs(config)
+    student = build(inputs.student_spec, inputs.student_tensors, dtype=torch.float32)
+    student = student.to(device).train()
+    student.activation_checkpointing = config.activation_checkpointing
+    teacher = None
+    if config.needs_teacher:
+        assert inputs.teacher is not None
+        teacher = frozen_teacher(*inputs.teacher, training.precision, device)
+
+    def accumulate(ids: Tensor) -> float:
+        with autocast(device, training.precision):
+            return gradients(stage.kind, student, teacher, ids)
+
+    return accumulate, optimiser_for(student, stage), student.spec.vocab_size
+
+
+def _original(
+    training: Training, device: torch.device
+) -> tuple[Accumulate, torch.optim.Optimizer, int]:
+    from supra_torch.transformers_backend import causal_language_model
+
+    stage = training.config.stages[0]
+    path = open_source(training.config.model).path
+    model: Any = causal_language_model(Path(path), dtype=torch.float32).to(device).train()
+    if training.config.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimiser = adamw(
+        (
+            (parameter, stage.learning_rate, stage.weight_decay if parameter.dim() >= 2 else 0.0)
+            for parameter in model.parameters()
+        ),
+        stage,
+    )
+
+    def accumulate(ids: Tensor) -> float:
+        with autocast(device, training.precision):
+            loss: Tensor = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    return accumulate, optimiser, model.config.vocab_size
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget what loading the weights needed, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocations, or the most that was resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text("ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
