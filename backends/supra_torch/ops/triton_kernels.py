@@ -55,12 +55,14 @@ def _chunk_ages(mask, left, rows):
     inside = rows < left
     if mask is None:
         # Rows past the end must not count on: gamma^(n - e) would grow.
-        # Rows past the end must not count on: gamma^(n - e) would grow.
         age = tl.minimum(rows + 1, left)
-        return age.to(tl.float32), tl.max(age, 0).to(tl.float32), inside
-    valid = tl.load(mask + rows, mask=inside, other=0) != 0
-    counts = valid.to(tl.int32)
-    return tl.cumsum(counts, 0).to(tl.float32), tl.sum(counts, 0).to(tl.float32), valid
+        count = tl.max(age, 0)
+        valid = inside
+    else:
+        valid = tl.load(mask + rows, mask=inside, other=0) != 0
+        age = tl.cumsum(valid.to(tl.int32), 0)
+        count = tl.sum(valid.to(tl.int32), 0)
+    return age.to(tl.float32), count.to(tl.float32), valid
 
 
 @triton.jit
@@ -143,7 +145,7 @@ def segment_kernel(
             weight = tl.exp2(lg * age)
             vector_weight = weight
             if NORMALISE:
-                at = (batch * T + here + rows) * H + head
+                at = (batch * T + here) * H + head + rows * H
                 if ROLE == "dk":
                     vector_weight *= tl.load(shift + at, mask=inside, other=0.0)
                 weight *= tl.load(scale + at, mask=inside, other=0.0)
@@ -200,6 +202,16 @@ def scan_kernel(
     k += batch * k_b + (head // k_group) * k_h
     v += batch * v_b + (head // v_group) * v_h
     output += (batch * T * H + head) * V
+    if dots is not None:
+        partner += batch * partner_b + (head // partner_group) * partner_h
+        dots += block.to(tl.int64) * dots_block + batch * T * H + head
+    if NORMALISE:
+        if ROLE == "output":
+            sums += batch * T * H + head
+        else:
+            scale += batch * T * H + head
+            if ROLE != "dv":
+                shift += batch * T * H + head
 
     # The state before the first chunk: what was given, and what earlier segments added.
     of_keys: tl.constexpr = ROLE == "output"
@@ -254,7 +266,6 @@ def scan_kernel(
             v + here * v_t + rows[:, None] * v_t + columns[None, :],
             mask=inside[:, None] & (columns < V)[None, :], other=0.0,
         )  # fmt: skip
-        at = (batch * T + here + rows) * H + head
 
         scores = tl.dot(queries, kt, input_precision=PRECISION)
         if BACKWARD:
@@ -263,10 +274,10 @@ def scan_kernel(
             reading, weight = tl.exp2(lg * (count - age)), tl.exp2(lg * age)
             vector_weight = weight
             if NORMALISE:
-                column_scale = tl.load(scale + at, mask=inside, other=0.0)
+                column_scale = tl.load(scale + here * H + rows * H, mask=inside, other=0.0)
                 scores *= column_scale[None, :]
                 if ROLE == "dk":
-                    column_shift = tl.load(shift + at, mask=inside, other=0.0)
+                    column_shift = tl.load(shift + here * H + rows * H, mask=inside, other=0.0)
                     scores += column_shift[None, :]
                     vector_weight = weight * column_shift
                 weight *= column_scale
@@ -277,8 +288,8 @@ def scan_kernel(
             weight = tl.where(valid, tl.exp2(lg * (count - age)), 0.0)
             vector_weight = weight
             if NORMALISE and ROLE == "dq":
-                row_scale = tl.load(scale + at, mask=inside, other=0.0)
-                row_shift = tl.load(shift + at, mask=inside, other=0.0)
+                row_scale = tl.load(scale + here * H + rows * H, mask=inside, other=0.0)
+                row_shift = tl.load(shift + here * H + rows * H, mask=inside, other=0.0)
                 scores = scores * row_scale[:, None] + row_shift[:, None]
         scores *= tl.where(causal, tl.exp2(lg * distance), 0.0)
 
@@ -297,23 +308,20 @@ def scan_kernel(
             # Where nothing was written both are zero.
             out /= tl.where(total == 0.0, 1.0, total)[:, None]
             if block == 0:
-                tl.store(sums + at, total, mask=inside)
+                tl.store(sums + here * H + rows * H, total, mask=inside)
         if BACKWARD:
             out = tl.where(valid[:, None], out, 0.0)
         stored = inside[:, None] & (columns < V)[None, :]
         tl.store(
-            output + (here + rows)[:, None] * (H * V) + columns[None, :],
+            output + here * (H * V) + rows[:, None] * (H * V) + columns[None, :],
             out.to(output.dtype.element_ty), mask=stored,
         )  # fmt: skip
         if dots is not None:
             other = tl.load(
-                partner + batch * partner_b + (head // partner_group) * partner_h
-                + (here + rows)[:, None] * partner_t + columns[None, :],
+                partner + here * partner_t + rows[:, None] * partner_t + columns[None, :],
                 mask=stored, other=0.0,
             )  # fmt: skip
-            tl.store(
-                dots + block * dots_block + at, tl.sum(out * other.to(tl.float32), 1), mask=inside
-            )
+            tl.store(dots + here * H + rows * H, tl.sum(out * other.to(tl.float32), 1), mask=inside)
         state, vector = _advance(
             state, vector, kt, values, weight, vector_weight, tl.exp2(lg * count),
             ROLE, NORMALISE, PRECISION,

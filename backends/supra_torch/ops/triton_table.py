@@ -47,7 +47,10 @@ _SMALLEST_BLOCK = 16
 _LONGEST_SEGMENTATION = 16
 """Each program reads the states of all segments before its own."""
 
-CAPABILITIES = (80, 90, 100)
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes a program may have, by compute capability times ten (CUDA C++ guide, table of limits)."""
+
+CAPABILITIES = tuple(SHARED_MEMORY)
 """Architectures that the table is compiled for in the tests."""
 
 
