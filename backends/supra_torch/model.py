@@ -5,10 +5,11 @@ Shapes: ids (B, T); hidden states (B, T, D); q (B, T, H, ·), k and v (B, T, K, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,14 +26,18 @@ from supra_core.spec import (
     ModelSpec,
     Norm,
     Projection,
-    RotaryEmbedding,
     SoftmaxAttention,
     SumNormaliser,
 )
 from supra_core.tensors import BFLOAT16, LazyTensor
-from supra_torch.ops import WindowState, linear_attention, windowed_attention
+from supra_torch.ops import WindowState, linear_attention, rotate, windowed_attention
+from supra_torch.ops.step import linear_attention_step, linear_attention_step_
 
 LayerState = dict[str, Tensor]
+
+
+class OwnedLayerState(LayerState):
+    """A layer's state that a decode step may overwrite."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +48,37 @@ class ModelState:
     layers: tuple[LayerState, ...]
 
 
-class Positions:
-    """The tokens' positions (B, T), and their rotation, computed once for each width."""
+class Exact(nn.Module):
+    """A float64 constant that follows the module's device and is never rounded by a cast."""
 
-    def __init__(self, positions: Tensor, rope: RotaryEmbedding) -> None:
-        self.positions = positions
-        self.rope = rope
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, values: npt.NDArray[np.float64]) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.from_numpy(values), persistent=False)
+        self.values: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Exact:
+        before = self.values
+        super()._apply(fn, recurse)
+        self.values = before.to(self.values.device)
+        return self
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The tokens' positions (B, T), and their rotation.
+
+    ``tables``: for each number of channels the angles' cosines and sines, (B, T, 1, channels / 2)
+    float32, computed once a forward.
+    """
+
+    positions: Tensor
+    tables: Mapping[int, tuple[Tensor, Tensor]]
+    pairing: str
 
     def rotate(self, x: Tensor) -> Tensor:
         """x (B, T, heads, channels) rotated in float32, returned in its own type."""
-        cos, sin = self._table(x.shape[-1])
-        if self.rope.pairing == "half":
-            first, second = x.float().chunk(2, dim=-1)
-            rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        else:
-            first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-            rotated = torch.stack(
-                [first * cos - second * sin, second * cos + first * sin], dim=-1
-            ).flatten(-2)
-        return rotated.to(x.dtype)
-
-    def _table(self, channels: int) -> tuple[Tensor, Tensor]:
-        if channels not in self._tables:
-            theta = torch.from_numpy(inverse_frequencies(self.rope, channels))
-            # float64: a float32 angle is off by 4e-3 at position 65,536.
-            angles = self.positions.double()[..., None, None] * theta.to(self.positions.device)
-            self._tables[channels] = (angles.cos().float(), angles.sin().float())
-        return self._tables[channels]
+        cos, sin = self.tables[x.shape[-1]]
+        return rotate(x, cos, sin, self.pairing == "half")
 
 
 class NormLayer(nn.Module):
@@ -112,6 +120,24 @@ class FeatureProjection(nn.Module):
         z = torch.einsum("bthd,hfd->bthf", z, self.weight)
         return z if self.bias is None else z + self.bias.to(z.dtype)
 
+    def after(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        """The map of x (B, T, D) projected to heads: (B, T, heads, size).
+
+        For many tokens the two matrices of each head are multiplied first: D rows, not B T, go
+        through the second, and nothing between them is kept for backward.
+        """
+        if not self.per_head or x.shape[0] * x.shape[1] < x.shape[2]:
+            return self(projection(x).unflatten(-1, (self.heads, -1)))
+        with torch.autocast(x.device.type, enabled=False):
+            channels = self.weight.shape[2]
+            weight = (self.weight @ projection.weight.view(self.heads, channels, -1)).flatten(0, 1)
+            bias: Tensor | None = self.bias
+            if projection.bias is not None:
+                moved = (self.weight @ projection.bias.view(self.heads, channels, 1)).squeeze(-1)
+                bias = moved if bias is None else bias + moved
+        out = F.linear(x, weight, None if bias is None else bias.flatten())
+        return out.unflatten(-1, (self.heads, -1))
+
 
 class Mixer(nn.Module):
     """The projections every mixer has."""
@@ -126,12 +152,15 @@ class Mixer(nn.Module):
         self.v_proj = nn.Linear(D, K * spec.value_head_dim, bias=bias != "none")
         self.o_proj = nn.Linear(H * spec.value_head_dim, D, bias=bias == "qkvo")
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) -> q (B, T, H, ·), k and v (B, T, K, ·)."""
+    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> q (B, T, H, ·) and k (B, T, K, ·)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1))
         k = self.k_proj(x).unflatten(-1, (self.key_value_heads, -1))
-        v = self.v_proj(x).unflatten(-1, (self.key_value_heads, -1))
-        return q, k, v
+        return q, k
+
+    def values(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> v (B, T, K, Dv)."""
+        return self.v_proj(x).unflatten(-1, (self.key_value_heads, -1))
 
 
 class SoftmaxMixer(Mixer):
@@ -144,8 +173,8 @@ class SoftmaxMixer(Mixer):
     def forward(
         self, x: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
     ) -> tuple[Tensor, LayerState]:
-        q, k, v = self.project(x)
-        q, k = positions.rotate(q), positions.rotate(k)
+        q, k = self.queries_and_keys(x)
+        q, k, v = positions.rotate(q), positions.rotate(k), self.values(x)
         B, T = x.shape[:2]
         if state is None and mask is None and (self.window is None or self.window >= T):
             bias = None
@@ -227,21 +256,22 @@ class LinearMixer(Mixer):
         if isinstance(mixer.decay, LearnedDecay):
             self.log_slope = nn.Parameter(torch.empty(H))
         else:
-            # Not a buffer: .to(dtype) would round it.
-            self.fixed_decay = torch.from_numpy(np.exp(-decays.slopes(mixer.decay, H)))
+            self.fixed_slope = Exact(decays.slopes(mixer.decay, H))
         if mixer.gain != "none":
             shape = (H,) if mixer.gain == "per_head" else (H, spec.value_head_dim)
             self.gain = nn.Parameter(torch.empty(shape))
         if mixer.window is not None:
             self.log_far_gain = nn.Parameter(torch.empty(H))
 
-    def decay(self, device: torch.device) -> Tensor:
-        """gamma of each head, (H,) float64."""
+    def slope(self) -> Tensor:
+        """-ln gamma of each head, (H,) float64."""
         if isinstance(self.mixer.decay, LearnedDecay):
-            return torch.exp(-torch.exp(self.log_slope.double()))
-        if self.fixed_decay.device != device:
-            self.fixed_decay = self.fixed_decay.to(device)
-        return self.fixed_decay
+            return torch.exp(self.log_slope.double())
+        return self.fixed_slope.values
+
+    def decay(self) -> Tensor:
+        """gamma of each head, (H,) float64."""
+        return torch.exp(-self.slope())
 
     def forward(
         self, x: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
@@ -254,22 +284,15 @@ class LinearMixer(Mixer):
     ) -> tuple[Tensor, LayerState]:
         """What o_proj receives, (B, T, H, Dv), and the new state."""
         mixer = self.mixer
-        q, k, v = self.project(x)
+        q, k = self._projected(x, positions)
+        v = self.values(x)
         if mixer.window is not None:
-            out, memory = self._windowed(q, k, v, positions, state, mask)
+            out, memory = self._windowed(q, k, v, state, mask)
         else:
             phi_q, phi_k = self._features(q, k, positions)
             if mixer.qk_norm:
                 v = v.repeat_interleave(self.heads // v.shape[2], dim=2)
-            out, final = linear_attention(
-                phi_q,
-                phi_k,
-                v,
-                self.decay(x.device),
-                initial_state=None if state is None else state["state"],
-                mask=mask,
-                normaliser="sum" if isinstance(mixer.normaliser, SumNormaliser) else None,
-            )
+            out, final = self._attend(phi_q, phi_k, v, state, mask)
             memory = {"state": final}
         if isinstance(mixer.normaliser, GroupNorm):
             out = F.layer_norm(out.float(), out.shape[-1:], eps=mixer.normaliser.eps).to(v.dtype)
@@ -277,17 +300,40 @@ class LinearMixer(Mixer):
             out = (out * self.gain.view(self.heads, -1)).to(v.dtype)
         return out.to(v.dtype), memory
 
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Linear attention: the output (B, T, H, Dv) and the final state."""
+        normalise = isinstance(self.mixer.normaliser, SumNormaliser)
+        if state is not None and mask is None and q.shape[1] == 1:
+            step = (
+                linear_attention_step_
+                if isinstance(state, OwnedLayerState)
+                else linear_attention_step
+            )
+            out, final = step(
+                q[:, 0], k[:, 0], v[:, 0], self.slope().float(), state["state"], normalise
+            )
+            return out[:, None], final
+        return linear_attention(
+            q,
+            k,
+            v,
+            self.decay(),
+            initial_state=None if state is None else state["state"],
+            mask=mask,
+            normaliser="sum" if normalise else None,
+        )
+
     def _windowed(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        positions: Positions,
         state: LayerState | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, LayerState]:
         assert self.mixer.window is not None
-        q, k = self._projected(q, k, positions)
         phi_q, phi_k = (activate(self.mixer.feature_map.activation, z) for z in (q, k))
         out, memory = windowed_attention(
             q,
@@ -295,17 +341,16 @@ class LinearMixer(Mixer):
             v,
             phi_q,
             self._scaled(phi_k),
-            self.decay(q.device),
+            self.decay(),
             self.log_far_gain,
             self.mixer.window,
             initial_state=None if state is None else WindowState(**state),
             mask=mask,
         )
-        return out, dict(vars(memory))
+        return out, {field.name: getattr(memory, field.name) for field in fields(memory)}
 
     def _features(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """phi(q) (B, T, H, Dk) and scaled phi(k) (B, T, K or H, Dk), every rotation included."""
-        q, k = self._projected(q, k, positions)
         q, k = (activate(self.mixer.feature_map.activation, z) for z in (q, k))
         if self.mixer.qk_norm:
             k = k.repeat_interleave(self.heads // k.shape[2], dim=2)
@@ -315,13 +360,18 @@ class LinearMixer(Mixer):
             q, k = positions.rotate(q), positions.rotate(k)
         return q, self._scaled(k)
 
-    def _projected(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    def _projected(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """What the activation receives: q (B, T, H, size), k (B, T, K, size)."""
-        if self.mixer.rope == "before":
+        if self.q_feature is None:
+            q, k = self.queries_and_keys(x)
+        elif self.mixer.rope == "before":
+            q, k = self.queries_and_keys(x)
             q, k = positions.rotate(q), positions.rotate(k)
-        if self.q_feature is not None:
-            q, k = self.q_feature(q), (self.k_feature or self.q_feature)(k)
-        if self.mixer.rope == "between":
+            return self.q_feature(q), (self.k_feature or self.q_feature)(k)
+        else:
+            q = self.q_feature.after(self.q_proj, x)
+            k = (self.k_feature or self.q_feature).after(self.k_proj, x)
+        if self.mixer.rope in ("before", "between"):
             q, k = positions.rotate(q), positions.rotate(k)
         return q, k
 
@@ -336,9 +386,17 @@ def activate(activation: str, z: Tensor) -> Tensor:
     if activation == "signed_relu":
         return torch.cat([torch.relu(z), torch.relu(-z)], dim=-1)
     if activation == "signed_softmax":
-        z32 = z.float()
-        return torch.cat([z32.softmax(-1), (-z32).softmax(-1)], dim=-1).to(z.dtype)
+        # Computed in float32 and rounded once, whatever the type of z.
+        return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1)
     return z
+
+
+def for_products(x: Tensor) -> Tensor:
+    """x in the type autocast multiplies in, where it is enabled."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class FeedForward(nn.Module):
@@ -373,9 +431,32 @@ class Layer(nn.Module):
     def forward(
         self, h: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
     ) -> tuple[Tensor, LayerState]:
-        mixed, memory = self.self_attn(self.input_layernorm(h), positions, state, mask)
+        mixed, memory = self.self_attn(self.mixer_input(h), positions, state, mask)
         h = h + mixed
-        return h + self.mlp(self.post_attention_layernorm(h)), memory
+        return h + self.feed_forward(h), memory
+
+    def mixer_input(self, h: Tensor) -> Tensor:
+        """The normed h (B, T, D), cast once for all projections of it."""
+        return for_products(self.input_layernorm(h))
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """What the second half of the block adds to h (B, T, D)."""
+        out: Tensor = self.mlp(for_products(self.post_attention_layernorm(h)))
+        return out
+
+
+def _rotated_channels(spec: ModelSpec) -> set[int]:
+    """The widths that any layer rotates."""
+    widths = set()
+    for mixer in (layer.mixer for layer in spec.layers):
+        if isinstance(mixer, SoftmaxAttention):
+            widths.add(spec.head_dim)
+            continue
+        phi = mixer.feature_map
+        sizes = {"before": spec.head_dim, "between": phi.size, "after": phi.output_size}
+        if mixer.rope in sizes:
+            widths.add(sizes[mixer.rope])
+    return widths
 
 
 class Trunk(nn.Module):
@@ -401,6 +482,12 @@ class SupraModel(nn.Module):
         self.spec = spec
         self.model = Trunk(spec)
         self.activation_checkpointing = False
+        self.frequencies = nn.ModuleDict(
+            {
+                str(channels): Exact(inverse_frequencies(spec.rope, channels))
+                for channels in sorted(_rotated_channels(spec))
+            }
+        )
         self.lm_head = (
             None
             if spec.tie_word_embeddings
@@ -429,7 +516,13 @@ class SupraModel(nn.Module):
             steps = torch.arange(ids.shape[1], device=ids.device)[None]
         if state is not None:
             steps = steps + state.tokens[:, None]
-        return Positions(steps, self.spec.rope)
+        tables = {}
+        for channels, theta in self.frequencies.items():
+            assert isinstance(theta, Exact)
+            # float64: a float32 angle is off by 4e-3 at position 65,536.
+            angles = steps.double()[..., None, None] * theta.values
+            tables[int(channels)] = (angles.cos().float(), angles.sin().float())
+        return Positions(steps, tables, self.spec.rope.pairing)
 
     def hidden(
         self, ids: Tensor, state: ModelState | None = None, mask: Tensor | None = None

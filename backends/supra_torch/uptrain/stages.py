@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from supra_core import layout
 from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
-from supra_torch.model import Layer, SupraModel
+from supra_torch.model import Layer, SupraModel, for_products
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
 from supra_torch.uptrain.config import Stage, StageKind
 from supra_torch.uptrain.step import adamw
@@ -47,7 +47,7 @@ def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
     for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
         assert isinstance(ours, Layer) and isinstance(theirs, Layer)
         with torch.no_grad():
-            x = theirs.input_layernorm(h)
+            x = theirs.mixer_input(h)
             target, _ = theirs.self_attn(x, positions, None, None)
         if is_linear(ours):
             output, _ = ours.self_attn(x, positions, None, None)
@@ -57,7 +57,7 @@ def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
             total, linear = total + loss.item(), linear + 1
         with torch.no_grad():
             h = h + target
-            h = h + theirs.mlp(theirs.post_attention_layernorm(h))
+            h = h + theirs.feed_forward(h)
     return total / max(linear, 1)
 
 
@@ -88,14 +88,6 @@ def next_token_loss(model: SupraModel, ids: Tensor) -> Tensor:
     hidden, _ = model.hidden(ids)
     hidden = for_products(hidden)[:, :-1].flatten(0, 1)
     return linear_cross_entropy(hidden, model.head_weight, ids[:, 1:].flatten())
-
-
-def for_products(x: Tensor) -> Tensor:
-    """x in the type autocast multiplies in, where it is enabled."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 def is_linear(layer: Layer) -> bool:

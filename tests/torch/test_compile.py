@@ -1,0 +1,70 @@
+"""torch.compile takes every model whole: no graph break, forward and backward, the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from supra_torch.model import build  # noqa: E402
+from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
+
+# Logits of order one and their sums' gradients, float32 rounding in another order of operations;
+# a GroupNorm of a small output magnifies (see test_model.py).
+TOLERANCE = 5e-5
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+def _results(name: str, backend: str | None, *, checkpointing: bool = False) -> list[Any]:
+    """Logits and the gradients of every parameter; compiled unless ``backend`` is None."""
+    spec = SPECS[name]
+    model = build(spec, lazy_weights(spec)).train()
+    model.activation_checkpointing = checkpointing
+    ids = torch.randint(spec.vocab_size, (2, 75), generator=torch.Generator().manual_seed(0))
+    run = model if backend is None else torch.compile(model, fullgraph=True, backend=backend)
+    logits, _ = run(ids)
+    logits.square().mean().backward()
+    return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def _assert_same(found: list[Any], expected: list[Any]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert (ours - theirs).abs().max() <= TOLERANCE * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_model_is_one_graph(name: str) -> None:
+    _assert_same(_results(name, "aot_eager"), _results(name, None))
+
+
+def test_activation_checkpointing_is_one_graph() -> None:
+    found = _results("hybrid", "aot_eager", checkpointing=True)
+    _assert_same(found, _results("hybrid", None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper", "plain", "windowed_between", "hybrid"])
+def test_the_default_compiler_gives_the_same_numbers(name: str) -> None:
+    _assert_same(_results(name, "inductor"), _results(name, None))
+
+
+@pytest.mark.parametrize("name", ["paper", "hybrid"])
+def test_a_cast_rounds_no_constant(name: str) -> None:
+    spec = SPECS[name]
+    exact, cast = (build(spec, lazy_weights(spec)) for _ in range(2))
+    cast.to(torch.bfloat16)
+    assert cast.head_weight.dtype == torch.bfloat16
+    buffers = dict(exact.named_buffers())
+    assert buffers
+    for place, values in cast.named_buffers():
+        assert values.dtype == torch.float64
+        assert torch.equal(values, buffers[place])
+    assert not set(buffers) & set(exact.state_dict())
