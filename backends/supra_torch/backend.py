@@ -14,6 +14,7 @@ from torch import Tensor
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources import open_source
 from supra_core.tensors import dtype_named
+from supra_torch.decode import Decoders, has_fixed_state
 from supra_torch.model import ModelState, SupraModel, build
 
 
@@ -26,6 +27,8 @@ class TorchBackend:
         self.spec = model.spec
         self.model = model.to(device).eval()
         self.device = device
+        captured = device.type == "cuda" and has_fixed_state(model.spec)
+        self._decoders = Decoders(self.model, capture=True) if captured else None
 
     @torch.inference_mode()
     def logits(self, ids: Ids, *, mask: Mask | None = None, form: Form = "parallel") -> Logits:
@@ -52,7 +55,10 @@ class TorchBackend:
 
     @torch.inference_mode()
     def step(self, ids: Ids, state: ModelState) -> tuple[Logits, ModelState]:
-        """Logits (B, V) and the state after ids (B,)."""
+        """Logits (B, V) and the state after ids (B,); by a CUDA graph if it can."""
+        if self._decoders is not None:
+            last, after = self._decoders.step(self._ids(ids), state)
+            return _numpy(last), after
         logits, after = self.model(self._ids(ids)[:, None], state)
         return _numpy(logits[:, 0]), after
 
