@@ -123,8 +123,8 @@ def complaints(case: Case, found: Resources) -> list[str]:
 
 def _constants(case: Case, block_t: int, block_v: int) -> dict[str, Any]:
     """The kernel's compile-time arguments, None for the pointers that this case leaves out."""
-    backward, scan = case.role in ("dk", "dv"), case.kernel == "scan"
-    absent = [] if case.masked else ["mask"]
+    scan = case.kernel == "scan"
+    absent = [] if case.masked else ["counted"]
     absent += [] if case.packed else ["borders"]
     if case.role == "output" or not case.normalise:
         absent += ["scale", "shift"]
@@ -137,25 +137,29 @@ def _constants(case: Case, block_t: int, block_v: int) -> dict[str, Any]:
         absent += [] if case.role in ("dq", "dk") else ["partner", "dots"]
         # Masked and packed cases also go on from a state and in segments: everything at once.
         absent += [] if case.packed else ["states", "vectors", "tokens"]
-        absent += [] if case.packed or case.role == "output" else ["initial"]
-        absent += ["final"] if case.role in ("dq", "dv") else []
+        if not case.packed and case.role != "output":
+            absent += ["initial", "initial_vector"]
+        if case.role in ("dq", "dv"):
+            absent += ["final", "final_vector"]
+        if not case.normalise or case.role == "dv":
+            absent += ["initial_vector", "final_vector"]
     constants: dict[str, Any] = dict.fromkeys(absent)
     if scan:
-        constants["state_k" if case.role in ("dq", "dk") else "state_v"] = 1
+        unit = "k" if case.role in ("dq", "dk") else "v"
+        constants |= {f"state_{unit}": 1, f"final_{unit}": 1}
     return constants | {
         "ROLE": case.role, "NORMALISE": case.normalise,
         "K": case.row_size, "V": case.column_size,
         "BLOCK_T": block_t, "BLOCK_K": block_of(case.row_size), "BLOCK_V": block_v,
-        "PRECISION": "tf32x3" if case.dtype == "fp32" else "tf32",
     }  # fmt: skip
 
 
 _FLOAT32 = {
-    "log2_decay", "scale", "shift", "sums", "initial", "final", "states", "vectors", "tokens",
+    "log2_decay", "scale", "shift", "sums", "initial", "initial_vector", "final", "final_vector",
+    "states", "vectors", "tokens",
     "dots",
 }  # fmt: skip
 _OPERANDS = {"q", "k", "v", "output", "partner"}
-_WIDE_STRIDES = {"state_head", "dots_block"}
 
 
 def _signature(
@@ -172,14 +176,14 @@ def _signature(
             signature[name] = f"*{dtype}"
         elif name in _FLOAT32:
             signature[name] = "*fp32"
-        elif name == "mask":
-            signature[name] = "*u8"
+        elif name == "counted":
+            signature[name] = "*i32"
         elif name == "borders":
             signature[name] = "*i64"
         else:
             pointer = False
             signature[name] = "i32"
-        if pointer or re.fullmatch(r"(q|k|v|partner)_[bth]", name):
+        if pointer or re.fullmatch(r"(q|k|v|partner)_[bth]|(state|final)_[kv]", name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, attributes
 

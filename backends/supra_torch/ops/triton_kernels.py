@@ -50,53 +50,88 @@ def _place(borders, sequence, T, segment, segment_length):
 
 
 @triton.jit
-def _chunk_ages(mask, left, rows):
-    """Of a chunk with ``left`` tokens: valid tokens up to each row, at its end, and validity."""
-    inside = rows < left
-    if mask is None:
-        # Rows past the end must not count on: gamma^(n - e) would grow.
-        age = tl.minimum(rows + 1, left)
-        count = tl.max(age, 0)
-        valid = inside
+def _chunk_ages(counted, left, rows):
+    """Of a chunk with ``left`` tokens: valid tokens up to each row, at its end, and validity.
+
+    ``counted``: valid tokens before the chunk, then up to each of its rows; None: all are valid.
+    """
+    # Rows past the end must not count on: gamma^(n - e) would grow.
+    upto = tl.minimum(rows + 1, left)
+    if counted is None:
+        age = upto
+        count = tl.max(upto, 0)
+        valid = rows < left
     else:
-        valid = tl.load(mask + rows, mask=inside, other=0) != 0
-        age = tl.cumsum(valid.to(tl.int32), 0)
-        count = tl.sum(valid.to(tl.int32), 0)
+        before = tl.load(counted)
+        age = tl.load(counted + upto) - before
+        count = tl.max(age, 0)
+        valid = age != tl.load(counted + tl.minimum(rows, left)) - before
     return age.to(tl.float32), count.to(tl.float32), valid
+
+
+@triton.jit
+def _within(inside, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """``inside`` and columns < SIZE; without the comparison where no block reaches beyond."""
+    if SIZE % BLOCK != 0:
+        inside = inside & (columns < SIZE)
+    return inside
 
 
 @triton.jit
 def _advance(
     state, vector, kt, v, weight, vector_weight, kept,
-    ROLE: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
+    ROLE: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """State and vector at the chunk's far border."""
-    weighted = (kt * weight[None, :]).to(kt.dtype)
-    state = tl.dot(weighted, v, acc=state * kept, input_precision=PRECISION)
+    """State and vector at the chunk's far border.
+
+    The weights stand at the values, so that the keys need not pass through registers.
+    """
+    weighted = (v * weight[:, None]).to(v.dtype)
+    state = tl.dot(kt, weighted, acc=state * kept, input_precision="tf32")
     if NORMALISE:
         if ROLE == "output":
-            vector = vector * kept + tl.sum(kt.to(tl.float32) * vector_weight[None, :], 1)
+            ones = tl.where(tl.arange(0, 16)[None, :] == 0, vector_weight[:, None], 0.0)
+            vector = tl.dot(kt, ones.to(kt.dtype), acc=vector * kept, input_precision="tf32")
         elif ROLE != "dv":
-            vector = vector * kept + tl.sum(v.to(tl.float32) * vector_weight[:, None], 0)
+            vector = vector * kept + tl.sum(v * vector_weight[:, None], 0)
     return state, vector
 
 
 @triton.jit
-def _read(q, state, PRECISION: tl.constexpr):
+def _widened(vector, ROLE: tl.constexpr):
+    """The vector as it is carried from chunk to chunk.
+
+    The output's belongs to the keys' channels: as the first column of a narrow matrix tensor
+    cores read and write it, and queries and keys stay in shared memory.
+    """
+    if ROLE == "output":
+        vector = tl.where(tl.arange(0, 16)[None, :] == 0, vector[:, None], 0.0)
+    return vector
+
+
+@triton.jit
+def _narrowed(vector, ROLE: tl.constexpr):
+    """The inverse of :func:`_widened`."""
+    if ROLE == "output":
+        vector = tl.sum(vector, 1)
+    return vector
+
+
+@triton.jit
+def _read(q, state):
     """q (rows, K) times the state (K, V)."""
     if q.dtype == tl.float16:
         # A sum over many tokens may be beyond float16.
         return tl.dot(q.to(tl.float32), state, input_precision="tf32")
-    return tl.dot(q, state.to(q.dtype), input_precision=PRECISION)
+    return tl.dot(q, state.to(q.dtype), input_precision="tf32")
 
 
 @triton.jit
 def segment_kernel(
-    k, v, log2_decay, mask, borders, scale, shift, states, vectors, tokens,
+    k, v, log2_decay, counted, borders, scale, shift, states, vectors, tokens,
     T, H, segments, segment_length, k_group, v_group, k_b, k_t, k_h, v_b, v_t, v_h,
     ROLE: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to the state at its far border.
 
@@ -120,7 +155,7 @@ def segment_kernel(
     k += batch * k_b + (head // k_group) * k_h
     v += batch * v_b + (head // v_group) * v_h
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-    vector = tl.zeros((BLOCK_K if ROLE == "output" else BLOCK_V,), tl.float32)
+    vector = _widened(tl.zeros((BLOCK_K if ROLE == "output" else BLOCK_V,), tl.float32), ROLE)
     seen = tl.zeros((), tl.float32)
     if segment == (0 if BACKWARD else segments - 1):
         end = begin  # Nothing comes after it.
@@ -131,15 +166,15 @@ def segment_kernel(
         here = row + start
         inside = rows < end - start
         age, count, valid = _chunk_ages(
-            None if mask is None else mask + batch * T + here, end - start, rows
+            None if counted is None else counted + batch * (T + 1) + here, end - start, rows
         )
         kt = tl.load(
             k + here * k_t + rows[None, :] * k_t + channels[:, None],
-            mask=inside[None, :] & (channels < K)[:, None], other=0.0,
+            mask=_within(inside[None, :], channels[:, None], K, BLOCK_K), other=0.0,
         )  # fmt: skip
         values = tl.load(
             v + here * v_t + rows[:, None] * v_t + columns[None, :],
-            mask=inside[:, None] & (columns < V)[None, :], other=0.0,
+            mask=_within(inside[:, None], columns[None, :], V, BLOCK_V), other=0.0,
         )  # fmt: skip
         if BACKWARD:
             weight = tl.exp2(lg * age)
@@ -154,7 +189,7 @@ def segment_kernel(
             vector_weight = weight
         state, vector = _advance(
             state, vector, kt, values, weight, vector_weight, tl.exp2(lg * count),
-            ROLE, NORMALISE, PRECISION,
+            ROLE, NORMALISE,
         )  # fmt: skip
         seen += count
 
@@ -164,23 +199,22 @@ def segment_kernel(
         mask=(channels < K)[:, None] & (columns < V)[None, :],
     )  # fmt: skip
     if NORMALISE:
-        if ROLE == "output":
-            tl.store(vectors + place * K + channels, vector, mask=channels < K)
-        elif ROLE == "dq" or ROLE == "dk":
-            tl.store(vectors + place * V + columns, vector, mask=columns < V)
+        if ROLE != "dv":
+            size: tl.constexpr = K if ROLE == "output" else V
+            places = channels if ROLE == "output" else columns
+            tl.store(vectors + place * size + places, _narrowed(vector, ROLE), mask=places < size)
     tl.store(tokens + sequence * segments + segment, seen)
 
 
 @triton.jit
 def scan_kernel(
-    q, k, v, output, log2_decay, mask, borders, scale, shift, sums,
-    initial, final, states, vectors, tokens, partner, dots,
+    q, k, v, output, log2_decay, counted, borders, scale, shift, sums,
+    initial, initial_vector, final, final_vector, states, vectors, tokens, partner, dots,
     T, H, segments, segment_length, q_group, k_group, v_group, partner_group,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, partner_b, partner_t, partner_h,
-    state_head, state_k, state_v, vector_offset, vector_step, dots_block,
+    state_k, state_v, final_k, final_v, dots_block,
     ROLE: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """L for the roles output and dq, R for dk and dv; shapes as its launcher, ``_scan``, says."""
     BACKWARD: tl.constexpr = ROLE == "dk" or ROLE == "dv"
@@ -197,7 +231,8 @@ def scan_kernel(
     rows = tl.arange(0, BLOCK_T)
     channels = tl.arange(0, BLOCK_K)
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    inner = (channels < K)[:, None] & (columns < V)[None, :]
+    inner = _within(channels[:, None] >= 0, channels[:, None], K, BLOCK_K)
+    inner = _within(inner, columns[None, :], V, BLOCK_V)
     q += batch * q_b + (head // q_group) * q_h
     k += batch * k_b + (head // k_group) * k_h
     v += batch * v_b + (head // v_group) * v_h
@@ -214,21 +249,20 @@ def scan_kernel(
                 shift += batch * T * H + head
 
     # The state before the first chunk: what was given, and what earlier segments added.
-    of_keys: tl.constexpr = ROLE == "output"
-    vector_columns = channels if of_keys else columns
-    vector_inside = channels < K if of_keys else columns < V
+    size: tl.constexpr = K if ROLE == "output" else V
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-    vector = tl.zeros((BLOCK_K if of_keys else BLOCK_V,), tl.float32)
-    matrix = (sequence.to(tl.int64) * H + head) * state_head
+    places = channels if ROLE == "output" else columns
+    vector = tl.zeros((BLOCK_K if ROLE == "output" else BLOCK_V,), tl.float32)
+    matrix = sequence.to(tl.int64) * H + head
     if initial is not None:
         state += tl.load(
-            initial + matrix + channels[:, None] * state_k + columns[None, :] * state_v,
+            initial + matrix * (K * V) + channels[:, None] * state_k + columns[None, :] * state_v,
             mask=inner, other=0.0,
         )  # fmt: skip
         if NORMALISE and ROLE != "dv":
             vector += tl.load(
-                initial + matrix + vector_offset + vector_columns * vector_step,
-                mask=vector_inside, other=0.0,
+                initial_vector + matrix * size + places,
+                mask=places < size, other=0.0,
             )  # fmt: skip
     if states is not None:
         for earlier in range(segments - 1 - segment if BACKWARD else segment):
@@ -241,10 +275,11 @@ def scan_kernel(
             )  # fmt: skip
             if NORMALISE and ROLE != "dv":
                 vector = vector * kept + tl.load(
-                    vectors + place * (K if of_keys else V) + vector_columns,
-                    mask=vector_inside, other=0.0,
+                    vectors + place * size + places,
+                    mask=places < size, other=0.0,
                 )  # fmt: skip
 
+    vector = _widened(vector, ROLE)
     chunks = tl.cdiv(end - begin, BLOCK_T)
     for index in range(chunks):
         chunk = chunks - 1 - index if BACKWARD else index
@@ -252,24 +287,23 @@ def scan_kernel(
         here = row + start
         inside = rows < end - start
         age, count, valid = _chunk_ages(
-            None if mask is None else mask + batch * T + here, end - start, rows
+            None if counted is None else counted + batch * (T + 1) + here, end - start, rows
         )
         queries = tl.load(
             q + here * q_t + rows[:, None] * q_t + channels[None, :],
-            mask=inside[:, None] & (channels < K)[None, :], other=0.0,
+            mask=_within(inside[:, None], channels[None, :], K, BLOCK_K), other=0.0,
         )  # fmt: skip
         kt = tl.load(
             k + here * k_t + rows[None, :] * k_t + channels[:, None],
-            mask=inside[None, :] & (channels < K)[:, None], other=0.0,
+            mask=_within(inside[None, :], channels[:, None], K, BLOCK_K), other=0.0,
         )  # fmt: skip
         values = tl.load(
             v + here * v_t + rows[:, None] * v_t + columns[None, :],
-            mask=inside[:, None] & (columns < V)[None, :], other=0.0,
+            mask=_within(inside[:, None], columns[None, :], V, BLOCK_V), other=0.0,
         )  # fmt: skip
 
-        scores = tl.dot(queries, kt, input_precision=PRECISION)
+        scores = tl.dot(queries, kt, input_precision="tf32")
         if BACKWARD:
-            causal = rows[None, :] >= rows[:, None]
             distance = age[None, :] - age[:, None]
             reading, weight = tl.exp2(lg * (count - age)), tl.exp2(lg * age)
             vector_weight = weight
@@ -282,8 +316,7 @@ def scan_kernel(
                     vector_weight = weight * column_shift
                 weight *= column_scale
         else:
-            causal = (rows[:, None] >= rows[None, :]) & valid[None, :]
-            distance = age[:, None] - age[None, :]
+            distance = age[:, None] - tl.where(valid, age, 1e30)[None, :]
             reading = tl.exp2(lg * age)
             weight = tl.where(valid, tl.exp2(lg * (count - age)), 0.0)
             vector_weight = weight
@@ -291,19 +324,20 @@ def scan_kernel(
                 row_scale = tl.load(scale + here * H + rows * H, mask=inside, other=0.0)
                 row_shift = tl.load(shift + here * H + rows * H, mask=inside, other=0.0)
                 scores = scores * row_scale[:, None] + row_shift[:, None]
-        scores *= tl.where(causal, tl.exp2(lg * distance), 0.0)
+        # Ages grow with valid tokens, so a negative distance is one into the future.
+        scores *= tl.where(distance >= 0.0, tl.exp2(lg * distance), 0.0)
 
-        out = _read(queries, state, PRECISION)
+        out = _read(queries, state)
         if NORMALISE:
             if ROLE == "dq":
                 out = out * row_scale[:, None] + row_shift[:, None] * vector[None, :]
             elif ROLE == "dk":
                 out += vector[None, :]
         out = tl.dot(
-            scores.to(values.dtype), values, acc=out * reading[:, None], input_precision=PRECISION
+            scores.to(values.dtype), values, acc=out * reading[:, None], input_precision="tf32"
         )
         if NORMALISE and ROLE == "output":
-            past = tl.sum(queries.to(tl.float32) * vector[None, :], 1)
+            past = tl.sum(_read(queries, vector), 1)
             total = tl.sum(scores, 1) + reading * past
             # Where nothing was written both are zero.
             out /= tl.where(total == 0.0, 1.0, total)[:, None]
@@ -311,7 +345,7 @@ def scan_kernel(
                 tl.store(sums + here * H + rows * H, total, mask=inside)
         if BACKWARD:
             out = tl.where(valid[:, None], out, 0.0)
-        stored = inside[:, None] & (columns < V)[None, :]
+        stored = _within(inside[:, None], columns[None, :], V, BLOCK_V)
         tl.store(
             output + here * (H * V) + rows[:, None] * (H * V) + columns[None, :],
             out.to(output.dtype.element_ty), mask=stored,
@@ -324,20 +358,21 @@ def scan_kernel(
             tl.store(dots + here * H + rows * H, tl.sum(out * other.to(tl.float32), 1), mask=inside)
         state, vector = _advance(
             state, vector, kt, values, weight, vector_weight, tl.exp2(lg * count),
-            ROLE, NORMALISE, PRECISION,
+            ROLE, NORMALISE,
         )  # fmt: skip
 
+    # The same strides under other names: else the compiler would hold every address over the loop.
     if final is not None:
         if segment == (0 if BACKWARD else segments - 1):
             tl.store(
-                final + matrix + channels[:, None] * state_k + columns[None, :] * state_v,
+                final + matrix * (K * V) + channels[:, None] * final_k + columns[None, :] * final_v,
                 state, mask=inner,
             )  # fmt: skip
             if NORMALISE and ROLE != "dv":
-                if block == 0 or not of_keys:
+                if block == 0 or ROLE != "output":
                     tl.store(
-                        final + matrix + vector_offset + vector_columns * vector_step,
-                        vector, mask=vector_inside,
+                        final_vector + matrix * size + places,
+                        _narrowed(vector, ROLE), mask=places < size,
                     )  # fmt: skip
 
 

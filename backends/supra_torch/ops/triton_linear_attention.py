@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -33,32 +34,29 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @dataclass(frozen=True)
 class _Problem:
-    """What the four runs share: log2 gamma (H,), mask (B, T) uint8, borders (N + 1,), sizes."""
+    """What the four runs share: log2 gamma (H,), valid tokens before each (B, T + 1), borders."""
 
     log2_decay: Tensor
-    mask: Tensor | None
+    counted: Tensor | None
     borders: Tensor | None
     sequences: int
     tokens: int
     heads: int
     normalise: bool
-    precision: str
 
     @staticmethod
     def of(
         q: Tensor, slope: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, normalise: bool
     ) -> _Problem:
         B, T, H, _ = q.shape
-        exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
         return _Problem(
             log2_decay=slope.float() * -_LOG2_E,
-            mask=None if mask is None else mask.contiguous().view(torch.uint8),
+            counted=None if mask is None else F.pad(mask.cumsum(1, dtype=torch.int32), (1, 0)),
             borders=None if cu_seqlens is None else cu_seqlens.contiguous(),
             sequences=B if cu_seqlens is None else len(cu_seqlens) - 1,
             tokens=T,
             heads=H,
             normalise=normalise,
-            precision="tf32x3" if exact else "tf32",
         )
 
 
@@ -75,15 +73,15 @@ def _scan(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     sums: Tensor | None = None,
-    initial: Tensor | None = None,
-    final: Tensor | None = None,
+    initial: _State | None = None,
+    final: _State | None = None,
     partner: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The kernel in one role: output (B, T, H, V) in q's type, and its products with ``partner``.
 
     q and k (B, T, heads, K), v (B, T, heads, V) in their roles, heads dividing H; scale and
-    shift as :func:`_widen` returns them; sums (B, T, H), final (N, H, Dk, Dv or Dv + 1): written;
-    initial like final; partner (B, T, heads, V). The products are (B, T, H), float32.
+    shift as :func:`_widen` returns them; sums (B, T, H) and final: written; partner
+    (B, T, heads, V). The products with it are (B, T, H), float32.
     """
     B, T, _, K = q.shape
     V, H = v.shape[3], problem.heads
@@ -99,7 +97,7 @@ def _scan(
     constants: dict[str, Any] = {
         "ROLE": role, "NORMALISE": problem.normalise, "K": K, "V": V,
         "BLOCK_T": tiles.block_t, "BLOCK_K": block_of(K), "BLOCK_V": tiles.block_v,
-        "PRECISION": problem.precision, "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     grid = (programs * segments,)
     states = vectors = counts = None
@@ -109,7 +107,7 @@ def _scan(
         vectors = torch.empty(*parts, K if role == "output" else V, device=q.device)
         counts = torch.empty(problem.sequences, segments, device=q.device)
         segment_kernel[grid](
-            k, v, problem.log2_decay, problem.mask, problem.borders, scale, shift,
+            k, v, problem.log2_decay, problem.counted, problem.borders, scale, shift,
             states, vectors, counts,
             T, H, segments, segment_length, H // k.shape[2], H // v.shape[2],
             *k.stride()[:3], *v.stride()[:3], **constants,
@@ -118,22 +116,48 @@ def _scan(
     if partner is not None:
         partner = _channels_last(partner)
         dots = torch.zeros(blocks, B, T, H, device=q.device)
-    of_pair = initial if initial is not None else final
-    columns = 0 if of_pair is None else of_pair.shape[3]
-    transposed = role in ("dq", "dk")
-    value_columns = K if transposed else V
+    strides = (1, K) if role in ("dq", "dk") else (V, 1)
     scan_kernel[grid](
-        q, k, v, output, problem.log2_decay, problem.mask, problem.borders, scale, shift, sums,
-        initial, final, states, vectors, counts, partner, dots,
+        q, k, v, output, problem.log2_decay, problem.counted, problem.borders, scale, shift, sums,
+        *_pointers(initial), *_pointers(final), states, vectors, counts, partner, dots,
         T, H, segments, segment_length, H // q.shape[2], H // k.shape[2], H // v.shape[2],
         1 if partner is None else H // partner.shape[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((0, 0, 0) if partner is None else partner.stride()[:3]),
-        K * V // value_columns * columns,
-        1 if transposed else columns, columns if transposed else 1,
-        value_columns, columns, B * T * H, **constants,
+        *strides, *strides, B * T * H, **constants,
     )  # fmt: skip
     return output, None if dots is None else dots.sum(0)
+
+
+@dataclass(frozen=True)
+class _State:
+    """A state taken apart: matrix (N, H, Dk, Dv), and with sums the vector z (N, H, Dk)."""
+
+    matrix: Tensor
+    vector: Tensor | None
+
+    @staticmethod
+    def of(state: Tensor | None, normalise: bool) -> _State | None:
+        if state is None:
+            return None
+        state = state.float()
+        if not normalise:
+            return _State(state.contiguous(), None)
+        return _State(state[..., :-1].contiguous(), state[..., -1].contiguous())
+
+    @staticmethod
+    def empty(like: Tensor, *sizes: int, normalise: bool) -> _State:
+        matrix = like.new_empty(sizes, dtype=torch.float32)
+        return _State(matrix, torch.empty_like(matrix[..., 0]) if normalise else None)
+
+    def whole(self) -> Tensor:
+        if self.vector is None:
+            return self.matrix
+        return torch.cat([self.matrix, self.vector[..., None]], dim=-1)
+
+
+def _pointers(state: _State | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if state is None else (state.matrix, state.vector)
 
 
 def _widen(do: Tensor, output: Tensor, sums: Tensor, dsums: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,6 +195,15 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"the Triton kernel takes at most {LARGEST_HEAD} channels a head"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernel does not take {q.dtype}"
+    if (
+        q.device.type == "cuda"
+        and q.dtype == torch.float32
+        and torch.get_float32_matmul_precision() == "highest"
+    ):
+        return (
+            "the Triton kernel multiplies float32 as TF32, which "
+            "torch.set_float32_matmul_precision('highest') forbids"
+        )
     if q.device.type == "cuda" and _hardware(q.device)[0] < 80:
         return "the Triton kernel needs compute capability 8.0 or newer"
     return None
@@ -194,11 +227,10 @@ def linear_attention_triton(
     problem = _Problem.of(q, slope, mask, cu_seqlens, normalise)
     B, T, H, Dk = q.shape
     sums = q.new_zeros((B, T, H) if normalise else (0,), dtype=torch.float32)
-    width = v.shape[3] + normalise
-    state = q.new_empty(problem.sequences, H, Dk, width, dtype=torch.float32)
-    initial = None if initial_state is None else initial_state.float().contiguous()
+    state = _State.empty(q, problem.sequences, H, Dk, v.shape[3], normalise=normalise)
+    initial = _State.of(initial_state, normalise)
     output, _ = _scan(problem, "output", q, k, v, sums=sums, initial=initial, final=state)
-    return output, sums, state
+    return output, sums, state.whole()
 
 
 @linear_attention_triton.register_fake
@@ -241,26 +273,32 @@ def linear_attention_triton_backward(
     scale = shift = None
     if normalise:
         scale, shift = _widen(do, output, sums, None if dsums is None else dsums.contiguous())
-    initial = None if initial_state is None else initial_state.float().contiguous()
-    dfinal = None if dstate is None else dstate.float().contiguous()
-    dinitial = q.new_empty(0, dtype=torch.float32)
+    initial, dfinal = _State.of(initial_state, normalise), _State.of(dstate, normalise)
+    dinitial = None
     if state_gradient:
-        dinitial = torch.empty_like(state)
+        sizes = (*state.shape[:3], v.shape[3])
+        dinitial = _State.empty(q, *sizes, normalise=normalise)
     dq, q_dots = _scan(
         problem, "dq", do, v, k, scale=scale, shift=shift, initial=initial,
         partner=q if slope_gradient else None,
     )  # fmt: skip
     dk, k_dots = _scan(
         problem, "dk", v, do, q, scale=scale, shift=shift, initial=dfinal,
-        final=dinitial if state_gradient else None, partner=k if slope_gradient else None,
+        final=dinitial, partner=k if slope_gradient else None,
     )  # fmt: skip
     dv, _ = _scan(problem, "dv", k, q, do, scale=scale, shift=shift, initial=dfinal)
     dslope = q.new_empty(0, dtype=torch.float32)
     if slope_gradient:
         assert q_dots is not None
         assert k_dots is not None
-        dslope = _slope_gradient(q_dots - k_dots, mask, cu_seqlens, state, dfinal)
-    return dq, _sum_groups(dk, k.shape[2]), _sum_groups(dv, v.shape[2]), dslope, dinitial
+        dslope = _slope_gradient(q_dots - k_dots, mask, cu_seqlens, state, dstate)
+    return (
+        dq,
+        _sum_groups(dk, k.shape[2]),
+        _sum_groups(dv, v.shape[2]),
+        dslope,
+        q.new_empty(0, dtype=torch.float32) if dinitial is None else dinitial.whole(),
+    )
 
 
 @linear_attention_triton_backward.register_fake
@@ -313,7 +351,7 @@ def _ages(
     if cu_seqlens is None:
         return ages, ages[:, -1]
     borders = cu_seqlens.long()
-    counted = torch.nn.functional.pad(ages[0], (1, 0))[borders]  # tokens before each border
+    counted = F.pad(ages[0], (1, 0))[borders]  # tokens before each border
     place = torch.arange(T, device=dots.device)
     sequence = torch.searchsorted(borders[1:], place, right=True).clamp(max=sequences - 1)
     return ages - counted[sequence][None], counted.diff()
