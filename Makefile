@@ -11,7 +11,7 @@ STAMP := $(VENV)/.supra-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu demo clean
+.PHONY: help setup lint test test-slow test-gpu test-triton demo clean
 
 help:
 	@sed -n '2,5s/^# *//p' Makefile
@@ -49,6 +49,14 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# Every row of the kernels' table, compiled ahead of time by the oldest and the newest Triton.
+test-triton: $(STAMP)
+	@for version in 3.6.0 3.9.0; do \
+	  $(PIP) --no-deps --target $(VENV)/triton-$$version triton==$$version && \
+	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m supra_torch.benchmark.resources \
+	    --out docs/results/kernels-triton-$$version.md || exit 1; \
+	done
 
 demo: $(STAMP)
 	@$(BIN)/supra demo $(ARGS)
