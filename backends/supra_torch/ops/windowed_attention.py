@@ -7,12 +7,11 @@ With W the window and j <= t::
     o_t  = sum_j w_tj v_j / sum_j w_tj
 
 The far sum is :func:`linear_attention` over keys and values that lag W tokens behind. The two
-are joined as averages weighted by their logarithmic mass, so neither can overflow.
+are joined in one softmax, by the logarithm of the far sum, so neither can overflow.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supra_torch.ops.linear_attention import linear_attention_with_sums
+from supra_torch.ops.window_softmax import NEVER, window_softmax
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,16 @@ def windowed_attention(
         k, v, phi_k = (_gather(x, order) for x in (k, v, phi_k))
         q, phi_q = (_gather(_in_front(x, window), order)[:, window:] for x in (q, phi_q))
     with torch.autocast(q.device.type, enabled=False):
-        near, near_mass = _near(q, k, v, valid, window)
         phi_q, phi_k = phi_q.to(v.dtype), phi_k.to(v.dtype)
-        # An empty buffer holds zeros, which write nothing: no mask, and one decay for all rows.
-        written = None if mask is None and initial_state is None else valid[:, :T]
+        # Without a mask chunks are alike, and an empty buffer's zeros write nothing.
+        known = None if mask is None and initial_state is None else valid
+        written = None if known is None else known[:, :T]
         initial = None if initial_state is None else before.state
         far, total, state = linear_attention_with_sums(
             phi_q, phi_k[:, :T], v[:, :T], decay, initial_state=initial, mask=written
         )
-        output = _join(near, near_mass, far.float(), total[..., None], log_far_gain.float())
+        mass = _log_mass(total, log_far_gain.float())
+        output = window_softmax(q, k, v, known, far, mass, window)
     if order is not None:
         output = _gather(_in_front(output, window), torch.argsort(order, dim=1))[:, window:]
     after = WindowState(k[:, T:], v[:, T:], phi_k[:, T:], valid=valid[:, T:], state=state)
@@ -109,43 +110,8 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(1, order[..., None, None].expand(-1, -1, *x.shape[2:]))
 
 
-def _near(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Softmax over the window: averages (B, T, H, Dv) and log masses (B, T, H, 1), float32.
-
-    k, v and valid have W more slots in front than q. Blocks of C queries see W + C slots.
-    """
-    B, T, H, d = q.shape
-    K, Dv = v.shape[2:]
-    G, C = H // K, min(max(window, 64), T)
-    N = -(-T // C)
-    fill = N * C - T
-    q = F.pad(q, (0, 0, 0, 0, 0, fill)).view(B, N, C, K, G, d)
-    q = q.permute(0, 3, 1, 4, 2, 5).reshape(B, K, N, G * C, d)
-    k, v = (F.pad(x, (0, 0, 0, 0, 0, fill)).unfold(1, C + window, C) for x in (k, v))
-    k, v = k.permute(0, 2, 1, 3, 4), v.permute(0, 2, 1, 4, 3)  # (B,K,N,d,S), (B,K,N,S,Dv)
-    seen = F.pad(valid, (0, fill)).unfold(1, C + window, C)  # (B, N, S)
-    i = torch.arange(C, device=q.device)[:, None]
-    j = torch.arange(C + window, device=q.device)
-    band = (j > i) & (j <= i + window)
-    allowed = (band & seen[:, :, None])[:, None, :, None]  # (B, 1, N, 1, C, S)
-    scores = (q @ k).view(B, K, N, G, C, C + window).float() / math.sqrt(d)
-    # A large finite number: padding queries see nothing, and -inf would make them NaN.
-    scores = scores.masked_fill(~allowed, -1e30)
-    mass = torch.logsumexp(scores, dim=-1, keepdim=True)
-    weights = torch.exp(scores - mass).to(v.dtype).view(B, K, N, G * C, C + window)
-    near = (weights @ v).view(B, K, N, G, C, Dv).float()
-
-    def out(x: Tensor) -> Tensor:
-        return x.permute(0, 2, 4, 1, 3, 5).reshape(B, N * C, H, x.shape[-1])[:, :T]
-
-    return out(near), out(mass)
-
-
-def _join(
-    near: Tensor, near_mass: Tensor, far: Tensor, total: Tensor, log_far_gain: Tensor
-) -> Tensor:
-    """Both parts' averages, weighted by their mass; ``total`` is the far weights' sum."""
+def _log_mass(total: Tensor, log_far_gain: Tensor) -> Tensor:
+    """The far weights' logarithmic mass, (B, T, H) float32; ``total`` is their sum."""
     empty = total <= 0
-    far_mass = torch.log(total.masked_fill(empty, 1.0)) + log_far_gain[:, None]
-    share = torch.sigmoid(far_mass - near_mass).masked_fill(empty, 0.0)
-    return torch.lerp(near, far, share)
+    mass = torch.log(total.masked_fill(empty, 1.0)) + log_far_gain
+    return mass.masked_fill(empty, NEVER)
