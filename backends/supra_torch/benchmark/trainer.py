@@ -19,6 +19,7 @@ from supra_core.errors import SupraError
 from supra_core.sources import open_source
 from supra_torch.model import build
 from supra_torch.uptrain.config import UptrainConfig
+from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.run import frozen_teacher, open_inputs
 from supra_torch.uptrain.stages import gradients, optimiser_for
 from supra_torch.uptrain.step import adamw, autocast, training_step
@@ -50,6 +51,7 @@ def serve(training: Training, pipe: Connection) -> None:
     except SupraError as error:
         pipe.send(str(error))
         return
+    keep_freed_memory()
     config = training.config
     reset_peak(device)
     pipe.send("ready")

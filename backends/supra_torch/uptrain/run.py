@@ -34,6 +34,7 @@ from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Place
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.data import Sequences, text_files, tokenised
+from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.interrupts import deferred_interrupts
 from supra_torch.uptrain.stages import gradients, next_token_loss, optimiser_for
 from supra_torch.uptrain.step import autocast, resolved_precision, training_step
@@ -44,6 +45,7 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
 
     Raises SupraError when ``run`` belongs to another config, the inputs do not fit, or the loss
     is no longer finite (the last checkpoint stays). On Ctrl-C a checkpoint is written first.
+    The process keeps the memory that it frees (:func:`keep_freed_memory`).
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolved_precision(config.precision, device)
@@ -70,6 +72,7 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
         assets=assets,
         progress=progress,
     )
+    keep_freed_memory()
     place, student, spec = _starting_point(config, run, inputs, device)
     _trim_metrics(run / "metrics.jsonl", place)
     summary = _train(session, place, student, spec)

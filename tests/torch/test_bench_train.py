@@ -1,0 +1,82 @@
+"""The benchmark of training steps on a tiny model: what it measures, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from supra_core import artifact  # noqa: E402
+from supra_core.errors import SupraError  # noqa: E402
+from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
+from supra_core.sources import open_source  # noqa: E402
+from supra_torch.benchmark.train import ORIGINAL, benchmark  # noqa: E402
+
+SETTINGS: dict[str, Any] = {
+    "recipes": None, "kinds": ["uptrain"], "lengths": [32], "batch_tokens": 64, "steps": 2,
+    "precision": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, folder = open_source(tiny_transformer), tmp_path_factory.mktemp("converted") / "model"
+    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(preset="pure"))
+    artifact.write(folder, spec, tensors, source.assets(), dtype="float32")
+    return folder
+
+
+def test_every_kind_is_measured_beside_the_original(tiny_transformer: Path) -> None:
+    result = benchmark(
+        str(tiny_transformer),
+        **{**SETTINGS, "kinds": ["uptrain", "transfer", "distill"], "lengths": [32, 48]},
+    )
+    names = [ORIGINAL, "aligned: uptrain", "aligned: transfer", "aligned: distill"]
+    assert [(row["name"], row["length"]) for row in result["rows"]] == [
+        (name, length) for length in (32, 48) for name in names
+    ]
+    for row in result["rows"]:
+        assert row["step_tokens"] == (64 if row["length"] == 32 else 48)
+        assert row["tokens_per_second"] == row["step_tokens"] / row["seconds_median"]
+        assert 0 < row["seconds_least"] <= row["seconds_median"] <= row["seconds_most"]
+        # Torch alone is more than this resident.
+        assert row["peak_memory_bytes"] > 50 * 2**20
+    assert result["rows"][0]["speed_ratio"] == 1.0
+    assert result["notes"] == ["length 48: a step has 48 tokens, in whole sequences"]
+
+
+def test_a_linear_model_is_measured_alone_and_it_is_said(converted: Path) -> None:
+    result = benchmark(str(converted), **SETTINGS)
+    (row,) = result["rows"]
+    assert (row["name"], row["speed_ratio"]) == ("uptrain", None)
+    assert result["notes"] == [f"the original was not measured: {converted} is linear already"]
+    with pytest.raises(SupraError, match="drop --recipe"):
+        benchmark(str(converted), **{**SETTINGS, "recipes": ["pure"]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "at least one step"),
+        ({"kinds": ["guess"]}, r"field stages\.0\.kind"),
+        ({"lengths": [1]}, "field sequence_length"),
+        ({"precision": "half"}, "field precision"),
+        ({"recipes": ["magic"]}, "unknown recipe 'magic'"),
+    ],
+)
+def test_bad_input_is_named(tiny_transformer: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SupraError, match=message):
+        benchmark(str(tiny_transformer), **{**SETTINGS, **settings})
+
+
+def test_a_process_that_cannot_begin_says_why(tmp_path: Path, tiny_transformer: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_transformer.iterdir():
+        if file.suffix != ".safetensors":
+            (broken / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(SupraError, match="broken"):
+        benchmark(str(broken), **SETTINGS)
