@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,9 @@ Dtype = Annotated[
     typer.Option(help="float32, bfloat16 or float16; default: the type the weights have."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+ReportFolder = Annotated[
+    Path | None, typer.Option("--out", help="Folder for the result as JSON and as markdown.")
+]
 Form = Annotated[str, typer.Option(help="parallel, recurrent or step.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling: keep this much probability.")]

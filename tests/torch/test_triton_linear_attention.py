@@ -41,7 +41,7 @@ def test_interpreted_kernel_is_the_definition_in_more_shapes() -> None:
 @pytest.mark.parametrize("role", ["output", "dq", "dk", "dv"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_smollm2_layer_compiles_for_a_gpu(role: str, capability: int) -> None:
-    from supra_torch.benchmark.resources import Case, compile_case, complaints
+    from supra_torch.benchmark.compilation import Case, compile_case, complaints
 
     for masked in (False, True):
         case = Case("scan", role, True, "bf16", 64, 64, capability, masked=masked, packed=masked)
@@ -53,9 +53,10 @@ def test_smollm2_layer_compiles_for_a_gpu(role: str, capability: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_every_row_of_the_table_compiles(capability: int) -> None:
-    from supra_torch.benchmark.resources import all_cases, complaints, table
+    from supra_torch.benchmark.compilation import complaints
+    from supra_torch.benchmark.resources import all_cases, compiled
 
-    rows = table(list(all_cases([capability])))
+    rows = compiled(list(all_cases([capability]))).items()
     wrong = [(case, complaints(case, found)) for case, found in rows if complaints(case, found)]
     assert wrong == []
 

@@ -1,98 +1,48 @@
-"""What every row of the kernels' table needs of a GPU, found by compiling it without one.
+"""Every row of the kernels' table, compiled ahead of time: a page of what each needs of a GPU.
 
-    python -m supra_torch.benchmark.resources [--capability 90] [--out TABLE.md]
+    python -m supra_torch.benchmark.resources --out PAGE.md [--capability 90] [--dtype bf16]
 
-For each role, head size and type: registers a thread, bytes spilled, shared memory a program,
-and which tensor-core instruction the code contains. Triton's own wheel brings the assembler.
+Cases are kept in PAGE.md.jsonl as they come, so that an interrupted run goes on where it was;
+the file is removed when the page is written. Exit status 1 if a case falls short.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-from triton.compiler import ASTSource
 
-from supra_torch.ops.triton_kernels import scan_kernel, segment_kernel
-from supra_torch.ops.triton_table import CAPABILITIES, SHARED_MEMORY, block_of, tiles_for
+from supra_core.formats.atomic import atomic_file
+from supra_torch.benchmark.compilation import (
+    TYPES,
+    Case,
+    Resources,
+    assembler_version,
+    compile_case,
+    complaints,
+)
+from supra_torch.ops.triton_table import CAPABILITIES
 
 ROLES = ("output", "dq", "dk", "dv")
 HEADS = ((32, 32), (64, 64), (96, 96), (128, 128), (256, 256), (128, 64), (64, 128))
 """(Dk, Dv): the sizes that the table serves, and two that differ."""
-TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-_TENSOR_CORES = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One compilation: ``kernel`` scan or segment; mask, packing and segments as switches."""
-
-    kernel: str
-    role: str
-    normalise: bool
-    dtype: str
-    key_size: int
-    value_size: int
-    capability: int
-    masked: bool = False
-    packed: bool = False
-
-    @property
-    def row_size(self) -> int:
-        """Channels of the query role, the state's rows."""
-        return self.value_size if self.role in ("dq", "dk") else self.key_size
-
-    @property
-    def column_size(self) -> int:
-        """Channels of the value role, the state's columns."""
-        return self.key_size if self.role in ("dq", "dk") else self.value_size
+Found = dict[Case, Resources]
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What the compiler and the assembler say of one case."""
-
-    registers: int
-    spilled: int
-    """Bytes stored to and loaded from memory because registers ran out, a thread."""
-    shared: int
-    """Bytes a program."""
-    instruction: str
-    """The tensor-core instruction in the code, or an empty text."""
-
-
-def compile_case(case: Case) -> Resources:
-    """Compile one case for its architecture; raises what Triton raises when it does not compile."""
-    kernel = scan_kernel if case.kernel == "scan" else segment_kernel
-    tiles = tiles_for(case.capability, TYPES[case.dtype], case.row_size, case.column_size)
-    constants = _constants(case, tiles.block_t, tiles.block_v)
-    signature, attributes = _signature(kernel.arg_names, constants, case.dtype)
-    compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", case.capability, 32),
-        options={"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
-    )
-    ptx = compiled.asm["ptx"]
-    registers, spilled = _assemble(ptx, case.capability)
-    found = [name for name in _TENSOR_CORES if name in ptx]
-    return Resources(registers, spilled, compiled.metadata.shared, found[0] if found else "")
-
-
-def all_cases(capabilities: Sequence[int] = CAPABILITIES) -> Iterator[Case]:
+def all_cases(
+    capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = tuple(TYPES)
+) -> Iterator[Case]:
     """Every row of the table in every role: plain and normalised, and once masked and packed."""
     for capability in capabilities:
-        for dtype in TYPES:
+        for dtype in dtypes:
             for key_size, value_size in HEADS:
                 for role in ROLES:
                     for normalise in (False, True):
@@ -103,135 +53,111 @@ def all_cases(capabilities: Sequence[int] = CAPABILITIES) -> Iterator[Case]:
                             yield Case("segment", role, *sizes)
 
 
-def table(cases: Sequence[Case], *, workers: int = 2) -> list[tuple[Case, Resources]]:
-    """All cases with their resources, compiled in ``workers`` processes."""
+def compiled(cases: Sequence[Case], kept: Path | None = None, *, workers: int = 2) -> Found:
+    """All cases with their resources; those in the file ``kept`` are read, new ones appended."""
+    found = {case: known for case, known in _read(kept).items() if case in set(cases)}
+    left = [case for case in cases if case not in found]
+    start = time.monotonic()
     with ProcessPoolExecutor(workers) as pool:
-        return list(zip(cases, pool.map(compile_case, cases, chunksize=4), strict=True))
+        running = {pool.submit(compile_case, case): case for case in left}
+        for count, future in enumerate(as_completed(running), start=1):
+            case = running[future]
+            found[case] = future.result()
+            if kept is not None:
+                with kept.open("a", encoding="utf-8") as lines:
+                    record = {"triton": triton.__version__, **asdict(case), **asdict(found[case])}
+                    lines.write(json.dumps(record) + "\n")
+            if count % 20 == 0 or count == len(left):
+                rate = (time.monotonic() - start) / count
+                print(
+                    f"{count} of {len(left)} compiled, {rate * (len(left) - count) / 60:.0f} "
+                    "minutes left",
+                    file=sys.stderr,
+                )
+    return {case: found[case] for case in cases}
 
 
-def complaints(case: Case, found: Resources) -> list[str]:
-    """What is wrong with a compiled case: no tensor cores, spills at d <= 128, too much memory."""
-    wrong = []
-    if not found.instruction:
-        wrong.append("no tensor-core instruction")
-    if found.spilled and max(case.key_size, case.value_size) <= 128:
-        wrong.append(f"{found.spilled} bytes spilled")
-    if found.shared > SHARED_MEMORY[case.capability]:
-        wrong.append(f"{found.shared} bytes of shared memory")
-    return wrong
+def _read(kept: Path | None) -> Found:
+    """What an interrupted run with this Triton has compiled already."""
+    found: Found = {}
+    if kept is None or not kept.is_file():
+        return found
+    for line in kept.read_text("utf-8").splitlines():
+        record = json.loads(line)
+        if record.pop("triton") == triton.__version__:
+            resources = Resources(**{name: record.pop(name) for name in Resources.__annotations__})
+            found[Case(**record)] = resources
+    return found
 
 
-def _constants(case: Case, block_t: int, block_v: int) -> dict[str, Any]:
-    """The kernel's compile-time arguments, None for the pointers that this case leaves out."""
-    scan = case.kernel == "scan"
-    absent = [] if case.masked else ["counted"]
-    absent += [] if case.packed else ["borders"]
-    if case.role == "output" or not case.normalise:
-        absent += ["scale", "shift"]
-    elif case.role == "dv":
-        absent += ["shift"]
-    if not case.normalise or case.role == "dv":
-        absent += ["vectors"]
-    if scan:
-        absent += [] if case.normalise and case.role == "output" else ["sums"]
-        absent += [] if case.role in ("dq", "dk") else ["partner", "dots"]
-        # Masked and packed cases also go on from a state and in segments: everything at once.
-        absent += [] if case.packed else ["states", "vectors", "tokens"]
-        if not case.packed and case.role != "output":
-            absent += ["initial", "initial_vector"]
-        if case.role in ("dq", "dv"):
-            absent += ["final", "final_vector"]
-        if not case.normalise or case.role == "dv":
-            absent += ["initial_vector", "final_vector"]
-    constants: dict[str, Any] = dict.fromkeys(absent)
-    if scan:
-        unit = "k" if case.role in ("dq", "dk") else "v"
-        constants |= {f"state_{unit}": 1, f"final_{unit}": 1}
-    return constants | {
-        "ROLE": case.role, "NORMALISE": case.normalise,
-        "K": case.row_size, "V": case.column_size,
-        "BLOCK_T": block_t, "BLOCK_K": block_of(case.row_size), "BLOCK_V": block_v,
-    }  # fmt: skip
-
-
-_FLOAT32 = {
-    "log2_decay", "scale", "shift", "sums", "initial", "initial_vector", "final", "final_vector",
-    "states", "vectors", "tokens",
-    "dots",
-}  # fmt: skip
-_OPERANDS = {"q", "k", "v", "output", "partner"}
-
-
-def _signature(
-    names: Sequence[str], constants: dict[str, Any], dtype: str
-) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
-    """Types of the arguments, and that pointers and strides are multiples of 16."""
-    signature, attributes = {}, {}
-    for index, name in enumerate(names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        pointer = True
-        if name in _OPERANDS:
-            signature[name] = f"*{dtype}"
-        elif name in _FLOAT32:
-            signature[name] = "*fp32"
-        elif name == "counted":
-            signature[name] = "*i32"
-        elif name == "borders":
-            signature[name] = "*i64"
-        else:
-            pointer = False
-            signature[name] = "i32"
-        if pointer or re.fullmatch(r"(q|k|v|partner)_[bth]|(state|final)_[kv]", name):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return signature, attributes
-
-
-def _assemble(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers a thread and bytes spilled, as the assembler reports them."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        report = subprocess.run(
-            [
-                get_ptxas(capability).path, "-v", str(source), "-o", str(source) + ".cubin",
-                f"--gpu-name={sm_arch_from_capability(capability)}",
-            ],
-            check=True, capture_output=True, text=True,
-        ).stderr  # fmt: skip
-    registers = re.search(r"Used (\d+) registers", report)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
-    if registers is None or not spills:
-        raise RuntimeError(f"the assembler's report is not understood: {report}")
-    return int(registers.group(1)), sum(int(count) for count in spills)
-
-
-def _markdown(rows: Sequence[tuple[Case, Resources]]) -> str:
-    """One line a case; what falls short stands in the last column."""
-    names = [f.name.replace("_", " ") for f in (*fields(Case), *fields(Resources))] + [
-        "falls short"
+def page(found: Mapping[Case, Resources]) -> str:
+    """Markdown: a summary, then a table for each architecture."""
+    narrow = [r for case, r in found.items() if max(case.key_size, case.value_size) <= 128]
+    short = sum(bool(complaints(case, r)) for case, r in found.items())
+    lines = [
+        f"# The kernels' resources, Triton {triton.__version__}",
+        "",
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, assembler {assembler_version()}; compiled "
+        "ahead of time, without a GPU: `python -m supra_torch.benchmark.resources --out PAGE.md`.",
+        "",
+        f"- {len(found)} cases; {short} fall short.",
+        f"- Head sizes to 128: {sum(r.spilled > 0 for r in narrow)} of {len(narrow)} cases spill; "
+        f"at most {max((r.shared for r in narrow), default=0)} bytes of shared memory.",
+        f"- All sizes: at most {max((r.spilled for r in found.values()), default=0)} bytes "
+        f"spilled a thread, {max((r.shared for r in found.values()), default=0)} bytes of shared "
+        "memory.",
+        "",
+        "Registers are those of a thread, spilled bytes those stored and loaded by a thread, "
+        'shared memory in bytes a program. fp32 is multiplied as TF32. "Everything" is with the '
+        'normaliser, a mask, packed sequences, states and segments at once; "segment" is the '
+        "kernel that makes the segments' states. What falls short is in the last column.",
     ]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for case, found in rows:
-        cells = [*astuple(case), *astuple(found), ", ".join(complaints(case, found))]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    for capability in sorted({case.capability for case in found}):
+        lines += ["", f"## sm_{capability}", ""]
+        lines += [_line(_COLUMNS), "|---" * len(_COLUMNS) + "|"]
+        lines += [_row(case, r) for case, r in found.items() if case.capability == capability]
     return "\n".join(lines) + "\n"
+
+
+_COLUMNS = (
+    "Dk", "Dv", "type", "role", "kind", "registers", "spilled", "shared", "tensor cores",
+    "falls short",
+)  # fmt: skip
+
+
+def _row(case: Case, found: Resources) -> str:
+    kind = "everything" if case.packed else "normalised" if case.normalise else "plain"
+    if case.kernel == "segment":
+        kind = "segment"
+    cells = (
+        case.key_size, case.value_size, case.dtype, case.role, kind, found.registers,
+        found.spilled, found.shared, found.instruction, ", ".join(complaints(case, found)),
+    )  # fmt: skip
+    return _line(cells)
+
+
+def _line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dtype", action="append", choices=tuple(TYPES))
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    parser.add_argument("--out", type=Path, help="write the page here instead of printing it")
     options = parser.parse_args()
-    rows = table(list(all_cases(options.capability or CAPABILITIES)))
-    text = f"Triton {triton.__version__}\n\n{_markdown(rows)}"
+    cases = list(all_cases(options.capability or (80, 90, 100), options.dtype or tuple(TYPES)))
+    kept = options.out and options.out.with_name(options.out.name + ".jsonl")
+    found = compiled(cases, kept, workers=options.workers)
     if options.out is None:
-        print(text)
+        print(page(found))
     else:
-        options.out.write_text(text, encoding="utf-8")
-    short = sum(bool(complaints(case, found)) for case, found in rows)
-    raise SystemExit(f"{short} of {len(rows)} cases fall short" if short else 0)
+        with atomic_file(options.out) as partial:
+            partial.write_text(page(found), encoding="utf-8")
+        kept.unlink(missing_ok=True)
+    short = sum(bool(complaints(case, resources)) for case, resources in found.items())
+    raise SystemExit(f"{short} of {len(found)} cases fall short" if short else 0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from supra_cli.commands.bench import train
+from supra_cli.commands.bench import decode, op, train
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+app.command("op")(op.command)
+app.command("decode")(decode.command)
 app.command("train")(train.command)

@@ -1,0 +1,72 @@
+"""A measurement as a table, and as files: JSON for programs, markdown for people."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from supra_core.errors import SupraError
+from supra_core.formats.atomic import atomic_file
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, the first column to the left; ``notes`` stand below."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+
+def origin(result: dict[str, Any]) -> str:
+    """Where and when a result was measured: device, date, versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    threads = "" if result["threads"] is None else f", {result['threads']} threads"
+    copied = f"a copy moves {result['copy_bytes_per_second'] / 1e9:,.0f} GB/s"
+    return f"{result['device']}{threads}, {copied}; {result['date']}; {versions}"
+
+
+def markdown(table: Table) -> str:
+    """The table with its title as a heading."""
+    lines = [f"# {table.title}", "", _line(table.columns)]
+    lines.append(_line(["---"] + ["---:"] * (len(table.columns) - 1)))
+    lines += [_line(row) for row in table.rows]
+    if table.notes:
+        lines += ["", *(f"- {note}" for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, name: str, result: dict[str, Any], table: Table, force: bool) -> list[Path]:
+    """NAME-DEVICE.json and .md in the folder; SupraError if they exist, unless ``force``."""
+    stem = f"{name}-{_slug(result['device'])}"
+    texts = {
+        folder / f"{stem}.json": json.dumps(result, indent=2) + "\n",
+        folder / f"{stem}.md": markdown(table),
+    }
+    for path in texts:
+        if path.exists() and not force:
+            raise SupraError(f"{path} exists: name another folder, or replace it with --force")
+    for path, text in texts.items():
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return list(texts)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """With as many digits as are worth reading; a dash for what was not measured."""
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e3:.3f}" if seconds < 0.01 else f"{seconds * 1e3:,.1f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,48 @@
+"""``supra bench op``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from supra_cli import options
+
+EXIT_CHECK_FAILED = 1
+
+
+def command(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="A shape's name; repeatable; default: all, on a CPU the small ones."),
+    ] = None,
+    implementation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="triton, chunked, fla-retention, fla-simple-gla or sdpa; repeatable; default: all."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    repeats: Annotated[
+        int | None, typer.Option(help="Measured calls; the median counts.", min=1)
+    ] = None,
+    out: options.ReportFolder = None,
+    force: options.Force = False,
+    json_output: options.Json = False,
+) -> None:
+    """Check linear attention against float64, then time it beside its peers."""
+    from supra_cli.backends import require
+    from supra_cli.commands.bench.output import show
+    from supra_cli.output import log
+
+    require("torch", "measuring the operator")
+    from supra_torch.benchmark.operator import benchmark, table
+
+    result = benchmark(
+        shapes=shape, implementations=implementation, dtype=dtype, device=device, repeats=repeats,
+        log=log,
+    )  # fmt: skip
+    show("operator", result, table(result), out=out, force=force, json_output=json_output)
+    if any(row["failed"] for row in result["rows"]):
+        raise typer.Exit(EXIT_CHECK_FAILED)

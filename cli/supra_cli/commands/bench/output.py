@@ -1,0 +1,29 @@
+"""A measurement on the screen, and in a folder if one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from supra_cli.output import log, print_json, print_table
+
+if TYPE_CHECKING:
+    from supra_torch.benchmark.report import Table
+
+
+def show(
+    name: str, result: dict[str, Any], table: Table, *, out: Path | None, force: bool,
+    json_output: bool,
+) -> None:  # fmt: skip
+    """Print the result; with ``out`` also write NAME-DEVICE.json and .md there."""
+    if json_output:
+        print_json(result)
+    else:
+        print_table(table.rows, columns=table.columns, title=table.title)
+        for note in table.notes:
+            log(note)
+    if out is not None:
+        from supra_torch.benchmark.report import write
+
+        for path in write(out, name, result, table, force):
+            log(f"wrote {path}")
