@@ -2,6 +2,7 @@
 #   make setup      the environment           make test       style, types and the fast tests
 #   make demo       the whole way, ~7 min    make test-slow  the tests that take minutes
 #   make lint       style and types           make test-gpu   the tests that need a CUDA device
+#   make test-triton  the kernels, compiled for every GPU  make bench-gpu  tests and times on a GPU
 # PYTHON=... names the interpreter to build the environment with (3.11 or newer).
 
 PYTHON ?= python3
@@ -11,10 +12,10 @@ STAMP := $(VENV)/.supra-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu test-triton demo clean
+.PHONY: help setup lint test test-slow test-gpu test-triton bench-gpu demo clean
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 setup: $(STAMP)
 
@@ -53,10 +54,15 @@ test-gpu: $(STAMP)
 # Every row of the kernels' table, compiled ahead of time by the oldest and the newest Triton.
 test-triton: $(STAMP)
 	@for version in 3.6.0 3.9.0; do \
-	  $(PIP) --no-deps --target $(VENV)/triton-$$version triton==$$version && \
+	  { [ -d $(VENV)/triton-$$version ] || \
+	    $(PIP) --no-deps --target $(VENV)/triton-$$version triton==$$version; } && \
 	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m supra_torch.benchmark.resources \
 	    --out docs/results/kernels-triton-$$version.md || exit 1; \
 	done
+
+# On a machine with CUDA: the GPU tests, then operator, decode and training into docs/results.
+bench-gpu: $(STAMP)
+	PYTHON=$(BIN)/python benchmarks/gpu.sh
 
 demo: $(STAMP)
 	@$(BIN)/supra demo $(ARGS)

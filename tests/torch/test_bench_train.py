@@ -13,7 +13,7 @@ from supra_core import artifact  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
-from supra_torch.benchmark.train import ORIGINAL, benchmark  # noqa: E402
+from supra_torch.benchmark.train import ORIGINAL, benchmark, table  # noqa: E402
 
 SETTINGS: dict[str, Any] = {
     "recipes": None, "kinds": ["uptrain"], "lengths": [32], "batch_tokens": 64, "steps": 2,
@@ -45,7 +45,12 @@ def test_every_kind_is_measured_beside_the_original(tiny_transformer: Path) -> N
         # Torch alone is more than this resident.
         assert row["peak_memory_bytes"] > 50 * 2**20
     assert result["rows"][0]["speed_ratio"] == 1.0
-    assert result["notes"] == ["length 48: a step has 48 tokens, in whole sequences"]
+    note = "length 48: a step has 48 tokens, in whole sequences"
+    assert result["notes"] == [note]
+    shown = table(result)
+    assert [row[0] for row in shown.rows] == names * 2
+    assert {len(row) for row in shown.rows} == {len(shown.columns)}
+    assert note in shown.notes
 
 
 def test_a_linear_model_is_measured_alone_and_it_is_said(converted: Path) -> None:

@@ -174,6 +174,13 @@ def test_opcheck(name: str) -> None:
         # Runs through the compiler's tracer and compares the numbers.
         tests.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, inputs.arguments, test_utils=tests)
+    given = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs.arguments]
+    output, sums, state, borders = operator(*given)
+    torch.library.opcheck(
+        torch.ops.supra.linear_attention_chunked_backward.default,
+        (output, sums, state, *given[:7], output, sums, borders, True),
+        test_utils=["test_schema", "test_faketensor"],
+    )
 
 
 @pytest.mark.parametrize("name", ["state", "packed state and mask", "normalise"])

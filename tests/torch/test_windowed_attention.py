@@ -125,6 +125,11 @@ def test_opcheck(masked: bool) -> None:
     )
     valid = torch.rand(2, 45, generator=generator) > 0.3 if masked else None
     torch.library.opcheck(torch.ops.supra.window_softmax.default, (q, k, v, valid, far, mass, 5))
+    torch.library.opcheck(
+        torch.ops.supra.window_softmax_backward.default,
+        (far.detach(), q.detach(), k.detach(), v.detach(), valid, far.detach(), mass.detach(), 5),
+        test_utils=["test_schema", "test_faketensor"],
+    )
     assert torch.autograd.gradcheck(
         lambda *x: window_softmax(x[0], x[1], x[2], valid, x[3], x[4], 5),
         (q, k, v, far, mass),

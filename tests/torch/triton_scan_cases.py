@@ -7,6 +7,7 @@ shapes. Memory that a kernel must write is filled with NaN first.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -68,7 +69,20 @@ def main() -> None:
         torch.library.opcheck(
             torch.ops.supra.linear_attention_triton.default, (*arguments, case.normalise)
         )
+        check_backward_operator(arguments, case.normalise)
     print(f"passed {passed + 3}")
+
+
+def check_backward_operator(inputs: Sequence[Any], normalise: bool) -> None:
+    """What torch.compile relies on: schema and fake implementation."""
+    given = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    output, sums, state = triton_form.linear_attention_triton(*given, normalise)
+    for wanted in (False, True):
+        torch.library.opcheck(
+            triton_form.linear_attention_triton_backward,
+            (output, None, state, *given, output, sums, state, wanted, wanted),
+            test_utils=["test_schema", "test_faketensor"],
+        )
 
 
 def check(case: Case, seed: int) -> None:

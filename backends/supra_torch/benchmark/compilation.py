@@ -69,7 +69,13 @@ class Resources:
 def compile_case(case: Case) -> Resources:
     """Compile one case for its architecture; raises what Triton raises when it does not compile."""
     kernel = scan_kernel if case.kernel == "scan" else segment_kernel
-    tiles = tiles_for(case.capability, TYPES[case.dtype], case.row_size, case.column_size)
+    tiles = tiles_for(
+        case.capability,
+        TYPES[case.dtype],
+        case.row_size,
+        case.column_size,
+        masked=case.masked or case.packed,
+    )
     constants = _constants(case, tiles.block_t, tiles.block_v)
     signature, attributes = _signature(kernel.arg_names, constants, case.dtype)
     compiled = triton.compile(

@@ -27,8 +27,9 @@ def origin(result: dict[str, Any]) -> str:
     """Where and when a result was measured: device, date, versions."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     threads = "" if result["threads"] is None else f", {result['threads']} threads"
-    copied = f"a copy moves {result['copy_bytes_per_second'] / 1e9:,.0f} GB/s"
-    return f"{result['device']}{threads}, {copied}; {result['date']}; {versions}"
+    copied = result.get("copy_bytes_per_second")
+    copy = "" if copied is None else f", a copy moves {copied / 1e9:,.0f} GB/s"
+    return f"{result['device']}{threads}{copy}; {result['date']}; {versions}"
 
 
 def markdown(table: Table) -> str:

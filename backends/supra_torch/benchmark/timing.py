@@ -61,7 +61,7 @@ def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:
 def environment(device: torch.device) -> dict[str, Any]:
     """The device, how many threads a CPU had, the versions, and the date (UTC)."""
     versions = {"python": platform.python_version()}
-    for package in ("supra-lm", "torch", "triton", "flash-linear-attention"):
+    for package in ("supra-lm", "torch", "transformers", "triton", "flash-linear-attention"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

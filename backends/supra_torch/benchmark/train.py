@@ -8,13 +8,10 @@ alike. The step is the very one of an uptraining run: forward, backward, clip, f
 from __future__ import annotations
 
 import multiprocessing
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +19,16 @@ import torch
 
 from supra_core.errors import SupraError
 from supra_core.sources import Source, open_source
+from supra_torch.benchmark.report import Table, origin
+from supra_torch.benchmark.timing import environment
 from supra_torch.benchmark.trainer import Training, serve
 from supra_torch.uptrain.config import DEFAULT_RECIPE, UptrainConfig, recipe_named, validate
 from supra_torch.uptrain.step import resolved_precision
 
 ORIGINAL = "original (transformers, SDPA)"
 _LOADABLE_BY_TRANSFORMERS = ("gguf", "hf")
-# First steps allocate memory and the optimiser's state.
-_WARMUP = 1
+# The first steps allocate memory and the optimiser's state, the second ones still touch new pages.
+_WARMUP = 2
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,40 @@ def benchmark(
         "steps": steps,
         "precision": resolved_precision(precision, device),
         "activation_checkpointing": activation_checkpointing,
-        "device": _device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "transformers", "supra-lm")},
-        },
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **environment(device),
         "rows": rows,
         "notes": notes,
     }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for people."""
+    rows = [
+        (
+            row["name"],
+            str(row["length"]),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['seconds_median']:.2f}",
+            f"{row['seconds_least']:.2f}",
+            f"{row['seconds_most']:.2f}",
+            f"{row['peak_memory_bytes'] / 1e9:,.2f}",
+            "-" if row["speed_ratio"] is None else f"{row['speed_ratio']:.2f} x",
+        )
+        for row in result["rows"]
+    ]
+    return Table(
+        title=f"Training {Path(result['model']).name}, {result['precision']}: {origin(result)}",
+        columns=(
+            "training step", "length", "tokens/s", "a step, s", "least", "most", "peak, GB",
+            "against the original",
+        ),
+        rows=rows,
+        notes=(
+            *result["notes"],
+            f"a step has {result['batch_tokens']:,} random tokens: forward, backward, clip, AdamW; "
+            f"times are medians of {result['steps']} steps, taken in turns",
+        ),
+    )  # fmt: skip
 
 
 def _notes(model: str, source: Source, lengths: Sequence[int], batch_tokens: int) -> list[str]:
@@ -223,16 +246,3 @@ def _result(row: _Row, seconds: Sequence[float], peak: int) -> dict[str, Any]:
         "tokens_per_second": tokens / median,
         "peak_memory_bytes": peak,
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {torch.get_num_threads()} threads"

@@ -87,7 +87,8 @@ def _scan(
     V, H = v.shape[3], problem.heads
     q, k, v = (_channels_last(x) for x in (q, k, v))
     capability, processors = _hardware(q.device)
-    tiles = tiles_for(capability, q.element_size(), K, V)
+    masked = problem.counted is not None or problem.borders is not None
+    tiles = tiles_for(capability, q.element_size(), K, V, masked)
     blocks = -(-V // tiles.block_v)
     programs = problem.sequences * H * blocks
     segments, segment_length = segments_for(programs, T, tiles.block_t, processors)

@@ -45,15 +45,22 @@ _HOPPER = _SMALL | {
     (2, 64): Tiles(32, 64, 4, 2),
     (2, 128): Tiles(32, 64, 8, 2),
 }
-# Two stages of loads spill 16 to 72 bytes in the widest masked cases.
-_BLACKWELL = _SMALL | {(2, 128): Tiles(32, 32, 8, 1)}
 
 _TABLE: dict[_Key, Tiles] = {
     _Key(capability, *key): tiles
-    for capability, rows in ((80, _SMALL), (90, _HOPPER), (100, _BLACKWELL), (120, _SMALL))
+    for capability, rows in ((80, _SMALL), (90, _HOPPER), (100, _SMALL), (120, _SMALL))
     for key, tiles in rows.items()
 }
 """Chosen so that nothing spills at d <= 128; not yet by measured times."""
+
+_MASKED = {
+    _Key(90, 2, 32): Tiles(64, 32, 4, 1),
+    _Key(90, 2, 64): Tiles(32, 64, 8, 1),
+    _Key(90, 2, 128): Tiles(16, 32, 8, 1),
+    _Key(100, 2, 128): Tiles(32, 32, 8, 1),
+    _Key(120, 2, 128): Tiles(32, 32, 8, 1),
+}
+"""Rows with a mask or packed sequences, where those of the table spill up to 100 bytes."""
 
 _SMALLEST_BLOCK = 16
 """A tensor core's side."""
@@ -73,8 +80,12 @@ def block_of(channels: int) -> int:
     return max(_SMALLEST_BLOCK, 1 << (channels - 1).bit_length())
 
 
-def tiles_for(capability: int, element_bytes: int, rows: int, columns: int) -> Tiles:
+def tiles_for(
+    capability: int, element_bytes: int, rows: int, columns: int, masked: bool = False
+) -> Tiles:
     """The row for a state of ``rows`` x ``columns``, its value block no wider than the columns.
+
+    ``masked``: with a mask or packed sequences.
 
     Raises ValueError for an architecture older than every row.
     """
@@ -86,7 +97,8 @@ def tiles_for(capability: int, element_bytes: int, rows: int, columns: int) -> T
             f"there is no Triton kernel for compute capability {capability / 10:.1f}: "
             "use implementation='chunked'"
         )
-    tiles = _TABLE[max(fitting)]
+    key = max(fitting)
+    tiles = _MASKED.get(key, _TABLE[key]) if masked else _TABLE[key]
     return Tiles(tiles.block_t, min(tiles.block_v, block_of(columns)), tiles.warps, tiles.stages)
 
 

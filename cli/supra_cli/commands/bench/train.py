@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,14 +28,17 @@ def command(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Less memory, more time; for all.")
     ] = False,
+    out: options.ReportFolder = None,
+    force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
     """Time training steps beside the original transformer's, in turns."""
     from supra_cli.backends import require
-    from supra_cli.output import log, print_json, print_table
+    from supra_cli.commands.bench.output import show
+    from supra_cli.output import log
 
     require("torch", "measuring training")
-    from supra_torch.benchmark.train import benchmark
+    from supra_torch.benchmark.train import benchmark, table
 
     result = benchmark(
         model,
@@ -48,41 +51,4 @@ def command(
         activation_checkpointing=activation_checkpointing,
         log=log,
     )
-    if json_output:
-        print_json(result)
-        return
-    print_table(_rows(result), columns=_COLUMNS, title=_title(result))
-    for note in result["notes"]:
-        log(note)
-
-
-_COLUMNS = (
-    "training step", "length", "tokens/s", "seconds: median", "least", "most", "peak memory",
-    "against the original",
-)  # fmt: skip
-
-
-def _rows(result: dict[str, Any]) -> list[list[str]]:
-    from supra_cli.output import bytes_text
-
-    return [
-        [
-            row["name"],
-            str(row["length"]),
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['seconds_median']:.2f}",
-            f"{row['seconds_least']:.2f}",
-            f"{row['seconds_most']:.2f}",
-            bytes_text(row["peak_memory_bytes"]),
-            "-" if row["speed_ratio"] is None else f"{row['speed_ratio']:.2f} x",
-        ]
-        for row in result["rows"]
-    ]
-
-
-def _title(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return (
-        f"{result['model']}: {result['batch_tokens']} tokens a step, {result['precision']}, "
-        f"{result['device']}, {result['date']}; {versions}"
-    )
+    show("train", result, table(result), out=out, force=force, json_output=json_output)
