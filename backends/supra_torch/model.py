@@ -31,6 +31,7 @@ from supra_core.spec import (
 )
 from supra_core.tensors import BFLOAT16, LazyTensor
 from supra_torch.ops import WindowState, linear_attention, rotate, windowed_attention
+from supra_torch.ops.rms_norm import rms_norm
 from supra_torch.ops.step import linear_attention_step, linear_attention_step_
 
 LayerState = dict[str, Tensor]
@@ -91,7 +92,7 @@ class NormLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm.kind == "rms_norm":
-            out = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.norm.eps)
+            out = rms_norm(x.float(), self.weight.float(), self.norm.eps)
         else:
             out = F.layer_norm(
                 x.float(), self.weight.shape, self.weight.float(), None, self.norm.eps

@@ -27,8 +27,8 @@ from supra_torch.uptrain.step import resolved_precision
 
 ORIGINAL = "original (transformers, SDPA)"
 _LOADABLE_BY_TRANSFORMERS = ("gguf", "hf")
-# The first steps allocate memory and the optimiser's state, the second ones still touch new pages.
-_WARMUP = 2
+# The first steps allocate memory and the optimiser's state, and touch new pages.
+_WARMUP = 3
 
 
 @dataclass(frozen=True)
