@@ -16,12 +16,13 @@ from supra_core.spec import (
     ModelSpec,
     Projection,
     SoftmaxAttention,
+    SumNormaliser,
 )
 
 Shape = tuple[int, ...]
 
 # Read and written in float32 whatever the model's type: small, and their rounding is not.
-FLOAT32_SUFFIXES = ("self_attn.log_slope", "self_attn.log_far_gain")
+FLOAT32_SUFFIXES = ("self_attn.log_slope", "self_attn.log_far_gain", "self_attn.log_sink")
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
@@ -135,3 +136,5 @@ def _linear_tensors(spec: ModelSpec, mixer: LinearAttention) -> Iterator[tuple[s
         yield "gain", (H,) if mixer.gain == "per_head" else (H, spec.value_head_dim)
     if mixer.window is not None:
         yield "log_far_gain", (H,)
+    if isinstance(mixer.normaliser, SumNormaliser) and mixer.normaliser.sink:
+        yield "log_sink", (H,)

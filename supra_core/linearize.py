@@ -44,9 +44,10 @@ from supra_core.tensors import LazyTensor, TensorSource
 Preset = Literal["paper", "aligned", "pure"]
 
 ALIGNED_WINDOW = 64
+_INITIAL_LOG_SINK = -3.0
 FeatureMapName = Literal["relu", "signed_relu", "signed_softmax", "none"]
 DecayName = Literal["lightning", "retnet", "none", "learned"]
-OutputNormName = Literal["group_norm", "sum"]
+OutputNormName = Literal["group_norm", "sum", "sum_sink"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def _initial(
         return np.log(slopes(LightningDecay(), spec.num_attention_heads))
     if name == "log_far_gain":
         return np.zeros(shape)
+    if name == "log_sink":
+        return np.full(shape, _INITIAL_LOG_SINK)
     if name in ("gain", "q_norm.weight", "k_norm.weight"):
         return np.ones(shape)
     assert isinstance(projection, Projection)
@@ -184,7 +187,7 @@ def _initial(
 def _window(options: LinearizeOptions, norm_name: OutputNormName) -> int | None:
     """The stated window, or that of ``aligned``, which only the sum normaliser can have."""
     if options.window is None:
-        return ALIGNED_WINDOW if options.preset == "aligned" and norm_name == "sum" else None
+        return ALIGNED_WINDOW if options.preset == "aligned" and norm_name != "group_norm" else None
     if options.window < 1:
         raise SpecError(
             f"--window must be at least 1 token, not {options.window}: recipe pure has none"
@@ -198,4 +201,8 @@ _DECAYS: dict[DecayName, Decay] = {
     "none": NoDecay(),
     "learned": LearnedDecay(),
 }
-_NORMALISERS: dict[OutputNormName, Normaliser] = {"group_norm": GroupNorm(), "sum": SumNormaliser()}
+_NORMALISERS: dict[OutputNormName, Normaliser] = {
+    "group_norm": GroupNorm(),
+    "sum": SumNormaliser(),
+    "sum_sink": SumNormaliser(sink=True),
+}

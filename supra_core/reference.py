@@ -52,6 +52,7 @@ def linear_attention(
     initial_state: npt.ArrayLike | None = None,
     mask: npt.ArrayLike | None = None,
     normaliser: Literal["sum"] | None = None,
+    sink: npt.ArrayLike | None = None,
     form: Form = "recurrent",
 ) -> tuple[Float64, Float64]:
     """Causal linear attention with decay.
@@ -59,7 +60,8 @@ def linear_attention(
     q (B, T, H, Dk); k (B, T, K, Dk); v (B, T, K, Dv), query head h using key/value head
     h // (H / K); decay (H,), gamma in (0, 1]; initial_state (B, H, Dk, Dv), with
     ``normaliser="sum"`` (B, H, Dk, Dv + 1), zeros when None; mask (B, T) bool: a False token
-    neither writes nor decays, and its output reads the state as it is.
+    neither writes nor decays, and its output reads the state as it is. ``sink`` (H,) >= 0 is
+    added to the sum that divides.
 
     Returns output (B, T, H, Dv) and final state, shaped as the initial one, float64.
     Raises ValueError when the shapes do not fit together.
@@ -69,6 +71,8 @@ def linear_attention(
     B, T, H, Dk = q.shape
     if k.shape[:2] != (B, T) or v.shape[:3] != k.shape[:3] or k.shape[3] != Dk or H % k.shape[2]:
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
+    if sink is not None and normaliser != "sum":
+        raise ValueError("a sink is added to the sum: it needs normaliser='sum'")
     if gamma.shape != (H,):
         raise ValueError(f"decay must have shape ({H},), not {gamma.shape}")
     k, v = (np.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
@@ -83,6 +87,8 @@ def linear_attention(
     output, state = operator(q, k, v, gamma, state, valid)
     if normaliser == "sum":
         total = output[..., -1:]
+        if sink is not None:
+            total = total + np.asarray(sink, dtype=np.float64)[:, None]
         # Nothing written yet: 0 / 0 becomes 0.
         output = output[..., :-1] / np.where(total == 0.0, 1.0, total)
     return output, state
@@ -261,18 +267,18 @@ class ReferenceModel:
         if mixer.rope == "after":
             phi_q, phi_k = (rotate(z, positions, self.spec.rope) for z in (phi_q, phi_k))
         phi_k = phi_k * mixer.key_scale
-        gamma = self.gamma(attention, mixer)
+        gamma, sink = self.gamma(attention, mixer), self._sink(attention, mixer)
         if mixer.window is not None:
             far_gain = np.exp(self._weight(attention + "log_far_gain"))
             out, memory = windowed_attention(
-                z_q, z_k, v, phi_q, phi_k, gamma, far_gain, mixer.window, state
+                z_q, z_k, v, phi_q, phi_k, gamma, far_gain, mixer.window, state, sink
             )
         else:
             out, final = linear_attention(
                 phi_q[None], phi_k[None], v[None], gamma,
                 initial_state=state.get("state"),
                 normaliser="sum" if isinstance(mixer.normaliser, SumNormaliser) else None,
-                form=form,
+                sink=sink, form=form,
             )  # fmt: skip
             out, memory = out[0], {"state": final}
         if isinstance(mixer.normaliser, GroupNorm):
@@ -306,6 +312,12 @@ class ReferenceModel:
         learned = mixer.decay.kind == "learned"
         log_slope = self._weight(attention + "log_slope") if learned else None
         return np.exp(-decays.slopes(mixer.decay, self.spec.num_attention_heads, log_slope))
+
+    def _sink(self, attention: str, mixer: LinearAttention) -> Float64 | None:
+        """The weight of attending to nothing for each head, (H,), where there is one."""
+        if not (isinstance(mixer.normaliser, SumNormaliser) and mixer.normaliser.sink):
+            return None
+        return np.exp(self._weight(attention + "log_sink"))
 
     def _qk_norm(
         self, attention: str, q: Float64, k: Float64, v: Float64
@@ -380,6 +392,7 @@ def windowed_attention(
     far_gain: Float64,
     window: int,
     state: dict[str, Float64],
+    sink: Float64 | None = None,
 ) -> tuple[Float64, dict[str, Float64]]:
     """Softmax weights inside the window, linear weights before it, one sum for both.
 
@@ -387,11 +400,11 @@ def windowed_attention(
 
         w_tj = exp(q_t . k_j / sqrt(size))                           t - W < j <= t
         w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
-        o_t  = sum_j w_tj v_j / sum_j w_tj
+        o_t  = sum_j w_tj v_j / (sink + sum_j w_tj)
 
     q (T, H, size) and k (T, K, size) are what the activation receives; v (T, K, Dv), phi_q
     (T, H, Dk), phi_k (T, K, Dk); state: the last W keys, values and features, and ``state``
-    (H, Dk, Dv + 1) of all that left the window.
+    (H, Dk, Dv + 1) of all that left the window; sink (H,), None for 0.
     """
     T, H, Dk = phi_q.shape
     memory = state.get("state", np.zeros((H, Dk, v.shape[-1] + 1)))
@@ -414,6 +427,8 @@ def windowed_attention(
             memory = gamma[:, None, None] * memory + key[:, :, None] * value[:, None, :]
         far = np.einsum("hk,hkv->hv", phi_q[t], memory)
         weighted[t] += (far_gain * np.exp(-top[:, t, 0]))[:, None] * far
+    if sink is not None:
+        weighted[..., -1] += sink * np.exp(-top[..., 0].T)
     kept = max(len(k) - window, 0)
     new = {"keys": k[kept:], "values": v[kept:], "features": phi_k[kept:], "state": memory}
     return weighted[..., :-1] / weighted[..., -1:], new

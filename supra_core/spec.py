@@ -192,8 +192,13 @@ class GroupNorm:
 
 @dataclass(frozen=True, config=_STRICT)
 class SumNormaliser:
-    """Each output is divided by the sum of its weights, as in softmax attention."""
+    """Each output is divided by the sum of its weights, as in softmax attention.
 
+    ``sink``: to the sum comes exp(``self_attn.log_sink``), the weight of a token without a value,
+    so that a head may attend to nothing (arXiv 2309.17453; learned as in gpt-oss).
+    """
+
+    sink: bool = False
     kind: Literal["sum"] = "sum"
 
 

@@ -91,6 +91,11 @@ SPECS: dict[str, ModelSpec] = {
     "windowed_between": _model(
         replace(WINDOWED, rope="between"), replace(LONG_WINDOW, rope="none")
     ),
+    "sink": _model(replace(HEDGEHOG, normaliser=SumNormaliser(sink=True)), HEDGEHOG),
+    "windowed_sink": _model(
+        replace(WINDOWED, normaliser=SumNormaliser(sink=True)),
+        replace(LONG_WINDOW, normaliser=SumNormaliser(sink=True)),
+    ),
     "hybrid": _model(WINDOWED, SoftmaxAttention(7), PAPER, SoftmaxAttention()),
 }  # fmt: skip
 

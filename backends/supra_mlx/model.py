@@ -140,7 +140,7 @@ class LinearMixer(nn.Module):
         for name in ("q_norm", "k_norm"):
             if f"{name}.weight" in shapes:
                 setattr(self, name, _norm(spec, shapes[f"{name}.weight"][0]))
-        for name in ("log_slope", "gain", "log_far_gain"):
+        for name in ("log_slope", "gain", "log_far_gain", "log_sink"):
             if name in shapes:
                 setattr(self, name, mx.zeros(shapes[name]))
         self._spec, self._mixer = spec, mixer
@@ -170,18 +170,20 @@ class LinearMixer(nn.Module):
             phi_q, phi_k = rotate(phi_q), rotate(phi_k)
         if mixer.key_scale != 1.0:
             phi_k = phi_k * mixer.key_scale
+        log_sink = self.log_sink if "log_sink" in self else None
         if mixer.window is None:
             out, cache[0] = linear_attention(
                 phi_q, phi_k, v, self._decay(),
                 initial_state=cache[0], mask=context.mask,
                 normaliser="sum" if isinstance(mixer.normaliser, SumNormaliser) else None,
+                sink=None if log_sink is None else mx.exp(log_sink),
             )  # fmt: skip
         else:
             buffers: list[Any] = cache.cache[2:]
             memory = None if cache[0] is None else WindowMemory(cache[0], *buffers)
             out, memory = windowed_attention(
                 z_q, z_k, v, phi_q, phi_k, self._decay(), self.log_far_gain,
-                mixer.window, memory=memory, mask=context.mask,
+                mixer.window, log_sink=log_sink, memory=memory, mask=context.mask,
             )  # fmt: skip
             for slot, array in zip((0, 2, 3, 4, 5), memory, strict=True):
                 cache[slot] = array

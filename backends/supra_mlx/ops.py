@@ -23,6 +23,7 @@ def linear_attention(
     initial_state: mx.array | None = None,
     mask: mx.array | None = None,
     normaliser: Literal["sum"] | None = None,
+    sink: mx.array | None = None,
     chunk_size: int = 64,
 ) -> tuple[mx.array, mx.array]:
     """Causal linear attention with decay: o_t = q_t S_t, S_t = gamma S_{t-1} + k_t^T v_t.
@@ -30,17 +31,20 @@ def linear_attention(
     q (B, T, H, Dk); k (B, T, K, Dk) and v (B, T, K, Dv), query head h using key/value head
     h // (H / K); decay (H,), gamma in (0, 1]; initial_state (B, H, Dk, Dv), zeros when None;
     mask (B, T) bool: a False token neither writes nor decays. With ``normaliser="sum"`` the
-    output is divided by q_t . z_t, and z is the last column of the state (B, H, Dk, Dv + 1).
+    output is divided by q_t . z_t, plus ``sink`` (H,) >= 0 if there is one, and z is the last
+    column of the state (B, H, Dk, Dv + 1).
 
     Returns the output (B, T, H, Dv) in q's type and the final state in float32. Memory is
     linear in T. Raises ValueError when the shapes do not fit together.
     """
     _check(q, k, v, decay, initial_state, mask, normaliser)
+    if sink is not None and normaliser != "sum":
+        raise ValueError("a sink is added to the sum: it needs normaliser='sum'")
     if normaliser == "sum":
         v = _with_ones(v)
     output, state = _weighted_sum(q, k, v, decay, initial_state, mask, chunk_size)
     if normaliser == "sum":
-        output = _divide(output)
+        output = _divide(output, sink)
     return output.astype(q.dtype), state
 
 
@@ -69,6 +73,7 @@ def windowed_attention(
     log_far_gain: mx.array,
     window: int,
     *,
+    log_sink: mx.array | None = None,
     memory: WindowMemory | None = None,
     mask: mx.array | None = None,
     chunk_size: int = 64,
@@ -77,12 +82,12 @@ def windowed_attention(
 
         w_tj = exp(q_t . k_j / sqrt(d))                                   t - W < j <= t
         w_tj = exp(log_far_gain) gamma^(t - W - j) (phi(q_t) . phi(k_j))  j <= t - W
-        o_t  = sum_j w_tj v_j / sum_j w_tj
+        o_t  = sum_j w_tj v_j / (exp(log_sink) + sum_j w_tj)
 
     q (B, T, H, d) and k (B, T, K, d) are what the activation receives; v (B, T, K, Dv), phi_q
-    (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay and log_far_gain (H,); mask (B, T) bool:
-    False tokens are left out, and their output means nothing. Returns the output (B, T, H, Dv)
-    in q's type and the memory. Memory use is linear in T.
+    (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay, log_far_gain and log_sink (H,), None for
+    no sink; mask (B, T) bool: False tokens are left out, and their output means nothing. Returns
+    the output (B, T, H, Dv) in q's type and the memory. Memory use is linear in T.
     """
     B, T, H, _ = q.shape
     if memory is None:
@@ -109,7 +114,7 @@ def windowed_attention(
         None if mask is None else valid[:, :T], chunk_size,
     )  # fmt: skip
     near, top = _window_sums(q, k, _with_ones(v), valid, window, chunk_size)
-    output = _join(near, top, far, log_far_gain)
+    output = _join(near, top, far, log_far_gain, log_sink)
     if order is not None:
         output = _take(output, mx.argsort(order, axis=1))
     after = WindowMemory(state, k[:, T:], v[:, T:], phi_k[:, T:], valid[:, T:])
@@ -297,7 +302,13 @@ def _window_sums(
     return total, top
 
 
-def _join(near: mx.array, top: mx.array, far: mx.array, log_far_gain: mx.array) -> mx.array:
+def _join(
+    near: mx.array,
+    top: mx.array,
+    far: mx.array,
+    log_far_gain: mx.array,
+    log_sink: mx.array | None,
+) -> mx.array:
     """One normalised output of both parts, each (B, T, H, Dv + 1) with its sum last.
 
     The near part is scaled by exp(-top); the far part joins through the logarithm of its sum,
@@ -308,9 +319,13 @@ def _join(near: mx.array, top: mx.array, far: mx.array, log_far_gain: mx.array) 
     safe = mx.where(written, mass, 1.0)
     log_far = mx.where(written, mx.log(safe) + log_far_gain[:, None], _MASKED)
     shift = mx.maximum(top, log_far)
+    if log_sink is not None:
+        shift = mx.maximum(shift, log_sink[:, None])
     near_scale = mx.exp(top - shift)
     far_weight = mx.where(written, mx.exp(log_far - shift), 0.0)
     total = near[..., -1:] * near_scale + far_weight
+    if log_sink is not None:
+        total = total + mx.exp(log_sink[:, None] - shift)
     return (near[..., :-1] * near_scale + far[..., :-1] / safe * far_weight) / total
 
 
@@ -321,9 +336,11 @@ def _with_ones(v: mx.array) -> mx.array:
     return mx.concatenate([v, mx.ones_like(v[..., :1])], axis=-1)
 
 
-def _divide(output: mx.array) -> mx.array:
-    """Divide by the last column; nothing written yet is 0 / 0 and becomes 0."""
+def _divide(output: mx.array, sink: mx.array | None) -> mx.array:
+    """Divide by the last column plus the sink; nothing written yet is 0 / 0 and becomes 0."""
     total = output[..., -1:]
+    if sink is not None:
+        total = total + sink[:, None]
     return output[..., :-1] / mx.where(total == 0.0, 1.0, total)
 
 

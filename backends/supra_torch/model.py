@@ -263,6 +263,8 @@ class LinearMixer(Mixer):
             self.gain = nn.Parameter(torch.empty(shape))
         if mixer.window is not None:
             self.log_far_gain = nn.Parameter(torch.empty(H))
+        sink = isinstance(mixer.normaliser, SumNormaliser) and mixer.normaliser.sink
+        self.log_sink = nn.Parameter(torch.empty(H)) if sink else None
 
     def slope(self) -> Tensor:
         """-ln gamma of each head, (H,) float64."""
@@ -306,6 +308,7 @@ class LinearMixer(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """Linear attention: the output (B, T, H, Dv) and the final state."""
         normalise = isinstance(self.mixer.normaliser, SumNormaliser)
+        sink = None if self.log_sink is None else self.log_sink.float().exp()
         if state is not None and mask is None and q.shape[1] == 1:
             step = (
                 linear_attention_step_
@@ -313,8 +316,9 @@ class LinearMixer(Mixer):
                 else linear_attention_step
             )
             out, final = step(
-                q[:, 0], k[:, 0], v[:, 0], self.slope().float(), state["state"], normalise
-            )
+                q[:, 0], k[:, 0], v[:, 0], self.slope().float(), state["state"], normalise,
+                sink=sink,
+            )  # fmt: skip
             return out[:, None], final
         return linear_attention(
             q,
@@ -324,6 +328,7 @@ class LinearMixer(Mixer):
             initial_state=None if state is None else state["state"],
             mask=mask,
             normaliser="sum" if normalise else None,
+            sink=sink,
         )
 
     def _windowed(
@@ -345,6 +350,7 @@ class LinearMixer(Mixer):
             self.decay(),
             self.log_far_gain,
             self.mixer.window,
+            log_sink=self.log_sink,
             initial_state=None if state is None else WindowState(**state),
             mask=mask,
         )

@@ -48,13 +48,14 @@ def _mlx(array: Any) -> Any:
     heads=st.sampled_from([(1, 1), (6, 2), (9, 3), (5, 5)]),
     sizes=st.sampled_from([(5, 7), (12, 3), (64, 64)]),
     normaliser=st.sampled_from([None, "sum"]),
+    sinks=st.booleans(),
     mask_kind=st.sampled_from(["none", "left", "holes"]),
     with_state=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
 def test_linear_attention_is_the_reference(
     seed: int, T: int, heads: tuple[int, int], sizes: tuple[int, int],
-    normaliser: Literal["sum"] | None, mask_kind: str, with_state: bool,
+    normaliser: Literal["sum"] | None, sinks: bool, mask_kind: str, with_state: bool,
 ) -> None:  # fmt: skip
     B, (H, K), (Dk, Dv) = 2, heads, sizes
     q, k, v, gamma = _inputs(seed, B, T, H, K, Dk, Dv)
@@ -62,12 +63,13 @@ def test_linear_attention_is_the_reference(
     if with_state:
         shape = (B, H, Dk, Dv + (normaliser == "sum"))
         state = np.abs(np.random.default_rng(seed + 2).normal(size=shape)).astype(np.float32)
+    sink = np.exp(np.random.default_rng(seed).normal(size=H)) if sinks and normaliser else None
     expected, final = reference.linear_attention(
-        q, k, v, gamma, initial_state=state, mask=mask, normaliser=normaliser
+        q, k, v, gamma, initial_state=state, mask=mask, normaliser=normaliser, sink=sink
     )
     out, after = ops.linear_attention(
         *map(mx.array, (q, k, v, gamma)),
-        initial_state=_mlx(state), mask=_mlx(mask), normaliser=normaliser,
+        initial_state=_mlx(state), mask=_mlx(mask), normaliser=normaliser, sink=_mlx(sink),
     )  # fmt: skip
     size, final_size = reference.linear_attention(
         q, k, np.abs(v), gamma, initial_state=state, mask=mask, normaliser=normaliser
@@ -127,17 +129,19 @@ def test_misfits_are_named() -> None:
     T=st.sampled_from(LENGTHS),
     window=st.sampled_from([1, 5, 64, 100]),
     mask_kind=st.sampled_from(["none", "left", "holes"]),
+    sinks=st.booleans(),
     cut=st.floats(0, 1),
 )
 @settings(max_examples=30, deadline=None)
 def test_windowed_attention_is_the_reference(
-    seed: int, T: int, window: int, mask_kind: str, cut: float
+    seed: int, T: int, window: int, mask_kind: str, sinks: bool, cut: float
 ) -> None:
     B, H, K, d, Dk, Dv = 2, 6, 2, 4, 5, 3
     rng = np.random.default_rng(seed)
     phi_q, phi_k, v, gamma = _inputs(seed, B, T, H, K, Dk, Dv)
     q, k = ((3 * rng.normal(size=(B, T, heads, d))).astype(np.float32) for heads in (H, K))
     log_gain = rng.normal(size=H).astype(np.float32)
+    log_sink = rng.normal(size=H).astype(np.float32) if sinks else None
     mask = _mask(seed, B, T, mask_kind)
     memory, parts = None, []
     for piece in (slice(0, int(cut * T)), slice(int(cut * T), T)):
@@ -145,7 +149,7 @@ def test_windowed_attention_is_the_reference(
             continue
         out, memory = ops.windowed_attention(
             *(mx.array(x[:, piece]) for x in (q, k, v, phi_q, phi_k)), mx.array(gamma),
-            mx.array(log_gain), window, memory=memory,
+            mx.array(log_gain), window, log_sink=_mlx(log_sink), memory=memory,
             mask=None if mask is None else mx.array(mask[:, piece]),
         )  # fmt: skip
         parts.append(np.array(out))
@@ -158,6 +162,7 @@ def test_windowed_attention_is_the_reference(
         expected, last = reference.windowed_attention(
             *(x[row, valid].astype(np.float64) for x in (q, k, v, phi_q, phi_k)),
             gamma.astype(np.float64), np.exp(log_gain.astype(np.float64)), window, {},
+            None if log_sink is None else np.exp(log_sink.astype(np.float64)),
         )  # fmt: skip
         # Weighted means of v; a score's rounding (|s| < 2^7) is a relative error of its weight.
         np.testing.assert_allclose(found[row, valid], expected, rtol=0, atol=2.0**-24 * 2**8)

@@ -53,30 +53,34 @@ def _close(found: Any, expected: Any) -> None:
     Dk=st.sampled_from([1, 10, 20, 64]),
     Dv=st.sampled_from([1, 7, 64]),
     normaliser=st.sampled_from([None, "sum"]),
+    sinks=st.booleans(),
     masked=st.booleans(),
     started=st.booleans(),
     implementation=st.sampled_from(["reference", "chunked"]),
 )
-@example(0, 2, 1, 3, 3, 64, 64, "sum", False, True, "chunked")
-@example(0, 2, 63, 3, 3, 64, 64, None, True, False, "chunked")
-@example(0, 2, 64, 3, 3, 64, 64, "sum", True, True, "chunked")
-@example(0, 2, 65, 3, 3, 64, 64, None, False, True, "chunked")
-@example(0, 1, 1000, 3, 3, 20, 20, "sum", True, False, "chunked")
+@example(0, 2, 1, 3, 3, 64, 64, "sum", True, False, True, "chunked")
+@example(0, 2, 63, 3, 3, 64, 64, None, False, True, False, "chunked")
+@example(0, 2, 64, 3, 3, 64, 64, "sum", False, True, True, "chunked")
+@example(0, 2, 65, 3, 3, 64, 64, None, False, False, True, "chunked")
+@example(0, 1, 1000, 3, 3, 20, 20, "sum", True, True, False, "chunked")
 def test_operator_is_the_reference(
     seed: int, B: int, T: int, K: int, G: int, Dk: int, Dv: int,
-    normaliser: Literal["sum"] | None, masked: bool, started: bool, implementation: Implementation,
+    normaliser: Literal["sum"] | None, sinks: bool, masked: bool, started: bool,
+    implementation: Implementation,
 ) -> None:  # fmt: skip
     q, k, v, decay, state = _inputs(seed, B, T, K, G, Dk, Dv, int(normaliser == "sum"))
     initial = state if started else None
     mask = np.random.default_rng(seed).random((B, T)) > 0.3 if masked else None
+    sink = np.exp(np.random.default_rng(seed).normal(size=K * G)) if sinks and normaliser else None
     expected, final = reference.linear_attention(
-        q, k, v, decay, initial_state=initial, mask=mask, normaliser=normaliser
+        q, k, v, decay, initial_state=initial, mask=mask, normaliser=normaliser, sink=sink
     )
     output, found = linear_attention(
         _tensor(q), _tensor(k), _tensor(v), torch.from_numpy(decay),
         initial_state=_tensor(initial),
         mask=None if mask is None else torch.from_numpy(mask),
         normaliser=normaliser,
+        sink=_tensor(sink),
         implementation=implementation,
     )  # fmt: skip
     _close(output, expected)

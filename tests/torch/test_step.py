@@ -59,18 +59,20 @@ def _close(found: Any, expected: Any) -> None:
     Dk=st.sampled_from([1, 10, 20, 100]),
     Dv=st.sampled_from([1, 7, 33]),
     normaliser=st.sampled_from([None, "sum"]),
+    sinks=st.booleans(),
     masked=st.booleans(),
     in_place=st.booleans(),
 )
 def test_steps_are_the_reference(
     seed: int, B: int, T: int, K: int, G: int, Dk: int, Dv: int,
-    normaliser: Literal["sum"] | None, masked: bool, in_place: bool,
+    normaliser: Literal["sum"] | None, sinks: bool, masked: bool, in_place: bool,
 ) -> None:  # fmt: skip
     normalise = normaliser == "sum"
     q, k, v, decay, state = _inputs(seed, B, T, K, G, Dk, Dv, int(normalise))
     mask = np.random.default_rng(seed).random((B, T)) > 0.3 if masked else None
+    sink = np.exp(np.random.default_rng(seed).normal(size=K * G)) if sinks and normalise else None
     expected, final = reference.linear_attention(
-        q, k, v, decay, initial_state=state, mask=mask, normaliser=normaliser
+        q, k, v, decay, initial_state=state, mask=mask, normaliser=normaliser, sink=sink
     )
     now = torch.from_numpy(state).float()
     slope = -torch.log(torch.from_numpy(decay)).float()
@@ -80,8 +82,9 @@ def test_steps_are_the_reference(
         row = None if mask is None else torch.from_numpy(mask[:, t])
         given_state = now
         output, now = step(
-            *(torch.from_numpy(x[:, t]).float() for x in (q, k, v)), slope, now, normalise, mask=row
-        )
+            *(torch.from_numpy(x[:, t]).float() for x in (q, k, v)), slope, now, normalise,
+            mask=row, sink=None if sink is None else torch.from_numpy(sink).float(),
+        )  # fmt: skip
         assert (now is given_state) == in_place
         outputs.append(output)
     found, valid = torch.stack(outputs, dim=1), slice(None) if mask is None else mask

@@ -60,6 +60,11 @@ def safe_divide(output: Tensor, total: Tensor) -> Tensor:
     return torch.where(empty, 0.0, output / torch.where(empty, 1.0, total))
 
 
+def with_sink(output: Tensor, total: Tensor, sink: Tensor) -> Tensor:
+    """output (..., H, Dv), divided by total (..., H), as if sink (H,) had been added to it."""
+    return (output * safe_divide(total, total + sink)[..., None]).to(output.dtype)
+
+
 def _packed(
     q: Tensor,
     k: Tensor,

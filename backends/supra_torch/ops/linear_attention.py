@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from supra_torch.ops.chunked import linear_attention_chunked
-from supra_torch.ops.dense import linear_attention_dense
+from supra_torch.ops.dense import linear_attention_dense, with_sink
 
 Implementation = Literal["auto", "reference", "chunked", "triton"]
 
@@ -53,6 +53,7 @@ def linear_attention(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normaliser: Literal["sum"] | None = None,
+    sink: Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal linear attention with decay.
@@ -62,19 +63,21 @@ def linear_attention(
     (B, H, Dk, Dv) float32, zeros when None; mask (B, T) bool, False tokens neither write nor
     decay. With ``cu_seqlens`` (N + 1,) integers from 0 to T, B is 1 and tokens cu_seqlens[n] to
     cu_seqlens[n + 1] are a sequence of their own with its own state, (N, H, Dk, Dv). With
-    ``normaliser="sum"`` the output is divided by q_t . z_t, and the state has z as a last
-    column: (B, H, Dk, Dv + 1).
+    ``normaliser="sum"`` the output is divided by q_t . z_t plus ``sink`` (H,) >= 0 if there is
+    one, and the state has z as a last column: (B, H, Dk, Dv + 1).
 
     Returns the output (B, T, H, Dv) in q's type and the final state, float32. Products are taken
     in the type of q; sums, decay and state are float32. ``auto`` takes the Triton kernel for
     CUDA tensors that it supports, else the chunked form. Raises ValueError when the shapes do
     not fit together, or the implementation asked for does not support them.
     """
-    output, _, state = linear_attention_with_sums(
+    if sink is not None and normaliser != "sum":
+        raise ValueError("a sink is added to the sum: it needs normaliser='sum'")
+    output, sums, state = linear_attention_with_sums(
         q, k, v, decay, initial_state=initial_state, mask=mask, cu_seqlens=cu_seqlens,
         normalise=normaliser == "sum", implementation=implementation,
     )  # fmt: skip
-    return output, state
+    return (output if sink is None else with_sink(output, sums, sink)), state
 
 
 def linear_attention_with_sums(

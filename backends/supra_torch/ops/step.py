@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from supra_torch.ops.dense import append_ones, safe_divide
+from supra_torch.ops.dense import append_ones, safe_divide, with_sink
 
 StepImplementation = Literal["auto", "torch", "triton"]
 
@@ -41,6 +41,7 @@ class Step(Protocol):
         normalise: bool,
         *,
         mask: Tensor | None = None,
+        sink: Tensor | None = None,
         implementation: StepImplementation = "auto",
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -54,6 +55,7 @@ def linear_attention_step(
     normalise: bool,
     *,
     mask: Tensor | None = None,
+    sink: Tensor | None = None,
     implementation: StepImplementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One token for each of B sequences: the output (B, H, Dv) in q's type, and the new state.
@@ -61,15 +63,16 @@ def linear_attention_step(
     q (B, H, Dk); k (B, K, Dk) and v (B, K, Dv), query head h using key/value head h // (H / K);
     slope (H,) float32 is -ln gamma >= 0; state (B, H, Dk, Dv) float32, with ``normalise`` its
     last column, Dv + 1, is z; mask (B,) bool, False leaves a sequence's state as it was. Sums,
-    decay and state are float32. An output whose q . z is 0 is 0.
+    decay and state are float32. An output whose q . z is 0 is 0. ``sink`` (H,) float32 >= 0 is
+    added to q . z before it divides.
 
     ``auto`` takes the Triton kernel for CUDA tensors without gradients, else torch. Raises
     ValueError when the shapes do not fit together, or Triton cannot run here.
     """
-    output, _, after = linear_attention_step_with_sums(
+    output, sums, after = linear_attention_step_with_sums(
         q, k, v, slope, state, normalise, mask=mask, implementation=implementation
     )
-    return output, after
+    return (output if sink is None else with_sink(output, sums, sink)), after
 
 
 def linear_attention_step_(
@@ -81,15 +84,16 @@ def linear_attention_step_(
     normalise: bool,
     *,
     mask: Tensor | None = None,
+    sink: Tensor | None = None,
     implementation: StepImplementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`linear_attention_step` that overwrites ``state``, which it also returns."""
     if _chosen(implementation, q, k, v, slope, state, normalise, mask) == "triton":
-        output, _ = _triton_step_(q, k, v, slope, state, mask, normalise)
-        return output, state
-    state.addcmul_(state, _decay_change(slope, mask))
-    output, _ = _write_and_read(q, k, v, state, mask, normalise)
-    return output, state
+        output, sums = _triton_step_(q, k, v, slope, state, mask, normalise)
+    else:
+        state.addcmul_(state, _decay_change(slope, mask))
+        output, sums = _write_and_read(q, k, v, state, mask, normalise)
+    return (output if sink is None else with_sink(output, sums, sink)), state
 
 
 def linear_attention_step_with_sums(

@@ -4,7 +4,7 @@ With W the window and j <= t::
 
     w_tj = exp(q_t . k_j / sqrt(d))                              t - W < j  (d the width of q)
     w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
-    o_t  = sum_j w_tj v_j / sum_j w_tj
+    o_t  = sum_j w_tj v_j / (sink + sum_j w_tj)
 
 The far sum is :func:`linear_attention` over keys and values that lag W tokens behind. The two
 are joined in one softmax, by the logarithm of the far sum, so neither can overflow.
@@ -60,13 +60,15 @@ def windowed_attention(
     log_far_gain: Tensor,
     window: int,
     *,
+    log_sink: Tensor | None = None,
     initial_state: WindowState | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, WindowState]:
     """Windowed softmax attention over a linear state.
 
     q (B, T, H, d) and k (B, T, K, d) are what the activation receives; v (B, T, K, Dv), phi_q
-    (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay and log_far_gain (H,); mask (B, T) bool.
+    (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay, log_far_gain and log_sink (H,), None
+    for no sink; mask (B, T) bool.
     Returns the output (B, T, H, Dv) in q's type and the state after the last token.
     """
     T, H = q.shape[1], q.shape[2]
@@ -94,6 +96,8 @@ def windowed_attention(
             phi_q, phi_k[:, :T], v[:, :T], decay, initial_state=initial, mask=written
         )
         mass = _log_mass(total, log_far_gain.float())
+        if log_sink is not None:
+            far, mass = _with_sink(far, mass, log_sink.float())
         output = window_softmax(q, k, v, known, far, mass, window)
     if order is not None:
         output = _gather(_in_front(output, window), torch.argsort(order, dim=1))[:, window:]
@@ -115,3 +119,9 @@ def _log_mass(total: Tensor, log_far_gain: Tensor) -> Tensor:
     empty = total <= 0
     mass = torch.log(total.masked_fill(empty, 1.0)) + log_far_gain
     return mass.masked_fill(empty, NEVER)
+
+
+def _with_sink(far: Tensor, mass: Tensor, log_sink: Tensor) -> tuple[Tensor, Tensor]:
+    """The far part (B, T, H, Dv) and its mass when a token without a value belongs to it."""
+    both = torch.logaddexp(mass, log_sink)
+    return (far * torch.exp(mass - both)[..., None]).to(far.dtype), both

@@ -27,7 +27,7 @@ class Linearize(_Strict):
     preset: Literal["paper", "aligned", "pure"] = "aligned"
     feature_map: Literal["relu", "signed_relu", "signed_softmax", "none"] | None = None
     decay: Literal["lightning", "retnet", "none", "learned"] | None = None
-    output_norm: Literal["group_norm", "sum"] | None = None
+    output_norm: Literal["group_norm", "sum", "sum_sink"] | None = None
     window: int | None = Field(default=None, ge=1)
     keep_softmax: tuple[int, ...] = ()
 

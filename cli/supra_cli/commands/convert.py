@@ -33,7 +33,7 @@ def command(
         str | None, typer.Option(help="relu, signed_relu, signed_softmax or none.")
     ] = None,
     decay: Annotated[str | None, typer.Option(help="lightning, retnet, none or learned.")] = None,
-    output_norm: Annotated[str | None, typer.Option(help="group_norm or sum.")] = None,
+    output_norm: Annotated[str | None, typer.Option(help="group_norm, sum or sum_sink.")] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens that keep softmax weights; aligned: 64.")
     ] = None,
