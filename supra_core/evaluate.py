@@ -26,11 +26,15 @@ DEFAULT_LENGTH = 512
 DEFAULT_BATCH = 4
 
 
-class TokenLosses(Protocol):
-    """What a backend may offer besides the protocol: losses without keeping the logits."""
+Losses = npt.NDArray[np.float32]
+Greedy = npt.NDArray[np.bool_]
 
-    def token_losses(self, ids: Ids, *, form: Form = "parallel") -> npt.NDArray[np.float32]:
-        """-log p of ids[:, 1:] in nats, (B, T - 1), for ids (B, T)."""
+
+class TokenScores(Protocol):
+    """What a backend may offer besides the protocol: scores without keeping the logits."""
+
+    def token_scores(self, ids: Ids, *, form: Form = "parallel") -> tuple[Losses, Greedy]:
+        """-log p of ids[:, 1:] in nats and whether each is the likeliest, both (B, T - 1)."""
         ...
 
 
@@ -75,7 +79,7 @@ def perplexity(
     nats, predicted, text_bytes = 0.0, 0, 0
     progress(stage, 0, total)
     for start, ids in _batches(text.ids, length, batch):
-        losses = token_losses(model, ids, form)
+        losses, _ = token_scores(model, ids, form)
         nats += float(losses.sum(dtype=np.float64))
         predicted += losses.size
         for row in range(len(ids)):
@@ -95,11 +99,15 @@ def perplexity(
     )
 
 
-def token_losses(model: Backend, ids: Ids, form: Form = "parallel") -> npt.NDArray[np.float32]:
-    """-log p of each token after the first, in nats: ids (B, T) -> (B, T - 1)."""
-    if hasattr(model, "token_losses"):
-        return cast(TokenLosses, model).token_losses(ids, form=form)
-    return losses_of(model.logits(ids, form=form), ids)
+def token_scores(model: Backend, ids: Ids, form: Form = "parallel") -> tuple[Losses, Greedy]:
+    """-log p of each token after the first in nats, and whether it is the likeliest.
+
+    ids (B, T) -> two arrays (B, T - 1).
+    """
+    if hasattr(model, "token_scores"):
+        return cast(TokenScores, model).token_scores(ids, form=form)
+    logits = model.logits(ids, form=form)
+    return losses_of(logits, ids), logits[:, :-1].argmax(axis=-1) == ids[:, 1:]
 
 
 def losses_of(logits: Logits, ids: Ids) -> npt.NDArray[np.float32]:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.errors import FormatError
+from supra_core.evaluate import Greedy, Losses
 from supra_core.sources import open_source
 from supra_core.spec import ModelSpec
 from supra_mlx.model import LINEAR_SLOTS, Model
@@ -67,6 +69,26 @@ class MLXBackend:
             logits, state = self.prefill(ids[:, piece], state, mask=part)
             parts.append(logits)
         return np.concatenate(parts, axis=1)
+
+    def token_scores(self, ids: Ids, *, form: Form = "parallel") -> tuple[Losses, Greedy]:
+        """-log p of ids[:, 1:] in nats, and whether each is the likeliest, both (B, T - 1)."""
+        ids = np.asarray(ids)
+        caches = self.model.make_cache(bounded=False)
+        losses, greedy = [], []
+        for piece in pieces(ids.shape[1], form):
+            logits = self.model(mx.array(ids[:, piece].astype(np.int32)), caches)
+            # The piece's last token says something about the next piece's first.
+            targets = mx.array(ids[:, piece.start + 1 : piece.stop + 1].astype(np.int32))
+            if not targets.shape[1]:
+                break
+            logits = logits[:, : targets.shape[1]].astype(mx.float32)
+            losses.append(nn.losses.cross_entropy(logits, targets))
+            greedy.append(logits.argmax(axis=-1) == targets)
+            mx.eval(losses[-1], greedy[-1], [cache.state for cache in caches])
+        return (
+            np.array(mx.concatenate(losses, axis=1)),
+            np.array(mx.concatenate(greedy, axis=1)),
+        )
 
     def prefill(
         self, ids: Ids, state: MLXState | None = None, *, mask: Mask | None = None

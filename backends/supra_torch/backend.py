@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
+from supra_core.evaluate import Greedy, Losses
 from supra_core.sources import open_source
 from supra_core.tensors import dtype_named
 from supra_torch.decode import Decoders, has_fixed_state
@@ -33,16 +36,12 @@ class TorchBackend:
     @torch.inference_mode()
     def logits(self, ids: Ids, *, mask: Mask | None = None, form: Form = "parallel") -> Logits:
         """Logits (B, T, V). ``recurrent`` is fed in two uneven pieces, ``step`` token by token."""
-        if form == "parallel":
-            return self.prefill(ids, mask=mask)[0]
-        T = ids.shape[1]
-        cuts = list(range(T + 1)) if form == "step" else sorted({0, (T + 1) // 3, T})
-        state, pieces = None, []
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            part = None if mask is None else mask[:, start:end]
-            logits, state = self.prefill(ids[:, start:end], state, mask=part)
-            pieces.append(logits)
-        return np.concatenate(pieces, axis=1)
+        state, logits = None, []
+        for piece in _pieces(ids.shape[1], form):
+            part = None if mask is None else mask[:, piece]
+            found, state = self.prefill(ids[:, piece], state, mask=part)
+            logits.append(found)
+        return np.concatenate(logits, axis=1)
 
     @torch.inference_mode()
     def prefill(
@@ -63,19 +62,21 @@ class TorchBackend:
         return _numpy(logits[:, 0]), after
 
     @torch.inference_mode()
-    def token_losses(self, ids: Ids, *, form: Form = "parallel") -> npt.NDArray[np.float32]:
-        """-log p(ids[:, t + 1] | ids[:, :t + 1]): (B, T - 1), nats."""
+    def token_scores(self, ids: Ids, *, form: Form = "parallel") -> tuple[Losses, Greedy]:
+        """-log p(ids[:, t + 1] | ids[:, :t + 1]) in nats, and whether it is the likeliest."""
         tokens = self._ids(ids)
-        if form != "parallel":
-            logits = torch.from_numpy(self.logits(ids, form=form)).to(self.device)
-            return _numpy(_losses(logits[:, :-1], tokens[:, 1:]))
-        hidden, _ = self.model.hidden(tokens)
+        state, found = None, []
+        for piece in _pieces(ids.shape[1], form):
+            part, state = self.model.hidden(tokens[:, piece], state)
+            found.append(part)
+        hidden = torch.cat(found, dim=1)
         head = self.model.head_weight.to(hidden.dtype)
         # A row at a time: the logits are the largest tensor there is.
         rows = [
-            _losses(F.linear(h[:-1], head), row[1:]) for h, row in zip(hidden, tokens, strict=True)
+            _scores(F.linear(h[:-1], head), row[1:]) for h, row in zip(hidden, tokens, strict=True)
         ]
-        return _numpy(torch.stack(rows))
+        losses, greedy = (torch.stack(part) for part in zip(*rows, strict=True))
+        return _numpy(losses), greedy.cpu().numpy()
 
     def state_arrays(self, state: ModelState) -> StateArrays:
         """The state as numpy arrays named ``tokens`` and ``layers.N.NAME``."""
@@ -113,9 +114,21 @@ def load(path: Path, *, dtype: str | None = None) -> TorchBackend:
     return TorchBackend(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    flat = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
-    return flat.view(targets.shape)
+def _pieces(length: int, form: Form) -> Iterator[slice]:
+    """What each call computes: everything, two uneven pieces, or single tokens."""
+    cuts = {0, length}
+    if form == "recurrent":
+        cuts |= {(length + 1) // 3}
+    elif form == "step":
+        cuts |= set(range(length))
+    for start, end in pairwise(sorted(cuts)):
+        yield slice(start, end)
+
+
+def _scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses in nats of targets (T,) under logits (T, V), and where a target is the likeliest."""
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses, logits.argmax(dim=-1) == targets
 
 
 def _numpy(x: Tensor) -> npt.NDArray[np.float32]:

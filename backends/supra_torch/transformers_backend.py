@@ -15,6 +15,7 @@ import transformers
 
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.errors import FormatError, SupraError
+from supra_core.evaluate import Greedy, Losses
 from supra_core.sources import open_source
 from supra_core.spec import ModelSpec
 
@@ -56,14 +57,15 @@ class TransformersBackend:
         logits, after = self.prefill(np.asarray(ids)[:, None], state)
         return logits[:, 0], after
 
-    def token_losses(self, ids: Ids, *, form: Form = "parallel") -> npt.NDArray[np.float32]:
-        """Cross entropy in nats of ids[:, 1:], (B, T - 1)."""
+    def token_scores(self, ids: Ids, *, form: Form = "parallel") -> tuple[Losses, Greedy]:
+        """-log p of ids[:, 1:] in nats, and whether each is the likeliest, both (B, T - 1)."""
         logits = torch.from_numpy(self.logits(ids, form=form)[:, :-1])
         target = torch.from_numpy(np.asarray(ids, dtype=np.int64)[:, 1:])
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), target.flatten(), reduction="none"
         )
-        return losses.reshape(target.shape).numpy()
+        greedy = logits.argmax(dim=-1) == target
+        return losses.reshape(target.shape).numpy(), greedy.numpy()
 
     def state_arrays(self, state: Any) -> StateArrays:
         """``LAYER.keys`` and ``LAYER.values``, each (B, K, T, d)."""

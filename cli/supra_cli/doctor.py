@@ -23,6 +23,11 @@ _MATMUL_SIZE = 1024
 
 def examine() -> dict[str, Any]:
     """Facts by name; None for what is absent. Runs two short matrix products."""
+    return machine() | _torch_facts() | _mlx_facts()
+
+
+def machine() -> dict[str, Any]:
+    """The system and the versions of what runs on it; nothing is imported."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -31,8 +36,7 @@ def examine() -> dict[str, Any]:
         else os.cpu_count(),
         "memory_gib": _memory_gib(),
     }
-    facts |= {name: _version(package) for name, package in _PACKAGES.items()}
-    return facts | _torch_facts() | _mlx_facts()
+    return facts | {name: _version(package) for name, package in _PACKAGES.items()}
 
 
 def advice(facts: dict[str, Any]) -> list[str]:

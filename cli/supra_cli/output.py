@@ -12,8 +12,13 @@ from supra_core.errors import SupraError
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """The result as one JSON object on stdout; numbers JSON has not (NaN, inf) become null."""
-    print(json.dumps(_plain(result), indent=2, allow_nan=False))
+    """The result as one JSON object on stdout."""
+    print(json_text(result))
+
+
+def json_text(result: dict[str, Any]) -> str:
+    """The result as JSON; numbers JSON has not (NaN, inf) become null."""
+    return json.dumps(_plain(result), indent=2, allow_nan=False)
 
 
 def log(message: str) -> None:

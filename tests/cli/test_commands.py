@@ -107,6 +107,39 @@ def test_eval_with_the_teacher_beside_it(
     )
 
 
+@pytest.mark.parametrize("backend", ["torch", "mlx", "reference"])
+def test_eval_of_tasks_writes_a_record(
+    converted: Path, tiny_transformer: Path, text_file: Path, tmp_path: Path, backend: str
+) -> None:
+    if backend != "reference":
+        pytest.importorskip(backend)
+    files = {
+        "last.jsonl": {"context": "The cat sat on the", "continuation": "mat"},
+        "one.jsonl": {"query": "Who?\n", "choices": ["he", "she said"], "gold": 1},
+        "two.jsonl": {"query": "What?\n", "choices": ["it", "a house"], "gold": 0},
+    }
+    for name, item in files.items():
+        (tmp_path / name).write_text("\n".join([json.dumps(item)] * 3))
+    data = [x for name in (text_file, *files) for x in ("--data", tmp_path / name)]
+    out = tmp_path / "record.json"
+    found = result(
+        "eval", converted, *data, "--limit", "3", "--form", "recurrent", "--teacher",
+        tiny_transformer, "--backend", backend, "--out", out,
+    )  # fmt: skip
+    names = {"perplexity", "lambada", "multiple_choice:one", "multiple_choice:two"}
+    assert found["results"].keys() == found["teacher"].keys() == names
+    assert found["results"]["lambada"]["form"] == "recurrent"
+    assert found["teacher"]["lambada"]["form"] == "parallel"
+    assert found["results"]["lambada"]["examples"] == 3
+    accuracies = found["results"]["multiple_choice:one"]["metrics"]
+    # The same question three times: right or wrong, but always the same.
+    assert accuracies["acc"] in (0.0, 1.0)
+    assert accuracies["acc_stderr"] == 0.0
+    record = json.loads(out.read_text("utf-8"))
+    assert record["results"] == found["results"]
+    assert {"command", "date", "machine"} <= record.keys()
+
+
 def test_eval_forms_agree(converted: Path, text_file: Path) -> None:
     found = [
         result("eval", converted, "--data", text_file, "--limit", "100", "--form", form)

@@ -73,8 +73,9 @@ def test_losses_are_those_of_the_logits() -> None:
     probabilities /= probabilities.sum(-1, keepdims=True)
     expected = -np.log(np.take_along_axis(probabilities, ids[:, 1:, None], -1)[..., 0])
     for form in ("parallel", "step"):
-        found = backend.token_losses(ids, form=form)  # type: ignore[arg-type]
+        found, greedy = backend.token_scores(ids, form=form)  # type: ignore[arg-type]
         np.testing.assert_allclose(found, expected, rtol=0, atol=2 * TOLERANCE)
+        np.testing.assert_array_equal(greedy, logits.argmax(-1) == ids[:, 1:])
 
 
 def test_a_state_of_fixed_size() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,20 +13,32 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
-    from supra_core.backend import Form
-    from supra_core.progress import Progress
-    from supra_core.text import EncodedText
+    from tokenizers import Tokenizer
 
-TASKS = ("perplexity",)
+    from supra_core.backend import Backend, Form
+    from supra_core.progress import Progress
+
+TASKS = ("perplexity", "lambada", "multiple_choice")
 _METRICS = ("perplexity", "bits_per_byte", "nats_per_token")
 
 
 def command(
     model: Annotated[str, typer.Argument(help="Anything supra convert reads.")],
-    data: Annotated[Path, typer.Option(help="A text file, UTF-8.")],
-    tasks: Annotated[str, typer.Option(help="So far: perplexity.")] = "perplexity",
-    limit: Annotated[int | None, typer.Option(help="Use only this many tokens.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text file for perplexity, .jsonl for the other tasks; repeatable."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="perplexity, lambada, multiple_choice (default: what the files are for), or "
+            "tasks of the lm-eval harness by name."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only this many tokens of a text, examples of a task.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens in a window of text.")] = 512,
     batch: Annotated[int, typer.Option(help="Windows computed together.")] = 4,
     teacher: Annotated[
         str | None, typer.Option(help="Transformer to measure beside it; default: the one known.")
@@ -35,49 +49,129 @@ def command(
     ] = None,
     form: options.Form = "parallel",
     dtype: options.Dtype = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the JSON record here too, with versions and date.")
+    ] = None,
+    force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """Measure a model on a text, its teacher beside it."""
+    """Measure a model on texts and tasks, its teacher beside it."""
     from supra_cli.backends import default_for_evaluation
     from supra_cli.commands.verify import parse_form
     from supra_cli.output import print_json
     from supra_cli.progress import ProgressReporter
+    from supra_cli.record import refuse_existing, write_record
     from supra_core.errors import SupraError
     from supra_core.teacher import find_teacher
 
-    _check(tasks, limit, length, batch)
+    start = time.monotonic()
+    _check(limit, length, batch)
+    plan = _Plan(limit, length, batch)
     name = backend or default_for_evaluation()
     chosen = parse_form(form)
-    text = _encoded(model, data, limit)
     if no_teacher and teacher is not None:
         raise SupraError("--teacher and --no-teacher exclude each other: give one of them")
+    if out is not None:
+        refuse_existing(out, force)
+    harness = _harness_tasks(tasks)
+    measurements = [] if harness else _measurements(tasks, data or [])
     other = None if no_teacher else teacher or find_teacher(model)
+    sides = {"results": _Side(model, name, chosen, dtype)}
+    if other is not None:
+        # The teacher has no recurrent form of its own to compare with.
+        sides["teacher"] = _Side(other, name, "parallel", dtype)
+    # Whatever cannot be read is noticed before anything is measured.
+    for side in sides.values():
+        side.check()
+    record: dict[str, Any] = {"data": [str(path) for path in data or []], "teacher": None}
     with ProgressReporter() as progress:
-        result = _measure(model, text, name, chosen, dtype, length, batch, progress, "model")
-        beside = None
-        if other is not None:
-            # The teacher has no recurrent form of its own to compare with.
-            beside = _measure(
-                other, text, name, "parallel", dtype, length, batch, progress, "teacher"
-            )
+        for key, side in sides.items():
+            label = "model" if key == "results" else key
+            record[key] = (
+                side.harness(harness, limit) if harness
+                else side.measured(measurements, plan, progress, label)
+            )  # fmt: skip
+    record["seconds"] = round(time.monotonic() - start, 1)
+    if out is not None:
+        write_record(out, record)
     if json_output:
-        print_json(
-            {
-                "data": str(data),
-                "results": {"perplexity": result},
-                "teacher": None if beside is None else {"perplexity": beside},
-            }
-        )
+        print_json(record)
     else:
-        _show(result, beside)
+        _show(record)
 
 
-def _check(tasks: str, limit: int | None, length: int, batch: int) -> None:
+@dataclass(frozen=True)
+class _Plan:
+    limit: int | None
+    length: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """One task on one file; ``name`` is its key in the results."""
+
+    name: str
+    task: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two models that are compared."""
+
+    path: str
+    backend: str
+    form: Form
+    dtype: str | None
+
+    def check(self) -> None:
+        """Raise SupraError unless the model and its tokenizer can be read."""
+        self.tokenizer()
+
+    def tokenizer(self) -> Tokenizer:
+        from supra_core.sources import open_source
+        from supra_core.text import load_tokenizer
+
+        return load_tokenizer(open_source(self.path).assets(), self.path)
+
+    def measured(
+        self, measurements: Sequence[_Measurement], plan: _Plan, progress: Progress, label: str
+    ) -> dict[str, Any]:
+        """The results by name."""
+        from supra_core.backend import load
+
+        loaded, tokenizer = load(self.backend, self.path, dtype=self.dtype), self.tokenizer()
+        results = {}
+        for measurement in measurements:
+            start = time.monotonic()
+            stage = f"{label}: {measurement.name}"
+            measure = _perplexity if measurement.task == "perplexity" else _task
+            found = measure(loaded, tokenizer, measurement, plan, self.form, progress, stage)
+            results[measurement.name] = {
+                "model": self.path,
+                "backend": self.backend,
+                "form": self.form,
+                "data": str(measurement.path),
+                **found,
+                "seconds": round(time.monotonic() - start, 1),
+            }
+        return results
+
+    def harness(self, tasks: Sequence[str], limit: int | None) -> dict[str, Any]:
+        """The lm-eval harness's results by task."""
+        from supra_core.backend import load
+        from supra_torch.evaluate import evaluate
+
+        loaded = load(self.backend, self.path, dtype=self.dtype)
+        found = evaluate(loaded, self.tokenizer(), tasks, form=self.form, limit=limit)
+        common = {"model": self.path, "backend": self.backend, "form": self.form}
+        return {name: {**common, **result} for name, result in found.items()}
+
+
+def _check(limit: int | None, length: int, batch: int) -> None:
     from supra_core.errors import SupraError
 
-    for task in tasks.split(","):
-        if task not in TASKS:
-            raise SupraError(f"task '{task}' is unknown: use one of {', '.join(TASKS)}")
     for option, value, least in (
         ("--limit", limit, 2),
         ("--length", length, 2),
@@ -87,56 +181,130 @@ def _check(tasks: str, limit: int | None, length: int, batch: int) -> None:
             raise SupraError(f"{option} must be at least {least}, not {value}")
 
 
-def _encoded(model: str, data: Path, limit: int | None) -> EncodedText:
-    from supra_core.sources import open_source
-    from supra_core.text import encode, load_tokenizer, read_text
+def _harness_tasks(tasks: str | None) -> list[str]:
+    """The names, if they are the harness's and not ours; mixing is refused."""
+    from supra_core.errors import SupraError
 
-    text = read_text(data)
-    encoded = encode(load_tokenizer(open_source(model).assets(), model), text)
-    return encoded if limit is None else encoded.head(limit)
+    names = tasks.split(",") if tasks else []
+    foreign = [name for name in names if name not in TASKS]
+    if foreign and len(foreign) < len(names):
+        raise SupraError(
+            f"--tasks {tasks} mixes tasks over files with tasks of the lm-eval harness "
+            f"({', '.join(foreign)}): ask for them in two runs"
+        )
+    return foreign
 
 
-def _measure(
-    path: str,
-    text: EncodedText,
-    backend: str,
+def _measurements(tasks: str | None, data: Sequence[Path]) -> list[_Measurement]:
+    """Which file is measured how; every task asked for has a file and every file a task."""
+    from supra_core.errors import SupraError
+    from supra_core.tasks import task_of
+
+    if not data:
+        raise SupraError("there is nothing to measure on: name a text or .jsonl file with --data")
+    kinds = [task_of(path) for path in data]
+    for path, kind in zip(data, kinds, strict=True):
+        if tasks is not None and kind not in tasks.split(","):
+            raise SupraError(f"{path} is a file for {kind}, which --tasks {tasks} does not name")
+    for task in tasks.split(",") if tasks else ():
+        if task not in kinds:
+            raise SupraError(f"task {task} has no file: name one with --data")
+    measurements = [
+        _Measurement(kind if kinds.count(kind) == 1 else f"{kind}:{path.stem}", kind, path)
+        for path, kind in zip(data, kinds, strict=True)
+    ]
+    names = [measurement.name for measurement in measurements]
+    for name in names:
+        if names.count(name) > 1:
+            raise SupraError(f"two files of --data would both be {name}: rename one of them")
+    return measurements
+
+
+def _perplexity(
+    model: Backend,
+    tokenizer: Tokenizer,
+    measurement: _Measurement,
+    plan: _Plan,
     form: Form,
-    dtype: str | None,
-    length: int,
-    batch: int,
     progress: Progress,
     stage: str,
 ) -> dict[str, Any]:
-    from supra_core.backend import load
     from supra_core.evaluate import perplexity
+    from supra_core.text import encode, read_text
 
-    loaded = load(backend, path, dtype=dtype)
+    text = encode(tokenizer, read_text(measurement.path))
+    text = text if plan.limit is None else text.head(plan.limit)
     found = asdict(
         perplexity(
-            loaded, text, length=length, batch=batch, form=form, progress=progress, stage=stage
-        )
+            model,
+            text,
+            length=plan.length,
+            batch=plan.batch,
+            form=form,
+            progress=progress,
+            stage=stage,
+        )  # fmt: skip
     )
-    metrics = {name: found.pop(name) for name in _METRICS}
-    return {"model": path, "backend": backend, "form": form, "metrics": metrics, **found}
+    return {"metrics": {name: found.pop(name) for name in _METRICS}, **found}
 
 
-def _show(result: dict[str, Any], teacher: dict[str, Any] | None) -> None:
+def _task(
+    model: Backend,
+    tokenizer: Tokenizer,
+    measurement: _Measurement,
+    plan: _Plan,
+    form: Form,
+    progress: Progress,
+    stage: str,
+) -> dict[str, Any]:
+    from supra_core.tasks import lambada, multiple_choice, read_passages, read_questions
+
+    given: dict[str, Any] = {
+        "form": form,
+        "max_length": model.spec.max_position_embeddings,
+        "progress": progress,
+        "stage": stage,
+    }
+    if measurement.task == "lambada":
+        passages = read_passages(measurement.path, plan.limit)
+        found = lambada(model, tokenizer, passages, **given)
+    else:
+        questions = read_questions(measurement.path, plan.limit)
+        found = multiple_choice(model, tokenizer, questions, **given)
+    return {"metrics": found.metrics, "examples": found.examples, "text_form": found.text_form}
+
+
+def _show(record: dict[str, Any]) -> None:
     from supra_cli.output import log, print_table
 
-    rows = []
-    for who, measured in (("model", result), ("teacher", teacher)):
-        if measured is not None:
-            metrics = measured["metrics"]
-            rows.append(
-                (
-                    f"{who} {measured['model']}",
-                    f"{metrics['perplexity']:.2f}",
-                    f"{metrics['bits_per_byte']:.3f}",
-                    f"{metrics['nats_per_token']:.4f}",
-                )
-            )
-    print_table(rows, columns=("", "perplexity", "bits/byte", "nats/token"))
-    log(
-        f"{result['tokens']:,} tokens in windows of {result['length']}, stride "
-        f"{result['stride']}, {result['form']} form; text {result['text_form']}"
-    )
+    teacher = record["teacher"] or {}
+    rows, notes = [], []
+    for name, result in record["results"].items():
+        beside = teacher.get(name, {"metrics": {}})["metrics"]
+        for metric, value in result["metrics"].items():
+            error = result["metrics"].get(f"{metric}_stderr")
+            if not metric.endswith("_stderr"):
+                rows.append((name, metric, _figure(value, error), _figure(beside.get(metric))))
+        notes.append(f"{name}: {_conditions(result)}")
+    columns = ("", "metric", "model", "teacher")
+    width = 4 if teacher else 3
+    print_table([row[:width] for row in rows], columns=columns[:width])
+    for line in notes:
+        log(line)
+
+
+def _figure(value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return "-"
+    shown = f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+    return shown if error is None else f"{shown} ± {error:.4f}"
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    if "length" in result:
+        return (
+            f"{result['tokens']:,} tokens in windows of {result['length']}, stride "
+            f"{result['stride']}, {result['form']} form; text {result['text_form']}"
+        )
+    examples = f"{result['examples']:,} examples, {result['form']} form"
+    return f"{examples}; {result['text_form']}" if "text_form" in result else examples

@@ -1,0 +1,175 @@
+"""Any backend's model under the lm-eval harness (EleutherAI), for its hundreds of tasks.
+
+Scores come from :mod:`supra_core.scoring`, so that a harness task and our own task over the same
+examples give the same figures.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from supra_core.backend import Backend, Form
+from supra_core.errors import MissingDependencyError, SupraError
+from supra_core.generate import Sampling, generate
+from supra_core.scoring import Pair, score
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# What generates without stating how long.
+_MAX_TOKENS = 256
+
+
+def evaluate(
+    model: Backend,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    form: Form = "parallel",
+    limit: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Metrics and number of examples of each task, by its name.
+
+    ``tasks``: names the harness knows, or .yaml files in its format. Raises
+    :class:`MissingDependencyError` without the harness, :class:`SupraError` for a task that is
+    unknown or whose data cannot be had.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingDependencyError(
+            f"task {tasks[0]} needs the lm-eval harness: install it with pip install "
+            "'supra-lm[eval]', or name local files with --data"
+        )
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    folders = sorted({str(Path(task).parent.absolute()) for task in tasks if _is_file(task)})
+    manager = TaskManager(include_path=folders or None)
+    names = [_task_name(task) for task in tasks]
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise SupraError(f"task {unknown[0]} is neither ours nor the lm-eval harness's: correct it")
+    try:
+        found = simple_evaluate(
+            _harness_model(model, tokenizer, form),
+            tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False,
+        )  # fmt: skip
+    except (OSError, ConnectionError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise SupraError(
+            f"the lm-eval harness cannot run {', '.join(names)} ({first}): its data comes from the "
+            "Hugging Face hub; go online, or name local files with --data"
+        ) from None
+    assert found is not None
+    examples = found["n-samples"]
+    return {
+        name: {"metrics": _metrics(result), "examples": examples[name]["effective"]}
+        for name, result in found["results"].items()
+        if name in examples
+    }
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _task_name(task: str) -> str:
+    """The name by which the harness knows a task; a file states it."""
+    if not _is_file(task):
+        return task
+    import yaml
+
+    try:
+        stated = yaml.safe_load(Path(task).read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SupraError(f"{task} cannot be read as a task ({error}): correct it") from None
+    if not isinstance(stated, dict) or not isinstance(stated.get("task"), str):
+        raise SupraError(f"{task}: field task is missing: give the task a name")
+    return str(stated["task"])
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, float]:
+    """``acc,none`` -> ``acc``: the filter's name is kept only where there is one."""
+    metrics = {}
+    for key, value in result.items():
+        if isinstance(value, int | float) and "," in key:
+            name, chosen = key.split(",", 1)
+            metrics[name if chosen == "none" else key] = float(value)
+    return metrics
+
+
+def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
+    """An ``lm_eval`` model; its base class exists only where the harness is installed."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    spec = model.spec
+
+    class HarnessModel(TemplateLM):
+        """Our scores and greedy generation behind the harness's interface."""
+
+        @property
+        def eot_token_id(self) -> int:
+            return next(iter(spec.eos_token_id), 0)
+
+        @property
+        def prefix_token_id(self) -> int:
+            return self.eot_token_id if spec.bos_token_id is None else spec.bos_token_id
+
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **given: Any
+        ) -> list[int]:
+            ids: list[int] = tokenizer.encode(string, add_special_tokens=False).ids
+            return ids
+
+        def _loglikelihood_tokens(
+            self, requests: list[tuple[Any, list[int], list[int]]], **given: Any
+        ) -> list[tuple[float, bool]]:
+            return self._scored([Pair(tuple(a), tuple(b)) for _, a, b in requests])
+
+        def loglikelihood_rolling(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[float]:
+            totals = []
+            for request in requests:
+                windows = get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id,
+                    spec.max_position_embeddings - 1, 1,
+                )  # fmt: skip
+                pairs = (make_disjoint_window(window) for window in windows)
+                totals.append(sum(x for x, _ in self._scored(_as_pairs(pairs))))
+            return totals
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            return [_generate(model, tokenizer, *request.args) for request in requests]
+
+        def _scored(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+            found = score(model, pairs, form=form, max_length=spec.max_position_embeddings)
+            return [(one.log_likelihood, one.greedy) for one in found]
+
+    return HarnessModel()
+
+
+def _as_pairs(windows: Iterator[tuple[list[int], list[int]]]) -> list[Pair]:
+    return [Pair(tuple(context), tuple(continuation)) for context, continuation in windows]
+
+
+def _generate(model: Backend, tokenizer: Tokenizer, context: str, given: dict[str, Any]) -> str:
+    """The greedy continuation of ``context``, cut before the first of ``given["until"]``."""
+    until = given.get("until") or []
+    stops = [until] if isinstance(until, str) else list(until)
+    sampling = Sampling(max_tokens=int(given.get("max_gen_toks", _MAX_TOKENS)))
+    prompt = tokenizer.encode(context, add_special_tokens=False).ids
+    room = model.spec.max_position_embeddings - sampling.max_tokens
+    tokens: list[int] = []
+    text = ""
+    for token, _ in generate(model, prompt[-room:] if room > 0 else prompt, sampling):
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if any(stop in text for stop in stops if stop):
+            break
+    for stop in filter(None, stops):
+        text = text.split(stop)[0]
+    return text

@@ -1,0 +1,216 @@
+"""Tasks over local files: the last word of a passage, and multiple choice.
+
+One JSON object a line. ``lambada``: context, continuation. ``multiple_choice``: query, choices,
+gold. Prompts and metrics are the lm-eval harness's for lambada_openai, arc_easy and piqa, so
+that the figures compare: a space stands before every continuation, and a query is followed by
+"Answer:".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from supra_core.backend import Backend, Form
+from supra_core.errors import FormatError
+from supra_core.progress import Progress, silent
+from supra_core.scoring import DEFAULT_BATCH_TOKENS, encode_pair, score
+from supra_core.text import read_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+LAMBADA_FORM = "context, a space, last word"
+CHOICE_FORM = "query, 'Answer:', a space, choice; acc_norm: log-likelihood over characters"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A context and the word that ends it."""
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its choices, and the index of the right one."""
+
+    query: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Metrics by name, with the standard error of each as ``NAME_stderr``.
+
+    ``records``: one object an example, in the file's order.
+    """
+
+    metrics: dict[str, float]
+    examples: int
+    text_form: str
+    records: tuple[dict[str, Any], ...]
+
+
+def lambada(
+    model: Backend,
+    tokenizer: Tokenizer,
+    passages: Sequence[Passage],
+    *,
+    form: Form = "parallel",
+    max_length: int = 2048,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Progress = silent,
+    stage: str = "lambada",
+) -> TaskResult:
+    """How often greedy decoding finds the last word, and its perplexity (arXiv 1606.06031)."""
+    pairs = [encode_pair(tokenizer, p.context, " " + p.continuation) for p in passages]
+    scores = score(
+        model, pairs, form=form, max_length=max_length, batch_tokens=batch_tokens,
+        progress=progress, stage=stage,
+    )  # fmt: skip
+    accuracy, accuracy_error = _mean([float(found.greedy) for found in scores])
+    nats, nats_error = _mean([-found.log_likelihood for found in scores])
+    perplexity = math.exp(min(nats, 700.0))
+    metrics = {
+        "acc": accuracy,
+        "acc_stderr": accuracy_error,
+        "perplexity": perplexity,
+        # The first order of exp around the mean.
+        "perplexity_stderr": perplexity * nats_error,
+    }
+    records = tuple(
+        {"right": found.greedy, "log_likelihood": found.log_likelihood} for found in scores
+    )
+    return TaskResult(metrics, len(scores), LAMBADA_FORM, records)
+
+
+def multiple_choice(
+    model: Backend,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    *,
+    form: Form = "parallel",
+    max_length: int = 2048,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Progress = silent,
+    stage: str = "multiple_choice",
+) -> TaskResult:
+    """How often the likeliest choice is right: ``acc``, and ``acc_norm`` a character."""
+    pairs = [
+        encode_pair(tokenizer, question.query + "Answer:", " " + choice)
+        for question in questions
+        for choice in question.choices
+    ]
+    scores = iter(
+        score(
+            model,
+            pairs,
+            form=form,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            progress=progress,
+            stage=stage,
+        )  # fmt: skip
+    )
+    records = []
+    for question in questions:
+        likelihoods = [next(scores).log_likelihood for _ in question.choices]
+        normalised = [x / len(c) for x, c in zip(likelihoods, question.choices, strict=True)]
+        records.append(
+            {
+                "gold": question.gold,
+                "chosen": int(np.argmax(likelihoods)),
+                "chosen_norm": int(np.argmax(normalised)),
+                "log_likelihoods": likelihoods,
+            }
+        )
+    metrics = {}
+    for name, key in (("acc", "chosen"), ("acc_norm", "chosen_norm")):
+        right = [float(record[key] == record["gold"]) for record in records]
+        metrics[name], metrics[f"{name}_stderr"] = _mean(right)
+    return TaskResult(metrics, len(records), CHOICE_FORM, tuple(records))
+
+
+def task_of(path: Path) -> str:
+    """Which task a file is for: ``perplexity`` for text; a .jsonl file says it by its fields."""
+    if path.suffix != ".jsonl":
+        return "perplexity"
+    first = _objects(path, 1)[0]
+    if {"query", "choices", "gold"} <= first.keys():
+        return "multiple_choice"
+    if {"context", "continuation"} <= first.keys():
+        return "lambada"
+    raise FormatError(
+        f"{path}: line 1 has fields {', '.join(first)}: a task needs context and continuation, or "
+        "query, choices and gold"
+    )
+
+
+def read_passages(path: Path, limit: int | None = None) -> list[Passage]:
+    """The first ``limit`` lines of a lambada file; FormatError names the line and the field."""
+    return [
+        Passage(_text(item, "context", place), _text(item, "continuation", place))
+        for place, item in _placed(path, limit)
+    ]
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """The first ``limit`` lines of a multiple-choice file; FormatError as for passages."""
+    return [_question(item, place) for place, item in _placed(path, limit)]
+
+
+def _question(item: dict[str, Any], place: str) -> Question:
+    choices, gold = item.get("choices"), item.get("gold")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise FormatError(f"{place}: field choices must be a list of at least two texts")
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise FormatError(f"{place}: field choices has an entry that is no text: correct it")
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise FormatError(f"{place}: field gold must be an index into choices, not {gold!r}")
+    return Question(_text(item, "query", place), tuple(choices), gold)
+
+
+def _text(item: dict[str, Any], field: str, place: str) -> str:
+    value = item.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise FormatError(f"{place}: field {field} must be a text, not {value!r}")
+    return value
+
+
+def _placed(path: Path, limit: int | None) -> list[tuple[str, dict[str, Any]]]:
+    """Objects with where they stand, for errors."""
+    return [(f"{path}, line {n}", item) for n, item in enumerate(_objects(path, limit), start=1)]
+
+
+def _objects(path: Path, limit: int | None) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if len(items) == limit:
+            break
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FormatError(
+                f"{path}, line {number} is not JSON ({error.msg}): correct it"
+            ) from None
+        if not isinstance(item, dict):
+            raise FormatError(f"{path}, line {number} is no JSON object: one example a line")
+        items.append(item)
+    return items
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; one value has none, which is written as 0."""
+    array = np.array(values)
+    if len(array) < 2:
+        return float(array.mean()), 0.0
+    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array)))

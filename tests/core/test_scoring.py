@@ -1,0 +1,153 @@
+"""Scores of continuations and tasks made of them, against the definition's logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from supra_core.errors import SupraError
+from supra_core.evaluate import losses_of
+from supra_core.scoring import Pair, encode_pair, score
+from supra_core.tasks import (
+    Passage,
+    Question,
+    lambada,
+    multiple_choice,
+    read_passages,
+    read_questions,
+    task_of,
+)
+from tests.tiny_models import SPECS, reference
+
+_LETTERS = " abcdefghijklmnopqrstuvwxyzAnswer:?."
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A letter is a token, and two letters that often stand together are one."""
+    vocabulary = {letter: index for index, letter in enumerate(dict.fromkeys(_LETTERS))}
+    for pair in (" a", "th", "he"):
+        vocabulary[pair] = len(vocabulary)
+    assert len(vocabulary) <= 50
+    merges = [(" ", "a"), ("t", "h"), ("h", "e")]
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    return made
+
+
+def _random_pairs(count: int, seed: int = 0) -> list[Pair]:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 30, size=(count, 2))
+    draw = lambda n: tuple(int(x) for x in rng.integers(0, 50, n))  # noqa: E731
+    return [Pair(draw(a), draw(b)) for a, b in sizes]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200, 10_000])
+def test_batches_and_padding_change_nothing(batch_tokens: int) -> None:
+    model = reference(SPECS["sink"])
+    pairs = _random_pairs(12)
+    found = score(model, pairs, batch_tokens=batch_tokens)  # type: ignore[arg-type]
+    for pair, ours in zip(pairs, found, strict=True):
+        ids = np.array([pair.context + pair.continuation])
+        logits = model.logits(ids)
+        expected = -losses_of(logits, ids)[0, len(pair.context) - 1 :].sum(dtype=np.float64)
+        greedy = logits[0, len(pair.context) - 1 : -1].argmax(-1)
+        assert ours.tokens == len(pair.continuation)
+        # Losses are float32: 30 of size 2^3 rounded at 2^-24.
+        assert ours.log_likelihood == pytest.approx(expected, abs=30 * 2.0**-21)
+        assert ours.greedy == (greedy == pair.continuation).all()
+
+
+def test_a_long_context_loses_its_beginning() -> None:
+    model = reference(SPECS["sink"])
+    long = Pair(tuple(range(40)), (3, 4))
+    short = Pair(tuple(range(32, 40)), (3, 4))
+    found = [score(model, [pair], max_length=10)[0] for pair in (long, short)]  # type: ignore[arg-type]
+    assert found[0] == found[1]
+    with pytest.raises(SupraError, match="does not fit into 10"):
+        score(model, [Pair((1,), tuple(range(10)))], max_length=10)  # type: ignore[arg-type]
+
+
+def test_spaces_move_to_the_continuation(tokenizer: Tokenizer) -> None:
+    pair = encode_pair(tokenizer, "the ", "answer")
+    text = [tokenizer.id_to_token(index) for index in pair.continuation]
+    assert text[0] == " a"
+    assert pair == encode_pair(tokenizer, "the", " answer")
+    with pytest.raises(SupraError, match="both need at least one token"):
+        encode_pair(tokenizer, " ", "answer")
+
+
+class _Prefers:
+    """A backend for which a token is likelier, the greater its id."""
+
+    name = "prefers"
+    spec = SPECS["paper"]
+
+    def logits(self, ids: Any, *, mask: Any = None, form: str = "parallel") -> Any:
+        return np.broadcast_to(np.arange(50, dtype=np.float32), (*ids.shape, 50))
+
+
+def test_multiple_choice_chooses_by_likelihood(tokenizer: Tokenizer) -> None:
+    # "w" has a greater id than "b": alone it wins; six of them lose, but not by the letter.
+    questions = [Question("who?", ("b", "w"), 1), Question("who?", ("b", "wwwwww"), 1)]
+    found = multiple_choice(_Prefers(), tokenizer, questions)  # type: ignore[arg-type]
+    assert [record["chosen"] for record in found.records] == [1, 0]
+    assert [record["chosen_norm"] for record in found.records] == [1, 1]
+    assert found.metrics["acc"] == 0.5
+    assert found.metrics["acc_stderr"] == pytest.approx(0.5)
+    assert found.metrics["acc_norm"] == 1.0
+
+
+def test_lambada_is_the_last_word(tokenizer: Tokenizer) -> None:
+    passages = [Passage("the cat", "sat"), Passage("the", "hehe")]
+    found = lambada(_Prefers(), tokenizer, passages)  # type: ignore[arg-type]
+    assert found.metrics["acc"] == 0.0
+    likelihoods = [record["log_likelihood"] for record in found.records]
+    assert found.metrics["perplexity"] == pytest.approx(np.exp(-np.mean(likelihoods)))
+    # Of 50 logits 0 ... 49 the sum of exponentials is e^50 / (e - 1).
+    normaliser = 50 - np.log(np.e - 1)
+    ids = encode_pair(tokenizer, "the cat", " sat").continuation
+    assert likelihoods[0] == pytest.approx(sum(ids) - len(ids) * normaliser, abs=1e-3)
+
+
+def test_files_say_what_they_are_for(tmp_path: Path) -> None:
+    passage = {"context": "a", "continuation": "b"}
+    question = {"query": "a", "choices": ["b", "c"], "gold": 1}
+    for name, item in (("lambada", passage), ("multiple_choice", question)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(json.dumps(item) for _ in range(3)))
+        assert task_of(file) == name
+    assert task_of(tmp_path / "text.txt") == "perplexity"
+    assert len(read_passages(tmp_path / "lambada.jsonl", 2)) == 2
+    assert read_questions(tmp_path / "multiple_choice.jsonl")[0] == Question("a", ("b", "c"), 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "field gold"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": true}', "field gold"),
+        ('{"query": "a", "choices": ["b"], "gold": 0}', "field choices"),
+        ('{"query": "a", "choices": ["b", ""], "gold": 0}', "field choices"),
+        ('{"query": "", "choices": ["b", "c"], "gold": 0}', "field query"),
+        ("[1]", "no JSON object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_wrong_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "file.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(SupraError, match=f"line 1.*{message}"):
+        read_questions(file)
+
+
+def test_unknown_fields_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "file.jsonl"
+    file.write_text('{"text": "a"}\n')
+    with pytest.raises(SupraError, match="fields text"):
+        task_of(file)
