@@ -169,6 +169,7 @@ def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path
         ({"stages.7.learning_rate": "1e-3"}, "no such setting"),
         ({"stages.0.kind": "guess"}, r"field stages\.0\.kind"),
         ({"linearize.window": "-4"}, r"field linearize\.window"),
+        ({"sequence_length": "33", "stages.0.cut": "2"}, "33 cannot be cut into 2"),
         ({"recipe": "magic"}, "unknown recipe 'magic'"),
     ],
 )
@@ -208,13 +209,21 @@ def test_every_sequence_once_an_epoch() -> None:
     tokens = np.arange(1030, dtype=np.uint32)
     sequences = Sequences(tokens, length=10, seed=5)
     trained = sequences.count - sequences.held_out_count
-    first = [int(sequences.batch(step, 1)[0, 0]) for step in range(trained)]
-    second = [int(sequences.batch(step, 1)[0, 0]) for step in range(trained, 2 * trained)]
+    first = [int(sequences.batch(10 * step, 1)[0, 0]) for step in range(trained)]
+    second = [int(sequences.batch(10 * step, 1)[0, 0]) for step in range(trained, 2 * trained)]
     held_out = {int(row[0]) for row in sequences.held_out()}
     assert sorted(first) == sorted(second)
     assert first != second
     assert len(set(first)) == trained
     assert not held_out & set(first)
+
+
+def test_cut_sequences_are_the_same_tokens() -> None:
+    sequences = Sequences(np.arange(1030, dtype=np.uint32), length=10, seed=5)
+    whole = sequences.batch(20, 3)
+    np.testing.assert_array_equal(sequences.batch(20, 6, cut=2).reshape(3, 10), whole)
+    # 21 tokens were seen: the row that begins within them is left out.
+    np.testing.assert_array_equal(sequences.batch(21, 1, cut=2), whole[:1, 5:])
 
 
 def test_pieces_are_the_whole_text(tmp_path: Path) -> None:

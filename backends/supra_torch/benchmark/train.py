@@ -7,6 +7,7 @@ alike. The step is the very one of an uptraining run: forward, backward, clip, f
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
@@ -161,6 +162,8 @@ def _config(model: str, kind: str, recipe: str, settings: dict[str, Any]) -> Upt
     values = recipe_named(recipe)
     default = {"kind": kind, "share": 1.0, "learning_rate": 3e-5, "new_learning_rate": 3e-5}
     stage = next((stage for stage in values["stages"] if stage["kind"] == kind), default)
+    # Every row of the table is timed at the stated shape.
+    stage = {**stage, "cut": 1, "batch_share": 1.0}
     # The tokens are random: no data is read.
     return validate(
         {**values, **settings, "model": model, "data": "random", "stages": [stage]},
@@ -233,7 +236,7 @@ def _measure(plan: Sequence[_Row], steps: int, log: Callable[[str], None]) -> li
 
 def _result(row: _Row, seconds: Sequence[float], peak: int) -> dict[str, Any]:
     config = row.training.config
-    tokens, median = config.batch_size * config.sequence_length, statistics.median(seconds)
+    tokens, median = math.prod(config.batch_shape(config.stages[0])), statistics.median(seconds)
     return {
         "name": row.name,
         "original": row.training.original,

@@ -56,7 +56,7 @@ def serve(training: Training, pipe: Connection) -> None:
     reset_peak(device)
     pipe.send("ready")
     while (number := pipe.recv()) is not None:
-        shape = (config.batch_size, config.sequence_length)
+        shape = config.batch_shape(config.stages[0])
         batch = np.random.default_rng(number).integers(0, vocabulary, shape)
         began = time.perf_counter()
         ids = torch.from_numpy(batch).to(device)

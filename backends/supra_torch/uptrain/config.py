@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from supra_core.errors import SupraError
 
@@ -40,11 +41,15 @@ class Stage(_Strict):
     is trained. ``uptrain``: the model learns the next token (cross entropy), everything is
     trained and no teacher is needed. ``share``: of the run's tokens. ``new_learning_rate``: for
     what linearizing added (feature maps, decay, gains). ``warmup``: share of the stage's steps;
-    then a cosine to ``final_learning_rate`` times the peak.
+    then a cosine to ``final_learning_rate`` times the peak. ``cut``: every sequence is cut into
+    so many rows; ``batch_share``: of the run's ``batch_tokens``. Few tokens are best spent on
+    many small steps.
     """
 
     kind: StageKind
     share: float = Field(gt=0)
+    cut: int = Field(default=1, ge=1)
+    batch_share: float = Field(default=1.0, gt=0)
     learning_rate: float = Field(ge=0)
     new_learning_rate: float = Field(ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
@@ -85,17 +90,28 @@ class UptrainConfig(_Strict):
         """Whether any stage learns from the original transformer."""
         return any(stage.kind != "uptrain" for stage in self.stages)
 
-    @property
-    def batch_size(self) -> int:
-        """Sequences a step."""
-        return max(1, self.batch_tokens // self.sequence_length)
+    @model_validator(mode="after")
+    def _cuts_divide(self) -> UptrainConfig:
+        for index, stage in enumerate(self.stages):
+            if self.sequence_length % stage.cut or self.sequence_length < 2 * stage.cut:
+                raise ValueError(
+                    f"sequence_length {self.sequence_length} cannot be cut into {stage.cut} for "
+                    f"stages.{index}: choose a multiple of it, or set stages.{index}.cut"
+                )
+        return self
+
+    def batch_shape(self, stage: Stage) -> tuple[int, int]:
+        """Rows a step of the stage, and tokens in a row."""
+        length = self.sequence_length // stage.cut
+        return max(1, int(self.batch_tokens * stage.batch_share) // length), length
 
     def stage_steps(self) -> list[int]:
         """Optimiser steps of each stage; every stage gets at least one."""
         total = sum(stage.share for stage in self.stages)
-        step_tokens = self.batch_size * self.sequence_length
+        tokens = [self.tokens * stage.share / total for stage in self.stages]
         return [
-            max(1, round(self.tokens * stage.share / total / step_tokens)) for stage in self.stages
+            max(1, round(count / math.prod(self.batch_shape(stage))))
+            for count, stage in zip(tokens, self.stages, strict=True)
         ]
 
 
@@ -139,7 +155,10 @@ def validate(values: Mapping[str, Any], where: str) -> UptrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise SupraError(f"{where}: field {place}: {first['msg'].lower()}") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        raise SupraError(
+            f"{where}: field {place}: {problem.lower()}" if place else f"{where}: {problem}"
+        ) from None
 
 
 def recipe_names() -> list[str]:

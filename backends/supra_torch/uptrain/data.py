@@ -51,13 +51,20 @@ class Sequences:
     def held_out_count(self) -> int:
         return min(_HELD_OUT, max(1, self.count // 50))
 
-    def batch(self, step: int, size: int) -> npt.NDArray[np.int64]:
-        """The sequences of ``step``, (size, length): every one once an epoch, shuffled anew."""
-        trained = self.count - self.held_out_count
+    def batch(self, seen: int, size: int, cut: int = 1) -> npt.NDArray[np.int64]:
+        """The rows after ``seen`` tokens, (size, length / cut).
+
+        Every sequence comes once an epoch, shuffled anew, cut into ``cut`` rows; ``seen`` is
+        rounded up to whole rows.
+        """
+        trained, row_length = self.count - self.held_out_count, self.length // cut
+        first = -(-seen // row_length)
         rows = []
-        for place in range(step * size, (step + 1) * size):
-            epoch, index = divmod(place, trained)
-            rows.append(self._row(self._order(epoch, trained)[index]))
+        for place in range(first, first + size):
+            number, part = divmod(place, cut)
+            epoch, index = divmod(number, trained)
+            sequence = self._row(self._order(epoch, trained)[index])
+            rows.append(sequence[part * row_length : (part + 1) * row_length])
         return np.stack(rows)
 
     def held_out(self) -> npt.NDArray[np.int64]:

@@ -328,7 +328,8 @@ def _step(
 ) -> dict[str, Any]:
     """One optimiser step; returns its line of metrics."""
     stage, began = session.config.stages[place.stage], time.perf_counter()
-    batch = session.sequences.batch(place.step, session.config.batch_size)
+    rows, _ = session.config.batch_shape(stage)
+    batch = session.sequences.batch(place.tokens, rows, stage.cut)
     ids = torch.from_numpy(batch).to(session.device)
     factor = learning_rate_factor(place.stage_step, steps, stage.warmup, stage.final_learning_rate)
 
