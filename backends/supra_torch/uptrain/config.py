@@ -68,6 +68,8 @@ class UptrainConfig(_Strict):
     in all stages; ``sequence_length`` and ``batch_tokens`` in tokens; ``checkpoint_every`` and
     ``evaluate_every`` in steps (0: only at the end of a stage). ``activation_checkpointing``
     computes every layer's forward again in backward: less memory, more time.
+    ``calibrate_tokens``: fit a freshly converted model in closed form on so many tokens before
+    the first step (0: not at all), if there is a teacher.
     """
 
     model: str
@@ -82,6 +84,7 @@ class UptrainConfig(_Strict):
     evaluate_every: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "float32"] = "auto"
     activation_checkpointing: bool = False
+    calibrate_tokens: int = Field(default=16_384, ge=0)
     linearize: Linearize = Linearize()
     stages: tuple[Stage, ...] = Field(min_length=1)
 

@@ -12,7 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from supra_core.sources import Source, open_source
 from supra_core.spec import Folded, LinearAttention, ModelSpec, SoftmaxAttention
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_core.text import load_tokenizer
+from supra_torch.calibrate import calibrate
 from supra_torch.model import SupraModel, build, lazy_tensors
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Place
@@ -75,6 +76,8 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     keep_freed_memory()
     place, student, spec = _starting_point(config, run, inputs, device)
     _trim_metrics(run / "metrics.jsonl", place)
+    if place.step == 0:
+        _calibrate(session, student, spec)
     summary = _train(session, place, student, spec)
     with atomic_file(summary_file) as beside:
         beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -232,6 +235,24 @@ def _starting_point(
     student = build(spec, tensors, dtype=torch.float32).to(device).train()
     student.activation_checkpointing = config.activation_checkpointing
     return place, student, spec
+
+
+def _calibrate(session: _Session, student: SupraModel, spec: ModelSpec) -> None:
+    """Fit a freshly converted student in closed form, and write how well it went."""
+    rows = session.config.calibrate_tokens // session.config.sequence_length
+    if session.teacher is None or rows < 2 or spec.provenance.trained_tokens:
+        return
+    began = time.perf_counter()
+    ids = torch.from_numpy(session.sequences.batch(0, rows)).to(session.device)
+    with session.autocast():
+        fits = calibrate(student, session.teacher, ids, progress=session.progress)
+    record = {
+        "calibration": [asdict(fit) for fit in fits],
+        "step": 0,
+        "calibration_tokens": ids.numel(),
+        "seconds": time.perf_counter() - began,
+    }
+    _write(session.run / "metrics.jsonl", record)
 
 
 # --- training ---------------------------------------------------------------------------------

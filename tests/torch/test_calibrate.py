@@ -1,0 +1,119 @@
+"""Calibration: what it fits, it fits better than before; what is exact already stays exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny_models import SPECS, lazy_weights
+
+torch = pytest.importorskip("torch")
+
+from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
+from supra_core.spec import ModelSpec, SoftmaxAttention  # noqa: E402
+from supra_torch.calibrate import _moments, _ridge, calibrate  # noqa: E402
+from supra_torch.model import SupraModel, build  # noqa: E402
+from supra_torch.uptrain.stages import transfer  # noqa: E402
+
+
+def _pair(options: LinearizeOptions, spec: ModelSpec | None = None) -> tuple[SupraModel, Any]:
+    spec = spec or SPECS["transformer"]
+    weights = lazy_weights(spec)
+    linear, tensors = linearize(spec, weights, options)
+    return build(linear, tensors).train(), build(spec, weights).eval()
+
+
+def _ids(rows: int, length: int, seed: int = 0) -> Any:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 50, (rows, length)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LinearizeOptions(preset="pure"),
+        LinearizeOptions(preset="pure", output_norm="sum_sink"),
+        LinearizeOptions(window=5, output_norm="sum_sink"),
+        LinearizeOptions(window=5),
+        LinearizeOptions(preset="paper"),
+        LinearizeOptions(window=5, keep_softmax=(1,)),
+    ],
+)
+def test_the_error_on_other_tokens_falls(options: LinearizeOptions) -> None:
+    student, teacher = _pair(options)
+    other = _ids(6, 60, seed=1)
+    before = transfer(student, teacher, other)
+    fits = calibrate(student, teacher, _ids(24, 61))
+    assert len(fits) == sum(hasattr(layer.self_attn, "mixer") for layer in student.model.layers)
+    assert all(fit.after < fit.before for fit in fits)
+    assert transfer(student, teacher, other) < 0.9 * before
+
+
+def test_only_the_mixers_change() -> None:
+    student, teacher = _pair(LinearizeOptions(preset="pure", output_norm="sum_sink"))
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    calibrate(student, teacher, _ids(8, 40))
+    changed = {
+        name.split("self_attn.")[-1]
+        for name, tensor in student.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert changed <= {
+        "q_feature.weight", "k_feature.weight", "log_slope", "log_sink", "gain", "o_proj.weight"
+    }  # fmt: skip
+    assert {"log_slope", "gain", "o_proj.weight"} <= changed
+
+
+def test_a_window_over_everything_is_already_exact() -> None:
+    student, teacher = _pair(LinearizeOptions(window=64))
+    fits = calibrate(student, teacher, _ids(8, 60))
+    # All tokens stand in the window: float32's rounding is all there is to fit.
+    assert all(fit.after <= 1e-8 for fit in fits)
+
+
+def test_a_sliding_teacher_is_followed() -> None:
+    spec = SPECS["transformer"].with_mixers([SoftmaxAttention(7), SoftmaxAttention(20)])
+    student, teacher = _pair(LinearizeOptions(preset="pure"), replace(spec, attention_bias="none"))
+    fits = calibrate(student, teacher, _ids(16, 60))
+    assert all(fit.after < fit.before for fit in fits)
+
+
+def test_the_ridge_is_the_minimum() -> None:
+    student, teacher = _pair(LinearizeOptions(preset="pure"))
+    mixer, positions = student.model.layers[0].self_attn, teacher.positions(_ids(1, 40))
+    x = torch.randn(6, 40, 24, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(6, 40, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        moments, _ = _moments(mixer, [x], [y], positions)
+    start = mixer.o_proj.weight.detach().double()
+    found = _ridge(moments, start, 0.1).requires_grad_()
+    penalty = 0.1 * moments.own.diagonal().mean()
+    loss = ((found @ moments.own - 2 * moments.cross) * found).sum()
+    loss = loss + penalty * (found - start).square().sum()
+    loss.backward()
+    assert found.grad.abs().max() <= 1e-9 * moments.cross.abs().max()
+
+
+def test_a_run_is_calibrated_once(tiny_transformer: Path, text_file: Path, tmp_path: Path) -> None:
+    import json
+
+    from supra_torch.uptrain.config import resolve
+    from supra_torch.uptrain.run import uptrain
+
+    settings = {
+        "tokens": "256", "sequence_length": "32", "batch_tokens": "64", "precision": "float32",
+        "calibrate_tokens": "512",
+    }  # fmt: skip
+    config = resolve(
+        config=None, model=str(tiny_transformer), recipe="pure", data=str(text_file),
+        overrides=settings,
+    )  # fmt: skip
+    uptrain(config, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    (found,) = [record for record in records if "calibration" in record]
+    assert found["calibration_tokens"] == 512
+    assert all(fit["after"] < fit["before"] for fit in found["calibration"])
