@@ -6,8 +6,8 @@ Three presets:
   b at random, RoPE after it, lightning decay, GroupNorm.
 - ``aligned``: starts close to the transformer: each head's own [softmax(W z), softmax(-W z)]
   (Hedgehog, arXiv 2402.04347) with W the identity and b zero, RoPE between W and softmax, so
-  that W folds away, a normaliser by the sum, a decay that is learned, and a gain for each head
-  that begins as 1. The last 64 tokens keep their softmax weights.
+  that W folds away, a normaliser by the sum with a learned sink, a decay that is learned, and a
+  gain for each head that begins as 1. The last 64 tokens keep their softmax weights.
 - ``pure``: ``aligned`` without that window: no softmax anywhere.
 """
 
@@ -121,7 +121,7 @@ def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:
     paper = options.preset == "paper"
     heads = spec.num_attention_heads
     activation = options.feature_map or ("relu" if paper else "signed_softmax")
-    norm_name = options.output_norm or ("group_norm" if paper else "sum")
+    norm_name = options.output_norm or ("group_norm" if paper else "sum_sink")
     grouped = isinstance(_NORMALISERS[norm_name], GroupNorm)
     scope: Literal["all_heads", "per_head"] = "all_heads" if paper else "per_head"
     shared = paper and heads == spec.num_key_value_heads

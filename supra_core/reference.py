@@ -400,7 +400,10 @@ def windowed_attention(
 
         w_tj = exp(q_t . k_j / sqrt(size))                           t - W < j <= t
         w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
-        o_t  = sum_j w_tj v_j / (sink + sum_j w_tj)
+        o_t  = sum_j w_tj v_j / (sink_t + sum_j w_tj)
+
+    sink_t is the sink where any token before the window has a weight, else 0: inside the window
+    this is the transformer's attention.
 
     q (T, H, size) and k (T, K, size) are what the activation receives; v (T, K, Dv), phi_q
     (T, H, Dk), phi_k (T, K, Dk); state: the last W keys, values and features, and ``state``
@@ -427,8 +430,8 @@ def windowed_attention(
             memory = gamma[:, None, None] * memory + key[:, :, None] * value[:, None, :]
         far = np.einsum("hk,hkv->hv", phi_q[t], memory)
         weighted[t] += (far_gain * np.exp(-top[:, t, 0]))[:, None] * far
-    if sink is not None:
-        weighted[..., -1] += sink * np.exp(-top[..., 0].T)
+        if sink is not None:
+            weighted[t, :, -1] += np.where(far[:, -1] > 0, sink * np.exp(-top[:, t, 0]), 0.0)
     kept = max(len(k) - window, 0)
     new = {"keys": k[kept:], "values": v[kept:], "features": phi_k[kept:], "state": memory}
     return weighted[..., :-1] / weighted[..., -1:], new

@@ -195,7 +195,8 @@ class SumNormaliser:
     """Each output is divided by the sum of its weights, as in softmax attention.
 
     ``sink``: to the sum comes exp(``self_attn.log_sink``), the weight of a token without a value,
-    so that a head may attend to nothing (arXiv 2309.17453; learned as in gpt-oss).
+    so that a head may attend to nothing (arXiv 2309.17453; learned as in gpt-oss). With a window
+    it counts once tokens before the window have a weight.
     """
 
     sink: bool = False

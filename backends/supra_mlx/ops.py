@@ -82,7 +82,9 @@ def windowed_attention(
 
         w_tj = exp(q_t . k_j / sqrt(d))                                   t - W < j <= t
         w_tj = exp(log_far_gain) gamma^(t - W - j) (phi(q_t) . phi(k_j))  j <= t - W
-        o_t  = sum_j w_tj v_j / (exp(log_sink) + sum_j w_tj)
+        o_t  = sum_j w_tj v_j / (sink_t + sum_j w_tj)
+
+    sink_t is exp(log_sink) where any token before the window has a weight, else 0.
 
     q (B, T, H, d) and k (B, T, K, d) are what the activation receives; v (B, T, K, Dv), phi_q
     (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay, log_far_gain and log_sink (H,), None for
@@ -319,13 +321,14 @@ def _join(
     safe = mx.where(written, mass, 1.0)
     log_far = mx.where(written, mx.log(safe) + log_far_gain[:, None], _MASKED)
     shift = mx.maximum(top, log_far)
-    if log_sink is not None:
-        shift = mx.maximum(shift, log_sink[:, None])
+    sink = None if log_sink is None else mx.where(written, log_sink[:, None], _MASKED)
+    if sink is not None:
+        shift = mx.maximum(shift, sink)
     near_scale = mx.exp(top - shift)
     far_weight = mx.where(written, mx.exp(log_far - shift), 0.0)
     total = near[..., -1:] * near_scale + far_weight
-    if log_sink is not None:
-        total = total + mx.exp(log_sink[:, None] - shift)
+    if sink is not None:
+        total = total + mx.exp(sink - shift)
     return (near[..., :-1] * near_scale + far[..., :-1] / safe * far_weight) / total
 
 

@@ -209,7 +209,7 @@ def _search(
         for log_far_gain, log_sink in _weightings(mixer):
             factor = math.exp(log_far_gain)
             sink = 0.0 if log_sink is None else math.exp(log_sink)
-            total = near_total + factor * far_total + sink
+            total = near_total + factor * far_total + sink * (far_total > 0)
             output = (near_sum + factor * far_sum) / total.clamp(min=1e-20)[..., None]
             along = (seen.target * output).sum((0, 2, 3)).clamp(min=0)
             own = output.square().sum((0, 2, 3)).clamp(min=1e-30)

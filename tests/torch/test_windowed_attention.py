@@ -61,10 +61,11 @@ def _formula(
     near = torch.exp(q @ k.mT / math.sqrt(q.shape[-1])) * (seen & (distance < window))
     lag = (distance - window).clamp(min=0)
     far = torch.exp(gain)[:, None, None] * decay[:, None, None] ** lag * (phi_q @ phi_k.mT)
-    weights = near + far * (seen & (distance >= window))
+    far = far * (seen & (distance >= window))
+    weights = near + far
     total = weights.sum(-1, keepdim=True)
     if sink is not None:
-        total = total + torch.exp(sink)[:, None, None]
+        total = total + torch.exp(sink)[:, None, None] * (far.sum(-1, keepdim=True) > 0)
     return ((weights @ v) / torch.where(total == 0, 1.0, total)).transpose(1, 2)
 
 

@@ -4,9 +4,9 @@ With W the window and j <= t::
 
     w_tj = exp(q_t . k_j / sqrt(d))                              t - W < j  (d the width of q)
     w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
-    o_t  = sum_j w_tj v_j / (sink + sum_j w_tj)
+    o_t  = sum_j w_tj v_j / (sink_t + sum_j w_tj)
 
-The far sum is :func:`linear_attention` over keys and values that lag W tokens behind. The two
+sink_t is the sink where any token before the window has a weight, else 0. The far sum is :func:`linear_attention` over keys and values that lag W tokens behind. The two
 are joined in one softmax, by the logarithm of the far sum, so neither can overflow.
 """
 
@@ -123,5 +123,6 @@ def _log_mass(total: Tensor, log_far_gain: Tensor) -> Tensor:
 
 def _with_sink(far: Tensor, mass: Tensor, log_sink: Tensor) -> tuple[Tensor, Tensor]:
     """The far part (B, T, H, Dv) and its mass when a token without a value belongs to it."""
-    both = torch.logaddexp(mass, log_sink)
+    # Where nothing has left the window there is no sink either.
+    both = torch.logaddexp(mass, log_sink).where(mass > NEVER, mass)
     return (far * torch.exp(mass - both)[..., None]).to(far.dtype), both
