@@ -124,7 +124,7 @@ def test_a_linear_model_is_not_linearized_again() -> None:
 
 def test_parameters_that_linearizing_adds() -> None:
     spec, _ = linearize(TRANSFORMER, lazy_weights(TRANSFORMER), LinearizeOptions())
-    # Two layers: maps and biases of 6 and 2 heads; a decay, a gain, a far gain and a sink a query head.
+    # Two layers: maps and biases of 6 and 2 heads; decay, gain, far gain and sink a query head.
     added = 2 * (8 * (10 * 10 + 10) + 4 * 6)
     assert parameter_count(spec) - parameter_count(TRANSFORMER) == added
 

@@ -6,8 +6,9 @@ With W the window and j <= t::
     w_tj = far_gain gamma^(t - W - j) (phi(q_t) . phi(k_j))      j <= t - W
     o_t  = sum_j w_tj v_j / (sink_t + sum_j w_tj)
 
-sink_t is the sink where any token before the window has a weight, else 0. The far sum is :func:`linear_attention` over keys and values that lag W tokens behind. The two
-are joined in one softmax, by the logarithm of the far sum, so neither can overflow.
+sink_t is the sink where any token before the window has a weight, else 0. The far sum is
+:func:`linear_attention` over keys and values that lag W tokens behind. The two are joined in one
+softmax, by the logarithm of the far sum, so neither can overflow.
 """
 
 from __future__ import annotations
