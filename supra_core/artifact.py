@@ -32,6 +32,9 @@ ARCHITECTURE = "SupraForCausalLM"
 FORMAT_VERSION = 1
 
 CONFIG = "config.json"
+# The transformer's own tensors where calibrating replaced them, so that the folder still holds
+# the teacher it can be uptrained with. Its name is none that other programs load.
+ORIGINAL = "original.safetensors"
 
 # The spec's fields as config.json states them; ``layers`` is stored as a table instead.
 _SPEC_FIELDS = tuple(name for name in ModelSpec.__dataclass_fields__ if name != "layers")
@@ -39,10 +42,14 @@ _SPEC_FIELDS = tuple(name for name in ModelSpec.__dataclass_fields__ if name != 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder that was read: its spec and its tensors under canonical names."""
+    """A folder that was read: its spec and its tensors under canonical names.
+
+    ``originals``: the transformer's own, where calibrating replaced them.
+    """
 
     spec: ModelSpec
     tensors: dict[str, LazyTensor]
+    originals: dict[str, LazyTensor]
     path: Path
     dtype: str
 
@@ -124,7 +131,9 @@ def read(folder: str | Path) -> Artifact:
                 f"{folder}: {name} is {tensor.dtype}, but {CONFIG} states {dtype}: convert the "
                 "model again"
             )
-    return Artifact(spec, tensors, folder, dtype)
+    kept = folder / ORIGINAL
+    originals = safetensors.read_file(kept) if kept.is_file() else {}
+    return Artifact(spec, tensors, originals, folder, dtype)
 
 
 def write(
@@ -135,24 +144,32 @@ def write(
     *,
     force: bool = False,
     dtype: str,
+    originals: TensorSource | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the artifact folder ``out``, whole or not at all.
 
-    ``assets``: file name -> bytes, e.g. the tokenizer's. Weights are converted to ``dtype`` one
+    ``assets``: file name -> bytes, e.g. the tokenizer's. ``originals``: what the transformer had
+    in the place of calibrated tensors. Weights are converted to ``dtype`` one
     by one; ``progress`` is called with the bytes written and the bytes in all. An existing
     ``out`` is refused unless ``force``, and then replaced once the new folder is complete.
     """
     config = spec_to_config(spec, dtype)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
-    stored = {
-        name: converted(name, tensor, stored_dtype(name, dtype)) for name, tensor in tensors.items()
-    }
+    stored = _converted(tensors, dtype)
     with atomic_folder(out, force, holds=CONFIG) as folder:
         write_object(folder / CONFIG, config)
         safetensors.write_folder(folder, stored, progress=progress)
+        if originals:
+            safetensors.write_file(folder / ORIGINAL, _converted(originals, dtype))
         (folder / "README.md").write_text(model_card(spec, dtype), encoding="utf-8")
         write_assets(folder, assets)
+
+
+def _converted(tensors: TensorSource, dtype: str) -> dict[str, LazyTensor]:
+    return {
+        name: converted(name, tensor, stored_dtype(name, dtype)) for name, tensor in tensors.items()
+    }
 
 
 def stored_dtype(name: str, dtype: str) -> np.dtype[np.generic]:
@@ -169,6 +186,7 @@ def model_card(spec: ModelSpec, dtype: str) -> str:
         "Source": origin.source or "not stated",
         "Source family": origin.family or "not stated",
         "Recipe": origin.recipe or "none (converted as it was)",
+        "Tokens calibrated on": f"{origin.calibration_tokens:,}",
         "Tokens trained after conversion": f"{origin.trained_tokens:,}",
         "Parameters": f"{parameter_count(spec):,}",
         "Layers": counts,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
+from supra_core import artifact
 from supra_core import fold as folding
 from supra_core import linearize as linearizing
 from supra_core.errors import SupraError
 from supra_core.linearize import LinearizeOptions
 from supra_core.progress import Progress, silent
-from supra_core.sources import WRITERS, open_source
+from supra_core.sources import WRITERS, Source, open_source
 from supra_core.spec import ModelSpec
+from supra_core.tensors import LazyTensor, TensorSource
 
 TARGETS = tuple(WRITERS)
 
@@ -24,7 +28,18 @@ class Conversion:
     kind: str
     dtype: str
     linearized: bool
+    calibrated: bool
     folded: bool
+
+
+class Calibrate(Protocol):
+    """Fits a linearized model to its transformer; a backend offers one."""
+
+    def __call__(
+        self, teacher: Source, spec: ModelSpec, tensors: TensorSource, progress: Progress
+    ) -> tuple[int, dict[str, LazyTensor]]:
+        """The number of tokens that were used, and the tensors that are to be others."""
+        ...
 
 
 def convert(
@@ -34,6 +49,7 @@ def convert(
     to: str = "supra",
     linearize: bool | None = None,
     options: LinearizeOptions | None = None,
+    calibrate: Calibrate | None = None,
     fold: bool = False,
     dtype: str | None = None,
     force: bool = False,
@@ -43,14 +59,20 @@ def convert(
     """Write the model at ``source`` to ``out``, whole or not at all.
 
     ``linearize`` None linearizes a plain transformer on its way to ``supra``, and whatever
-    ``options`` are given for; a model that is linear already stays as it is. ``dtype`` None keeps
-    the source's. Raises :class:`SupraError` for bad input and impossible choices.
+    ``options`` are given for; a model that is linear already stays as it is. ``calibrate`` fits
+    what was linearized before it is written. ``dtype`` None keeps the source's. Raises
+    :class:`SupraError` for bad input and impossible choices.
     """
     if to not in WRITERS:
         raise SupraError(f"--to '{to}' is unknown: use one of {', '.join(TARGETS)}")
     if linearize is False and options is not None:
         raise SupraError(
             "--no-linearize contradicts the choices of how to linearize: leave one of them out"
+        )
+    if calibrate is not None and (to != "supra" or fold):
+        raise SupraError(
+            "a model can be calibrated on its way to --to supra without --fold only: leave "
+            "--calibrate out, or convert in two steps"
         )
     found = open_source(source, config=config)
     spec, tensors = found.spec, dict(found.tensors)
@@ -60,11 +82,18 @@ def convert(
     if wanted:
         new_spec, new_tensors = linearizing.linearize(spec, tensors, options or LinearizeOptions())
         spec, tensors = new_spec, dict(new_tensors)
+    originals: dict[str, LazyTensor] = {}
+    if wanted and calibrate is not None:
+        used, changed = calibrate(found, spec, tensors, progress)
+        originals = {name: tensors[name] for name in changed if name in found.tensors}
+        spec = replace(spec, provenance=replace(spec.provenance, calibration_tokens=used))
+        tensors |= changed
     if fold:
         new_spec, new_tensors = folding.fold(spec, tensors)
         spec, tensors = new_spec, dict(new_tensors)
     stored = dtype or found.dtype
-    WRITERS[to](
+    write = partial(artifact.write, originals=originals) if originals else WRITERS[to]
+    write(
         out,
         spec,
         tensors,
@@ -73,4 +102,6 @@ def convert(
         dtype=stored,
         progress=lambda done, total: progress("write", done, total),
     )
-    return Conversion(spec, found.kind, stored, wanted, fold)
+    return Conversion(
+        spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold
+    )

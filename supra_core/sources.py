@@ -38,6 +38,7 @@ class Source:
     """A model to be read: ``tensors`` are canonical and lazy, ``assets()`` are the files beside.
 
     ``dtype`` is what most of its numbers are stored as; quantised weights count as float32.
+    ``originals``: a calibrated model's tensors as the transformer had them.
     """
 
     spec: ModelSpec
@@ -46,6 +47,7 @@ class Source:
     dtype: str
     kind: Kind
     path: Path
+    originals: dict[str, LazyTensor] = field(default_factory=dict)
 
 
 class Writer(Protocol):
@@ -150,8 +152,9 @@ def _open_openlm(path: Path, config: Path | None) -> Source:
 def _open_artifact(folder: Path) -> Source:
     read = artifact.read(folder)
     return Source(
-        read.spec, read.tensors, partial(read_assets, folder), read.dtype, "supra", folder
-    )
+        read.spec, read.tensors, partial(read_assets, folder), read.dtype, "supra", folder,
+        read.originals,
+    )  # fmt: skip
 
 
 def _open_run(folder: Path) -> Source:

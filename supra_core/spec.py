@@ -298,12 +298,16 @@ class Norm:
 
 @dataclass(frozen=True, config=_STRICT)
 class Provenance:
-    """Where the weights came from, for the model card."""
+    """Where the weights came from, for the model card.
+
+    ``calibration_tokens``: that the mixers were fitted on in closed form when it was converted.
+    """
 
     source: str = ""
     family: str = ""
     recipe: str = ""
     trained_tokens: int = 0
+    calibration_tokens: int = 0
 
 
 @dataclass(frozen=True, config=_STRICT)

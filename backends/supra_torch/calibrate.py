@@ -15,7 +15,7 @@ trivial.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,14 @@ from torch import Tensor
 
 from supra_core.progress import Progress, silent
 from supra_core.spec import LearnedDecay, LinearAttention, Projection, SumNormaliser
-from supra_torch.model import Layer, LinearMixer, Positions, SoftmaxMixer, SupraModel, activate
+from supra_torch.model import (
+    Layer,
+    LinearMixer,
+    Positions,
+    SoftmaxMixer,
+    SupraModel,
+    activate,
+)
 
 _FIRST = 8
 # Sequences, and queries of each, that the heads are fitted on.
@@ -54,12 +61,26 @@ def calibrate(
 
     The teacher is the transformer that the student was linearized from.
     """
+    pairs = zip(student.model.layers, teacher.model.layers, strict=True)
+    return calibrate_layers(pairs, len(student.model.layers), teacher, ids, progress)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def calibrate_layers(
+    pairs: Iterable[tuple[Layer, Layer]],
+    layers: int,
+    teacher: SupraModel,
+    ids: Tensor,
+    progress: Progress,
+) -> list[LayerFit]:
+    """:func:`calibrate` for pairs of layers, the student's and the teacher's, made one by one.
+
+    Of ``teacher`` only the embedding is used.
+    """
     positions = teacher.positions(ids[:1])
     hidden = [teacher.embed(part) for part in ids.split(_TOGETHER)]
-    layers = list(zip(student.model.layers, teacher.model.layers, strict=True))
     fits = []
-    for index, (ours, theirs) in enumerate(layers):
-        assert isinstance(ours, Layer) and isinstance(theirs, Layer)
+    for index, (ours, theirs) in enumerate(pairs):
         inputs = [theirs.mixer_input(h) for h in hidden]
         targets = [theirs.self_attn(x, positions, None, None)[0] for x in inputs]
         if isinstance(ours.self_attn, LinearMixer):
@@ -73,7 +94,7 @@ def calibrate(
             fits.append(LayerFit(index, before, after))
         hidden = [h + y for h, y in zip(hidden, targets, strict=True)]
         hidden = [h + theirs.feed_forward(h) for h in hidden]
-        progress("calibrate", index + 1, len(layers))
+        progress("calibrate", index + 1, layers)
     return fits
 
 

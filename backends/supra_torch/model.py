@@ -585,6 +585,20 @@ def build(
     return model
 
 
+def build_layer(
+    spec: ModelSpec, tensors: Mapping[str, LazyTensor], index: int, *, dtype: torch.dtype
+) -> Layer:
+    """One layer of the model alone, with its weights, as :func:`build` would make it."""
+    with torch.device("meta"):
+        layer = Layer(spec, spec.layers[index].mixer)
+    prefix, weights = layout.layer_prefix(index), {}
+    for name in layer.state_dict():
+        keep = name.endswith(layout.FLOAT32_SUFFIXES)
+        weights[name] = to_torch(tensors[prefix + name]).to(torch.float32 if keep else dtype)
+    layer.load_state_dict(weights, assign=True, strict=True)
+    return layer
+
+
 def lazy_tensors(model: SupraModel) -> dict[str, LazyTensor]:
     """The module's weights under their canonical names, for a writer; float32 or float16."""
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,18 @@ from tests.tiny_models import SPECS, lazy_weights
 
 torch = pytest.importorskip("torch")
 
+from supra_core.convert import convert  # noqa: E402
+from supra_core.errors import SupraError  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
+from supra_core.progress import silent  # noqa: E402
+from supra_core.sources import open_source  # noqa: E402
 from supra_core.spec import ModelSpec, SoftmaxAttention  # noqa: E402
+from supra_core.text import encode, load_tokenizer, read_text  # noqa: E402
 from supra_torch.calibrate import _moments, _ridge, calibrate  # noqa: E402
+from supra_torch.conversion import TextCalibration, calibrated_tensors  # noqa: E402
 from supra_torch.model import SupraModel, build  # noqa: E402
+from supra_torch.uptrain.config import resolve  # noqa: E402
+from supra_torch.uptrain.run import open_inputs, uptrain  # noqa: E402
 from supra_torch.uptrain.stages import transfer  # noqa: E402
 
 
@@ -98,11 +107,6 @@ def test_the_ridge_is_the_minimum() -> None:
 
 
 def test_a_run_is_calibrated_once(tiny_transformer: Path, text_file: Path, tmp_path: Path) -> None:
-    import json
-
-    from supra_torch.uptrain.config import resolve
-    from supra_torch.uptrain.run import uptrain
-
     settings = {
         "tokens": "256", "sequence_length": "32", "batch_tokens": "64", "precision": "float32",
         "calibrate_tokens": "512",
@@ -117,3 +121,51 @@ def test_a_run_is_calibrated_once(tiny_transformer: Path, text_file: Path, tmp_p
     (found,) = [record for record in records if "calibration" in record]
     assert found["calibration_tokens"] == 512
     assert all(fit["after"] < fit["before"] for fit in found["calibration"])
+
+
+def test_a_file_is_calibrated_as_a_model_is(tiny_transformer: Path, text_file: Path) -> None:
+    source = open_source(tiny_transformer)
+    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(window=8))
+    ids = torch.from_numpy(
+        encode(load_tokenizer(source.assets(), "tiny"), read_text(text_file)).ids[:600]
+    ).view(10, 60)
+    found, fits = calibrated_tensors(source, spec, tensors, ids, "float32")
+    student = build(spec, tensors, dtype=torch.float32)
+    teacher = build(source.spec, source.tensors, dtype=torch.float32)
+    assert calibrate(student, teacher, ids) == fits
+    for name, tensor in student.state_dict().items():
+        if name in found:
+            np.testing.assert_array_equal(found[name].read(), tensor.numpy())
+        else:
+            assert "self_attn" not in name
+
+
+def test_a_calibrated_folder_still_holds_its_teacher(
+    tiny_transformer: Path, text_file: Path, tmp_path: Path
+) -> None:
+    calibration = TextCalibration(read_text(text_file), 256)
+    done = convert(
+        tiny_transformer, tmp_path / "out", options=LinearizeOptions(preset="pure"),
+        calibrate=calibration, dtype="float32",
+    )  # fmt: skip
+    assert done.calibrated
+    config = resolve(
+        config=None, model=str(tmp_path / "out"), recipe="pure", data=str(text_file), overrides={}
+    )
+    inputs = open_inputs(config)
+    original = open_source(tiny_transformer)
+    assert inputs.teacher is not None
+    assert inputs.teacher[0] == replace(original.spec, provenance=inputs.teacher[0].provenance)
+    for name, tensor in original.tensors.items():
+        np.testing.assert_array_equal(inputs.teacher[1][name].read(), tensor.read())
+    name = "model.layers.0.self_attn.o_proj.weight"
+    changed = open_source(tmp_path / "out").tensors[name].read()
+    assert (changed != original.tensors[name].read()).any()
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_too_little_text_is_named(tiny_transformer: Path, tokens: int) -> None:
+    calibration = TextCalibration("a word or two", tokens)
+    source = open_source(tiny_transformer)
+    with pytest.raises(SupraError, match="too few for"):
+        calibration(source, source.spec, source.tensors, silent)

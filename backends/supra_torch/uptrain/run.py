@@ -174,7 +174,7 @@ def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, Tensor
         teacher = open_source(config.teacher)
         _check_teacher(config, model.spec, teacher)
         return teacher.spec, teacher.tensors
-    if _holds_original(model.spec):
+    if _holds_original(model):
         return _original(model)
     if config.needs_teacher:
         raise SupraError(
@@ -195,13 +195,16 @@ def _check_teacher(config: UptrainConfig, student: ModelSpec, teacher: Source) -
             )
 
 
-def _holds_original(spec: ModelSpec) -> bool:
-    """Whether the model is freshly converted: the transformer's own weights are untouched."""
+def _holds_original(model: Source) -> bool:
+    """Whether the model is freshly converted: the transformer's own weights are still there."""
+    spec = model.spec
     mixers = [layer.mixer for layer in spec.layers]
     folded = any(
         isinstance(mixer, LinearAttention) and isinstance(mixer.feature_map.projection, Folded)
         for mixer in mixers
     )
+    if spec.provenance.calibration_tokens and not model.originals:
+        return False
     return not folded and not spec.provenance.trained_tokens and bool(spec.provenance.recipe)
 
 
@@ -211,7 +214,8 @@ def _original(model: Source) -> tuple[ModelSpec, TensorSource]:
     spec = model.spec.with_mixers(
         [m if isinstance(m, SoftmaxAttention) else SoftmaxAttention() for m in mixers]
     )
-    return spec, {name: model.tensors[name] for name in tensor_shapes(spec)}
+    tensors = {**model.tensors, **model.originals}
+    return spec, {name: tensors[name] for name in tensor_shapes(spec)}
 
 
 def frozen_teacher(
@@ -240,7 +244,8 @@ def _starting_point(
 def _calibrate(session: _Session, student: SupraModel, spec: ModelSpec) -> None:
     """Fit a freshly converted student in closed form, and write how well it went."""
     rows = session.config.calibrate_tokens // session.config.sequence_length
-    if session.teacher is None or rows < 2 or spec.provenance.trained_tokens:
+    before = spec.provenance.trained_tokens or spec.provenance.calibration_tokens
+    if session.teacher is None or rows < 2 or before:
         return
     began = time.perf_counter()
     ids = torch.from_numpy(session.sequences.batch(0, rows)).to(session.device)

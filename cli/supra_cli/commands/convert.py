@@ -12,6 +12,7 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
+    from supra_core.convert import Calibrate
     from supra_core.linearize import LinearizeOptions
 
 
@@ -41,6 +42,19 @@ def command(
         str | None, typer.Option(help="Layers that stay as they are, as in 0,15.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights of the paper recipe.")] = 0,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Fit what is linearized to the transformer without training. Default: where "
+            "torch is installed, but for the paper recipe.",
+        ),
+    ] = None,
+    calibration_text: Annotated[
+        Path | None,
+        typer.Option(help="Text to calibrate on; default: Python's own documentation."),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to use.")] = 16_384,
     dtype: options.Dtype = None,
     fold: Annotated[
         bool, typer.Option("--fold/--no-fold", help="Multiply feature maps into q and k.")
@@ -59,10 +73,12 @@ def command(
 
     chosen = _linearize_options(seed, recipe, feature_map, decay, output_norm, window, keep_softmax)
     start = time.monotonic()
+    possible = to == "supra" and not fold and recipe != "paper" and linearize is not False
+    fit = _calibration(source, calibrate, possible, calibration_text, calibration_tokens)
     with ProgressReporter() as progress:
         done = convert(
-            source, out, to=to, linearize=linearize, options=chosen, fold=fold, dtype=dtype,
-            force=force, config=config, progress=progress,
+            source, out, to=to, linearize=linearize, options=chosen, calibrate=fit, fold=fold,
+            dtype=dtype, force=force, config=config, progress=progress,
         )  # fmt: skip
     layer_types = [layer.mixer.layer_type for layer in done.spec.layers]
     if json_output:
@@ -73,6 +89,8 @@ def command(
                 "out": str(out),
                 "to": to,
                 "linearized": done.linearized,
+                "calibrated": done.calibrated,
+                "calibration_tokens": done.spec.provenance.calibration_tokens,
                 "folded": done.folded,
                 "recipe": done.spec.provenance.recipe,
                 "dtype": done.dtype,
@@ -84,6 +102,39 @@ def command(
         return
     kinds = ", ".join(f"{layer_types.count(kind)} {kind}" for kind in dict.fromkeys(layer_types))
     log(f"{out}: {parameter_count(done.spec):,} parameters in {done.dtype}, layers: {kinds}")
+
+
+def _calibration(
+    source: str, wanted: bool | None, possible: bool, text: Path | None, tokens: int
+) -> Calibrate | None:
+    """How to calibrate, or None; asked for without torch it is an error, otherwise a hint."""
+    from importlib.util import find_spec
+
+    from supra_cli import pythondocs
+    from supra_cli.backends import require
+    from supra_cli.output import log
+    from supra_core.errors import SupraError
+    from supra_core.sources import open_source
+    from supra_core.text import TOKENIZER, read_text
+
+    if tokens < 1:
+        raise SupraError(f"--calibration-tokens must be at least 1, not {tokens}")
+    if wanted is False and text is not None:
+        raise SupraError("--no-calibrate contradicts --calibration-text: leave one of them out")
+    asked = wanted or text is not None
+    if wanted is False or not (possible or asked):
+        return None
+    if not asked and find_spec("torch") is None:
+        log("not calibrated: that needs torch (pip install 'supra-lm[torch]')")
+        return None
+    if not asked and TOKENIZER not in open_source(source).assets():
+        log(f"not calibrated: {source} has no tokenizer")
+        return None
+    require("torch", "calibrating")
+    from supra_torch.conversion import TextCalibration
+
+    prose = pythondocs.language_reference() if text is None else read_text(text)
+    return TextCalibration(prose, tokens)
 
 
 def _linearize_options(

@@ -1,0 +1,110 @@
+"""Calibrating a conversion: from a text and two models that are files, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from supra_core.errors import SupraError
+from supra_core.layout import layer_prefix
+from supra_core.progress import Progress, silent
+from supra_core.sources import Source
+from supra_core.spec import ModelSpec
+from supra_core.tensors import LazyTensor, TensorSource
+from supra_core.text import encode, load_tokenizer
+from supra_torch.calibrate import LayerFit, calibrate_layers
+from supra_torch.model import Layer, LinearMixer, SupraModel, build_layer, to_torch
+from supra_torch.uptrain.step import autocast, resolved_precision
+
+DEFAULT_TOKENS = 16_384
+_LENGTH = 512
+# As many sequences as the regression is to be chosen on at least.
+_FEWEST = 4
+_SHORTEST = 32
+
+
+@dataclass(frozen=True)
+class TextCalibration:
+    """What :func:`supra_core.convert.convert` takes: fits a conversion on parts of a text.
+
+    ``tokens``: of how many; they are spread evenly over the text.
+    """
+
+    text: str
+    tokens: int = DEFAULT_TOKENS
+
+    def __call__(
+        self, teacher: Source, spec: ModelSpec, tensors: TensorSource, progress: Progress
+    ) -> tuple[int, dict[str, LazyTensor]]:
+        """The tokens used, and the mixers' new tensors."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ids = self._sequences(teacher).to(device)
+        precision = resolved_precision("auto", device)
+        found, _ = calibrated_tensors(teacher, spec, tensors, ids, precision, progress=progress)
+        return ids.numel(), found
+
+    def _sequences(self, teacher: Source) -> Tensor:
+        """Token ids (N, 512), spread over the text."""
+        tokenizer = load_tokenizer(teacher.assets(), str(teacher.path))
+        count = max(_FEWEST, self.tokens // _LENGTH)
+        width = len(self.text) / count
+        # Only what is used is tokenised; no tokenizer's tokens are longer on average.
+        parts = [self.text[int(i * width) :][: min(int(width), 16 * _LENGTH)] for i in range(count)]
+        rows = [encode(tokenizer, part).ids[:_LENGTH] for part in parts]
+        length = min(len(row) for row in rows)
+        if length < _SHORTEST:
+            raise SupraError(
+                f"the text to calibrate on has {len(self.text):,} characters, too few for {count} "
+                f"sequences of {_SHORTEST} tokens: give a longer one, or --no-calibrate"
+            )
+        return torch.from_numpy(np.stack([row[:length] for row in rows]))
+
+
+def calibrated_tensors(
+    teacher: Source,
+    spec: ModelSpec,
+    tensors: TensorSource,
+    ids: Tensor,
+    precision: str,
+    *,
+    progress: Progress = silent,
+) -> tuple[dict[str, LazyTensor], list[LayerFit]]:
+    """The mixers' tensors, float32, after :func:`supra_torch.calibrate.calibrate` on ids (N, T).
+
+    One layer of each model is in memory at a time, on the device of ids.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    found: dict[str, LazyTensor] = {}
+
+    def pairs() -> Iterator[tuple[Layer, Layer]]:
+        for index in range(spec.num_hidden_layers):
+            theirs = build_layer(teacher.spec, teacher.tensors, index, dtype=dtype)
+            ours = build_layer(spec, tensors, index, dtype=torch.float32)
+            yield ours.to(ids.device), theirs.to(ids.device)
+            if isinstance(ours.self_attn, LinearMixer):
+                for name, tensor in ours.self_attn.state_dict().items():
+                    key = f"{layer_prefix(index)}self_attn.{name}"
+                    found[key] = LazyTensor.of(tensor.cpu().numpy())
+
+    with autocast(ids.device, precision):
+        embedding = _embedding(teacher, dtype).to(ids.device)
+        fits = calibrate_layers(pairs(), spec.num_hidden_layers, embedding, ids, progress)
+    return found, fits
+
+
+def _embedding(teacher: Source, dtype: torch.dtype) -> SupraModel:
+    """The teacher's module with nothing loaded but what the first layer's input needs."""
+    with torch.device("meta"):
+        model = SupraModel(teacher.spec)
+    names = ("model.embed_tokens.weight", "model.embed_norm.weight")
+    weights = {n: to_torch(teacher.tensors[n]).to(dtype) for n in names if n in teacher.tensors}
+    model.load_state_dict(weights, assign=True, strict=False)
+    # Nothing may stay on the meta device, which has no numbers to move.
+    model.model.layers = nn.ModuleList()
+    model.model.norm = nn.Identity()  # type: ignore[assignment]
+    model.lm_head = None
+    return model
