@@ -98,7 +98,7 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
     stages.run(
         "convert",
         f"Converting {teacher.name} to linear attention, softmax for the last {WINDOW} tokens",
-        lambda: convert_model(teacher, converted, progress),
+        lambda: convert_model(teacher, converted, train, progress),
     )
 
     def measure(model: Path, stage: str) -> dict[str, Any]:
@@ -151,13 +151,21 @@ def write_text(data: Path | None, train: Path, held_out: Path) -> dict[str, int]
     return {path.stem: len(text) for path, text in parts.items()}
 
 
-def convert_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
+def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> dict[str, Any]:
     from supra_core.convert import convert
     from supra_core.linearize import LinearizeOptions
+    from supra_core.text import read_text
+    from supra_torch.conversion import TextCalibration
 
-    options = LinearizeOptions(preset="aligned", window=WINDOW)
-    done = convert(source, out, options=options, force=out.exists(), progress=progress)
-    return {"parameters": parameter_count(done.spec), "dtype": done.dtype}
+    options, calibrate = LinearizeOptions(window=WINDOW), TextCalibration(read_text(text))
+    done = convert(
+        source, out, options=options, calibrate=calibrate, force=out.exists(), progress=progress
+    )
+    return {
+        "parameters": parameter_count(done.spec),
+        "dtype": done.dtype,
+        "calibration_tokens": done.spec.provenance.calibration_tokens,
+    }
 
 
 def evaluate(model: Path, held_out: Path, progress: Progress, stage: str) -> dict[str, Any]:
