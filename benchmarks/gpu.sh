@@ -29,7 +29,7 @@ run pytest -m gpu -q
 run supra_cli bench op --out "$out" --force
 run supra_cli bench decode "$model" --batch 1 --batch 8 --batch 64 --out "$out" --force
 run supra_cli bench train "$model" --length 2048 --length 8192 --batch-tokens 16384 \
-  --recipe aligned --recipe pure --recipe paper --out "$out" --force
+  --recipe windowed --recipe pure --recipe paper --out "$out" --force
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}" >&2

@@ -5,8 +5,8 @@ One layer of SmolLM2-135M (9 query heads, 3 key/value heads, values of 64 channe
 - ``sdpa``: torch's causal scaled_dot_product_attention, 64 channels, what transformers trains with
 - ``dense``: linear attention with all T x T weights, 64 channels
 - ``paper``: the chunked form, 64 channels, fixed decay
-- ``aligned far``: the chunked form, 128 features, learned decay, divided by the sum
-- ``aligned``: windowed attention, 64 tokens of softmax over that
+- ``windowed far``: the chunked form, 128 features, learned decay, divided by the sum
+- ``windowed``: windowed attention, 64 tokens of softmax over that
 
     python benchmarks/operator_cpu.py --json operator_cpu.json
 
@@ -36,7 +36,7 @@ from supra_torch.ops import windowed_attention
 from supra_torch.ops.linear_attention import linear_attention_with_sums
 
 HEADS, KEY_HEADS, SIZE, WINDOW = 9, 3, 64, 64
-OPERATORS = ("sdpa", "dense", "paper", "aligned far", "aligned")
+OPERATORS = ("sdpa", "dense", "paper", "windowed far", "windowed")
 SHAPES = ((4, 512), (1, 2048), (4, 2048))
 LENGTHS = (1024, 4096, 16384, 65536)
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,22 +60,22 @@ def forward_backward(
     gradient = leaf(HEADS, SIZE).detach()
     decay = torch.linspace(0.9, 0.999, HEADS, dtype=torch.float64)
     inputs = [q, k, v]
-    if operator.startswith("aligned"):
+    if operator.startswith("windowed"):
         phi_q, phi_k = (
             leaf(heads, 2 * SIZE).detach().abs_().requires_grad_() for heads in (HEADS, KEY_HEADS)
         )
         decay.requires_grad_()
         gain = torch.zeros(HEADS, requires_grad=True)
-        inputs = [phi_q, phi_k, v, decay] + ([q, k, gain] if operator == "aligned" else [])
+        inputs = [phi_q, phi_k, v, decay] + ([q, k, gain] if operator == "windowed" else [])
 
     def output() -> torch.Tensor:
         if operator == "sdpa":
             heads_first = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
             return out.transpose(1, 2)
-        if operator == "aligned":
+        if operator == "windowed":
             return windowed_attention(q, k, v, phi_q, phi_k, decay, gain, WINDOW)[0]
-        if operator == "aligned far":
+        if operator == "windowed far":
             return linear_attention_with_sums(
                 phi_q, phi_k, v, decay, normalise=True, implementation="chunked"
             )[0]

@@ -4,11 +4,11 @@ Three presets:
 
 - ``paper``: exactly the published model (arXiv 2405.06640): relu(W z + b) over all heads, W and
   b at random, RoPE after it, lightning decay, GroupNorm.
-- ``aligned``: starts close to the transformer: each head's own [softmax(W z), softmax(-W z)]
+- ``windowed``: starts close to the transformer: each head's own [softmax(W z), softmax(-W z)]
   (Hedgehog, arXiv 2402.04347) with W the identity and b zero, RoPE between W and softmax, so
   that W folds away, a normaliser by the sum with a learned sink, a decay that is learned, and a
   gain for each head that begins as 1. The last 64 tokens keep their softmax weights.
-- ``pure``: ``aligned`` without that window: no softmax anywhere.
+- ``pure``: ``windowed`` without that window: no softmax anywhere.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from supra_core.spec import (
 )
 from supra_core.tensors import LazyTensor, TensorSource
 
-Preset = Literal["paper", "aligned", "pure"]
+Preset = Literal["paper", "windowed", "pure"]
 
-ALIGNED_WINDOW = 64
+DEFAULT_WINDOW = 64
 _INITIAL_LOG_SINK = -3.0
 FeatureMapName = Literal["relu", "signed_relu", "signed_softmax", "none"]
 DecayName = Literal["lightning", "retnet", "none", "learned"]
@@ -58,7 +58,7 @@ class LinearizeOptions:
     ``seed``: of the random weights, where there are any.
     """
 
-    preset: Preset = "aligned"
+    preset: Preset = "windowed"
     feature_map: FeatureMapName | None = None
     decay: DecayName | None = None
     output_norm: OutputNormName | None = None
@@ -185,9 +185,10 @@ def _initial(
 
 
 def _window(options: LinearizeOptions, norm_name: OutputNormName) -> int | None:
-    """The stated window, or that of ``aligned``, which only the sum normaliser can have."""
+    """The stated window, or that of ``windowed``, which only the sum normaliser can have."""
     if options.window is None:
-        return ALIGNED_WINDOW if options.preset == "aligned" and norm_name != "group_norm" else None
+        windowed = options.preset == "windowed" and norm_name != "group_norm"
+        return DEFAULT_WINDOW if windowed else None
     if options.window < 1:
         raise SpecError(
             f"--window must be at least 1 token, not {options.window}: recipe pure has none"

@@ -224,7 +224,7 @@ def uptrain_model(
     config = resolve(
         config=None,
         model=str(converted),
-        recipe="aligned",
+        recipe="windowed",
         data=str(data),
         overrides={
             "tokens": str(tokens), "batch_tokens": str(_STEP_TOKENS),

@@ -35,7 +35,7 @@ def converted(tiny_transformer: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_convert_leaves_a_linear_source_as_it_is(converted: Path, tmp_path: Path) -> None:
     found = result("convert", converted, tmp_path / "again")
     assert not found["linearized"]
-    assert found["recipe"] == "aligned"
+    assert found["recipe"] == "windowed"
 
 
 def test_convert_keeps_what_it_is_told(tiny_transformer: Path, tmp_path: Path) -> None:

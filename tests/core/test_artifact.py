@@ -55,7 +55,7 @@ def _spec(**changes: Any) -> ModelSpec:
         rope=RotaryEmbedding(5e5, "half", Llama3Scaling(8.0, 1.0, 4.0, 64)),
         bos_token_id=1,
         eos_token_id=(2, 0),
-        provenance=Provenance("org/name", "llama", "aligned", 12345),
+        provenance=Provenance("org/name", "llama", "windowed", 12345),
     )
     return replace(spec, **changes)
 
@@ -99,7 +99,7 @@ def test_folder_round_trip(folder: Path) -> None:
         np.testing.assert_array_equal(tensor.read(), expected[name].read())
     assert (folder / "tokenizer.json").read_bytes() == b"t"
     card = (folder / "README.md").read_text()
-    assert all(word in card for word in ("org/name", "aligned", "12,345", "2 linear_attention"))
+    assert all(word in card for word in ("org/name", "windowed", "12,345", "2 linear_attention"))
 
 
 def test_bfloat16_keeps_small_tensors_in_float32(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_folding_changes_nothing(name: str) -> None:
     assert parameter_count(folded) < parameter_count(spec)
 
 
-@pytest.mark.parametrize("preset", ["paper", "pure", "aligned"])
+@pytest.mark.parametrize("preset", ["paper", "pure", "windowed"])
 def test_a_folded_model_has_the_transformers_size(preset: Any) -> None:
     transformer = replace(SPECS["transformer"], attention_bias="none")
     spec, tensors = linearize(
@@ -45,8 +45,8 @@ def test_a_folded_model_has_the_transformers_size(preset: Any) -> None:
     folded, fewer = fold(spec, tensors)
     matrices = sum(len(tensor.shape) == 2 for tensor in fewer.values())
     assert matrices == sum(len(shape) == 2 for shape in tensor_shapes(transformer).values())
-    # Only vectors remain: biases of q and k, and what aligned learns for each query head.
-    vectors = 2 * (80 + {"paper": 0, "pure": 12, "aligned": 18}[preset])
+    # Only vectors remain: biases of q and k, and what windowed learns for each query head.
+    vectors = 2 * (80 + {"paper": 0, "pure": 18, "windowed": 24}[preset])
     assert parameter_count(folded) - parameter_count(transformer) == vectors
 
 

@@ -83,7 +83,7 @@ def test_aligned_starts_closer_than_paper() -> None:
     ids = np.random.default_rng(0).integers(0, 50, (2, 20))
     teacher = ReferenceModel(TRANSFORMER, weights).logits(ids)
     errors = []
-    for preset in ("aligned", "paper"):
+    for preset in ("windowed", "paper"):
         spec, tensors = linearize(
             TRANSFORMER,
             weights,

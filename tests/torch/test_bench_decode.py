@@ -27,7 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def converted(tiny_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, folder = open_source(tiny_transformer), tmp_path_factory.mktemp("converted") / "model"
-    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(preset="aligned"))
+    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(preset="windowed"))
     artifact.write(folder, spec, tensors, source.assets(), dtype="float32")
     return folder
 

@@ -34,7 +34,7 @@ def test_every_kind_is_measured_beside_the_original(tiny_transformer: Path) -> N
         str(tiny_transformer),
         **{**SETTINGS, "kinds": ["uptrain", "transfer", "distill"], "lengths": [32, 48]},
     )
-    names = [ORIGINAL, "aligned: uptrain", "aligned: transfer", "aligned: distill"]
+    names = [ORIGINAL, "windowed: uptrain", "windowed: transfer", "windowed: distill"]
     assert [(row["name"], row["length"]) for row in result["rows"]] == [
         (name, length) for length in (32, 48) for name in names
     ]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from supra_core.errors import SupraError
 
-DEFAULT_RECIPE = "aligned"
+DEFAULT_RECIPE = "windowed"
 StageKind = Literal["transfer", "distill", "uptrain"]
 
 
@@ -25,7 +25,7 @@ class _Strict(BaseModel):
 class Linearize(_Strict):
     """How a plain transformer becomes linear; the fields of ``LinearizeOptions``."""
 
-    preset: Literal["paper", "aligned", "pure"] = "aligned"
+    preset: Literal["paper", "windowed", "pure"] = "windowed"
     feature_map: Literal["relu", "signed_relu", "signed_softmax", "none"] | None = None
     decay: Literal["lightning", "retnet", "none", "learned"] | None = None
     output_norm: Literal["group_norm", "sum", "sum_sink"] | None = None

@@ -28,7 +28,7 @@ def command(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="aligned (default), pure, or paper, the published model.")
+        str | None, typer.Option(help="windowed (default), pure, or paper, the published model.")
     ] = None,
     feature_map: Annotated[
         str | None, typer.Option(help="relu, signed_relu, signed_softmax or none.")
@@ -36,7 +36,7 @@ def command(
     decay: Annotated[str | None, typer.Option(help="lightning, retnet, none or learned.")] = None,
     output_norm: Annotated[str | None, typer.Option(help="group_norm, sum or sum_sink.")] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens that keep softmax weights; aligned: 64.")
+        int | None, typer.Option(help="Tokens that keep softmax weights; windowed: 64.")
     ] = None,
     keep_softmax: Annotated[
         str | None, typer.Option(help="Layers that stay as they are, as in 0,15.")

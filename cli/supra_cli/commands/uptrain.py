@@ -15,7 +15,7 @@ def command(
         str, typer.Argument(metavar="CONFIG.toml|MODEL", help="A run's settings, or a model.")
     ],
     recipe: Annotated[
-        str | None, typer.Option(help="Stages and settings by name; default: aligned.")
+        str | None, typer.Option(help="Stages and settings by name; default: windowed.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="A text file, or a folder of .txt files.")

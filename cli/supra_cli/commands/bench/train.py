@@ -22,7 +22,7 @@ def command(
     ] = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="How a transformer is linearized; repeatable; default: aligned."),
+        typer.Option(help="How a transformer is linearized; repeatable; default: windowed."),
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
     activation_checkpointing: Annotated[
