@@ -30,7 +30,12 @@ from supra_torch.uptrain.run import learning_rate_factor, uptrain  # noqa: E402
 
 SETTINGS = {
     "tokens": "1280", "sequence_length": "32", "batch_tokens": "64", "checkpoint_every": "3",
-    "precision": "float32", "linearize.window": "8",
+    "precision": "float32", "linearize.window": "8", "calibrate_tokens": "128",
+}  # fmt: skip
+# Ten steps of two sequences in each stage.
+EVEN_STAGES = {
+    "stages.0.share": "1.0", "stages.0.cut": "1", "stages.0.batch_share": "1.0",
+    "stages.1.share": "1.0", "stages.1.batch_share": "1.0",
 }  # fmt: skip
 
 
@@ -38,7 +43,7 @@ SETTINGS = {
 def settings(tiny_transformer: Path, text_file: Path) -> UptrainConfig:
     return resolve(
         config=None, model=str(tiny_transformer), recipe=None, data=str(text_file),
-        overrides=SETTINGS,
+        overrides={**SETTINGS, **EVEN_STAGES},
     )  # fmt: skip
 
 
