@@ -76,6 +76,7 @@ def _show(source: Source, sizes: Sizes) -> None:
         ("smaller from a context of", break_even),
         ("source", spec.provenance.source or "not stated"),
         ("recipe", spec.provenance.recipe or "none"),
+        ("calibration tokens", f"{spec.provenance.calibration_tokens:,}"),
         ("trained tokens", f"{spec.provenance.trained_tokens:,}"),
     ]
     print_table(rows, title=str(source.path))
