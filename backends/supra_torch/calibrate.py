@@ -55,14 +55,20 @@ class LayerFit:
 
 @torch.no_grad()
 def calibrate(
-    student: SupraModel, teacher: SupraModel, ids: Tensor, *, progress: Progress = silent
+    student: SupraModel,
+    teacher: SupraModel,
+    ids: Tensor,
+    *,
+    outputs: bool = True,
+    progress: Progress = silent,
 ) -> list[LayerFit]:
     """Fit ``student``, in place, to what ``teacher`` computes on ids (N, T); N at least 2.
 
-    The teacher is the transformer that the student was linearized from.
+    The teacher is the transformer that the student was linearized from. ``outputs`` False leaves
+    the output projections as they are: a better start for training, which has heads to improve.
     """
     pairs = zip(student.model.layers, teacher.model.layers, strict=True)
-    return calibrate_layers(pairs, len(student.model.layers), teacher, ids, progress)  # type: ignore[arg-type]
+    return calibrate_layers(pairs, len(student.model.layers), teacher, ids, outputs, progress)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -71,6 +77,7 @@ def calibrate_layers(
     layers: int,
     teacher: SupraModel,
     ids: Tensor,
+    outputs: bool,
     progress: Progress,
 ) -> list[LayerFit]:
     """:func:`calibrate` for pairs of layers, the student's and the teacher's, made one by one.
@@ -89,7 +96,8 @@ def calibrate_layers(
             if _searchable(ours.self_attn.mixer):
                 some = torch.cat(inputs)[:_SEQUENCES]
                 _fit_heads(ours.self_attn, theirs.self_attn, some, positions)
-            _fit_output(ours.self_attn, inputs, targets, positions)
+            if outputs:
+                _fit_output(ours.self_attn, inputs, targets, positions)
             after = _error(ours.self_attn, inputs, targets, positions)
             fits.append(LayerFit(index, before, after))
         hidden = [h + y for h, y in zip(hidden, targets, strict=True)]

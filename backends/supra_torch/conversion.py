@@ -92,7 +92,7 @@ def calibrated_tensors(
 
     with autocast(ids.device, precision):
         embedding = _embedding(teacher, dtype).to(ids.device)
-        fits = calibrate_layers(pairs(), spec.num_hidden_layers, embedding, ids, progress)
+        fits = calibrate_layers(pairs(), spec.num_hidden_layers, embedding, ids, True, progress)
     return found, fits
 
 

@@ -76,6 +76,14 @@ def test_only_the_mixers_change() -> None:
     assert {"log_slope", "gain", "o_proj.weight"} <= changed
 
 
+def test_heads_alone_leave_the_output_projections() -> None:
+    student, teacher = _pair(LinearizeOptions(preset="pure"))
+    before = student.model.layers[0].self_attn.o_proj.weight.clone()
+    fits = calibrate(student, teacher, _ids(8, 40), outputs=False)
+    assert torch.equal(student.model.layers[0].self_attn.o_proj.weight, before)
+    assert all(fit.after < fit.before for fit in fits)
+
+
 def test_a_window_over_everything_is_already_exact() -> None:
     student, teacher = _pair(LinearizeOptions(window=64))
     fits = calibrate(student, teacher, _ids(8, 60))

@@ -68,8 +68,9 @@ class UptrainConfig(_Strict):
     in all stages; ``sequence_length`` and ``batch_tokens`` in tokens; ``checkpoint_every`` and
     ``evaluate_every`` in steps (0: only at the end of a stage). ``activation_checkpointing``
     computes every layer's forward again in backward: less memory, more time.
-    ``calibrate_tokens``: fit a freshly converted model in closed form on so many tokens before
-    the first step (0: not at all), if there is a teacher.
+    ``calibrate``: fit a freshly converted model in closed form on ``calibrate_tokens`` before the
+    first step, if there is a teacher: the heads, or output projections too (``all``), which is
+    better at once but learns more slowly, since it plays down heads that were still to learn.
     """
 
     model: str
@@ -84,6 +85,7 @@ class UptrainConfig(_Strict):
     evaluate_every: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "float32"] = "auto"
     activation_checkpointing: bool = False
+    calibrate: Literal["none", "heads", "all"] = "heads"
     calibrate_tokens: int = Field(default=16_384, ge=0)
     linearize: Linearize = Linearize()
     stages: tuple[Stage, ...] = Field(min_length=1)

@@ -245,12 +245,15 @@ def _calibrate(session: _Session, student: SupraModel, spec: ModelSpec) -> None:
     """Fit a freshly converted student in closed form, and write how well it went."""
     rows = session.config.calibrate_tokens // session.config.sequence_length
     before = spec.provenance.trained_tokens or spec.provenance.calibration_tokens
-    if session.teacher is None or rows < 2 or before:
+    wanted = session.config.calibrate
+    if session.teacher is None or wanted == "none" or rows < 2 or before:
         return
     began = time.perf_counter()
     ids = torch.from_numpy(session.sequences.batch(0, rows)).to(session.device)
     with session.autocast():
-        fits = calibrate(student, session.teacher, ids, progress=session.progress)
+        fits = calibrate(
+            student, session.teacher, ids, outputs=wanted == "all", progress=session.progress
+        )
     record = {
         "calibration": [asdict(fit) for fit in fits],
         "step": 0,
