@@ -123,7 +123,18 @@ def test_a_run_is_calibrated_once(tiny_transformer: Path, text_file: Path, tmp_p
         config=None, model=str(tiny_transformer), recipe="pure", data=str(text_file),
         overrides=settings,
     )  # fmt: skip
-    uptrain(config, tmp_path / "run")
+
+    def interrupt(stage: str, done: int, total: int, **metrics: float) -> None:
+        if stage == "calibrate":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(config, tmp_path / "interrupted", progress=interrupt)
+    for name in ("run", "interrupted"):
+        uptrain(config, tmp_path / name)
+    ours, theirs = (open_source(tmp_path / name).tensors for name in ("run", "interrupted"))
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor.read(), theirs[name].read())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     (found,) = [record for record in records if "calibration" in record]

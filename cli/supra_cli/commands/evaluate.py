@@ -74,7 +74,7 @@ def command(
     if out is not None:
         refuse_existing(out, force)
     harness = _harness_tasks(tasks)
-    measurements = [] if harness else _measurements(tasks, data or [])
+    measurements = [] if harness else _measurements(tasks, data or [], limit)
     other = None if no_teacher else teacher or find_teacher(model)
     sides = {"results": _Side(model, name, chosen, dtype)}
     if other is not None:
@@ -109,11 +109,12 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Measurement:
-    """One task on one file; ``name`` is its key in the results."""
+    """One task on one file; ``name`` is its key in the results, ``content`` what it holds."""
 
     name: str
     task: str
     path: Path
+    content: Any
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,8 @@ def _harness_tasks(tasks: str | None) -> list[str]:
     return foreign
 
 
-def _measurements(tasks: str | None, data: Sequence[Path]) -> list[_Measurement]:
-    """Which file is measured how; every task asked for has a file and every file a task."""
+def _measurements(tasks: str | None, data: Sequence[Path], limit: int | None) -> list[_Measurement]:
+    """Which file is measured how, and read; every task asked for has a file, every file a task."""
     from supra_core.errors import SupraError
     from supra_core.tasks import task_of
 
@@ -210,7 +211,12 @@ def _measurements(tasks: str | None, data: Sequence[Path]) -> list[_Measurement]
         if task not in kinds:
             raise SupraError(f"task {task} has no file: name one with --data")
     measurements = [
-        _Measurement(kind if kinds.count(kind) == 1 else f"{kind}:{path.stem}", kind, path)
+        _Measurement(
+            kind if kinds.count(kind) == 1 else f"{kind}:{path.stem}",
+            kind,
+            path,
+            _content(kind, path, limit),
+        )
         for path, kind in zip(data, kinds, strict=True)
     ]
     names = [measurement.name for measurement in measurements]
@@ -218,6 +224,15 @@ def _measurements(tasks: str | None, data: Sequence[Path]) -> list[_Measurement]
         if names.count(name) > 1:
             raise SupraError(f"two files of --data would both be {name}: rename one of them")
     return measurements
+
+
+def _content(task: str, path: Path, limit: int | None) -> Any:
+    from supra_core.tasks import read_passages, read_questions
+    from supra_core.text import read_text
+
+    if task == "perplexity":
+        return read_text(path)
+    return (read_passages if task == "lambada" else read_questions)(path, limit)
 
 
 def _perplexity(
@@ -230,9 +245,9 @@ def _perplexity(
     stage: str,
 ) -> dict[str, Any]:
     from supra_core.evaluate import perplexity
-    from supra_core.text import encode, read_text
+    from supra_core.text import encode
 
-    text = encode(tokenizer, read_text(measurement.path))
+    text = encode(tokenizer, measurement.content)
     text = text if plan.limit is None else text.head(plan.limit)
     found = asdict(
         perplexity(
@@ -257,7 +272,7 @@ def _task(
     progress: Progress,
     stage: str,
 ) -> dict[str, Any]:
-    from supra_core.tasks import lambada, multiple_choice, read_passages, read_questions
+    from supra_core.tasks import lambada, multiple_choice
 
     given: dict[str, Any] = {
         "form": form,
@@ -265,12 +280,8 @@ def _task(
         "progress": progress,
         "stage": stage,
     }
-    if measurement.task == "lambada":
-        passages = read_passages(measurement.path, plan.limit)
-        found = lambada(model, tokenizer, passages, **given)
-    else:
-        questions = read_questions(measurement.path, plan.limit)
-        found = multiple_choice(model, tokenizer, questions, **given)
+    measure = lambada if measurement.task == "lambada" else multiple_choice
+    found = measure(model, tokenizer, measurement.content, **given)
     return {"metrics": found.metrics, "examples": found.examples, "text_form": found.text_form}
 
 
