@@ -17,7 +17,7 @@ from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_core.text import encode, load_tokenizer
 from supra_torch.calibrate import LayerFit, calibrate_layers
-from supra_torch.model import Layer, LinearMixer, SupraModel, build_layer, to_torch
+from supra_torch.model import Layer, SupraModel, build_layer, to_torch
 from supra_torch.uptrain.step import autocast, resolved_precision
 
 DEFAULT_TOKENS = 16_384
@@ -73,7 +73,7 @@ def calibrated_tensors(
     *,
     progress: Progress = silent,
 ) -> tuple[dict[str, LazyTensor], list[LayerFit]]:
-    """The mixers' tensors, float32, after :func:`supra_torch.calibrate.calibrate` on ids (N, T).
+    """The tensors that are others, float32, after :func:`supra_torch.calibrate.calibrate` on ids (N, T).
 
     One layer of each model is in memory at a time, on the device of ids.
     """
@@ -84,11 +84,12 @@ def calibrated_tensors(
         for index in range(spec.num_hidden_layers):
             theirs = build_layer(teacher.spec, teacher.tensors, index, dtype=dtype)
             ours = build_layer(spec, tensors, index, dtype=torch.float32)
-            yield ours.to(ids.device), theirs.to(ids.device)
-            if isinstance(ours.self_attn, LinearMixer):
-                for name, tensor in ours.self_attn.state_dict().items():
-                    key = f"{layer_prefix(index)}self_attn.{name}"
-                    found[key] = LazyTensor.of(tensor.cpu().numpy())
+            ours = ours.to(ids.device)
+            before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+            yield ours, theirs.to(ids.device)
+            for name, tensor in ours.state_dict().items():
+                if not torch.equal(tensor, before[name]):
+                    found[layer_prefix(index) + name] = LazyTensor.of(tensor.cpu().numpy())
 
     with autocast(ids.device, precision):
         embedding = _embedding(teacher, dtype).to(ids.device)
