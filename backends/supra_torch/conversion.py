@@ -73,7 +73,7 @@ def calibrated_tensors(
     *,
     progress: Progress = silent,
 ) -> tuple[dict[str, LazyTensor], list[LayerFit]]:
-    """The tensors that are others, float32, after :func:`supra_torch.calibrate.calibrate` on ids (N, T).
+    """What :func:`supra_torch.calibrate.calibrate` on ids (N, T) changes, in float32.
 
     One layer of each model is in memory at a time, on the device of ids.
     """
