@@ -180,6 +180,12 @@ def test_a_calibrated_folder_still_holds_its_teacher(
     name = "model.layers.0.self_attn.o_proj.weight"
     changed = open_source(tmp_path / "out").tensors[name].read()
     assert (changed != original.tensors[name].read()).any()
+    # A run that calibrates heads begins with the transformer's projections, others with these.
+    np.testing.assert_array_equal(
+        inputs.student_tensors[name].read(), original.tensors[name].read()
+    )
+    everything = open_inputs(config.model_copy(update={"calibrate": "all"}))
+    np.testing.assert_array_equal(everything.student_tensors[name].read(), changed)
 
 
 @pytest.mark.parametrize("tokens", [1, 10_000])

@@ -165,7 +165,11 @@ def open_inputs(config: UptrainConfig) -> Inputs:
         options = LinearizeOptions(**config.linearize.model_dump(), seed=config.seed)
         spec, tensors = linearize(model.spec, model.tensors, options)
         return Inputs(spec, tensors, model.assets(), (model.spec, model.tensors))
-    return Inputs(model.spec, model.tensors, model.assets(), _teacher_of(config, model))
+    begins: TensorSource = model.tensors
+    if config.calibrate == "heads" and _holds_original(model):
+        # Fitted output projections learn more slowly than the transformer's own.
+        begins = {**begins, **model.originals}
+    return Inputs(model.spec, begins, model.assets(), _teacher_of(config, model))
 
 
 def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, TensorSource] | None:
