@@ -1,9 +1,13 @@
-"""Text to training sequences: tokenised once, then a pure function of seed and step."""
+"""Text to training sequences: tokenised once, then a pure function of seed and step.
+
+A mixture takes its sequences from several texts in turn, each in its own share.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +19,7 @@ import numpy.typing as npt
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
 from supra_core.progress import Progress
+from supra_torch.uptrain.config import DataPart
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,21 +56,16 @@ class Sequences:
     def held_out_count(self) -> int:
         return min(_HELD_OUT, max(1, self.count // 50))
 
-    def batch(self, seen: int, size: int, cut: int = 1) -> npt.NDArray[np.int64]:
-        """The rows after ``seen`` tokens, (size, length / cut).
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of an epoch: what is not held out, in whole sequences."""
+        return (self.count - self.held_out_count) * self.length
 
-        Every sequence comes once an epoch, shuffled anew, cut into ``cut`` rows; ``seen`` is
-        rounded up to whole rows.
-        """
-        trained, row_length = self.count - self.held_out_count, self.length // cut
-        first = -(-seen // row_length)
-        rows = []
-        for place in range(first, first + size):
-            number, part = divmod(place, cut)
-            epoch, index = divmod(number, trained)
-            sequence = self._row(self._order(epoch, trained)[index])
-            rows.append(sequence[part * row_length : (part + 1) * row_length])
-        return np.stack(rows)
+    def sequence(self, number: int) -> npt.NDArray[np.int64]:
+        """The ``number``-th sequence of the run, (length,): once an epoch each, shuffled anew."""
+        trained = self.count - self.held_out_count
+        epoch, index = divmod(number, trained)
+        return self._row(self._order(epoch, trained)[index])
 
     def held_out(self) -> npt.NDArray[np.int64]:
         """The sequences that are never trained on, (held_out_count, length)."""
@@ -76,6 +76,97 @@ class Sequences:
 
     def _row(self, index: int) -> npt.NDArray[np.int64]:
         return self.tokens[index * self.length : (index + 1) * self.length].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several texts, of whose sequences each gives its share; shares add up to 1."""
+
+    parts: tuple[Sequences, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sequence, of every part alike."""
+        return self.parts[0].length
+
+    def batch(self, seen: int, size: int, cut: int = 1) -> npt.NDArray[np.int64]:
+        """The rows after ``seen`` tokens, (size, length / cut).
+
+        Every sequence is cut into ``cut`` rows; ``seen`` is rounded up to whole rows.
+        """
+        row_length = self.length // cut
+        first = -(-seen // row_length)
+        rows = []
+        for place in range(first, first + size):
+            number, piece = divmod(place, cut)
+            part, index = self.source(number)
+            sequence = self.parts[part].sequence(index)
+            rows.append(sequence[piece * row_length : (piece + 1) * row_length])
+        return np.stack(rows)
+
+    def source(self, number: int) -> tuple[int, int]:
+        """Which part the ``number``-th sequence comes from, and which of its sequences it is.
+
+        Part by part against all later ones: of every n sequences the part has floor(n share).
+        """
+        left = 1.0
+        for part, share in enumerate(self.shares[:-1]):
+            own = share / left
+            before, after = math.floor(number * own), math.floor((number + 1) * own)
+            if after > before:
+                return part, before
+            number, left = number - before, left - share
+        return len(self.shares) - 1, number
+
+    def held_out(self) -> npt.NDArray[np.int64]:
+        """Sequences that are never trained on, (N, length), of each part by its share."""
+        kept = []
+        for part, share in zip(self.parts, self.shares, strict=True):
+            rows = part.held_out()
+            kept.append(rows[-max(1, round(share * len(rows))) :])
+        return np.concatenate(kept)
+
+
+def mixture(parts: Sequence[DataPart], tokens: Sequence[Tokens], length: int, seed: int) -> Mixture:
+    """The texts as one source; what has no share divides the rest by size."""
+    sequences = tuple(Sequences(found, length, seed) for found in tokens)
+    stated = sum(part.share or 0.0 for part in parts)
+    others = sum(s.trained_tokens for s, p in zip(sequences, parts, strict=True) if not p.share)
+    # Shares that do not add up to 1, because all are stated, are proportions.
+    whole = 1.0 if others else stated
+    shares = tuple(
+        part.share / whole if part.share else (1 - stated) * own.trained_tokens / others
+        for part, own in zip(parts, sequences, strict=True)
+    )
+    return Mixture(sequences, shares)
+
+
+def refuse_too_little(data: Mixture, parts: Sequence[DataPart], tokens: int, epochs: float) -> None:
+    """Raise SupraError when a run of ``tokens`` reads a text more than ``epochs`` times."""
+    for part, own, share in zip(parts, data.parts, data.shares, strict=True):
+        times = tokens * share / own.trained_tokens
+        if times > epochs:
+            raise SupraError(
+                f"{part.path} has {own.trained_tokens:,} tokens to train on, and the run would "
+                f"read them {times:.1f} times: give more text or fewer tokens, or set "
+                f"epochs={math.ceil(times)}"
+            )
+
+
+def all_tokens(
+    parts: Sequence[DataPart],
+    tokenizer: Tokenizer,
+    separator: int | None,
+    folder: Path,
+    progress: Progress,
+) -> list[Tokens]:
+    """:func:`tokenised` for every part; several have a numbered folder each."""
+    folders = [folder] if len(parts) == 1 else [folder / str(i) for i in range(len(parts))]
+    return [
+        tokenised(Path(part.path), tokenizer, separator, own, progress)
+        for part, own in zip(parts, folders, strict=True)
+    ]
 
 
 def tokenised(

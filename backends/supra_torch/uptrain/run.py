@@ -34,7 +34,13 @@ from supra_torch.model import SupraModel, build, lazy_tensors
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Place
 from supra_torch.uptrain.config import UptrainConfig
-from supra_torch.uptrain.data import Sequences, text_files, tokenised
+from supra_torch.uptrain.data import (
+    Mixture,
+    all_tokens,
+    mixture,
+    refuse_too_little,
+    text_files,
+)
 from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.interrupts import deferred_interrupts
 from supra_torch.uptrain.stages import gradients, next_token_loss, optimiser_for
@@ -58,17 +64,21 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     inputs = open_inputs(config)
     assets = inputs.student_assets
     tokenizer = load_tokenizer(assets, config.model)
-    text_files(Path(config.data))
+    for part in config.data_parts:
+        text_files(Path(part.path))
     _claim(run, config, precision)
     end = inputs.student_spec.eos_token_id
     separator = end[0] if end else None
-    tokens = tokenised(Path(config.data), tokenizer, separator, run / "data", progress)
+    parts = config.data_parts
+    tokens = all_tokens(parts, tokenizer, separator, run / "data", progress)
+    data = mixture(parts, tokens, config.sequence_length, config.seed)
+    refuse_too_little(data, parts, config.tokens, config.epochs)
     session = _Session(
         config=config,
         run=run,
         device=device,
         precision=precision,
-        sequences=Sequences(tokens, config.sequence_length, config.seed),
+        data=data,
         teacher=inputs.teacher and frozen_teacher(*inputs.teacher, precision, device),
         assets=assets,
         progress=progress,
@@ -105,7 +115,7 @@ class _Session:
     run: Path
     device: torch.device
     precision: str
-    sequences: Sequences
+    data: Mixture
     teacher: SupraModel | None
     assets: Mapping[str, bytes]
     progress: Progress
@@ -253,7 +263,7 @@ def _calibrate(session: _Session, student: SupraModel, spec: ModelSpec) -> None:
     if session.teacher is None or wanted == "none" or rows < 2 or before:
         return
     began = time.perf_counter()
-    ids = torch.from_numpy(session.sequences.batch(0, rows)).to(session.device)
+    ids = torch.from_numpy(session.data.batch(0, rows)).to(session.device)
     with session.autocast():
         fits = calibrate(
             student, session.teacher, ids, outputs=wanted == "all", progress=session.progress
@@ -362,7 +372,7 @@ def _step(
     """One optimiser step; returns its line of metrics."""
     stage, began = session.config.stages[place.stage], time.perf_counter()
     rows, _ = session.config.batch_shape(stage)
-    batch = session.sequences.batch(place.tokens, rows, stage.cut)
+    batch = session.data.batch(place.tokens, rows, stage.cut)
     ids = torch.from_numpy(batch).to(session.device)
     factor = learning_rate_factor(place.stage_step, steps, stage.warmup, stage.final_learning_rate)
 
@@ -413,7 +423,7 @@ def _evaluate(session: _Session, place: Place, student: SupraModel) -> float:
 def _perplexity(session: _Session, model: SupraModel) -> float:
     """exp of the mean loss over the held-out sequences, which are all of one length."""
     losses = []
-    for row in session.sequences.held_out():
+    for row in session.data.held_out():
         ids = torch.from_numpy(row)[None].to(session.device)
         with session.autocast():
             losses.append(next_token_loss(model, ids).item())

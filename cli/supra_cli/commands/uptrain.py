@@ -18,7 +18,12 @@ def command(
         str | None, typer.Option(help="Stages and settings by name; default: windowed.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A text file, or a folder of .txt files.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:SHARE]",
+            help="A text file or a folder of .txt files; repeatable, each with its share of the "
+            "tokens.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: runs/ and the config's name.")
@@ -45,7 +50,7 @@ def command(
         config=Path(start) if is_config else None,
         model=None if is_config else start,
         recipe=recipe,
-        data=data,
+        data=data[0] if data and len(data) == 1 else data or None,
         overrides=_overrides(settings or []),
     )
     folder = out or Path("runs") / Path(start).stem
