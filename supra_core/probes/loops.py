@@ -16,8 +16,8 @@ SHORTEST = 8
 
 RULE = (
     f"a text of at least {SHORTEST} tokens loops when a block that stands {_REPETITIONS} times or "
-    f"more in a row covers more than {MOST_REPEATED:.0%} of it, or when fewer than "
-    f"{LEAST_DISTINCT:.0%} of its {N}-grams of tokens are different"
+    f"more in a row covers more than {100 * MOST_REPEATED:g} % of it, or when fewer than "
+    f"{100 * LEAST_DISTINCT:g} % of its {N}-grams of tokens are different"
 )
 
 

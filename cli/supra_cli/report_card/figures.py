@@ -23,7 +23,7 @@ _BARS: dict[str, dict[str, Any]] = {
     "student": {"facecolor": _STUDENT, "edgecolor": _INK},
     "teacher": {"facecolor": "none", "edgecolor": _INK, "hatch": "////"},
 }
-_SIZE = (7.2, 3.3)
+_SIZE = (7.2, 3.4)
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -53,7 +53,7 @@ def layer_errors(section: dict[str, Any]) -> str:
         layers = [one["layer"] for one in section["layers"]]
         axes.bar(layers, [one["error"] for one in section["layers"]], **_BARS["student"], width=0.7)
         axes.axhline(section["mean"], color=_INK, linestyle=":", linewidth=1.2, label="mean")
-        axes.legend()
+        _legend(figure, axes)
         _label(axes, "Error of each linear layer", "layer", "relative squared error (no unit)")
         _whole_numbers(axes)
         return _svg(figure)
@@ -73,6 +73,7 @@ def training(section: dict[str, Any]) -> str:
             _label(axes, f"Stage {stage['stage']}", "thousand tokens", _UNITS.get(stage["stage"]))
         if section["held_out"]:
             _held_out(panels[-1], section)
+            _legend(figure, panels[-1])
         return _svg(figure)
 
 
@@ -90,10 +91,9 @@ def _held_out(axes: Axes, section: dict[str, Any]) -> None:
     teacher = section["teacher_perplexity"]
     if teacher is not None:
         axes.axhline(teacher, color=_INK, linestyle="--", label="teacher")
-        axes.legend()
     if max(values) > 10 * min(values):
         axes.set_yscale("log")
-    _label(axes, "Held-out text of the run", "thousand tokens", "perplexity")
+    _label(axes, "Held-out text", "thousand tokens", "perplexity")
 
 
 def positions(section: dict[str, Any], trained_length: int | None) -> str:
@@ -110,9 +110,9 @@ def positions(section: dict[str, Any], trained_length: int | None) -> str:
             if trained_length is not None and trained_length < length:
                 axes.axvline(trained_length, color=_INK, linestyle=":", label="trained length")
             _powers(axes)
-            axes.legend()
             title = f"Sequences of {length:,} tokens"
             _label(axes, title, "position in the sequence, tokens", "perplexity")
+        _legend(figure, panels[-1])
         return _svg(figure)
 
 
@@ -147,8 +147,8 @@ def distances(recall: dict[str, Any], copying: dict[str, Any]) -> str:
             axes.axhline(chance, color=_INK, linestyle=":", linewidth=1.2, label="chance")
             axes.set_ylim(-3, 103)
             _powers(axes)
-            axes.legend()
             _label(axes, title, "distance, tokens", "right among candidates, %")
+        _legend(figure, panels[-1])
         return _svg(figure)
 
 
@@ -165,9 +165,12 @@ def letters(section: dict[str, Any]) -> str:
             axes.bar(where, chosen, width, label=role, **_BARS[role])
             axes.set_xticks(range(len(names)), names)
         even = [100 * one["even"] for one in result["letters"]]
-        axes.plot(range(len(names)), even, "_", color=_INK, markersize=34, label="no preference")
+        for index, value in enumerate(even):
+            label = None if index else "no preference"
+            ends = (index - 0.48, index + 0.48)
+            axes.plot(ends, (value, value), color=_INK, linestyle=":", label=label)
         axes.grid(axis="x", visible=False)
-        axes.legend()
+        _legend(figure, axes)
         _label(axes, "Letters chosen", "letter", "share of the answers, %")
         return _svg(figure)
 
@@ -184,8 +187,9 @@ def memory(section: dict[str, Any]) -> str:
             values = [one[key] / 2**20 for one in section["contexts"]]
             axes.plot(contexts, values, label=label, **_LINES[role])
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _powers(axes)
-        axes.legend()
+        _legend(figure, axes)
         _label(axes, "Memory for one sequence", "context, tokens", "MiB")
         return _svg(figure)
 
@@ -212,6 +216,11 @@ def _drawing(panels: int = 1) -> tuple[Drawing, list[Axes]]:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)
     return figure, list(axes[0])
+
+
+def _legend(figure: Drawing, axes: Axes) -> None:
+    """One legend above all panels, where it hides nothing."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=4)
 
 
 def _label(axes: Axes, title: str, x: str, y: str | None) -> None:

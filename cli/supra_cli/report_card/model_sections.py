@@ -20,6 +20,8 @@ from supra_cli.report_card.parts import (
 )
 
 _MODELS = ("student", "teacher")
+_LAYERS_A_ROW = 10
+_MOST_EVALUATIONS = 12
 
 
 def quality(record: dict[str, Any]) -> Section:
@@ -110,15 +112,29 @@ def layer_errors(record: dict[str, Any]) -> Section:
     )
     if "not_measured" in section:
         return Section("layers", "Error of each layer", how, notes=reasons(section))
-    rows = tuple((f"layer {one['layer']}", number(one["error"], 3)) for one in section["layers"])
     return Section(
         "layers",
         "Error of each layer",
-        f"{how} Measured on {section['sequences']} sequences of {section['length']} tokens of "
+        f"{how} Measured on {section['sequences']} × {section['length']} tokens of "
         f"{section['text']}.",
-        (Table(("", "error"), (*rows, ("mean", number(section["mean"], 3)))),),
+        (_layer_table(section),),
         (Figure(figures.layer_errors(section), "A bar for each linear layer; dotted: the mean."),),
     )
+
+
+def _layer_table(section: dict[str, Any]) -> Table:
+    """Ten layers a row."""
+    errors = {one["layer"]: one["error"] for one in section["layers"]}
+    rows: list[Row] = [
+        (
+            f"{first} + ...",
+            *(number(errors.get(first + offset), 3) for offset in range(_LAYERS_A_ROW)),
+        )
+        for first in range(0, max(errors) + 1, _LAYERS_A_ROW)
+    ]
+    rows.append(("mean", number(section["mean"], 3), *[""] * (_LAYERS_A_ROW - 1)))
+    offsets = tuple(str(offset) for offset in range(_LAYERS_A_ROW))
+    return Table(("layer", *offsets), tuple(rows), "Error of each layer, ten a row")
 
 
 def training(record: dict[str, Any]) -> Section:
@@ -158,9 +174,12 @@ def training(record: dict[str, Any]) -> Section:
 
 
 def _held_out(section: dict[str, Any]) -> Table:
+    """Evenly chosen evaluations where there are many, the last one always."""
+    found = section["held_out"]
+    every = -(-len(found) // _MOST_EVALUATIONS)
     rows: list[Row] = [
         (f"after {one['tokens']:,} tokens", number(one["perplexity"]))
-        for one in section["held_out"]
+        for one in found[::-every][::-1]
     ]
     if section["teacher_perplexity"] is not None:
         rows.append(("the teacher", number(section["teacher_perplexity"])))
@@ -193,10 +212,10 @@ def _position_table(curve: dict[str, Any], teacher: dict[str, Any] | None) -> Ta
     theirs = {}
     for other in teacher["curves"] if teacher else ():
         if other["length"] == curve["length"]:
-            theirs = {one["first"]: one for one in other["bins"]}
+            theirs = {(one["first"], one["stop"]): one for one in other["bins"]}
     rows: list[Row] = []
     for one in curve["bins"]:
-        beside = theirs.get(one["first"])
+        beside = theirs.get((one["first"], one["stop"]))
         rows.append(
             (
                 f"{one['first']:,} to {one['stop'] - 1:,}",

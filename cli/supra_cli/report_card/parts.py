@@ -79,7 +79,7 @@ def share(value: float | None, interval: Sequence[float] | None = None) -> Cell:
     if interval is None:
         return Cell(text, (value,))
     low, high = interval
-    return Cell(f"{text} ({100 * low:.1f} to {100 * high:.1f})", (value, low, high))
+    return Cell(f"{text} ({100 * low:.1f}–{100 * high:.1f})", (value, low, high))
 
 
 def spread(value: float | None, low: float, high: float, digits: int = 4) -> Cell:
@@ -87,7 +87,7 @@ def spread(value: float | None, low: float, high: float, digits: int = 4) -> Cel
     if value is None:
         return ABSENT
     shown = [_digits(x, digits) for x in (value, low, high)]
-    return Cell(f"{shown[0]} ({shown[1]} to {shown[2]})", (value, low, high))
+    return Cell(f"{shown[0]} ({shown[1]}–{shown[2]})", (value, low, high))
 
 
 def size(value: float) -> Cell:

@@ -34,9 +34,10 @@ def recall(record: dict[str, Any]) -> Section:
         "from a word to the place where it has to come again. 'Among candidates': the right word "
         "is likelier than the other seven values, or the other fifteen words; chance is the share "
         "of a blind guess. 'Greedy': it is the likeliest of the whole vocabulary, where chance is "
-        f"close to 0. {sequences} seeded sequences at each distance, the same words for each "
-        "model where the tokenizer is; words are single tokens. Distances that do not fit into "
-        "the model's positions are left out. Intervals are 95 % (Wilson)."
+        f"close to 0. {sequences} seeded sequences stand behind each distance, the same for both "
+        "models where they share a tokenizer; words are single tokens. Distances that do not fit "
+        "into the model's positions are left out. Intervals are 95 % (Wilson), as if the answers "
+        "of one sequence did not depend on each other."
     )
     titles = {"recall": "Recall of a value by its key", "copying": "Copying of random words"}
     tables = tuple(
@@ -65,7 +66,7 @@ def _distance_table(section: dict[str, Any], title: str) -> Table:
         ours = [found[role].get(distance) for role in _MODELS]
         rows.append(
             (
-                f"{distance:,} tokens",
+                f"{distance:,}",
                 *(share(one["among"], one["among_interval"]) if one else ABSENT for one in ours),
                 by_chance,
                 *(share(one["greedy"], one["greedy_interval"]) if one else ABSENT for one in ours),
@@ -74,7 +75,7 @@ def _distance_table(section: dict[str, Any], title: str) -> Table:
         )
     return Table(
         (
-            "distance", "among candidates, student", "teacher", "chance", "greedy, student",
+            "distance, tokens", "among candidates, student", "teacher", "chance", "greedy, student",
             "teacher", "answers",
         ),
         tuple(rows),
@@ -123,7 +124,7 @@ def permutations(record: dict[str, Any]) -> Section:
         "permutations", "Order of the choices",
         f"{how} {some['questions']} questions of {some['file']}, {some['orders']} prompts.",
         (Table(("", *_MODELS, "without preference"), tuple(rows)),),
-        (Figure(figures.letters(section), "Dashes: without preference."),),
+        (Figure(figures.letters(section), "Dotted: how often without preference."),),
         notes=reasons(section),
     )  # fmt: skip
 

@@ -86,7 +86,7 @@ class SideMeasurement:
             "task": file.task,
             "metrics": metrics,
             "intervals": {
-                name: around(value, metrics[f"{name}_stderr"])
+                name: _interval(name, value, metrics[f"{name}_stderr"])
                 for name, value in metrics.items()
                 if f"{name}_stderr" in metrics
             },
@@ -175,6 +175,12 @@ class SideMeasurement:
             for context in contexts
         ]  # fmt: skip
         return {"contexts": [asdict(one) for one in found]}
+
+
+def _interval(metric: str, value: float, error: float) -> tuple[float, float]:
+    """95 %; an accuracy stays a share."""
+    low, high = around(value, error)
+    return max(low, 0.0), (min(high, 1.0) if metric.startswith("acc") else high)
 
 
 def text_result(
