@@ -21,6 +21,7 @@ from supra_cli.commands import (
     evaluate,
     generate,
     inspect,
+    report,
     uptrain,
     verify,
 )
@@ -60,6 +61,7 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("uptrain")(uptrain.command)
 app.command("eval")(evaluate.command)
+app.command("report")(report.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("doctor")(doctor.command)

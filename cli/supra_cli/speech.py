@@ -98,7 +98,7 @@ class BackendSpeaker:
         system: str | None,
         dtype: str | None,
     ) -> None:
-        self._tokenizer = _transformers_tokenizer(source)
+        self._tokenizer = chat_tokenizer(source)
         self._model = load(backend, source.path, dtype=dtype)
         self._sampling = sampling
         self._start: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -140,7 +140,8 @@ class BackendSpeaker:
             yield text(token), after
 
 
-def _transformers_tokenizer(source: Source) -> Any:
+def chat_tokenizer(source: Source) -> Any:
+    """transformers' tokenizer of a source, which knows its chat template."""
     from supra_cli.backends import require
 
     require("transformers", "the chat template")

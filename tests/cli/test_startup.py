@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-HEAVY = ("torch", "mlx", "transformers", "numpy", "pydantic", "rich")
+HEAVY = ("torch", "mlx", "transformers", "numpy", "pydantic", "rich", "matplotlib", "jinja2")
 
 
 def test_help_is_quick(supra: Run) -> None:
@@ -31,7 +31,7 @@ def test_help_is_quick(supra: Run) -> None:
         )
         assert done.returncode == 0, done.stderr
     assert min(seconds) < 0.3
-    for command in ("convert", "verify", "uptrain", "eval", "generate", "chat", "demo"):
+    for command in ("convert", "verify", "uptrain", "eval", "report", "generate", "chat", "demo"):
         assert command in done.stdout
 
 

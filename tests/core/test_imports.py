@@ -17,7 +17,7 @@ BACKENDS = {"supra_torch", "supra_mlx"}
 # Package -> what it must not import when it is itself imported.
 AT_IMPORT = {
     "supra_core": FRAMEWORKS | BACKENDS | {"supra_cli", "typer", "rich"},
-    "cli/supra_cli": FRAMEWORKS | BACKENDS,
+    "cli/supra_cli": FRAMEWORKS | BACKENDS | {"matplotlib"},
 }
 # Package -> what it must not import anywhere, functions included.
 ANYWHERE = {

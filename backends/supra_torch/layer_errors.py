@@ -1,0 +1,76 @@
+"""How far each linear mixer is from the transformer's, on the transformer's own input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from supra_core.backend import Ids
+from supra_core.errors import SupraError
+from supra_core.progress import Progress, silent
+from supra_core.spec import LinearAttention
+from supra_torch.model import Layer, SupraModel
+from supra_torch.uptrain.stages import is_linear
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """``error``: squared difference of the outputs over the teacher's mean square."""
+
+    layer: int
+    error: float
+
+
+@torch.inference_mode()
+def layer_errors(
+    student: SupraModel,
+    teacher: SupraModel,
+    ids: Ids,
+    *,
+    progress: Progress = silent,
+    stage: str = "layer errors",
+) -> list[LayerError]:
+    """The error of every linear layer on ids (N, T), N >= 1, each fed the teacher's own input.
+
+    It is what the stage ``transfer`` trains on (:func:`supra_torch.uptrain.stages.transfer`),
+    with the means taken over all sequences: 0 is the transformer's output, 1 as far as an output
+    of zeros. Both models are of one type. Raises :class:`SupraError` when they have different
+    layers or widths.
+    """
+    _check(student, teacher)
+    device = next(teacher.parameters()).device
+    difference = np.zeros(len(student.model.layers))
+    scale = np.zeros(len(student.model.layers))
+    for row in range(len(ids)):
+        progress(stage, row, len(ids))
+        tokens = torch.from_numpy(np.asarray(ids[row : row + 1], dtype=np.int64)).to(device)
+        positions, h = teacher.positions(tokens), teacher.embed(tokens)
+        for index, (ours, theirs) in enumerate(
+            zip(student.model.layers, teacher.model.layers, strict=True)
+        ):
+            assert isinstance(ours, Layer) and isinstance(theirs, Layer)
+            x = theirs.mixer_input(h)
+            target, _ = theirs.self_attn(x, positions, None, None)
+            if is_linear(ours):
+                output, _ = ours.self_attn(x, positions, None, None)
+                difference[index] += (output.float() - target.float()).square().mean().item()
+            scale[index] += target.float().square().mean().item()
+            h = h + target
+            h = h + theirs.feed_forward(h)
+    progress(stage, len(ids), len(ids))
+    return [
+        LayerError(index, float(difference[index] / max(scale[index], 1e-12)))
+        for index, layer in enumerate(student.spec.layers)
+        if isinstance(layer.mixer, LinearAttention)
+    ]
+
+
+def _check(student: SupraModel, teacher: SupraModel) -> None:
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if getattr(student.spec, name) != getattr(teacher.spec, name):
+            raise SupraError(
+                f"student and teacher have another {name}: name the transformer that the model "
+                "was made from as teacher"
+            )

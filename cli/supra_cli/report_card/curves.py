@@ -1,0 +1,118 @@
+"""The curves of an uptraining run, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from supra_core.errors import FormatError
+from supra_core.formats.jsonfile import read_object
+from supra_core.sources import RUN_FILE
+
+METRICS_FILE = "metrics.jsonl"
+# Points of a curve; more steps are averaged, since no page has more columns.
+MOST_POINTS = 400
+
+LOSSES = {
+    "transfer": "squared error of a mixer's output over the teacher's mean square",
+    "distill": "KL(teacher || student), nats a token",
+    "uptrain": "cross entropy, nats a token",
+}
+
+
+@dataclass(frozen=True)
+class StageCurve:
+    """Tokens seen and loss, each point the mean of ``steps_per_point`` steps."""
+
+    stage: str
+    loss: str
+    steps: int
+    steps_per_point: int
+    tokens: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The run's own held-out perplexity after ``tokens`` tokens."""
+
+    tokens: int
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run logged; ``teacher_perplexity`` None where it had no teacher."""
+
+    stages: tuple[StageCurve, ...]
+    held_out: tuple[HeldOut, ...]
+    teacher_perplexity: float | None
+    sequence_length: int | None
+
+
+def read_curve(run: Path) -> Curve:
+    """The curves of ``run``; :class:`FormatError` names the line that cannot be read."""
+    stages: dict[str, list[tuple[int, float]]] = {}
+    held_out: list[HeldOut] = []
+    teacher = None
+    for place, entry in _entries(run / METRICS_FILE):
+        try:
+            if "loss" in entry:
+                point = (int(entry["tokens"]), float(entry["loss"]))
+                stages.setdefault(str(entry["stage"]), []).append(point)
+            elif "teacher_perplexity" in entry:
+                value = entry["teacher_perplexity"]
+                teacher = None if value is None else float(value)
+            elif "perplexity" in entry:
+                held_out.append(HeldOut(int(entry["tokens"]), float(entry["perplexity"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"{place} is no line of an uptraining run (field {error}): remove it"
+            ) from None
+    config = read_object(run / RUN_FILE).get("config")
+    length = config.get("sequence_length") if isinstance(config, dict) else None
+    return Curve(
+        tuple(_thinned(stage, points) for stage, points in stages.items()),
+        tuple(held_out),
+        teacher,
+        length if isinstance(length, int) else None,
+    )
+
+
+def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object with where it stands; a last line that a kill cut off is left out."""
+    if not file.is_file():
+        return
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{file} cannot be read ({error}): restore it, or remove it") from None
+    for number, line in enumerate(lines, start=1):
+        place = f"{file}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise FormatError(f"{place} is not JSON ({error.msg}): remove it") from None
+        if not isinstance(entry, dict):
+            raise FormatError(f"{place} is no JSON object: remove it")
+        yield place, entry
+
+
+def _thinned(stage: str, points: list[tuple[int, float]]) -> StageCurve:
+    every = -(-len(points) // MOST_POINTS)
+    groups = [points[start : start + every] for start in range(0, len(points), every)]
+    return StageCurve(
+        stage,
+        LOSSES.get(stage, "loss"),
+        len(points),
+        every,
+        tuple(group[-1][0] for group in groups),
+        tuple(float(np.mean([loss for _, loss in group])) for group in groups),
+    )

@@ -1,0 +1,48 @@
+"""A report from settings to its two files."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from typing import Any
+
+from supra_cli.record import origin, refuse_existing
+from supra_cli.report_card.settings import ReportSettings
+from supra_core.errors import MissingDependencyError
+from supra_core.formats.atomic import atomic_file
+from supra_core.progress import Progress
+
+
+def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]:
+    """Measure, and write the page and the record beside it; returns the record.
+
+    Raises :class:`~supra_core.errors.SupraError` before anything is measured when an output
+    exists, an input cannot be read, or matplotlib is not installed.
+    """
+    from supra_cli.output import json_text
+    from supra_cli.report_card.inputs import read_inputs
+    from supra_cli.report_card.measure import measure
+    from supra_cli.report_card.page import render
+
+    start = time.monotonic()
+    for path in (settings.out, settings.record_path):
+        refuse_existing(path, settings.force)
+    if not has_matplotlib():
+        raise MissingDependencyError(
+            "the report's figures need matplotlib: install it with pip install 'supra-lm[report]'"
+        )
+    inputs = read_inputs(settings)
+    record = {**origin(), **measure(settings, inputs, progress)}
+    record["seconds"] = round(time.monotonic() - start, 1)
+    with (
+        atomic_file(settings.record_path) as record_file,
+        atomic_file(settings.out) as page_file,
+    ):
+        record_file.write_text(json_text(record) + "\n", encoding="utf-8")
+        page_file.write_text(render(record), encoding="utf-8")
+    return record
+
+
+def has_matplotlib() -> bool:
+    """Whether the figures can be drawn; nothing is imported."""
+    return importlib.util.find_spec("matplotlib") is not None

@@ -1,0 +1,91 @@
+"""Seeded answers to plain questions, and which of them loop."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from supra_cli.report_card.inputs import Side
+from supra_core.backend import Backend
+from supra_core.generate import Sampling, generate
+from supra_core.intervals import of_share
+from supra_core.probes.loops import RULE, check_loops
+from supra_core.progress import Progress
+from supra_core.text import render_chat
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "How do I boil an egg?",
+    "Write a short poem about the sea.",
+    "What does a doctor do?",
+    "Explain to a child what a computer is.",
+    "Who wrote Romeo and Juliet?",
+    "Give me two tips for sleeping better.",
+    "Why do people keep cats?",
+    "Describe a walk through a forest.",
+)
+TEMPERATURES = (0.0, 0.8)
+
+Prompter = Callable[[str], list[int]]
+
+
+def sample(
+    side: Side, model: Backend, questions: int, answer_tokens: int, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """Every question answered at both temperatures; answers, and the share that loops."""
+    form, prompt_of = _prompter(side)
+    total, done, answers = questions * len(TEMPERATURES), 0, []
+    for temperature in TEMPERATURES:
+        for number, question in enumerate(QUESTIONS[:questions]):
+            progress(f"{side.role}: samples", done, total)
+            sampling = Sampling(temperature, max_tokens=answer_tokens, seed=(seed + number) % 2**32)
+            tokens = [token for token, _ in generate(model, prompt_of(question), sampling)]
+            answers.append(
+                {
+                    "question": question,
+                    "temperature": temperature,
+                    "text": side.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                    **asdict(check_loops(tokens)),
+                }
+            )
+            done += 1
+    progress(f"{side.role}: samples", total, total)
+    return {
+        "prompt_form": form,
+        "rule": RULE,
+        "answer_tokens": answer_tokens,
+        "rates": [_rate(answers, temperature) for temperature in TEMPERATURES],
+        "answers": answers,
+    }
+
+
+def _rate(answers: list[dict[str, Any]], temperature: float) -> dict[str, Any]:
+    ours = [answer["loops"] for answer in answers if answer["temperature"] == temperature]
+    return {
+        "temperature": temperature,
+        "answers": len(ours),
+        "looping": sum(ours) / len(ours),
+        "interval": of_share(sum(ours), len(ours)),
+    }
+
+
+def _prompter(side: Side) -> tuple[str, Prompter]:
+    """How a question becomes tokens: by the chat template where the model has one."""
+    if importlib.util.find_spec("transformers") is not None:
+        from supra_cli.speech import chat_tokenizer
+
+        tokenizer = chat_tokenizer(side.source)
+        if tokenizer.chat_template:
+            return (
+                "the model's chat template",
+                lambda question: render_chat(tokenizer, [{"role": "user", "content": question}]),
+            )
+    return (
+        "'Question: ...', a line 'Answer:' (the model has no chat template here)",
+        lambda question: (
+            side.tokenizer.encode(f"Question: {question}\nAnswer:", add_special_tokens=False).ids
+        ),
+    )

@@ -1,0 +1,199 @@
+"""What is measured of each model by itself, student and teacher alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from supra_cli.report_card.inputs import DataFile, Inputs, Side
+from supra_cli.report_card.samples import sample
+from supra_cli.report_card.settings import Budget
+from supra_core import tasks
+from supra_core.backend import Backend, load
+from supra_core.errors import SupraError
+from supra_core.evaluate import perplexity
+from supra_core.intervals import around
+from supra_core.probes.permutations import TEXT_FORM, option_permutations
+from supra_core.probes.positions import by_position, sequences
+from supra_core.probes.recall import associative_recall, copying
+from supra_core.probes.speed import speed
+from supra_core.progress import Progress
+from supra_core.text import EncodedText, encode
+
+Result = dict[str, Any]
+
+# Sequences of one length are enough up to here; longer ones have curves of their own.
+SHORT_POSITION = 2_048
+_SHORTEST_POSITION = 16
+
+
+def not_measured(reason: str) -> Result:
+    """What stands in the record where there is no figure."""
+    return {"not_measured": reason}
+
+
+class SideMeasurement:
+    """One loaded model and everything that is asked of it."""
+
+    def __init__(self, side: Side, inputs: Inputs, budget: Budget, seed: int, progress: Progress):
+        self._side, self._inputs, self._budget = side, inputs, budget
+        self._seed, self._progress = seed, progress
+        self._model: Backend = load(side.backend, side.path)
+
+    def all(self) -> Result:
+        """Results by section; a probe that this model cannot take says why."""
+        sections: dict[str, Callable[[], Result]] = {
+            "quality": self._quality,
+            "positions": self._positions,
+            "recall": self._recall,
+            "copying": self._copying,
+            "permutations": self._permutations,
+            "samples": self._samples,
+            "speed": self._speed,
+        }
+        results = {}
+        for name, measure in sections.items():
+            start = time.monotonic()
+            try:
+                results[name] = measure()
+            except SupraError as error:
+                results[name] = not_measured(str(error))
+            results[name]["seconds"] = round(time.monotonic() - start, 1)
+        return results
+
+    def _quality(self) -> Result:
+        return {file.name: self._measured(file) for file in self._inputs.files}
+
+    def _measured(self, file: DataFile) -> Result:
+        stage = f"{self._side.role}: {file.name}"
+        if isinstance(file.content, str):
+            text = encode(self._side.tokenizer, file.content).head(self._budget.text_tokens)
+            return text_result(self._model, self._side, text, self._progress, stage)
+        measure: Any = tasks.lambada if file.task == "lambada" else tasks.multiple_choice
+        found = measure(
+            self._model, self._side.tokenizer, file.content, form=self._side.form,
+            max_length=self._model.spec.max_position_embeddings, progress=self._progress,
+            stage=stage,
+        )  # fmt: skip
+        metrics = found.metrics
+        return {
+            "task": file.task,
+            "metrics": metrics,
+            "intervals": {
+                name: _interval(name, value, metrics[f"{name}_stderr"])
+                for name, value in metrics.items()
+                if f"{name}_stderr" in metrics
+            },
+            "examples": found.examples,
+            "text_form": found.text_form,
+        }
+
+    def _ids(self) -> tuple[str, npt.NDArray[np.int64]]:
+        """The text that the probes take theirs from: its name, and as many ids as any needs."""
+        file = self._inputs.text
+        if file is None or not isinstance(file.content, str):
+            raise SupraError("none of the files is a text: name one with --data")
+        return file.name, encode(self._side.tokenizer, file.content).ids
+
+    def _positions(self) -> Result:
+        name, ids = self._ids()
+        ids = ids[: self._budget.position_tokens]
+        curves = []
+        for length in position_lengths(len(ids), self._budget.longest_position):
+            rows = sequences(ids, length, len(ids) // length)
+            if self._side.role == "teacher":
+                rows = rows[:, : self._model.spec.max_position_embeddings]
+            stage = f"{self._side.role}: positions to {length}"
+            bins = by_position(self._model, rows, progress=self._progress, stage=stage)
+            curves.append(
+                {
+                    "length": length,
+                    "measured_length": rows.shape[1],
+                    "sequences": len(rows),
+                    "bins": [asdict(found) for found in bins],
+                }
+            )
+        if not curves:
+            raise SupraError(f"{name} has too few tokens for positions: name a longer text")
+        return {"text": name, "curves": curves}
+
+    def _recall(self) -> Result:
+        return self._by_distance(associative_recall, "recall")
+
+    def _copying(self) -> Result:
+        return self._by_distance(copying, "copying")
+
+    def _by_distance(self, probe: Any, name: str) -> Result:
+        _, filler = self._ids()
+        found = probe(
+            self._model, self._side.tokenizer, filler,
+            distances=self._budget.distances, sequences=self._budget.sequences, seed=self._seed,
+            progress=self._progress, stage=f"{self._side.role}: {name}",
+        )  # fmt: skip
+        if not found:
+            raise SupraError("no distance fits into the model's positions")
+        return {
+            "sequences": self._budget.sequences,
+            "by_chance": 1 / found[0].candidates,
+            "distances": [asdict(result) for result in found],
+        }
+
+    def _permutations(self) -> Result:
+        if self._inputs.questions is None:
+            return not_measured("none of the files is a multiple-choice file: name one with --data")
+        name, questions = self._inputs.questions
+        found = option_permutations(
+            self._model, self._side.tokenizer, questions[: self._budget.permuted_questions],
+            form=self._side.form, seed=self._seed, progress=self._progress,
+            stage=f"{self._side.role}: permutations",
+        )  # fmt: skip
+        return {"file": name, "text_form": TEXT_FORM, **asdict(found)}
+
+    def _samples(self) -> Result:
+        budget = self._budget
+        return sample(
+            self._side, self._model, budget.questions, budget.answer_tokens, self._seed,
+            self._progress,
+        )  # fmt: skip
+
+    def _speed(self) -> Result:
+        room = self._model.spec.max_position_embeddings - 2 * self._budget.decode_steps
+        contexts = sorted({min(context, room) for context in self._budget.contexts})
+        if contexts[0] < 1:
+            raise SupraError("the model has too few positions to time steps at")
+        found = [
+            speed(
+                self._model, context, steps=self._budget.decode_steps, seed=self._seed,
+                progress=self._progress, stage=f"{self._side.role}: speed after {context}",
+            )
+            for context in contexts
+        ]  # fmt: skip
+        return {"contexts": [asdict(one) for one in found]}
+
+
+def _interval(metric: str, value: float, error: float) -> tuple[float, float]:
+    """95 %; an accuracy stays a share."""
+    low, high = around(value, error)
+    return max(low, 0.0), (min(high, 1.0) if metric.startswith("acc") else high)
+
+
+def text_result(
+    model: Backend, side: Side, text: EncodedText, progress: Progress, stage: str
+) -> Result:
+    """Perplexity as ``supra eval`` measures it."""
+    found = perplexity(model, text, form=side.form, progress=progress, stage=stage)
+    return {"task": "perplexity", "form": side.form, **asdict(found)}
+
+
+def position_lengths(tokens: int, longest: int) -> list[int]:
+    """The lengths to measure: a short one, and the longest power of two that the text fills."""
+    if tokens < _SHORTEST_POSITION:
+        return []
+    most = min(2 ** int(math.log2(tokens)), longest)
+    return sorted({min(SHORT_POSITION, most), most})

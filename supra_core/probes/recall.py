@@ -1,0 +1,212 @@
+"""What a model still knows of earlier tokens: associative recall and copying, by distance.
+
+Both follow the synthetic tasks of the literature on linear attention (arXiv 2312.04927,
+2402.01032), with words instead of random symbols, so that a pretrained model need not be trained
+on them. A sequence is fed once; at each distance the question is asked from a copy of the state,
+and the sequence goes on as if it had not been asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from supra_core.backend import Backend, Logits
+from supra_core.errors import SupraError
+from supra_core.intervals import of_share
+from supra_core.probes.words import word_tokens
+from supra_core.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Int64 = npt.NDArray[np.int64]
+
+PAIRS = 8
+COPIED_WORDS = 16
+# Of a repeated passage the first words cannot be known and only say that it is repeated.
+CUE_WORDS = 2
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class DistanceAccuracy:
+    """Accuracy at one distance: tokens from a token to the place where it has to come again.
+
+    ``greedy``: the likeliest of all tokens is right. ``among``: the right one is the likeliest
+    of the ``candidates`` words in question, by chance 1 / candidates. Both with their 95 %
+    intervals (Wilson), over ``answers`` answers.
+    """
+
+    distance: int
+    greedy: float
+    greedy_interval: tuple[float, float]
+    among: float
+    among_interval: tuple[float, float]
+    candidates: int
+    answers: int
+
+
+def associative_recall(
+    model: Backend,
+    tokenizer: Tokenizer,
+    filler: Int64,
+    *,
+    distances: Sequence[int],
+    sequences: int,
+    seed: int = 0,
+    progress: Progress = silent,
+    stage: str = "recall",
+) -> list[DistanceAccuracy]:
+    """Eight lines ``key: value``, text from ``filler`` (T,), then one key again: its value?
+
+    Distances that do not fit between a key and its repetition, or into the model's
+    max_position_embeddings, are left out.
+    """
+    words, _ = word_tokens(tokenizer, model.spec.vocab_size)
+    colon, line = (_ids(tokenizer, text) for text in (":", "\n"))
+    pair = 2 + len(colon) + len(line)
+    # After the asked value: its line end, the pairs after it, text, key and colon.
+    fixed = len(line) + 1 + len(colon)
+    generator = np.random.default_rng(seed)
+    kept = _fitting(distances, fixed + 1, PAIRS * pair, model)
+    tallies = [_Tally(distance, PAIRS) for distance in kept]
+    for count in _batches(sequences if kept else 0):
+        progress(stage, tallies[0].answers, sequences)
+        drawn = _draw(generator, words, count, 2 * PAIRS)
+        keys, values = drawn[:, :PAIRS], drawn[:, PAIRS:]
+        after = int(generator.integers(min(PAIRS - 1, (kept[0] - 1 - fixed) // pair) + 1))
+        asked = PAIRS - 1 - after
+        prefix = _pairs(keys, values, colon, line)
+        texts = _passages(generator, filler, count, kept[-1])
+        cuts = [distance - 1 - fixed - after * pair for distance in kept]
+        question = np.concatenate([keys[:, asked, None], np.tile(colon, (count, 1))], axis=1)
+        for tally, logits in zip(
+            tallies, _asked(model, prefix, texts, cuts, question), strict=True
+        ):
+            tally.add(logits[:, -1], values, np.full(count, asked))
+    progress(stage, sequences, sequences)
+    return [tally.result() for tally in tallies]
+
+
+def copying(
+    model: Backend,
+    tokenizer: Tokenizer,
+    filler: Int64,
+    *,
+    distances: Sequence[int],
+    sequences: int,
+    seed: int = 0,
+    progress: Progress = silent,
+    stage: str = "copying",
+) -> list[DistanceAccuracy]:
+    """Sixteen random words, text from ``filler`` (T,), then the words again: each next word?
+
+    The first two repeated words are given. Distances as in :func:`associative_recall`.
+    """
+    words, _ = word_tokens(tokenizer, model.spec.vocab_size)
+    generator = np.random.default_rng(seed)
+    kept = _fitting(distances, COPIED_WORDS, COPIED_WORDS, model)
+    tallies = [_Tally(distance, COPIED_WORDS) for distance in kept]
+    for count in _batches(sequences if kept else 0):
+        progress(stage, tallies[0].answers // (COPIED_WORDS - CUE_WORDS), sequences)
+        passage = _draw(generator, words, count, COPIED_WORDS)
+        texts = _passages(generator, filler, count, kept[-1])
+        cuts = [distance - COPIED_WORDS for distance in kept]
+        for tally, logits in zip(
+            tallies, _asked(model, passage, texts, cuts, passage), strict=True
+        ):
+            for place in range(CUE_WORDS, COPIED_WORDS):
+                tally.add(logits[:, place - 1], passage, np.full(count, place))
+    progress(stage, sequences, sequences)
+    return [tally.result() for tally in tallies]
+
+
+class _Tally:
+    """Counts of right answers at one distance."""
+
+    def __init__(self, distance: int, candidates: int) -> None:
+        self._distance, self._candidates = distance, candidates
+        self._greedy = self._among = 0
+        self.answers = 0
+
+    def add(self, logits: Logits, candidates: Int64, right: Int64) -> None:
+        """logits (B, V); candidates (B, n) token ids; right (B,), indices into them."""
+        rows = np.arange(len(right))
+        self._greedy += int((logits.argmax(axis=-1) == candidates[rows, right]).sum())
+        chosen = np.take_along_axis(logits, candidates, axis=-1).argmax(axis=-1)
+        self._among += int((chosen == right).sum())
+        self.answers += len(right)
+
+    def result(self) -> DistanceAccuracy:
+        n = self.answers
+        return DistanceAccuracy(
+            self._distance,
+            self._greedy / n,
+            of_share(self._greedy, n),
+            self._among / n,
+            of_share(self._among, n),
+            self._candidates,
+            n,
+        )
+
+
+def _asked(
+    model: Backend, prefix: Int64, texts: Int64, cuts: Sequence[int], question: Int64
+) -> Iterator[Logits]:
+    """Logits (B, Q, V) of ``question`` (B, Q) after prefix (B, P) and texts[:, :cut], cuts rising.
+
+    A cut of 0 asks right after the prefix.
+    """
+    _, state = model.prefill(prefix)
+    done = 0
+    for cut in cuts:
+        if cut > done:
+            _, state = model.prefill(texts[:, done:cut], state)
+            done = cut
+        logits, _ = model.prefill(question, state)
+        yield logits
+
+
+def _pairs(keys: Int64, values: Int64, colon: Int64, line: Int64) -> Int64:
+    """(B, n) keys and values as lines ``key: value``, (B, n * tokens of a line)."""
+    B = len(keys)
+    columns = []
+    for index in range(keys.shape[1]):
+        columns += [keys[:, index, None], np.tile(colon, (B, 1))]
+        columns += [values[:, index, None], np.tile(line, (B, 1))]
+    return np.concatenate(columns, axis=1)
+
+
+def _fitting(distances: Sequence[int], least: int, around: int, model: Backend) -> list[int]:
+    """Rising distances that a sequence with ``around`` more tokens can have."""
+    room = model.spec.max_position_embeddings - 2 * around
+    return sorted({distance for distance in distances if least <= distance <= room})
+
+
+def _draw(generator: np.random.Generator, words: Int64, rows: int, count: int) -> Int64:
+    """(rows, count) words, no word twice in a row."""
+    return np.stack([generator.choice(words, count, replace=False) for _ in range(rows)])
+
+
+def _passages(generator: np.random.Generator, filler: Int64, rows: int, length: int) -> Int64:
+    """(rows, length) pieces of a text, each from a random place; a short text starts again."""
+    text = np.resize(filler, max(len(filler), length + 1))
+    starts = generator.integers(len(text) - length, size=rows)
+    return np.stack([text[start : start + length] for start in starts])
+
+
+def _batches(total: int) -> Iterator[int]:
+    for first in range(0, total, _BATCH):
+        yield min(_BATCH, total - first)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> Int64:
+    found = tokenizer.encode(text, add_special_tokens=False).ids
+    if not found:
+        raise SupraError(f"the tokenizer has no token for {text!r}, which the probes need")
+    return np.array(found, dtype=np.int64)

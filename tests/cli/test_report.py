@@ -1,0 +1,330 @@
+"""The report on a tiny run, end to end: its page, its record, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from supra_cli.main import app
+from supra_cli.report_card.curves import read_curve
+from supra_cli.report_card.settings import ReportSettings
+from supra_cli.report_card.sides import position_lengths
+from supra_core.errors import FormatError
+from tests.cli.test_bad_input import refused
+
+pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+
+runner = CliRunner()
+
+SECTIONS = {
+    "quality", "training", "layers", "positions", "variants", "recall", "permutations", "samples",
+    "cost",
+}  # fmt: skip
+_VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Sections, table cells and every attribute of a page; open elements must be closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sections: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.cells: list[tuple[str, list[float]]] = []
+        self.figures = 0
+        self._cell: list[str] | None = None
+        self._values: list[float] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in _VOID:
+            self.open.append(tag)
+        given = {name: value or "" for name, value in attrs}
+        self.attributes += given.items()
+        if tag == "section":
+            self.sections.append(given["id"])
+        if tag == "td":
+            self._cell = []
+            self._values = [float(x) for x in given.get("data-values", "").split()]
+        self.figures += tag == "svg"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "td" and self._cell is not None:
+            self.cells.append(("".join(self._cell), self._values))
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield float(value)
+
+
+@pytest.fixture(scope="module")
+def files(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A text, passages and questions."""
+    folder = tmp_path_factory.mktemp("data")
+    passages = [{"context": "The state of a", "continuation": word} for word in ("text", "size")]
+    questions = [
+        {"query": f"{query}?\n", "choices": ["size", "the text", "a state"], "gold": gold}
+        for query, gold in (("What", 0), ("Whose", 1), ("Which", 2))
+    ]
+    for name, items in (("last.jsonl", passages), ("choice.jsonl", questions)):
+        (folder / name).write_text("\n".join(map(json.dumps, items)))
+    return [text_file, folder / "last.jsonl", folder / "choice.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_transformer: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a windowed model: one step of each stage, or a few."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = runner.invoke(
+        app,
+        [
+            "uptrain", str(tiny_transformer), "--data", str(text_file), "--out", str(folder),
+            "--set", "tokens=512", "--set", "sequence_length=32", "--set", "batch_tokens=64",
+            "--set", "linearize.window=8",
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(
+    run: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path, str]:
+    """The record that --json prints, the page's place, and its text."""
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    data = [argument for file in files for argument in ("--data", str(file))]
+    done = runner.invoke(
+        app, ["report", str(run), "--out", str(out), *data, "--quick", "--limit", "300", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout), out, out.read_text("utf-8")
+
+
+def test_the_page_is_whole_and_needs_nothing_beside_it(
+    report: tuple[dict[str, Any], Path, str],
+) -> None:
+    _, _, text = report
+    page = Page(text)
+    assert page.open == []
+    assert set(page.sections) == SECTIONS
+    # Training, layers, positions, recall, letters and memory.
+    assert page.figures == 6
+    assert not re.search(r"https?:|//[a-z]", text)
+    for name, value in page.attributes:
+        if name in ("href", "src", "xlink:href"):
+            assert value.startswith("#"), value
+    ids = [value for name, value in page.attributes if name == "id"]
+    targets = {v[1:] for name, v in page.attributes if name == "href"}
+    targets |= set(re.findall(r"url\(#([^)]+)\)", text))
+    assert targets <= set(ids)
+
+
+def test_every_number_of_the_tables_is_in_the_record(
+    report: tuple[dict[str, Any], Path, str],
+) -> None:
+    record, _, text = report
+    known = set(_numbers(record))
+    shown = 0
+    for cell, values in Page(text).cells:
+        for value in values:
+            assert value in known, f"{value} of '{cell}'"
+            shown += 1
+        if values:
+            # What is read is that number, rounded.
+            first = cell.split(" (")[0].replace(",", "")
+            match = re.match(r"(-?[\d.]+(?:e[+-]\d+)?)( %| KiB| MiB| GiB)?", first)
+            assert match is not None, cell
+            factor = {" %": 0.01, " KiB": 2**10, " MiB": 2**20, " GiB": 2**30}
+            read = float(match[1]) * factor.get(match[2] or "", 1.0)
+            assert read == pytest.approx(values[0], rel=0.05, abs=6e-4), cell
+    assert shown > 150
+
+
+def test_the_record_is_complete(
+    report: tuple[dict[str, Any], Path, str], run: Path, tiny_transformer: Path
+) -> None:
+    record, out, _ = report
+    assert json.loads(out.with_suffix(".json").read_text("utf-8")) == record
+    assert {"command", "date", "machine", "seconds", "settings"} <= record.keys()
+    assert record["machine"]["python"]
+    assert record["settings"]["seed"] == 0
+    assert record["model"]["path"] == str(run)
+    assert record["model"]["form"] == "recurrent"
+    # The run names its teacher.
+    assert record["teacher"]["path"] == str(tiny_transformer)
+    assert record["teacher"]["form"] == "parallel"
+    quality = record["quality"]["files"]
+    assert set(quality) == {"text.txt", "last.jsonl", "choice.jsonl"}
+    text = quality["text.txt"]
+    assert text["student"]["tokens"] == 299
+    assert text["ratio"] == text["student"]["perplexity"] / text["teacher"]["perplexity"]
+    low, high = quality["choice.jsonl"]["teacher"]["intervals"]["acc"]
+    metrics = quality["choice.jsonl"]["teacher"]["metrics"]
+    error = 1.96 * metrics["acc_stderr"]
+    assert low == pytest.approx(max(metrics["acc"] - error, 0.0), abs=1e-4)
+    assert high == pytest.approx(min(metrics["acc"] + error, 1.0), abs=1e-4)
+    assert [one["layer"] for one in record["layer_errors"]["layers"]] == [0, 1]
+    for role in ("student", "teacher"):
+        for section in ("positions", "recall", "copying", "permutations", "samples", "speed"):
+            assert "not_measured" not in record[section][role], section
+        assert record["permutations"][role]["orders"] == 9
+        assert len(record["samples"][role]["answers"]) == 6
+        assert record["samples"][role]["prompt_form"] == "the model's chat template"
+
+
+def test_the_parts_of_a_windowed_model_are_measured(
+    report: tuple[dict[str, Any], Path, str],
+) -> None:
+    variants, quality = report[0]["variants"], report[0]["quality"]["files"]["text.txt"]
+    whole = variants["whole"]["perplexity"]
+    assert whole == pytest.approx(quality["student"]["perplexity"], rel=1e-6)
+    for name in ("without_window", "window_alone"):
+        assert variants[name]["perplexity"] != pytest.approx(whole, rel=1e-6)
+        assert variants[name]["ratio"] == variants[name]["perplexity"] / whole
+
+
+def test_the_curves_are_the_runs_own(report: tuple[dict[str, Any], Path, str], run: Path) -> None:
+    training = report[0]["training"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for stage in training["stages"]:
+        losses = [line["loss"] for line in lines if line.get("stage") == stage["stage"]]
+        assert stage["losses"] == losses
+        assert stage["steps"] == len(losses)
+    assert [stage["stage"] for stage in training["stages"]] == ["transfer", "distill"]
+    held_out = [line["perplexity"] for line in lines if "perplexity" in line]
+    assert [one["perplexity"] for one in training["held_out"]] == held_out
+
+
+def test_a_model_without_teacher_or_window(
+    tiny_transformer: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "r.html"
+    made = runner.invoke(
+        app, ["convert", str(tiny_transformer), str(model), "--recipe", "pure", "--no-calibrate"]
+    )
+    assert made.exit_code == 0, made.output
+    done = runner.invoke(
+        app,
+        [
+            "report", str(model), "--out", str(out), "--data", str(text_file), "--quick",
+            "--limit", "100", "--no-teacher", "--seed", "7",
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "Perplexity of texts" in done.stdout
+    record = json.loads(out.with_suffix(".json").read_text("utf-8"))
+    assert record["teacher"] is None
+    assert record["settings"]["seed"] == 7
+    for section in ("training", "layer_errors", "variants"):
+        assert "not_measured" in record[section]
+    page = Page(out.read_text("utf-8"))
+    assert set(page.sections) == SECTIONS
+    assert "no layer of the model has linear attention with a window" in out.read_text("utf-8")
+
+
+def test_bad_input_is_refused_before_anything_is_measured(
+    run: Path, text_file: Path, tiny_transformer: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def measured(*given: Any, **named: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("supra_core.backend.load", measured)
+    monkeypatch.setattr("supra_cli.report_card.sides.load", measured)
+    out = tmp_path / "r.html"
+    ask = ("report", run, "--out", out, "--data", text_file)
+    assert "does not exist" in refused("report", tmp_path / "absent", "--out", out)
+    assert "cannot be read" in refused(*ask, "--data", tmp_path / "absent.txt")
+    assert "rename one" in refused(*ask, "--data", text_file)
+    assert "absent" in refused(*ask, "--teacher", tmp_path / "absent")
+    assert "no transformer" in refused(*ask, "--teacher", run)
+    assert "exclude" in refused(*ask, "--teacher", tiny_transformer, "--no-teacher")
+    assert "--limit" in refused(*ask, "--limit", "3")
+    assert "--seed" in refused(*ask, "--seed", "-1")
+    assert "unknown backend" in refused(*ask, "--backend", "wonder")
+    assert ".html" in refused("report", run, "--out", tmp_path / "page")
+    (tmp_path / "bad.jsonl").write_text('{"query": "Q", "choices": ["a"], "gold": 0}')
+    assert "line 1" in refused(*ask, "--data", tmp_path / "bad.jsonl")
+    out.with_suffix(".json").write_text("{}")
+    assert "--force" in refused(*ask)
+    assert out.with_suffix(".json").read_text() == "{}"
+    assert not out.exists()
+
+
+def test_matplotlib_is_asked_for_in_one_sentence(
+    run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supra_cli.report_card.report.has_matplotlib", lambda: False)
+    message = refused("report", run, "--out", tmp_path / "r.html", "--data", text_file)
+    assert "supra-lm[report]" in message
+
+
+def test_damaged_metrics_are_refused_with_their_line(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"config": {"sequence_length": 512}}')
+    metrics = tmp_path / "metrics.jsonl"
+    step = {"stage": "distill", "step": 1, "loss": 2.0, "tokens": 64}
+    metrics.write_text(json.dumps(step) + '\n{"stage": "dist')
+    found = read_curve(tmp_path)  # a line that a kill cut off
+    assert found.stages[0].losses == (2.0,)
+    assert found.sequence_length == 512
+    metrics.write_text('{"stage": "dist\n' + json.dumps(step))
+    with pytest.raises(FormatError, match="line 1"):
+        read_curve(tmp_path)
+    metrics.write_text(json.dumps({**step, "loss": "much"}) + "\n" + json.dumps(step))
+    with pytest.raises(FormatError, match="line 1"):
+        read_curve(tmp_path)
+
+
+def test_long_curves_are_averaged(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    steps = [
+        {"stage": "uptrain", "step": n + 1, "loss": float(n), "tokens": 10 * (n + 1)}
+        for n in range(1000)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
+    stage = read_curve(tmp_path).stages[0]
+    assert (stage.steps, stage.steps_per_point) == (1000, 3)
+    assert stage.losses[:2] == (1.0, 4.0)
+    assert stage.tokens[-1] == 10_000
+
+
+def test_limits_and_lengths() -> None:
+    def budget(**given: Any) -> Any:
+        return ReportSettings("m", Path("r.html"), **given).budget
+
+    assert budget().text_tokens == 20_480
+    assert budget(limit=50_000).text_tokens == budget(limit=50_000).examples == 50_000
+    assert budget(limit=100).layer_tokens == 100
+    assert budget(quick=True, limit=50_000) == budget(quick=True)
+    assert budget(quick=True, limit=100).examples == 20
+    assert position_lengths(20_000, 8_192) == [2_048, 8_192]
+    assert position_lengths(5_000, 8_192) == [2_048, 4_096]
+    assert position_lengths(3_000, 8_192) == [2_048]
+    assert position_lengths(300, 8_192) == [256]
+    assert position_lengths(9, 8_192) == []
