@@ -54,8 +54,10 @@ OutputNormName = Literal["group_norm", "sum", "sum_sink"]
 class LinearizeOptions:
     """A preset and what differs from it; None leaves a choice to the preset.
 
-    ``window``: tokens that keep softmax weights. ``keep_softmax``: layers that stay as they are.
-    ``seed``: of the random weights, where there are any.
+    ``window``: tokens that keep softmax weights. ``rope``: where the rotation stands; ``gain``
+    and ``feature_bias``: whether those exist. ``keep_softmax``: layers that stay as they are;
+    ``keep_softmax_every``: every so-manieth does too. ``seed``: of the random weights, where
+    there are any.
     """
 
     preset: Preset = "windowed"
@@ -63,7 +65,11 @@ class LinearizeOptions:
     decay: DecayName | None = None
     output_norm: OutputNormName | None = None
     window: int | None = None
+    rope: Literal["before", "between", "after"] | None = None
+    feature_bias: bool = True
+    gain: Literal["none", "per_head", "per_channel"] | None = None
     keep_softmax: tuple[int, ...] = ()
+    keep_softmax_every: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,16 +106,16 @@ def linearize(
             f"{spec.num_hidden_layers - 1}"
         )
     mixer = linear_mixer(spec, options)
-    mixers = [
-        layer.mixer if index in options.keep_softmax else mixer
-        for index, layer in enumerate(spec.layers)
-    ]
+    every, layers = options.keep_softmax_every, spec.num_hidden_layers
+    # The last of every so many layers, so that the first ones of a model are linear.
+    kept = {*options.keep_softmax, *(range(every - 1, layers, every) if every else ())}
+    mixers = [layer.mixer if i in kept else mixer for i, layer in enumerate(spec.layers)]
     linear = replace(
         spec.with_mixers(mixers), provenance=replace(spec.provenance, recipe=options.preset)
     )
     new = dict(tensors)
     for index in range(spec.num_hidden_layers):
-        if index not in options.keep_softmax:
+        if index not in kept:
             prefix = layer_prefix(index) + "self_attn."
             for name, array in initial_tensors(spec, mixer, options.seed + index).items():
                 new[prefix + name] = LazyTensor.of(array)
@@ -128,17 +134,19 @@ def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:
     feature_map = FeatureMap(
         activation,
         spec.head_dim,
-        Identity() if activation == "none" else Projection(scope, shared=shared),
+        Identity()
+        if activation == "none"
+        else Projection(scope, shared=shared, bias=options.feature_bias),
     )
     published_scale = activation in ("relu", "signed_relu", "none")
     return LinearAttention(
         feature_map=feature_map,
         # Between: as the transformer rotates, and W still folds into q_proj and k_proj.
-        rope="after" if grouped else "between",
+        rope=options.rope or ("after" if grouped else "between"),
         decay=_DECAYS[options.decay or ("lightning" if paper else "learned")],
         normaliser=_NORMALISERS[norm_name],
         key_scale=feature_map.output_size**-0.5 if published_scale else 1.0,
-        gain="none" if paper else "per_head",
+        gain=options.gain or ("none" if paper else "per_head"),
         window=_window(options, norm_name),
     )
 

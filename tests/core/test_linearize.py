@@ -143,3 +143,25 @@ class TestSlopes:
     def test_retnet_is_exact_for_late_heads(self) -> None:
         found = slopes(RetnetDecay(), 40)
         np.testing.assert_allclose(found, 2.0 ** (-5.0 - np.arange(40)), rtol=0.02)
+
+
+def test_every_so_manieth_layer_stays() -> None:
+    spec = SPECS["transformer"].with_mixers([SoftmaxAttention()] * 5)
+    options = LinearizeOptions(keep_softmax=(0,), keep_softmax_every=2)
+    linear, tensors = linearize(spec, lazy_weights(spec), options)
+    kept = [isinstance(layer.mixer, SoftmaxAttention) for layer in linear.layers]
+    assert kept == [True, True, False, True, False]
+    features = {name.split(".")[2] for name in tensors if "q_feature" in name}
+    assert features == {"2", "4"}
+
+
+def test_single_choices_of_the_mixer() -> None:
+    spec = SPECS["transformer"]
+    options = LinearizeOptions(
+        output_norm="sum", decay="none", rope="before", feature_bias=False, gain="none"
+    )
+    linear, tensors = linearize(spec, lazy_weights(spec), options)
+    mixer = linear.layers[0].mixer
+    assert isinstance(mixer, LinearAttention)
+    assert (mixer.rope, mixer.gain, mixer.decay.kind) == ("before", "none", "none")
+    assert not [name for name in tensors if name.endswith((".gain", "feature.bias", "log_slope"))]

@@ -21,6 +21,7 @@ from supra_core import artifact  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
+from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain import data as data_module  # noqa: E402
 from supra_torch.uptrain import run as run_module  # noqa: E402
 from supra_torch.uptrain.config import (  # noqa: E402
@@ -30,12 +31,13 @@ from supra_torch.uptrain.config import (  # noqa: E402
     resolve,
 )
 from supra_torch.uptrain.data import Mixture, Sequences, mixture  # noqa: E402
+from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import deferred_interrupts  # noqa: E402
 from supra_torch.uptrain.run import learning_rate_factor, uptrain  # noqa: E402
 
 SETTINGS = {
     "tokens": "1280", "sequence_length": "32", "batch_tokens": "64", "checkpoint_every": "3",
-    "precision": "float32", "linearize.window": "8",
+    "precision": "float32", "linearize.window": "8", "epochs": "100",
     # Calibrated, so small a model has little left to learn.
     "calibrate": "none",
 }  # fmt: skip
@@ -209,6 +211,102 @@ def test_a_run_that_never_began_may_be_corrected(settings: UptrainConfig, tmp_pa
 def test_a_file_is_no_run_folder(settings: UptrainConfig, text_file: Path) -> None:
     with pytest.raises(SupraError, match="is a file"):
         uptrain(settings, text_file)
+
+
+def test_a_diverging_loss_stops(
+    settings: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten steps of a falling loss, then one that grows by a half a step."""
+    steps = 0
+
+    def gradients(*arguments: Any) -> float:
+        nonlocal steps
+        loss, steps = computed(*arguments), steps + 1
+        return loss * 1.5 ** max(0, steps - 20)
+
+    computed = run_module.gradients
+    monkeypatch.setattr(run_module, "gradients", gradients)
+    # One stage of 60 steps.
+    config = settings.model_copy(update={"stages": settings.stages[:1], "tokens": 60 * 64})
+    run = tmp_path / "run"
+    with pytest.raises(SupraError, match=r"the loss diverges at step \d+ .*is kept"):
+        uptrain(config, run)
+    losses = _losses(run)
+    assert 20 < len(losses) < 60
+    # The newest checkpoint is from before it was bad, though later ones were due.
+    newest = checkpoint.read_place(checkpoint.checkpoints(run)[-1])
+    assert newest.step < len(losses) - config.checkpoint_every
+    good = LossGuard(config.divergence, losses[: newest.step])
+    assert good.healthy
+
+
+def test_the_guard_goes_on_from_logged_losses() -> None:
+    losses = [1.0] * 30 + [2.0] * 8 + [6.0] * 30
+    guard, states = LossGuard(3.0), []
+    for index, loss in enumerate(losses):
+        guard.add(loss)
+        again = LossGuard(3.0, losses[: index + 1])
+        assert (again.diverged, again.healthy) == (guard.diverged, guard.healthy)
+        states.append((guard.healthy, guard.diverged))
+    assert states[37] == (True, False)
+    # (8 * 2 + 8 * 6) / 16 = 4 times the least.
+    assert states[45] == (False, True)
+
+
+ADAPTERS = {
+    "linearize.window": "8", "tokens": "1280", "sequence_length": "32", "batch_tokens": "64",
+    "checkpoint_every": "3", "precision": "float32", "calibrate": "none", "epochs": "100",
+    "stages.0.share": "1.0", "stages.0.cut": "1", "stages.0.batch_share": "1.0",
+    "stages.1.share": "1.0", "stages.1.batch_share": "1.0", "stages.1.lora_rank": "3",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def low_rank(settings: UptrainConfig) -> UptrainConfig:
+    """The recipe lora on a tiny model."""
+    return resolve(
+        config=None, model=settings.model, recipe="lora", data=settings.data, overrides=ADAPTERS
+    )
+
+
+def test_adapters_train_and_are_merged(low_rank: UptrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _run_in_process(low_rank, run).wait() == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record.get("stage") == "distill"]
+    assert losses[-1] < losses[0]
+    trained, source = _weights(run / "model"), open_source(low_rank.model)
+    frozen = {name: tensor.read() for name, tensor in source.tensors.items()}
+    assert trained.keys() >= frozen.keys()
+    for name, before in frozen.items():
+        change = trained[name] - before
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+            # A product of matrices with three columns, up to float32.
+            singular = np.linalg.svd(change.astype(np.float64), compute_uv=False)
+            assert singular[0] > 1e-5
+            assert singular[3] < 1e-5 * max(1.0, float(np.abs(before).max()))
+        else:
+            np.testing.assert_array_equal(trained[name], before)
+
+
+def test_adapters_resume_to_the_last_bit(low_rank: UptrainConfig, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert _run_in_process(low_rank, whole).wait() == 0
+    process = _run_in_process(low_rank, killed, pause=0.05)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        # In the second stage, after a checkpoint with adapters.
+        if (killed / "metrics.jsonl").is_file() and len(_complete_losses(killed)) >= 16:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (checkpoint.checkpoints(killed)[-1] / "adapters.safetensors").is_file()
+    assert _run_in_process(low_rank, killed).wait() == 0
+    assert _losses(killed) == _losses(whole)
+    ours, theirs = _weights(killed / "model"), _weights(whole / "model")
+    for name, expected in theirs.items():
+        np.testing.assert_array_equal(ours[name], expected)
 
 
 @pytest.mark.parametrize("name", recipe_names())

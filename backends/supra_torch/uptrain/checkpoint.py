@@ -1,7 +1,8 @@
 """Checkpoints: the model as an artifact folder, the optimiser beside it, written whole or not.
 
 ``RUN/checkpoints/step_00000050/`` holds ``model/`` (an artifact), ``optimiser.safetensors`` and
-``state.json``. The newest two are kept, so that one bad disk block loses little.
+``state.json``; in a stage that trains adapters the model is without them, and they stand in
+``adapters.safetensors``. The newest two are kept, so that one bad disk block loses little.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from supra_core import artifact
 from supra_core.formats.atomic import atomic_folder
 from supra_core.spec import ModelSpec
-from supra_torch.model import SupraModel, lazy_tensors
+from supra_torch.model import SupraModel
+from supra_torch.uptrain.lora import adapters, frozen_tensors
 
 _KEPT = 2
+_ADAPTERS = "adapters.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ def save(
     out = run / "checkpoints" / f"step_{place.step:08d}"
     with atomic_folder(out, force=True) as folder:
         artifact.write(
-            folder / "model", spec, lazy_tensors(model), assets, force=False, dtype="float32"
+            folder / "model", spec, frozen_tensors(model), assets, force=False, dtype="float32"
         )
+        if added := adapters(model):
+            save_file(added, folder / _ADAPTERS)
         save_file(_optimiser_tensors(optimiser, names), folder / "optimiser.safetensors")
         (folder / "state.json").write_text(json.dumps(asdict(place)), encoding="utf-8")
     for old in checkpoints(run)[:-_KEPT]:
@@ -83,6 +88,11 @@ def load_optimiser(
                 key: value if key == "step" else value.to(parameter.device)
                 for key, value in state.items()
             }
+
+
+def read_adapters(checkpoint: Path) -> dict[str, Tensor]:
+    """The adapters of a checkpoint inside a stage that trains them."""
+    return load_file(checkpoint / _ADAPTERS)
 
 
 def _optimiser_tensors(

@@ -58,7 +58,11 @@ class Linearize(_Strict):
     decay: Literal["lightning", "retnet", "none", "learned"] | None = None
     output_norm: Literal["group_norm", "sum", "sum_sink"] | None = None
     window: int | None = Field(default=None, ge=1)
+    rope: Literal["before", "between", "after"] | None = None
+    feature_bias: bool = True
+    gain: Literal["none", "per_head", "per_channel"] | None = None
     keep_softmax: tuple[int, ...] = ()
+    keep_softmax_every: int | None = Field(default=None, ge=2)
 
 
 class Stage(_Strict):
@@ -71,7 +75,9 @@ class Stage(_Strict):
     what linearizing added (feature maps, decay, gains). ``warmup``: share of the stage's steps;
     then a cosine to ``final_learning_rate`` times the peak. ``cut``: every sequence is cut into
     so many rows; ``batch_share``: of the run's ``batch_tokens``. Few tokens are best spent on
-    many small steps.
+    many small steps. ``lora_rank``: instead of the transformer's weights, adapters of that rank
+    are trained beside the mixers' projections (factor ``lora_alpha`` / rank), at
+    ``learning_rate``. A learning rate of 0 freezes.
     """
 
     kind: StageKind
@@ -86,6 +92,8 @@ class Stage(_Strict):
     clip: float = Field(default=1.0, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    lora_rank: int | None = Field(default=None, ge=1)
+    lora_alpha: float = Field(default=16.0, gt=0)
 
 
 class UptrainConfig(_Strict):
@@ -98,6 +106,7 @@ class UptrainConfig(_Strict):
     tokens; ``checkpoint_every`` and ``evaluate_every`` in steps (0: only at the end of a stage).
     ``activation_checkpointing``
     computes every layer's forward again in backward: less memory, more time.
+    ``divergence``: a stage whose mean loss of 16 steps exceeds its lowest so many times stops.
     ``calibrate``: fit a freshly converted model in closed form on ``calibrate_tokens`` before the
     first step, if there is a teacher: the heads, or output projections too (``all``), which is
     better at once but learns more slowly, since it plays down heads that were still to learn.
@@ -116,6 +125,7 @@ class UptrainConfig(_Strict):
     evaluate_every: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "float32"] = "auto"
     activation_checkpointing: bool = False
+    divergence: float = Field(default=3.0, gt=1)
     calibrate: Literal["none", "heads", "all"] = "heads"
     calibrate_tokens: int = Field(default=16_384, ge=0)
     linearize: Linearize = Linearize()

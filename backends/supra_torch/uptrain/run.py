@@ -31,7 +31,7 @@ from supra_core.tensors import LazyTensor, TensorSource
 from supra_core.text import load_tokenizer
 from supra_torch.calibrate import calibrate
 from supra_torch.model import SupraModel, build, lazy_tensors
-from supra_torch.uptrain import checkpoint
+from supra_torch.uptrain import checkpoint, lora
 from supra_torch.uptrain.checkpoint import Place
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.data import (
@@ -41,6 +41,7 @@ from supra_torch.uptrain.data import (
     refuse_too_little,
     text_files,
 )
+from supra_torch.uptrain.guard import LossGuard
 from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.interrupts import deferred_interrupts
 from supra_torch.uptrain.stages import gradients, next_token_loss, optimiser_for
@@ -319,10 +320,16 @@ def _run_stage(
 ) -> tuple[Place, float]:
     """Train from ``place`` to the end of its stage: the next one's beginning, and perplexity."""
     config, stage = session.config, session.config.stages[place.stage]
+    if stage.lora_rank is not None:
+        lora.attach(student, stage.lora_rank, stage.lora_alpha, config.seed)
     optimiser = optimiser_for(student, stage)
     names = {parameter: name for name, parameter in student.named_parameters()}
     if place.stage_step:
-        checkpoint.load_optimiser(checkpoint.checkpoints(session.run)[-1], optimiser, names)
+        newest = checkpoint.checkpoints(session.run)[-1]
+        if stage.lora_rank is not None:
+            lora.load_adapters(student, checkpoint.read_adapters(newest))
+        checkpoint.load_optimiser(newest, optimiser, names)
+    guard = LossGuard(config.divergence, _losses(session.run / "metrics.jsonl", place))
     saved = place
 
     def save() -> None:
@@ -341,6 +348,9 @@ def _run_stage(
                     tokens=place.tokens + record["step_tokens"],
                 )
                 _write(session.run / "metrics.jsonl", {**record, "tokens": place.tokens})
+            guard.add(record["loss"])
+            if guard.diverged:
+                raise _diverged(session, place, guard)
             session.progress(
                 stage.kind, place.stage_step, steps,
                 loss=record["loss"], tokens_per_second=record["tokens_per_second"],
@@ -349,7 +359,7 @@ def _run_stage(
                 break
             if config.evaluate_every and place.step % config.evaluate_every == 0:
                 _evaluate(session, place, student)
-            if place.step % config.checkpoint_every == 0:
+            if place.step % config.checkpoint_every == 0 and guard.healthy:
                 save()
                 saved = place
         perplexity = _evaluate(session, place, student)
@@ -357,9 +367,29 @@ def _run_stage(
         if place != saved and place.stage_step:
             save()
         raise
+    lora.merge(student)
+    # The next stage has another optimiser; adapters are gone.
+    names, optimiser = {}, torch.optim.AdamW(student.parameters())
     place = replace(place, stage=place.stage + 1, stage_step=0)
     save()
     return place, perplexity
+
+
+def _losses(metrics: Path, place: Place) -> list[float]:
+    """The losses of the stage under way, as they were logged."""
+    if not place.stage_step:
+        return []
+    records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    first = place.step - place.stage_step
+    return [record["loss"] for record in records if "loss" in record and record["step"] > first]
+
+
+def _diverged(session: _Session, place: Place, guard: LossGuard) -> SupraError:
+    return SupraError(
+        f"{session.run}: the loss diverges at step {place.step} (mean of the last steps "
+        f"{guard.mean:.4g}, before {guard.lowest:.4g}): lower stages.{place.stage}.learning_rate "
+        "in a new run; the last good checkpoint is kept"
+    )
 
 
 def _step(

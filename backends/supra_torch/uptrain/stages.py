@@ -17,6 +17,7 @@ from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 from supra_torch.model import Layer, SupraModel, for_products
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
 from supra_torch.uptrain.config import Stage, StageKind
+from supra_torch.uptrain.lora import is_adapter
 from supra_torch.uptrain.step import adamw
 
 
@@ -108,11 +109,16 @@ def _trained(student: SupraModel, stage: Stage) -> Iterator[tuple[nn.Parameter, 
     """What the stage trains: parameter, peak learning rate, weight decay."""
     new = _new_names(student.spec)
     for name, parameter in student.named_parameters():
-        rate = stage.new_learning_rate if name in new else stage.learning_rate
+        if name in new:
+            rate = stage.new_learning_rate
+        elif stage.lora_rank is None or is_adapter(name):
+            rate = stage.learning_rate
+        else:
+            rate = 0.0
         in_reach = stage.kind != "transfer" or _in_linear_mixer(student.spec, name)
         parameter.requires_grad_(rate > 0 and in_reach)
         if parameter.requires_grad:
-            decayed = parameter.dim() >= 2 and name not in new
+            decayed = parameter.dim() >= 2 and name not in new and not is_adapter(name)
             yield parameter, rate, stage.weight_decay if decayed else 0.0
 
 
