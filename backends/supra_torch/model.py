@@ -532,9 +532,17 @@ class SupraModel(nn.Module):
         return Positions(steps, tables, self.spec.rope.pairing)
 
     def hidden(
-        self, ids: Tensor, state: ModelState | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        state: ModelState | None = None,
+        mask: Tensor | None = None,
+        *,
+        streams: list[Tensor] | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """The normed last hidden states (B, T, D) and the state after ids (B, T)."""
+        """The normed last hidden states (B, T, D) and the state after ids (B, T).
+
+        To ``streams`` the residual stream (B, T, D) after each layer is appended.
+        """
         positions = self.positions(ids, state, mask)
         h, memories = self.embed(ids), []
         for index, layer in enumerate(self.model.layers):
@@ -546,6 +554,8 @@ class SupraModel(nn.Module):
             else:
                 h, memory = layer(h, positions, before, mask)
             memories.append(memory)
+            if streams is not None:
+                streams.append(h)
         new = ids.new_full(ids.shape[:1], ids.shape[1]) if mask is None else mask.long().sum(1)
         tokens = new if state is None else state.tokens + new
         return self.model.norm(h), ModelState(tokens, tuple(memories))

@@ -21,6 +21,7 @@ from supra_core import artifact  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
+from supra_torch.model import build  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain import data as data_module  # noqa: E402
 from supra_torch.uptrain import run as run_module  # noqa: E402
@@ -34,6 +35,7 @@ from supra_torch.uptrain.data import Mixture, Sequences, mixture  # noqa: E402
 from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import deferred_interrupts  # noqa: E402
 from supra_torch.uptrain.run import learning_rate_factor, uptrain  # noqa: E402
+from supra_torch.uptrain.stages import distill, stream_error  # noqa: E402
 
 SETTINGS = {
     "tokens": "1280", "sequence_length": "32", "batch_tokens": "64", "checkpoint_every": "3",
@@ -219,9 +221,9 @@ def test_a_diverging_loss_stops(
     """Ten steps of a falling loss, then one that grows by a half a step."""
     steps = 0
 
-    def gradients(*arguments: Any) -> float:
+    def gradients(*arguments: Any, **options: Any) -> float:
         nonlocal steps
-        loss, steps = computed(*arguments), steps + 1
+        loss, steps = computed(*arguments, **options), steps + 1
         return loss * 1.5 ** max(0, steps - 20)
 
     computed = run_module.gradients
@@ -251,6 +253,42 @@ def test_the_guard_goes_on_from_logged_losses() -> None:
     assert states[37] == (True, False)
     # (8 * 2 + 8 * 6) / 16 = 4 times the least.
     assert states[45] == (False, True)
+
+
+def test_streams_beside_the_distribution(settings: UptrainConfig) -> None:
+    """The returned loss is the divergence; the gradients are of the weighted sum of both."""
+    source = open_source(settings.model)
+    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(window=8))
+    teacher = build(source.spec, source.tensors).requires_grad_(False)
+    ids = torch.arange(60).view(2, 30) % spec.vocab_size
+
+    def found(weight: float) -> tuple[float, dict[str, Any]]:
+        student = build(spec, tensors)
+        loss = distill(student, teacher, ids, weight)
+        parameters = student.named_parameters()
+        return loss, {name: p.grad.double() for name, p in parameters if p.grad is not None}
+
+    student, ours, theirs = build(spec, tensors), [], []
+    student.hidden(ids, streams=ours)
+    teacher.hidden(ids, streams=theirs)
+    per_token = [
+        ((a - b).double() ** 2).sum(-1) / (b.double() ** 2).sum(-1)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    error = stream_error(ours, theirs)
+    assert len(ours) == spec.num_hidden_layers
+    assert error.item() == pytest.approx(torch.stack(per_token).mean().item(), rel=1e-5)
+    error.backward()
+    plain_loss, plain = found(0.0)
+    loss, both = found(0.7)
+    assert loss == plain_loss
+    alone = {name: p.grad.double() for name, p in student.named_parameters() if p.grad is not None}
+    assert alone
+    for name, gradient in both.items():
+        expected = plain[name] + 0.7 * alone.get(name, torch.zeros(()))
+        # Sums of the same float32 products in another order.
+        scale = max(plain[name].abs().max().item(), gradient.abs().max().item(), 1e-6)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * scale)
 
 
 ADAPTERS = {

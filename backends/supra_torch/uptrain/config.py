@@ -77,7 +77,8 @@ class Stage(_Strict):
     so many rows; ``batch_share``: of the run's ``batch_tokens``. Few tokens are best spent on
     many small steps. ``lora_rank``: instead of the transformer's weights, adapters of that rank
     are trained beside the mixers' projections (factor ``lora_alpha`` / rank), at
-    ``learning_rate``. A learning rate of 0 freezes.
+    ``learning_rate``. A learning rate of 0 freezes. ``stream_weight``: in ``distill``, of the
+    relative error of the residual stream after every layer, beside the KL divergence.
     """
 
     kind: StageKind
@@ -94,6 +95,7 @@ class Stage(_Strict):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     lora_rank: int | None = Field(default=None, ge=1)
     lora_alpha: float = Field(default=16.0, gt=0)
+    stream_weight: float = Field(default=0.0, ge=0)
 
 
 class UptrainConfig(_Strict):

@@ -408,7 +408,9 @@ def _step(
 
     def accumulate() -> float:
         with session.autocast():
-            return gradients(stage.kind, student, session.teacher, ids)
+            return gradients(
+                stage.kind, student, session.teacher, ids, stream_weight=stage.stream_weight
+            )
 
     try:
         loss, norm = training_step(
