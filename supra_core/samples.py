@@ -30,7 +30,6 @@ class Tally:
     tokens: Mapping[str, int]
     finished: Mapping[str, int]
     dropped: Mapping[str, int]
-    kept_last: int
 
     @property
     def total(self) -> int:
@@ -69,16 +68,14 @@ class SampleStore:
         """The counts of all batches."""
         lines = self._lines
         kept = [line for line in lines if not line["dropped"]]
-        last = lines[-1]["batch"] if lines else -1
         return Tally(
-            batches=last + 1,
+            batches=lines[-1]["batch"] + 1 if lines else 0,
             rows=len(lines),
             sampled=sum(line["sampled"] for line in lines),
             kept=_by_kind(kept, lambda line: 1),
             tokens=_by_kind(kept, lambda line: int(line["tokens"])),
             finished=_by_kind(kept, lambda line: int(line["finished"])),
-            dropped=Counter(line["dropped"] for line in lines if line["dropped"]),
-            kept_last=sum(line["batch"] == last for line in kept),
+            dropped=dict(Counter(line["dropped"] for line in lines if line["dropped"])),
         )
 
     def write_texts(self, folder: Path) -> list[Path]:

@@ -100,6 +100,10 @@ class Vocabulary:
         """How many tokens ``text`` is."""
         return len(self.encode(text))
 
+    def marker(self, ident: int) -> str:
+        """A token as the tokenizer's file spells it."""
+        return str(self.tokenizer.id_to_token(ident))
+
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text that ids add to the text of ``after``: some tokenizers drop leading spaces."""
         before = self.tokenizer.decode(list(after), skip_special_tokens=False)
@@ -155,9 +159,8 @@ class DocumentRow:
         words = self._words
         text = words.decode(self._ids, [words.start])
         part = Part(tuple(self._ids), text if self.done else _whole(text), self.done)
-        marker = words.tokenizer.id_to_token
-        opening = "" if words.start == words.end else marker(words.start)
-        whole = opening + part.text + marker(words.end)
+        opening = "" if words.start == words.end else words.marker(words.start)
+        whole = opening + part.text + words.marker(words.end)
         dropped = fault(part, words)
         sampled = len(self._ids) + self.done
         return Sample("document", whole, None, words.count(whole), sampled, self.done, dropped)
@@ -268,7 +271,7 @@ class ConversationRow:
                 text += script.answer_end.text
             elif part.ended:
                 text += turns.closing
-        end: str = script.words.tokenizer.id_to_token(script.words.end)
+        end = script.words.marker(script.words.end)
         return text if text.endswith(end) else text + end
 
 

@@ -154,15 +154,13 @@ def _sample(
 
 
 def _write(out: Path, model: str, decided: dict[str, Any], tally: Tally | None) -> dict[str, Any]:
-    record: dict[str, Any] = {
+    record = {
         "source": model,
         "out": str(out),
         "settings": decided,
         "finished": tally is not None,
-        "counts": None if tally is None else {**asdict(tally)},
+        "counts": None if tally is None else asdict(tally),
     }
-    if record["counts"] is not None:
-        del record["counts"]["kept_last"]
     write_record(out / RECORD, record)
     return record
 
