@@ -135,11 +135,23 @@ def draw_tokens(logits: Tensor, uniforms: Uniforms, temperature: float, top_p: f
     chance = torch.from_numpy(uniforms).to(logits.device)[:, None]
     if top_p >= 1:
         return _inverse(scaled.softmax(-1).double(), chance)
-    likeliest, order = scaled.topk(min(NUCLEUS_CANDIDATES, scaled.shape[1]))
+    likeliest, order = _likeliest(scaled, min(NUCLEUS_CANDIDATES, scaled.shape[1]))
     probabilities = (likeliest - scaled.logsumexp(-1, keepdim=True)).double().exp()
     before = probabilities.cumsum(-1) - probabilities
     drawn = _inverse(probabilities * (before < top_p), chance)
     return order.gather(1, drawn[:, None])[:, 0]
+
+
+def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of logits (n, V) in descending order, and where they stand."""
+    if logits.device.type != "cpu":
+        return logits.topk(count)
+    # NumPy's selection takes half of torch's time.
+    array = logits.numpy()
+    chosen = np.argpartition(array, -count, axis=1)[:, -count:]
+    values = torch.from_numpy(np.take_along_axis(array, chosen, axis=1))
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values, torch.from_numpy(chosen).gather(1, order)
 
 
 def _inverse(weights: Tensor, chance: Tensor) -> Tensor:
