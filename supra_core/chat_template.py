@@ -100,7 +100,7 @@ def split_template(template: str, tokens: Mapping[str, str]) -> ChatTurns:
     _, closing = _around(answered, answer)
     _, after = _around(again, answer)
     to_user, _ = _around(after, second)
-    if not to_answer or not to_user:
+    if not to_answer.strip() or not to_user.strip():
         raise FormatError(
             "the model's chat template puts nothing between a message and the next, so that none "
             "is seen to end: correct chat_template.jinja"

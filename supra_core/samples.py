@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from supra_core.formats.jsonfile import read_object
 from supra_core.synthesis import KINDS, Kind, Sample
 
 SAMPLES, RECORD = "samples.jsonl", "synthesis.json"
+_FIELDS = {"batch", "row", "rows", *(field.name for field in fields(Sample))}
 TEXTS: dict[Kind, str] = {"document": "documents.txt", "conversation": "conversations.txt"}
 
 
@@ -58,10 +59,13 @@ class SampleStore:
             for row, sample in enumerate(samples)
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        with open(self.path, "ab") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "ab") as file:
+                file.write(text.encode("utf-8"))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SupraError(f"{self.path} could not be written: {error}") from error
         self._lines += lines
 
     def tally(self) -> Tally:
@@ -132,7 +136,7 @@ def _whole_batches(path: Path) -> tuple[list[dict[str, Any]], int]:
     for number, (raw, line) in enumerate(_parsed(path)):
         if line is None:
             break
-        if line.get("row") != number - whole or line.get("batch") is None:
+        if not line.keys() >= _FIELDS or line["row"] != number - whole:
             raise FormatError(f"{path}, line {number + 1} is out of order: begin anew with --force")
         lines.append(line)
         length += raw
@@ -159,7 +163,9 @@ def _is_kept(line: Mapping[str, Any], kind: str) -> bool:
     return line["kind"] == kind and not line["dropped"]
 
 
-def _by_kind(lines: Iterable[Mapping[str, Any]], count: Any) -> dict[str, int]:
+def _by_kind(
+    lines: Iterable[Mapping[str, Any]], count: Callable[[Mapping[str, Any]], int]
+) -> dict[str, int]:
     counts = dict.fromkeys(KINDS, 0)
     for line in lines:
         counts[line["kind"]] += count(line)

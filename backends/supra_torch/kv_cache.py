@@ -25,9 +25,10 @@ class LockstepDecoder:
         self.model, self.rows, self.length = model, rows, length
         self.position = len(prefix)
         hidden, state = model.hidden(prefix[None])
+        self._roomy = [layer.mixer.kind == "softmax_attention" for layer in model.spec.layers]
         self._layers = [
-            _roomy(layer, rows, length) if "keys" in layer else _repeated(layer, rows)
-            for layer in state.layers
+            _with_room(layer, rows, length) if roomy else _repeated(layer, rows)
+            for roomy, layer in zip(self._roomy, state.layers, strict=True)
         ]
         self.logits = self._head(hidden[:, -1]).expand(rows, -1)
 
@@ -58,7 +59,7 @@ class LockstepDecoder:
         """Go on with these rows only, (m,) indices in ascending order."""
         self.rows, self.logits = len(rows), self.logits[rows]
         for index, state in enumerate(self._layers):
-            if "keys" not in state:
+            if not self._roomy[index]:
                 self._layers[index] = {name: tensor[rows] for name, tensor in state.items()}
                 continue
             for name, tensor in state.items():
@@ -91,7 +92,7 @@ class LockstepDecoder:
         return torch.mm(weight, hidden.t()).t().contiguous()
 
 
-def _roomy(state: LayerState, rows: int, length: int) -> LayerState:
+def _with_room(state: LayerState, rows: int, length: int) -> LayerState:
     """Keys and values (1, T, K, d) of a prefix as (rows, K, length, d)."""
     roomy = {}
     for name in ("keys", "values"):

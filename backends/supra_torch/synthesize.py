@@ -29,7 +29,7 @@ NUCLEUS_CANDIDATES = 2048
 _ENDED_SHARE = 8
 
 Uniforms = npt.NDArray[np.float64]
-Watch = Callable[[int, int], None]
+Watch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Synthesizer:
     def batch(self, number: int, kind: Kind, rows: int, watch: Watch | None = None) -> list[Sample]:
         """The samples of one batch in order of row.
 
-        ``watch`` is told at each step the tokens sampled since the last, and the position.
+        ``watch`` is told at each step how many rows went on by a token.
         """
         prefix, stops = self._prefix(kind)
         under_way = [self._row(kind) for _ in range(rows)]
@@ -92,7 +92,7 @@ class Synthesizer:
             ]
             alive = [place for place, token in enumerate(fed) if token is not None]
             if watch is not None:
-                watch(len(alive), position)
+                watch(len(alive))
             if not alive or position + 1 == self.length:
                 break
             if _ENDED_SHARE * (len(fed) - len(alive)) >= len(fed):

@@ -5,59 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from supra_cli.record import write_record
 from supra_core.chat_template import ChatTurns, named_tokens, read_template, split_template
 from supra_core.errors import SupraError
+from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress
 from supra_core.samples import RECORD, SampleStore, Tally, open_folder
 from supra_core.sources import Source, open_source
-from supra_core.synthesis import Kind, Vocabulary, vocabulary
+from supra_core.synthesis import Vocabulary, vocabulary
+from supra_core.synthesis_plan import Settings, next_batch
+from supra_core.tensors import dtype_named
 from supra_core.text import load_tokenizer
 
 # So many batches without a sample to keep are no accident.
 _MOST_FRUITLESS = 4
+# Of conversations, for a model that has a template.
 _SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the text, beside the model; ``conversations`` None is the model's default."""
-
-    tokens: int
-    conversations: float | None
-    length: int
-    batch: int
-    temperature: float
-    top_p: float
-    seed: int
-    turns: int
-    dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        share = self.conversations
-        for name, fits, allowed in (
-            ("tokens", self.tokens >= 1, "at least 1"),
-            ("conversations", share is None or 0 <= share <= 1, "from 0 to 1"),
-            ("length", self.length >= 2, "at least 2"),
-            ("batch", self.batch >= 1, "at least 1"),
-            ("temperature", 0 < self.temperature < float("inf"), "above 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
-            ("turns", self.turns >= 1, "at least 1"),
-        ):
-            if not fits:
-                option = name.replace("_", "-")
-                raise SupraError(f"--{option} must be {allowed}, not {getattr(self, name)}")
 
 
 def synthesize(
     model: str, out: Path, settings: Settings, *, force: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Sample until ``settings.tokens`` tokens are kept in ``out``; the record of it.
+    """Sample until ``settings.tokens`` tokens are kept in the folder ``out``; the record of it.
 
     Goes on where an earlier call with the same settings stopped. Raises SupraError for bad input
     before anything is sampled, and when nothing worth keeping comes.
@@ -66,25 +39,17 @@ def synthesize(
     turns, words, settings = _prepared(source, model, settings)
     decided = {**asdict(settings), "model": _fingerprint(source)}
     resumed = open_folder(out, decided, force=force)
-    out.mkdir(parents=True, exist_ok=True)
     if not resumed:
         _write(out, model, decided, None)
     store = SampleStore(out)
-    if store.tally().total < settings.tokens:
+    complete = store.tally().total >= settings.tokens
+    if not complete:
         _sample(source, store, settings, turns, words, progress)
     store.write_texts(out)
+    before = read_object(out / RECORD)
+    if complete and before.get("finished"):
+        return before
     return _write(out, model, decided, store.tally())
-
-
-def next_batch(tally: Tally, settings: Settings) -> tuple[Kind, int]:
-    """The kind that is behind its share, and as many rows as the missing tokens may need."""
-    share = settings.conversations or 0.0
-    behind = tally.tokens["conversation"] < share * tally.total
-    kind: Kind = "conversation" if behind or (not tally.total and share > 0) else "document"
-    if share == 1:
-        kind = "conversation"
-    missing = settings.tokens - tally.total
-    return kind, max(1, min(settings.batch, -(-2 * missing // settings.length)))
 
 
 def _prepared(
@@ -94,6 +59,8 @@ def _prepared(
     most = source.spec.max_position_embeddings
     if settings.length > most:
         raise SupraError(f"--length must be at most {most}, the model's context")
+    if settings.dtype is not None:
+        dtype_named(settings.dtype)
     assets = source.assets()
     tokenizer = load_tokenizer(assets, model)
     template = read_template(assets, model)
@@ -132,16 +99,10 @@ def _sample(
         model, words, Draw(settings.temperature, settings.top_p, settings.seed),
         length=settings.length, turns=turns, most_turns=settings.turns,
     )  # fmt: skip
-    start, sampled, fruitless = time.monotonic(), 0, 0
+    watch, fruitless = _Watch(settings.tokens, progress), 0
     while (tally := store.tally()).total < settings.tokens:
-
-        def watch(new: int, position: int, kept: int = tally.total) -> None:
-            nonlocal sampled
-            sampled += new
-            speed = sampled / max(time.monotonic() - start, 1e-9)
-            progress("synthesize", kept, settings.tokens, **{"tokens/s": speed, "at": position})
-
         kind, rows = next_batch(tally, settings)
+        watch.begin(tally.total)
         samples = engine.batch(tally.batches, kind, rows, watch)
         store.append(tally.batches, samples)
         fruitless = fruitless + 1 if all(sample.dropped for sample in samples) else 0
@@ -151,6 +112,26 @@ def _sample(
                 "--top-p or --length, or take another model"
             )
     progress("synthesize", settings.tokens, settings.tokens)
+
+
+class _Watch:
+    """Tells ``progress`` about every step, with the speed since the first."""
+
+    def __init__(self, wanted: int, progress: Progress) -> None:
+        self._wanted, self._progress = wanted, progress
+        self._start, self._sampled = time.monotonic(), 0
+        self._kept = self._new = 0
+
+    def begin(self, kept: int) -> None:
+        """A batch begins; so many tokens are kept from those before."""
+        self._kept, self._new = kept, 0
+
+    def __call__(self, tokens: int) -> None:
+        self._sampled += tokens
+        self._new += tokens
+        speed = self._sampled / max(time.monotonic() - self._start, 1e-9)
+        done = min(self._kept + self._new, self._wanted - 1)
+        self._progress("synthesize", done, self._wanted, **{"tokens/s": speed})
 
 
 def _write(out: Path, model: str, decided: dict[str, Any], tally: Tally | None) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def command(
     from supra_cli.progress import ProgressReporter
 
     require("torch", "sampling text")
-    from supra_cli.synthesis import Settings, synthesize
+    from supra_cli.synthesis import synthesize
+    from supra_core.synthesis_plan import Settings
 
     settings = Settings(
         tokens, conversations, length, batch, temperature, top_p, seed, turns, dtype
