@@ -24,7 +24,7 @@ from tests.tiny_chat import CHATML, write_model  # noqa: E402
 runner = CliRunner()
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
-SETTINGS = ("--tokens", "4000", "--length", "100", "--batch", "8", "--conversations", "0.6")
+SETTINGS = ("--tokens", "1200", "--length", "100", "--batch", "8", "--conversations", "0.6")
 RESULTS = ("samples.jsonl", "documents.txt", "conversations.txt")
 
 
@@ -69,8 +69,8 @@ def test_text_to_train_on(model: Path, whole: Path, tmp_path: Path) -> None:
     assert record["finished"]
     assert record["command"] and record["date"] and record["machine"]["torch"]
     assert record["settings"]["seed"] == 0
-    assert 4000 <= sum(counts["tokens"].values()) < 4200
-    assert counts["tokens"]["conversation"] == pytest.approx(2400, abs=400)
+    assert 1200 <= sum(counts["tokens"].values()) < 1400
+    assert counts["tokens"]["conversation"] == pytest.approx(720, abs=400)
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert (
         len(samples)
@@ -135,7 +135,7 @@ def test_a_signal_leaves_what_can_be_gone_on_with(
     )
     assert common > 0
     record = json.loads((out / "synthesis.json").read_text())
-    record["settings"]["tokens"] = 4000
+    record["settings"]["tokens"] = 1200
     (out / "synthesis.json").write_text(json.dumps(record))
     kept = [line for line in begun.splitlines(keepends=True) if json.loads(line)["batch"] < 3]
     samples.write_bytes(b"".join(kept))
@@ -159,7 +159,7 @@ def test_other_settings_need_force(model: Path, whole: Path, tmp_path: Path) -> 
     for option, value, field in (
         ("--seed", "1", "seed 0, not 1"),
         ("--top-p", "0.5", "top_p 0.95, not 0.5"),
-        ("--tokens", "5000", "tokens 4000, not 5000"),
+        ("--tokens", "5000", "tokens 1200, not 5000"),
         ("--turns", "1", "turns 3, not 1"),
     ):
         message = refused(model, out, *SETTINGS, option, value)
@@ -200,7 +200,7 @@ def test_a_model_without_a_template_writes_documents(tmp_path: Path) -> None:
         ("--conversations", "nan"),
         ("--length", "1"),
         ("--length", "4096"),
-        ("--length", "30"),
+        ("--length", "26"),
         ("--batch", "0"),
         ("--temperature", "0"),
         ("--temperature", "nan"),
