@@ -16,6 +16,7 @@ from supra_cli.commands import (
     bench,
     chat,
     convert,
+    data,
     demo,
     doctor,
     evaluate,
@@ -67,3 +68,4 @@ app.command("chat")(chat.command)
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")

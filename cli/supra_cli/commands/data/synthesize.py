@@ -1,0 +1,57 @@
+"""``supra data synthesize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supra_cli import options
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="The transformer: anything supra convert reads.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the text; supra uptrain --data OUT.")],
+    tokens: Annotated[int, typer.Option(help="Tokens of text to keep, at least.")] = 1_000_000,
+    conversations: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of tokens in conversations; default: 0.5 with a chat template, else 0.",
+        ),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sample at most.")] = 512,
+    batch: Annotated[int, typer.Option(help="Samples drawn together.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Above 1 is more varied than the model.")
+    ] = 1.0,
+    top_p: options.TopP = 0.95,
+    seed: Annotated[int, typer.Option(help="Repeatable sampling.")] = 0,
+    turns: Annotated[int, typer.Option(help="Questions in a conversation at most.")] = 3,
+    dtype: options.Dtype = None,
+    force: options.Force = False,
+    json_output: options.Json = False,
+) -> None:
+    """Sample training text from a transformer; resumes."""
+    from supra_cli.backends import require
+    from supra_cli.output import log, print_json
+    from supra_cli.progress import ProgressReporter
+
+    require("torch", "sampling text")
+    from supra_cli.synthesis import synthesize
+    from supra_core.synthesis_plan import Settings
+
+    settings = Settings(
+        tokens, conversations, length, batch, temperature, top_p, seed, turns, dtype
+    )
+    with ProgressReporter() as progress:
+        record = synthesize(model, out, settings, force=force, progress=progress)
+    if json_output:
+        print_json(record)
+        return
+    counts = record["counts"]
+    log(
+        f"{sum(counts['tokens'].values()):,} tokens in {sum(counts['kept'].values()):,} samples, "
+        f"{sum(counts['dropped'].values()):,} dropped: supra uptrain MODEL --data {out} --out RUN"
+    )
