@@ -73,8 +73,8 @@ def distill(
     """Accumulate gradients of KL(teacher || student), the mean over tokens in nats; ids (B, T).
 
     To what is minimised, though not to what is returned, comes ``stream_weight`` times
-    :func:`stream_error`: the teacher's forward has computed its streams anyway, and they say more
-    about each layer than the distribution in the end does (TinyBERT, arXiv 1909.10351).
+    :func:`stream_error`, which the teacher's forward gives for nothing (TinyBERT, arXiv
+    1909.10351); at some ten thousand tokens it made no difference.
     """
     ours: list[Tensor] | None = [] if stream_weight else None
     theirs: list[Tensor] | None = [] if stream_weight else None
