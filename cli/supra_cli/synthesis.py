@@ -148,7 +148,9 @@ def _write(out: Path, model: str, decided: dict[str, Any], tally: Tally | None) 
 
 def _fingerprint(source: Source) -> str:
     """What tells models apart without reading them: shape, tokenizer, template, the last norm."""
-    digest = hashlib.sha256(json.dumps(source.spec.to_dict(), sort_keys=True).encode())
+    # Provenance names the place, which is no part of the model.
+    shape = {key: part for key, part in source.spec.to_dict().items() if key != "provenance"}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     for name, content in sorted(source.assets().items()):
         digest.update(name.encode() + content)
     digest.update(source.tensors["model.norm.weight"].read().tobytes())
