@@ -79,8 +79,8 @@ def score(
     rows = [_row(pair, max_length) for pair in pairs]
     scores: list[Score | None] = [None] * len(rows)
     done = 0
-    for batch in _batches([len(row) for row in rows], batch_tokens):
-        ids = _padded([rows[index] for index in batch])
+    for batch in like_lengths([len(row) for row in rows], batch_tokens):
+        ids = padded([rows[index] for index in batch])
         losses, greedy = token_scores(model, ids, form)
         for place, index in enumerate(batch):
             # Column t of the scores is about token t + 1.
@@ -106,8 +106,11 @@ def _row(pair: Pair, max_length: int) -> Int64:
     return np.array((pair.context + pair.continuation)[-max_length:], dtype=np.int64)
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of like length, the longest first: what fits then fits ever after."""
+def like_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Batches of indices of rows of like length, each of about ``batch_tokens`` with its padding.
+
+    The longest come first: what fits then fits ever after.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
@@ -118,7 +121,8 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _padded(rows: Sequence[Int64]) -> Int64:
+def padded(rows: Sequence[Sequence[int] | Int64]) -> Int64:
+    """Rows of ids as one array (B, T), zeros to the right."""
     ids = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
     for place, row in enumerate(rows):
         ids[place, : len(row)] = row

@@ -11,8 +11,8 @@ from supra_core.backend import Ids
 from supra_core.errors import SupraError
 from supra_core.progress import Progress, silent
 from supra_core.spec import LinearAttention
-from supra_torch.model import Layer, SupraModel
-from supra_torch.uptrain.stages import is_linear
+from supra_torch.model import SupraModel
+from supra_torch.uptrain.stages import is_linear, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,12 @@ def layer_errors(
     for row in range(len(ids)):
         progress(stage, row, len(ids))
         tokens = torch.from_numpy(np.asarray(ids[row : row + 1], dtype=np.int64)).to(device)
-        positions, h = teacher.positions(tokens), teacher.embed(tokens)
-        for index, (ours, theirs) in enumerate(
-            zip(student.model.layers, teacher.model.layers, strict=True)
-        ):
-            assert isinstance(ours, Layer) and isinstance(theirs, Layer)
-            x = theirs.mixer_input(h)
-            target, _ = theirs.self_attn(x, positions, None, None)
+        walk = teacher_forced(student, teacher, tokens)
+        for index, (ours, x, target, positions) in enumerate(walk):
             if is_linear(ours):
                 output, _ = ours.self_attn(x, positions, None, None)
                 difference[index] += (output.float() - target.float()).square().mean().item()
             scale[index] += target.float().square().mean().item()
-            h = h + target
-            h = h + theirs.feed_forward(h)
     progress(stage, len(ids), len(ids))
     return [
         LayerError(index, float(difference[index] / max(scale[index], 1e-12)))

@@ -8,7 +8,7 @@ consistent; one that knows its answer always is (the order effect of arXiv 2309.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from supra_core.backend import Backend, Form
 from supra_core.errors import SupraError
 from supra_core.intervals import of_share
 from supra_core.progress import Progress, silent
-from supra_core.scoring import encode_pair
+from supra_core.scoring import encode_pair, like_lengths, padded
 from supra_core.tasks import Question
 
 if TYPE_CHECKING:
@@ -132,30 +132,15 @@ def _chosen(
     """The index of the likeliest letter of each prompt."""
     chosen = [0] * len(asked)
     done = 0
-    for batch in _batches([len(prompt) for prompt, _ in asked]):
+    for batch in like_lengths([len(prompt) for prompt, _ in asked], _BATCH_TOKENS):
         progress(stage, done, len(asked))
-        ids = np.zeros((len(batch), max(len(asked[index][0]) for index in batch)), dtype=np.int64)
-        for row, index in enumerate(batch):
-            ids[row, : len(asked[index][0])] = asked[index][0]
-        logits = model.logits(ids, form=form)
+        logits = model.logits(padded([asked[index][0] for index in batch]), form=form)
         for row, index in enumerate(batch):
             prompt, letters = asked[index]
             chosen[index] = int(logits[row, len(prompt) - 1, letters].argmax())
         done += len(batch)
     progress(stage, done, len(asked))
     return chosen
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of prompts of like length, the longest first."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _result(

@@ -43,10 +43,13 @@ def save(
     model: SupraModel,
     spec: ModelSpec,
     assets: Mapping[str, bytes],
-    optimiser: torch.optim.Optimizer,
+    optimiser: torch.optim.Optimizer | None,
     names: Mapping[nn.Parameter, str],
 ) -> Path:
-    """Write a checkpoint and drop the oldest ones."""
+    """Write a checkpoint and drop the oldest ones.
+
+    ``optimiser`` None: between two stages, of which each has its own.
+    """
     out = run / "checkpoints" / f"step_{place.step:08d}"
     with atomic_folder(out, force=True) as folder:
         artifact.write(
@@ -54,7 +57,8 @@ def save(
         )
         if added := adapters(model):
             save_file(added, folder / _ADAPTERS)
-        save_file(_optimiser_tensors(optimiser, names), folder / "optimiser.safetensors")
+        if optimiser is not None:
+            save_file(_optimiser_tensors(optimiser, names), folder / "optimiser.safetensors")
         (folder / "state.json").write_text(json.dumps(asdict(place)), encoding="utf-8")
     for old in checkpoints(run)[:-_KEPT]:
         shutil.rmtree(old)

@@ -106,9 +106,9 @@ class UptrainConfig(_Strict):
     with their shares. No text is read more than ``epochs`` times: four are nearly as good as new
     text (arXiv 2305.16264). ``tokens`` in all stages; ``sequence_length`` and ``batch_tokens`` in
     tokens; ``checkpoint_every`` and ``evaluate_every`` in steps (0: only at the end of a stage).
-    ``activation_checkpointing``
-    computes every layer's forward again in backward: less memory, more time.
-    ``divergence``: a stage whose mean loss of 16 steps exceeds its lowest so many times stops.
+    ``activation_checkpointing`` computes every layer's forward again in backward: less memory,
+    more time. ``divergence``: a stage whose mean loss of 16 steps exceeds its lowest so many times
+    stops.
     ``calibrate``: fit a freshly converted model in closed form on ``calibrate_tokens`` before the
     first step, if there is a teacher: the heads, or output projections too (``all``), which is
     better at once but learns more slowly, since it plays down heads that were still to learn.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from supra_core.tensors import LazyTensor
-from supra_torch.model import Mixer, SupraModel
+from supra_torch.model import Mixer, SupraModel, lazy_tensors
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # What torch's parametrizations call the frozen weight and what is added to it.
@@ -64,8 +64,8 @@ def is_adapter(name: str) -> bool:
 def frozen_tensors(model: SupraModel) -> dict[str, LazyTensor]:
     """The weights without their adapters under their canonical names, for a writer."""
     return {
-        name.replace(_FROZEN, "weight"): LazyTensor.of(tensor.detach().cpu().numpy())
-        for name, tensor in model.state_dict().items()
+        name.replace(_FROZEN, "weight"): tensor
+        for name, tensor in lazy_tensors(model).items()
         if not is_adapter(name)
     }
 

@@ -332,7 +332,7 @@ def _run_stage(
     guard = LossGuard(config.divergence, _losses(session.run / "metrics.jsonl", place))
     saved = place
 
-    def save() -> None:
+    def save(optimiser: torch.optim.Optimizer | None) -> None:
         trained = _trained(spec, place)
         checkpoint.save(session.run, place, student, trained, session.assets, optimiser, names)
 
@@ -360,18 +360,16 @@ def _run_stage(
             if config.evaluate_every and place.step % config.evaluate_every == 0:
                 _evaluate(session, place, student)
             if place.step % config.checkpoint_every == 0 and guard.healthy:
-                save()
+                save(optimiser)
                 saved = place
         perplexity = _evaluate(session, place, student)
     except KeyboardInterrupt:
         if place != saved and place.stage_step:
-            save()
+            save(optimiser)
         raise
     lora.merge(student)
-    # The next stage has another optimiser; adapters are gone.
-    names, optimiser = {}, torch.optim.AdamW(student.parameters())
     place = replace(place, stage=place.stage + 1, stage_step=0)
-    save()
+    save(None)
     return place, perplexity
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from supra_core import layout
 from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
-from supra_torch.model import Layer, SupraModel, for_products
+from supra_torch.model import Layer, Positions, SupraModel, for_products
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
 from supra_torch.uptrain.config import Stage, StageKind
 from supra_torch.uptrain.lora import is_adapter
@@ -47,6 +47,24 @@ def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
     its mean over linear layers.
     """
     total, linear = 0.0, 0
+    for ours, x, target, positions in teacher_forced(student, teacher, ids):
+        if is_linear(ours):
+            output, _ = ours.self_attn(x, positions, None, None)
+            scale = target.float().square().mean().clamp(min=1e-12)
+            loss = (output.float() - target.float()).square().mean() / scale
+            loss.backward()  # type: ignore[no-untyped-call]
+            total, linear = total + loss.item(), linear + 1
+    return total / max(linear, 1)
+
+
+def teacher_forced(
+    student: SupraModel, teacher: SupraModel, ids: Tensor
+) -> Iterator[tuple[Layer, Tensor, Tensor, Positions]]:
+    """Layer by layer on ids (B, T): the student's layer and what its mixer is to do.
+
+    That is the teacher's mixer input and its output, both (B, T, D) and without gradients, and
+    the positions. Errors of one layer do not reach the next.
+    """
     positions = teacher.positions(ids)
     with torch.no_grad():
         h = teacher.embed(ids)
@@ -55,16 +73,10 @@ def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
         with torch.no_grad():
             x = theirs.mixer_input(h)
             target, _ = theirs.self_attn(x, positions, None, None)
-        if is_linear(ours):
-            output, _ = ours.self_attn(x, positions, None, None)
-            scale = target.float().square().mean().clamp(min=1e-12)
-            loss = (output.float() - target.float()).square().mean() / scale
-            loss.backward()  # type: ignore[no-untyped-call]
-            total, linear = total + loss.item(), linear + 1
+        yield ours, x, target, positions
         with torch.no_grad():
             h = h + target
             h = h + theirs.feed_forward(h)
-    return total / max(linear, 1)
 
 
 def distill(
