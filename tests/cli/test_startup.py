@@ -61,7 +61,7 @@ def test_ctrl_c_ends_a_training_run_cleanly(
         [
             sys.executable, "-m", "supra_cli", "uptrain", str(tiny_transformer),
             "--data", str(text_file), "--out", str(run), "--set", "tokens=1000000",
-            "--set", "sequence_length=32", "--set", "batch_tokens=64",
+            "--set", "sequence_length=32", "--set", "batch_tokens=64", "--set", "epochs=1e9",
         ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
