@@ -24,14 +24,9 @@ from torch import Tensor
 
 from supra_core.progress import Progress, silent
 from supra_core.spec import LearnedDecay, LinearAttention, Projection, SumNormaliser
-from supra_torch.model import (
-    Layer,
-    LinearMixer,
-    Positions,
-    SoftmaxMixer,
-    SupraModel,
-    activate,
-)
+from supra_torch.layers import Positions, activate
+from supra_torch.mixers import LinearMixer, SoftmaxMixer
+from supra_torch.model import Layer, SupraModel
 
 _FIRST = 8
 # Sequences, and queries of each, that the heads are fitted on.

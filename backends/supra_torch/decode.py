@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from supra_core.spec import LinearAttention, ModelSpec
-from supra_torch.model import LayerState, ModelState, OwnedLayerState, SupraModel
+from supra_torch.mixers import LayerState, OwnedLayerState
+from supra_torch.model import ModelState, SupraModel
 
 # What torch's allocator aligns to; any type may begin there.
 _ALIGNMENT = 512

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from supra_core.tensors import LazyTensor
-from supra_torch.model import Mixer, SupraModel, lazy_tensors
+from supra_torch.mixers import Mixer
+from supra_torch.model import SupraModel, lazy_tensors
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # What torch's parametrizations call the frozen weight and what is added to it.

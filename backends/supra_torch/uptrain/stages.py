@@ -7,14 +7,16 @@ own input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from supra_core import layout
+from supra_core.errors import SupraError
 from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
-from supra_torch.model import Layer, Positions, SupraModel, for_products
+from supra_torch.layers import Positions, for_products
+from supra_torch.model import Layer, SupraModel
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
 from supra_torch.uptrain.config import Stage, StageKind
 from supra_torch.uptrain.lora import is_adapter
@@ -22,12 +24,7 @@ from supra_torch.uptrain.step import adamw
 
 
 def gradients(
-    kind: StageKind,
-    student: SupraModel,
-    teacher: SupraModel | None,
-    ids: Tensor,
-    *,
-    stream_weight: float = 0.0,
+    kind: StageKind, student: SupraModel, teacher: SupraModel | None, ids: Tensor
 ) -> float:
     """Accumulate the gradients of a stage's loss on ids (B, T); returns the loss."""
     if kind == "uptrain":
@@ -36,7 +33,7 @@ def gradients(
         raise ValueError(f"a {kind} stage needs a teacher")
     if kind == "transfer":
         return transfer(student, teacher, ids)
-    return distill(student, teacher, ids, stream_weight)
+    return distill(student, teacher, ids)
 
 
 def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
@@ -79,43 +76,19 @@ def teacher_forced(
             h = h + theirs.feed_forward(h)
 
 
-def distill(
-    student: SupraModel, teacher: SupraModel, ids: Tensor, stream_weight: float = 0.0
-) -> float:
-    """Accumulate gradients of KL(teacher || student), the mean over tokens in nats; ids (B, T).
-
-    To what is minimised, though not to what is returned, comes ``stream_weight`` times
-    :func:`stream_error`, which the teacher's forward gives for nothing (TinyBERT, arXiv
-    1909.10351); at some ten thousand tokens it made no difference.
-    """
-    ours: list[Tensor] | None = [] if stream_weight else None
-    theirs: list[Tensor] | None = [] if stream_weight else None
+def distill(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
+    """Accumulate gradients of KL(teacher || student), the mean over tokens in nats; ids (B, T)."""
     with torch.no_grad():
-        target, _ = teacher.hidden(ids, streams=theirs)
-    hidden, _ = student.hidden(ids, streams=ours)
+        target, _ = teacher.hidden(ids)
+    hidden, _ = student.hidden(ids)
     loss = linear_kl_divergence(
         for_products(hidden).flatten(0, 1),
         student.head_weight,
         target.flatten(0, 1),
         teacher.head_weight,
     )
-    total = loss
-    if ours and theirs:
-        total = loss + stream_weight * stream_error(ours, theirs)
-    total.backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()
-
-
-def stream_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """Mean over layers and tokens of |h - h'|^2 / |h'|^2, h (B, T, D) a layer; a scalar.
-
-    Relative token by token, since the first token's stream is thousands of times larger.
-    """
-    errors = []
-    for h, target in zip(ours, theirs, strict=True):
-        wrong = (h.float() - target.float()).square().sum(-1)
-        errors.append((wrong / target.float().square().sum(-1).clamp(min=1e-12)).mean())
-    return torch.stack(errors).mean()
 
 
 def uptrain(student: SupraModel, ids: Tensor) -> float:
@@ -141,9 +114,14 @@ def optimiser_for(student: SupraModel, stage: Stage) -> torch.optim.AdamW:
     """AdamW over what the stage trains; everything else is frozen.
 
     Weights the transformer had and those that linearizing added have each their rate; weight
-    decay is for matrices that the transformer had.
+    decay is for matrices that the transformer had. Raises SupraError when nothing is trained.
     """
-    return adamw(_trained(student, stage), stage)
+    trained = list(_trained(student, stage))
+    if not trained:
+        raise SupraError(
+            f"the {stage.kind} stage has nothing to train: give it a learning rate, or leave it out"
+        )
+    return adamw(trained, stage)
 
 
 def _trained(student: SupraModel, stage: Stage) -> Iterator[tuple[nn.Parameter, float, float]]:

@@ -1,0 +1,127 @@
+"""Small parts of the model: exact constants, rotations, norms, the feature map's projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from supra_core.spec import Norm, Projection
+from supra_torch.ops import rotate
+from supra_torch.ops.rms_norm import rms_norm
+
+
+class Exact(nn.Module):
+    """A float64 constant that follows the module's device and is never rounded by a cast."""
+
+    def __init__(self, values: npt.NDArray[np.float64]) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.from_numpy(values), persistent=False)
+        self.values: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Exact:
+        before = self.values
+        super()._apply(fn, recurse)
+        self.values = before.to(self.values.device)
+        return self
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The tokens' positions (B, T), and their rotation.
+
+    ``tables``: for each number of channels the angles' cosines and sines, (B, T, 1, channels / 2)
+    float32, computed once a forward.
+    """
+
+    positions: Tensor
+    tables: Mapping[int, tuple[Tensor, Tensor]]
+    pairing: str
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x (B, T, heads, channels) rotated in float32, returned in its own type."""
+        cos, sin = self.tables[x.shape[-1]]
+        return rotate(x, cos, sin, self.pairing == "half")
+
+
+class NormLayer(nn.Module):
+    """RMSNorm, or LayerNorm with a gain only, computed in float32."""
+
+    def __init__(self, size: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm.kind == "rms_norm":
+            out = rms_norm(x.float(), self.weight.float(), self.norm.eps)
+        else:
+            out = F.layer_norm(
+                x.float(), self.weight.shape, self.weight.float(), None, self.norm.eps
+            )
+        return out.to(x.dtype)
+
+
+class FeatureProjection(nn.Module):
+    """The learned part of a feature map, over all heads together or for each head."""
+
+    def __init__(self, projection: Projection, heads: int, size: int, channels: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.per_head = projection.scope == "per_head"
+        if self.per_head:
+            weight, bias = (heads, size, channels), (heads, size)
+        else:
+            weight, bias = (heads * size, heads * channels), (heads * size,)  # type: ignore[assignment]
+        self.weight = nn.Parameter(torch.empty(weight))
+        self.bias = nn.Parameter(torch.empty(bias)) if projection.bias else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        if not self.per_head:
+            z = F.linear(z.flatten(-2), self.weight, self.bias)
+            return z.unflatten(-1, (self.heads, self.size))
+        z = torch.einsum("bthd,hfd->bthf", z, self.weight)
+        return z if self.bias is None else z + self.bias.to(z.dtype)
+
+    def after(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        """The map of x (B, T, D) projected to heads: (B, T, heads, size).
+
+        For many tokens the two matrices of each head are multiplied first: D rows, not B T, go
+        through the second, and nothing between them is kept for backward.
+        """
+        if not self.per_head or x.shape[0] * x.shape[1] < x.shape[2]:
+            return self(projection(x).unflatten(-1, (self.heads, -1)))
+        with torch.autocast(x.device.type, enabled=False):
+            channels = self.weight.shape[2]
+            weight = (self.weight @ projection.weight.view(self.heads, channels, -1)).flatten(0, 1)
+            bias: Tensor | None = self.bias
+            if projection.bias is not None:
+                moved = (self.weight @ projection.bias.view(self.heads, channels, 1)).squeeze(-1)
+                bias = moved if bias is None else bias + moved
+        out = F.linear(x, weight, None if bias is None else bias.flatten())
+        return out.unflatten(-1, (self.heads, -1))
+
+
+def activate(activation: str, z: Tensor) -> Tensor:
+    """A feature map's activation over the last axis; signed ones double it."""
+    if activation == "relu":
+        return torch.relu(z)
+    if activation == "signed_relu":
+        return torch.cat([torch.relu(z), torch.relu(-z)], dim=-1)
+    if activation == "signed_softmax":
+        # Computed in float32 and rounded once, whatever the type of z.
+        return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1)
+    return z
+
+
+def for_products(x: Tensor) -> Tensor:
+    """x in the type autocast multiplies in, where it is enabled."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
