@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # What generates without stating how long.
 _MAX_TOKENS = 256
+# Resamples behind the errors of metrics that are no means; those of means have a formula.
+_BOOTSTRAPS = 1000
 
 
 def evaluate(
@@ -54,21 +56,34 @@ def evaluate(
     try:
         found = simple_evaluate(
             _harness_model(model, tokenizer, form),
-            tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False,
+            tasks=names, limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAPS,
+            log_samples=False,
         )  # fmt: skip
     except (OSError, ConnectionError, ValueError) as error:
-        first = str(error).splitlines()[0]
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise SupraError(
             f"the lm-eval harness cannot run {', '.join(names)} ({first}): its data comes from the "
             "Hugging Face hub; go online, or name local files with --data"
         ) from None
     assert found is not None
-    examples = found["n-samples"]
+    examples, subtasks = found["n-samples"], found.get("group_subtasks", {})
+    versions, shots = found.get("versions", {}), found.get("n-shot", {})
     return {
-        name: {"metrics": _metrics(result), "examples": examples[name]["effective"]}
+        name: {
+            "metrics": _metrics(result),
+            "examples": sum(examples[leaf]["effective"] for leaf in _leaves(name, subtasks)),
+            "task_version": versions.get(name),
+            "few_shot": shots.get(name),
+        }
         for name, result in found["results"].items()
-        if name in examples
+        if _metrics(result)
     }
+
+
+def _leaves(name: str, subtasks: dict[str, list[str]]) -> list[str]:
+    """The tasks that a group consists of; a task consists of itself."""
+    inside = subtasks.get(name) or []
+    return [leaf for part in inside for leaf in _leaves(part, subtasks)] or [name]
 
 
 def _is_file(task: str) -> bool:

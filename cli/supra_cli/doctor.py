@@ -17,6 +17,9 @@ _PACKAGES = {
     "transformers": "transformers",
     "mlx": "mlx",
     "mlx_lm": "mlx-lm",
+    "tokenizers": "tokenizers",
+    "numpy": "numpy",
+    "lm_eval": "lm-eval",
 }
 _MATMUL_SIZE = 1024
 

@@ -38,8 +38,8 @@ class DistanceAccuracy:
     """Accuracy at one distance: tokens from a token to the place where it has to come again.
 
     ``greedy``: the likeliest of all tokens is right. ``among``: the right one is the likeliest
-    of the ``candidates`` words in question, by chance 1 / candidates. Both with their 95 %
-    intervals (Wilson), over ``answers`` answers.
+    of the words in question, ``by_chance`` for a blind guess. Both with their 95 % intervals
+    (Wilson), over ``answers`` answers.
     """
 
     distance: int
@@ -47,7 +47,7 @@ class DistanceAccuracy:
     greedy_interval: tuple[float, float]
     among: float
     among_interval: tuple[float, float]
-    candidates: int
+    by_chance: float
     answers: int
 
 
@@ -64,8 +64,9 @@ def associative_recall(
 ) -> list[DistanceAccuracy]:
     """Eight lines ``key: value``, text from ``filler`` (T,), then one key again: its value?
 
-    Distances that do not fit between a key and its repetition, or into the model's
-    max_position_embeddings, are left out.
+    Every line is asked equally often, at every distance, so that a model that always says the
+    latest value, or the first, is right by chance alone. Distances that do not fit between any
+    key and its repetition, or into the model's max_position_embeddings, are left out.
     """
     words, _ = word_tokens(tokenizer, model.spec.vocab_size)
     colon, line = (_ids(tokenizer, text) for text in (":", "\n"))
@@ -73,14 +74,15 @@ def associative_recall(
     # After the asked value: its line end, the pairs after it, text, key and colon.
     fixed = len(line) + 1 + len(colon)
     generator = np.random.default_rng(seed)
-    kept = _fitting(distances, fixed + 1, PAIRS * pair, model)
-    tallies = [_Tally(distance, PAIRS) for distance in kept]
-    for count in _batches(sequences if kept else 0):
+    kept = _fitting(distances, fixed + 1 + (PAIRS - 1) * pair, PAIRS * pair, model)
+    tallies = [_Tally(distance) for distance in kept]
+    order = generator.permutation(PAIRS)
+    for batch, count in enumerate(_batches(sequences if kept else 0)):
         progress(stage, tallies[0].answers, sequences)
         drawn = _draw(generator, words, count, 2 * PAIRS)
         keys, values = drawn[:, :PAIRS], drawn[:, PAIRS:]
-        after = int(generator.integers(min(PAIRS - 1, (kept[0] - 1 - fixed) // pair) + 1))
-        asked = PAIRS - 1 - after
+        asked = int(order[batch % PAIRS])
+        after = PAIRS - 1 - asked
         prefix = _pairs(keys, values, colon, line)
         texts = _passages(generator, filler, count, kept[-1])
         cuts = [distance - 1 - fixed - after * pair for distance in kept]
@@ -106,22 +108,26 @@ def copying(
 ) -> list[DistanceAccuracy]:
     """Sixteen random words, text from ``filler`` (T,), then the words again: each next word?
 
-    The first two repeated words are given. Distances as in :func:`associative_recall`.
+    The first two repeated words are given, and the last has no other left to be told from: each
+    is looked for among those that have not been repeated yet, since a model that favours what it
+    has just read would be below the chance of all sixteen. Distances as in
+    :func:`associative_recall`.
     """
     words, _ = word_tokens(tokenizer, model.spec.vocab_size)
     generator = np.random.default_rng(seed)
     kept = _fitting(distances, COPIED_WORDS, COPIED_WORDS, model)
-    tallies = [_Tally(distance, COPIED_WORDS) for distance in kept]
+    tallies = [_Tally(distance) for distance in kept]
+    asked = range(CUE_WORDS, COPIED_WORDS - 1)
     for count in _batches(sequences if kept else 0):
-        progress(stage, tallies[0].answers // (COPIED_WORDS - CUE_WORDS), sequences)
+        progress(stage, tallies[0].answers // len(asked), sequences)
         passage = _draw(generator, words, count, COPIED_WORDS)
         texts = _passages(generator, filler, count, kept[-1])
         cuts = [distance - COPIED_WORDS for distance in kept]
         for tally, logits in zip(
             tallies, _asked(model, passage, texts, cuts, passage), strict=True
         ):
-            for place in range(CUE_WORDS, COPIED_WORDS):
-                tally.add(logits[:, place - 1], passage, np.full(count, place))
+            for place in asked:
+                tally.add(logits[:, place - 1], passage[:, place:], np.zeros(count, dtype=int))
     progress(stage, sequences, sequences)
     return [tally.result() for tally in tallies]
 
@@ -129,9 +135,10 @@ def copying(
 class _Tally:
     """Counts of right answers at one distance."""
 
-    def __init__(self, distance: int, candidates: int) -> None:
-        self._distance, self._candidates = distance, candidates
+    def __init__(self, distance: int) -> None:
+        self._distance = distance
         self._greedy = self._among = 0
+        self._by_chance = 0.0
         self.answers = 0
 
     def add(self, logits: Logits, candidates: Int64, right: Int64) -> None:
@@ -140,6 +147,7 @@ class _Tally:
         self._greedy += int((logits.argmax(axis=-1) == candidates[rows, right]).sum())
         chosen = np.take_along_axis(logits, candidates, axis=-1).argmax(axis=-1)
         self._among += int((chosen == right).sum())
+        self._by_chance += len(right) / candidates.shape[1]
         self.answers += len(right)
 
     def result(self) -> DistanceAccuracy:
@@ -150,7 +158,7 @@ class _Tally:
             of_share(self._greedy, n),
             self._among / n,
             of_share(self._among, n),
-            self._candidates,
+            self._by_chance / n,
             n,
         )
 

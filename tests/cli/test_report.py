@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from supra_cli.report_card.curves import read_curve
 from supra_cli.report_card.settings import ReportSettings
 from supra_cli.report_card.sides import position_lengths
 from supra_core.errors import FormatError
+from supra_core.intervals import of_share
 from tests.cli.test_bad_input import refused
 
 pytest.importorskip("torch")
@@ -186,9 +188,13 @@ def test_the_record_is_complete(
     assert text["ratio"] == text["student"]["perplexity"] / text["teacher"]["perplexity"]
     low, high = quality["choice.jsonl"]["teacher"]["intervals"]["acc"]
     metrics = quality["choice.jsonl"]["teacher"]["metrics"]
-    error = 1.96 * metrics["acc_stderr"]
-    assert low == pytest.approx(max(metrics["acc"] - error, 0.0), abs=1e-4)
-    assert high == pytest.approx(min(metrics["acc"] + error, 1.0), abs=1e-4)
+    assert (low, high) == of_share(round(3 * metrics["acc"]), 3)
+    passages = quality["last.jsonl"]["student"]
+    low, high = passages["intervals"]["perplexity"]
+    value, error = (passages["metrics"][name] for name in ("perplexity", "perplexity_stderr"))
+    assert math.sqrt(low * high) == pytest.approx(value)
+    assert math.log(high / low) == pytest.approx(2 * 1.96 * error / value, rel=1e-4)
+    assert all(len(one["sha256"]) == 64 and one["bytes"] for one in record["data"])
     assert [one["layer"] for one in record["layer_errors"]["layers"]] == [0, 1]
     for role in ("student", "teacher"):
         for section in ("positions", "recall", "copying", "permutations", "samples", "speed"):
@@ -246,6 +252,26 @@ def test_a_model_without_teacher_or_window(
     page = Page(out.read_text("utf-8"))
     assert set(page.sections) == SECTIONS
     assert "no layer of the model has linear attention with a window" in out.read_text("utf-8")
+
+
+def test_one_file_that_fails_costs_no_other(run: Path, files: list[Path], tmp_path: Path) -> None:
+    """A passage longer than the model's positions cannot be scored: the page says so."""
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"context": "The state", "continuation": "size " * 5000}))
+    out = tmp_path / "r.html"
+    done = runner.invoke(
+        app,
+        [
+            "report", str(run), "--out", str(out), "--data", str(files[0]), "--data", str(long),
+            "--quick", "--limit", "100",
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    quality = json.loads(out.with_suffix(".json").read_text("utf-8"))["quality"]["files"]
+    assert quality["text.txt"]["ratio"] > 0
+    for role in ("student", "teacher"):
+        assert "not_measured" in quality["long.jsonl"][role]
+    assert out.read_text("utf-8").count("Not measured") >= 1
 
 
 def test_bad_input_is_refused_before_anything_is_measured(

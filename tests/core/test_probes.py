@@ -99,12 +99,14 @@ FILLER = np.zeros(700, dtype=np.int64)  # never one of the words
 def test_recall_ends_where_the_memory_does(probe: Any, tokenizer: Tokenizer) -> None:
     model = FakeBackend(remembers(64))
     found = probe(model, tokenizer, FILLER, distances=(16, 32, 64, 128, 256), sequences=6)
-    assert [one.distance for one in found] == [16, 32, 64, 128, 256]
+    # Between the first of eight lines and its repetition there is no room for 16 tokens.
+    short = [] if probe is associative_recall else [16]
+    assert [one.distance for one in found] == [*short, 32, 64, 128, 256]
     # Exactly up to the memory's length, so that a distance is what its docstring says.
-    assert [one.greedy for one in found] == [1.0, 1.0, 1.0, 0.0, 0.0]
-    assert [one.among for one in found][:3] == [1.0, 1.0, 1.0]
+    assert [one.greedy for one in found] == [*[1.0] * len(short), 1.0, 1.0, 0.0, 0.0]
+    assert [one.among for one in found][:-2] == [1.0] * (len(found) - 2)
     for one in found:
-        assert one.answers == (6 if probe is associative_recall else 6 * (16 - CUE_WORDS))
+        assert one.answers == (6 if probe is associative_recall else 6 * (15 - CUE_WORDS))
         assert one.greedy_interval[0] <= one.greedy <= one.greedy_interval[1]
 
 
@@ -112,8 +114,32 @@ def test_recall_of_a_model_that_guesses_is_at_chance(tokenizer: Tokenizer) -> No
     noise = np.random.default_rng(0)
     model = FakeBackend(lambda seen: noise.normal(size=VOCABULARY))
     found = copying(model, tokenizer, FILLER, distances=(16,), sequences=60)[0]
-    assert found.candidates == 16
-    assert found.among_interval[0] <= 1 / 16 <= found.among_interval[1]
+    assert found.by_chance == pytest.approx(sum(1 / n for n in range(2, 15)) / 13)
+    assert found.among_interval[0] <= found.by_chance <= found.among_interval[1]
+
+
+@pytest.mark.parametrize("probe", [associative_recall, copying])
+@pytest.mark.parametrize("latest", [True, False])
+def test_preferring_recent_or_early_words_is_chance(
+    probe: Any, latest: bool, tokenizer: Tokenizer
+) -> None:
+    """No memory of what belongs together, only of what was said when."""
+
+    def rule(seen: Sequence[int]) -> Any:
+        logits = np.full(VOCABULARY, -1e4)
+        places = enumerate(seen) if latest else reversed([*enumerate(seen)])
+        for place, token in places:
+            logits[token] = place if latest else -place
+        return logits
+
+    found = probe(FakeBackend(rule), tokenizer, FILLER, distances=(64,), sequences=32)[0]
+    if probe is associative_recall:
+        # Every line is asked as often as another one.
+        assert found.among == found.by_chance == 1 / 8
+    else:
+        # The latest of the words to come is right only where it is the next; the earliest always,
+        # which is what copying in order means.
+        assert found.among == (0.0 if latest else 1.0)
 
 
 def test_recall_is_seeded_and_feeds_a_sequence_once(tokenizer: Tokenizer) -> None:
@@ -130,9 +156,9 @@ def test_recall_is_seeded_and_feeds_a_sequence_once(tokenizer: Tokenizer) -> Non
 def test_distances_that_do_not_fit_are_left_out(tokenizer: Tokenizer) -> None:
     model = FakeBackend(remembers(64), positions=128)
     found = associative_recall(
-        model, tokenizer, FILLER, distances=(2, 16, 64, 128, 1024), sequences=4
+        model, tokenizer, FILLER, distances=(2, 16, 32, 64, 128, 1024), sequences=4
     )
-    assert [one.distance for one in found] == [16, 64]
+    assert [one.distance for one in found] == [32, 64]
     assert copying(model, tokenizer, FILLER, distances=(8,), sequences=4) == []
 
 

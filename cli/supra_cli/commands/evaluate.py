@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from supra_core.progress import Progress
 
 TASKS = ("perplexity", "lambada", "multiple_choice")
+DTYPE = "float32"
 _METRICS = ("perplexity", "bits_per_byte", "nats_per_token")
 
 
@@ -48,7 +49,9 @@ def command(
         str | None, typer.Option(help="torch, mlx, reference or transformers.")
     ] = None,
     form: options.Form = "parallel",
-    dtype: options.Dtype = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of both models' weights; default: float32.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the JSON record here too, with versions and date.")
     ] = None,
@@ -58,10 +61,11 @@ def command(
     """Measure a model on texts and tasks, its teacher beside it."""
     from supra_cli.backends import default_for_evaluation
     from supra_cli.commands.verify import parse_form
-    from supra_cli.output import print_json
+    from supra_cli.output import log, print_json
     from supra_cli.progress import ProgressReporter
     from supra_cli.record import refuse_existing, write_record
     from supra_core.errors import SupraError
+    from supra_core.sources import open_source
     from supra_core.teacher import find_teacher
 
     start = time.monotonic()
@@ -74,12 +78,22 @@ def command(
     if out is not None:
         refuse_existing(out, force)
     harness = _harness_tasks(tasks)
+    if harness and data:
+        raise SupraError(
+            f"--data is for {', '.join(TASKS)}: the lm-eval harness has its own; leave it out"
+        )
     measurements = [] if harness else _measurements(tasks, data or [], limit)
     other = None if no_teacher else teacher or find_teacher(model)
+    # One type for both, or a stored bfloat16 would count as part of the conversion.
+    dtype = dtype or DTYPE
     sides = {"results": _Side(model, name, chosen, dtype)}
     if other is not None:
         # The teacher has no recurrent form of its own to compare with.
         sides["teacher"] = _Side(other, name, "parallel", dtype)
+        if not open_source(other).spec.is_transformer:
+            raise SupraError(f"{other} is no transformer: name the original with --teacher")
+    elif not no_teacher and not open_source(model).spec.is_transformer:
+        log(f"no teacher of {model} is known here: name it with --teacher, or give --no-teacher")
     # Whatever cannot be read is noticed before anything is measured.
     for side in sides.values():
         side.check()
@@ -124,7 +138,7 @@ class _Side:
     path: str
     backend: str
     form: Form
-    dtype: str | None
+    dtype: str
 
     def check(self) -> None:
         """Raise SupraError unless the model and its tokenizer can be read."""
@@ -153,6 +167,7 @@ class _Side:
                 "model": self.path,
                 "backend": self.backend,
                 "form": self.form,
+                "dtype": self.dtype,
                 "data": str(measurement.path),
                 **found,
                 "seconds": round(time.monotonic() - start, 1),
@@ -166,7 +181,9 @@ class _Side:
 
         loaded = load(self.backend, self.path, dtype=self.dtype)
         found = evaluate(loaded, self.tokenizer(), tasks, form=self.form, limit=limit)
-        common = {"model": self.path, "backend": self.backend, "form": self.form}
+        common = {
+            "model": self.path, "backend": self.backend, "form": self.form, "dtype": self.dtype
+        }  # fmt: skip
         return {name: {**common, **result} for name, result in found.items()}
 
 

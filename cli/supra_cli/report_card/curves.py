@@ -57,14 +57,16 @@ class Curve:
 
 def read_curve(run: Path) -> Curve:
     """The curves of ``run``; :class:`FormatError` names the line that cannot be read."""
-    stages: dict[str, list[tuple[int, float]]] = {}
+    # By index: a recipe may have two stages of one kind.
+    stages: dict[tuple[int, str], list[tuple[int, float]]] = {}
     held_out: list[HeldOut] = []
     teacher = None
     for place, entry in _entries(run / METRICS_FILE):
         try:
             if "loss" in entry:
                 point = (int(entry["tokens"]), float(entry["loss"]))
-                stages.setdefault(str(entry["stage"]), []).append(point)
+                key = (int(entry.get("stage_index", 0)), str(entry["stage"]))
+                stages.setdefault(key, []).append(point)
             elif "teacher_perplexity" in entry:
                 value = entry["teacher_perplexity"]
                 teacher = None if value is None else float(value)
@@ -77,7 +79,7 @@ def read_curve(run: Path) -> Curve:
     config = read_object(run / RUN_FILE).get("config")
     length = config.get("sequence_length") if isinstance(config, dict) else None
     return Curve(
-        tuple(_thinned(stage, points) for stage, points in stages.items()),
+        tuple(_thinned(stage, points) for (_, stage), points in stages.items()),
         tuple(held_out),
         teacher,
         length if isinstance(length, int) else None,

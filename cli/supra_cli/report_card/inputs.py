@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +28,26 @@ _HELD_OUT_CHARACTERS = 40_000
 
 @dataclass(frozen=True)
 class DataFile:
-    """What one file holds, by its task; ``name`` stands for it in the report."""
+    """What one file holds, by its task; ``name`` stands for it in the report.
+
+    ``origin``: its path, bytes and hash.
+    """
 
     name: str
     task: str
+    origin: dict[str, str | int]
     content: str | list[Passage] | list[Question]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models. A teacher has no recurrent form of its own."""
+    """One of the two models, computed in ``dtype``. A teacher has no recurrent form of its own."""
 
     role: str
     path: str
     backend: str
     form: Form
+    dtype: str
     source: Source
     tokenizer: Tokenizer
 
@@ -93,14 +99,16 @@ def read_inputs(settings: ReportSettings) -> Inputs:
 
 def _side(role: str, path: str, backend: str, form: Form) -> Side:
     source = open_source(path)
-    return Side(role, path, backend, form, source, load_tokenizer(source.assets(), path))
+    # One type for both models, or a stored bfloat16 would count as part of the conversion.
+    return Side(role, path, backend, form, "float32", source, load_tokenizer(source.assets(), path))
 
 
 def _files(data: Sequence[Path], examples: int) -> tuple[DataFile, ...]:
     """The named files, or Python's own documentation."""
     if not data:
         _, held_out = pythondocs.split(pythondocs.documents(), _HELD_OUT_CHARACTERS)
-        return (DataFile(PYTHON_TEXT, "perplexity", held_out),)
+        origin: dict[str, str | int] = {"path": "the standard library of this Python"}
+        return (DataFile(PYTHON_TEXT, "perplexity", origin, held_out),)
     files = tuple(_read(path, examples) for path in data)
     names = [file.name for file in files]
     for name in names:
@@ -111,7 +119,14 @@ def _files(data: Sequence[Path], examples: int) -> tuple[DataFile, ...]:
 
 def _read(path: Path, examples: int) -> DataFile:
     task = task_of(path)
+    content: str | list[Passage] | list[Question]
     if task == "perplexity":
-        return DataFile(path.name, task, read_text(path))
-    read = read_passages if task == "lambada" else read_questions
-    return DataFile(path.name, task, read(path, examples))
+        content = read_text(path)
+    else:
+        content = (read_passages if task == "lambada" else read_questions)(path, examples)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    origin: dict[str, str | int] = {
+        "path": str(path), "bytes": path.stat().st_size, "sha256": digest
+    }  # fmt: skip
+    return DataFile(path.name, task, origin, content)

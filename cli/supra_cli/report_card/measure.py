@@ -39,7 +39,9 @@ def measure(settings: ReportSettings, inputs: Inputs, progress: Progress) -> Res
             "seed": settings.seed, "quick": settings.quick, "limit": settings.limit,
             **asdict(budget),
         },
-        "data": [{"name": file.name, "task": file.task} for file in inputs.files],
+        "data": [
+            {"name": file.name, "task": file.task, **file.origin} for file in inputs.files
+        ],
         "quality": _quality(student["quality"], teacher and teacher["quality"]),
         "training": _training(inputs),
     }  # fmt: skip
@@ -47,12 +49,16 @@ def measure(settings: ReportSettings, inputs: Inputs, progress: Progress) -> Res
         record[name] = {"student": student[name], "teacher": teacher and teacher[name]}
     sections: dict[str, Callable[[], Result]] = {
         "layer_errors": lambda: _layer_errors(inputs, budget, progress),
-        "variants": lambda: _variants(inputs, budget, progress),
+        "variants": lambda: _variants(inputs, budget, settings.out.parent, progress),
         "memory": lambda: _memory(inputs.student),
     }
     for name, work in sections.items():
         start = time.monotonic()
-        record[name] = work()
+        try:
+            record[name] = work()
+        # What was measured before it is not lost for it.
+        except SupraError as error:
+            record[name] = not_measured(str(error))
         record[name]["seconds"] = round(time.monotonic() - start, 1)
     return record
 
@@ -66,7 +72,8 @@ def _described(side: Side) -> Result:
         "kind": side.source.kind,
         "backend": side.backend,
         "form": side.form,
-        "dtype": side.source.dtype,
+        "dtype": side.dtype,
+        "stored_dtype": side.source.dtype,
         "parameters": measured.parameters,
         "layers": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "windows": sorted({layer.mixer.window or 0 for layer in spec.layers}),
@@ -78,11 +85,9 @@ def _described(side: Side) -> Result:
 def _quality(student: Result, teacher: Result | None) -> Result:
     """File by file; ``ratio`` is the student's perplexity over the teacher's."""
     seconds = {"student": student.pop("seconds"), "teacher": teacher and teacher.pop("seconds")}
-    if "not_measured" in student:
-        return {"files": {}, "seconds": seconds, **student}
     files = {}
     for name, ours in student.items():
-        theirs = (teacher or {}).get(name)
+        theirs = None if teacher is None else teacher[name]
         values = [_perplexity(result) for result in (ours, theirs)]
         ratio = values[0] / values[1] if values[0] is not None and values[1] else None
         files[name] = {"task": ours["task"], "student": ours, "teacher": theirs, "ratio": ratio}
@@ -120,7 +125,7 @@ def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
     rows = sequences(ids, length, len(ids) // length)
     try:
         student, teacher = (
-            load_in_torch(side.source.path, dtype="float32").model for side in inputs.sides
+            load_in_torch(side.source.path, dtype=side.dtype).model for side in inputs.sides
         )
         found = layer_errors(student, teacher, rows, progress=progress)
     except SupraError as error:
@@ -136,8 +141,11 @@ def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
     }
 
 
-def _variants(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
-    """A windowed model whole, without its window, and with its window alone."""
+def _variants(inputs: Inputs, budget: Budget, beside: Path, progress: Progress) -> Result:
+    """A windowed model whole, without its window, and with its window alone.
+
+    The other two stand in ``beside`` while they are measured.
+    """
     side = inputs.student
     if not is_windowed(side.source.spec):
         return not_measured("no layer of the model has linear attention with a window")
@@ -145,16 +153,16 @@ def _variants(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
         return not_measured("none of the files is a text: name one with --data")
     text = encode(side.tokenizer, inputs.text.content).head(budget.variant_tokens)
     results: Result = {"text": inputs.text.name}
-    whole = load(side.backend, side.path)
+    whole = load(side.backend, side.path, dtype=side.dtype)
     results["whole"] = text_result(whole, side, text, progress, "student: whole")
     del whole
     for name, variant in (("without_window", without_window), ("window_alone", window_alone)):
         spec, tensors = variant(side.source.spec, side.source.tensors)
         # Through a folder, since that is what every backend loads.
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory(dir=beside) as place:
             folder = Path(place) / name
             artifact.write(folder, spec, tensors, {}, dtype=side.source.dtype)
-            model = load(side.backend, folder)
+            model = load(side.backend, folder, dtype=side.dtype)
             results[name] = text_result(model, side, text, progress, f"student: {name}")
             del model
     for name in ("without_window", "window_alone"):

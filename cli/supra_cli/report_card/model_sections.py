@@ -21,6 +21,7 @@ from supra_cli.report_card.parts import (
 
 _MODELS = ("student", "teacher")
 _LAYERS_A_ROW = 10
+_FORMS = {"recurrent": " (each sequence in two pieces, the second from the first one's state)"}
 _MOST_EVALUATIONS = 12
 
 
@@ -39,15 +40,16 @@ def quality(record: dict[str, Any]) -> Section:
     return Section(
         "quality",
         "Text and tasks",
-        f"The student is computed in its {form} form, as it runs on a device, the teacher in its "
-        "parallel form. Perplexity: each text is cut into consecutive windows of 512 tokens that "
-        "do not overlap, as it stands and without BOS; each window predicts all its tokens but "
-        "the first. Bits per byte compare across tokenizers. Tasks: prompts and metrics are those "
-        "of the lm-eval harness; acc_norm divides log-likelihoods by characters. In brackets "
-        "stands the 95 % confidence interval, 1.96 standard errors to either side; a task's "
-        "perplexity is of the last words only.",
+        f"Both models are computed in {record['model']['dtype']}; the student in its {form} form"
+        f"{_FORMS.get(form, '')}, the teacher in its parallel form. Perplexity: each text is cut "
+        "into consecutive windows of 512 tokens that do not overlap, as it stands and without "
+        "BOS; each window predicts all its tokens but the first. Bits per byte compare across "
+        "tokenizers. Tasks: prompts and metrics are those of the lm-eval harness; acc_norm "
+        "divides log-likelihoods by characters. In brackets stands the 95 % confidence interval, "
+        "of accuracies Wilson's; a task's perplexity is of the last words only. Texts have none: "
+        "their windows are no sample.",
         tuple(tables),
-        notes=reasons(section),
+        notes=tuple(dict.fromkeys(note for file in files.values() for note in reasons(file))),
     )
 
 
@@ -58,12 +60,12 @@ def _texts(files: dict[str, Any]) -> Table:
         rows.append(
             (
                 name,
-                number(ours["perplexity"]),
+                number(ours.get("perplexity")),
                 number(theirs.get("perplexity")),
                 number(file["ratio"], 3, " ×"),
-                number(ours["bits_per_byte"]),
+                number(ours.get("bits_per_byte")),
                 number(theirs.get("bits_per_byte")),
-                count(ours["tokens"]),
+                count(ours.get("tokens", theirs.get("tokens"))),
             )
         )
     return Table(
@@ -79,14 +81,15 @@ def _texts(files: dict[str, Any]) -> Table:
 def _tasks(files: dict[str, Any]) -> Table:
     rows: list[Row] = []
     for name, file in files.items():
-        ours, theirs = file["student"], file["teacher"]
-        for metric in ours["intervals"]:
+        ours, theirs = measured(file["student"]), measured(file["teacher"])
+        some = ours or theirs
+        for metric in some["intervals"] if some else ():
             rows.append(
                 (
                     f"{name}: {metric}",
                     _metric(ours, metric),
                     _metric(theirs, metric),
-                    count(ours["examples"]),
+                    count(some["examples"] if some else None),
                 )
             )
     return Table(("task and metric", *_MODELS, "examples"), tuple(rows), "Tasks")
@@ -97,7 +100,7 @@ def _metric(result: dict[str, Any] | None, metric: str) -> Cell:
         return number(None)
     value, interval = result["metrics"][metric], result["intervals"][metric]
     if metric == "perplexity":
-        return spread(value, *interval)
+        return number(value) if interval is None else spread(value, *interval)
     return share(value, interval)
 
 

@@ -31,9 +31,10 @@ def recall(record: dict[str, Any]) -> Section:
         "Recall: eight lines 'key: value' of random words, then running text, then one of the "
         "keys again: its value is right. Copying: sixteen random words, running text, then the "
         "same words again: after two of them, each next word is right. The distance counts tokens "
-        "from a word to the place where it has to come again. 'Among candidates': the right word "
-        "is likelier than the other seven values, or the other fifteen words; chance is the share "
-        "of a blind guess. 'Greedy': it is the likeliest of the whole vocabulary, where chance is "
+        "from a word to the place where it has to come again: a window of as many tokens just "
+        "reaches it. 'Among candidates': the right word is likelier than the other seven values, "
+        "or than the words still to be repeated; chance is the share of a blind guess. 'Greedy': "
+        "it is the likeliest of the whole vocabulary, where chance is "
         f"close to 0. {sequences} seeded sequences stand behind each distance, the same for both "
         "models where they share a tokenizer; words are single tokens. Distances that do not fit "
         "into the model's positions are left out. Intervals are 95 % (Wilson), as if the answers "
@@ -183,7 +184,8 @@ def cost(record: dict[str, Any]) -> Section:
         "float32, keys and values of windows and caches in 16 bit. Speed is measured on this "
         "machine, beside whatever else ran on it, on random tokens of one sequence: the median of "
         "the repetitions, in brackets the slowest and the fastest. Prefill computes the logits of "
-        "all its tokens; decode is one step, one token."
+        "all its tokens; decode is one step, one token. In torch a step copies a cache that grows, "
+        "which an engine made for transformers need not."
     )
     tables = [_memory_table(memory)]
     if any(found.values()):

@@ -27,6 +27,7 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
     start = time.monotonic()
     for path in (settings.out, settings.record_path):
         refuse_existing(path, settings.force)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
     if not has_matplotlib():
         raise MissingDependencyError(
             "the report's figures need matplotlib: install it with pip install 'supra-lm[report]'"
@@ -34,12 +35,11 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
     inputs = read_inputs(settings)
     record = {**origin(), **measure(settings, inputs, progress)}
     record["seconds"] = round(time.monotonic() - start, 1)
-    with (
-        atomic_file(settings.record_path) as record_file,
-        atomic_file(settings.out) as page_file,
-    ):
-        record_file.write_text(json_text(record) + "\n", encoding="utf-8")
-        page_file.write_text(render(record), encoding="utf-8")
+    # First: a page can be drawn again, hours of measuring cannot.
+    with atomic_file(settings.record_path) as beside:
+        beside.write_text(json_text(record) + "\n", encoding="utf-8")
+    with atomic_file(settings.out) as beside:
+        beside.write_text(render(record), encoding="utf-8")
     return record
 
 

@@ -18,7 +18,7 @@ from supra_core import tasks
 from supra_core.backend import Backend, load
 from supra_core.errors import SupraError
 from supra_core.evaluate import perplexity
-from supra_core.intervals import around
+from supra_core.intervals import around, of_share
 from supra_core.probes.permutations import TEXT_FORM, option_permutations
 from supra_core.probes.positions import by_position, sequences
 from supra_core.probes.recall import associative_recall, copying
@@ -44,7 +44,7 @@ class SideMeasurement:
     def __init__(self, side: Side, inputs: Inputs, budget: Budget, seed: int, progress: Progress):
         self._side, self._inputs, self._budget = side, inputs, budget
         self._seed, self._progress = seed, progress
-        self._model: Backend = load(side.backend, side.path)
+        self._model: Backend = load(side.backend, side.path, dtype=side.dtype)
 
     def all(self) -> Result:
         """Results by section; a probe that this model cannot take says why."""
@@ -68,7 +68,13 @@ class SideMeasurement:
         return results
 
     def _quality(self) -> Result:
-        return {file.name: self._measured(file) for file in self._inputs.files}
+        results: Result = {}
+        for file in self._inputs.files:
+            try:
+                results[file.name] = self._measured(file)
+            except SupraError as error:
+                results[file.name] = {"task": file.task, **not_measured(str(error))}
+        return results
 
     def _measured(self, file: DataFile) -> Result:
         stage = f"{self._side.role}: {file.name}"
@@ -86,7 +92,7 @@ class SideMeasurement:
             "task": file.task,
             "metrics": metrics,
             "intervals": {
-                name: _interval(name, value, metrics[f"{name}_stderr"])
+                name: _interval(name, value, metrics[f"{name}_stderr"], found.examples)
                 for name, value in metrics.items()
                 if f"{name}_stderr" in metrics
             },
@@ -140,7 +146,7 @@ class SideMeasurement:
             raise SupraError("no distance fits into the model's positions")
         return {
             "sequences": self._budget.sequences,
-            "by_chance": 1 / found[0].candidates,
+            "by_chance": found[0].by_chance,
             "distances": [asdict(result) for result in found],
         }
 
@@ -177,10 +183,15 @@ class SideMeasurement:
         return {"contexts": [asdict(one) for one in found]}
 
 
-def _interval(metric: str, value: float, error: float) -> tuple[float, float]:
-    """95 %; an accuracy stays a share."""
-    low, high = around(value, error)
-    return max(low, 0.0), (min(high, 1.0) if metric.startswith("acc") else high)
+def _interval(metric: str, value: float, error: float, examples: int) -> tuple[float, float] | None:
+    """95 %: Wilson's for a share, around the logarithm for a perplexity; one example has none."""
+    if metric.startswith("acc"):
+        return of_share(round(value * examples), examples)
+    if examples < 2 or not math.isfinite(value):
+        return None
+    # The error of a perplexity is that of its logarithm times itself.
+    low, high = around(math.log(value), error / value)
+    return math.exp(low), math.exp(min(high, 700.0))
 
 
 def text_result(
@@ -188,7 +199,7 @@ def text_result(
 ) -> Result:
     """Perplexity as ``supra eval`` measures it."""
     found = perplexity(model, text, form=side.form, progress=progress, stage=stage)
-    return {"task": "perplexity", "form": side.form, **asdict(found)}
+    return {"task": "perplexity", "form": side.form, "dtype": side.dtype, **asdict(found)}
 
 
 def position_lengths(tokens: int, longest: int) -> list[int]:
