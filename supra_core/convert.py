@@ -11,11 +11,12 @@ from supra_core import artifact
 from supra_core import fold as folding
 from supra_core import linearize as linearizing
 from supra_core.errors import SupraError
+from supra_core.formats.atomic import check_replaceable
 from supra_core.linearize import LinearizeOptions
 from supra_core.progress import Progress, silent
 from supra_core.sources import WRITERS, Source, open_source
 from supra_core.spec import ModelSpec
-from supra_core.tensors import LazyTensor, TensorSource
+from supra_core.tensors import LazyTensor, TensorSource, dtype_named
 
 TARGETS = tuple(WRITERS)
 
@@ -79,11 +80,20 @@ def convert(
     wanted = linearize
     if wanted is None:
         wanted = options is not None or (spec.is_transformer and to == "supra")
+    if calibrate is not None and not wanted:
+        raise SupraError(
+            f"{source} is not linearized here, and only what is can be calibrated: leave out "
+            "--calibrate and --calibration-text, or start from the transformer"
+        )
     if wanted:
         new_spec, new_tensors = linearizing.linearize(spec, tensors, options or LinearizeOptions())
         spec, tensors = new_spec, dict(new_tensors)
+    stored = dtype or found.dtype
+    # Noticed before the minutes that calibrating takes.
+    dtype_named(stored)
+    check_replaceable(out, force)
     originals: dict[str, LazyTensor] = {}
-    if wanted and calibrate is not None:
+    if calibrate is not None:
         used, changed = calibrate(found, spec, tensors, progress)
         originals = {name: tensors[name] for name in changed if name in found.tensors}
         spec = replace(spec, provenance=replace(spec.provenance, calibration_tokens=used))
@@ -91,7 +101,6 @@ def convert(
     if fold:
         new_spec, new_tensors = folding.fold(spec, tensors)
         spec, tensors = new_spec, dict(new_tensors)
-    stored = dtype or found.dtype
     write = partial(artifact.write, originals=originals) if originals else WRITERS[to]
     write(
         out,

@@ -94,6 +94,17 @@ def linearize(
 
     Raises SpecError when the source is no transformer or a choice is impossible.
     """
+    linear, new = linear_spec(spec, options), dict(tensors)
+    for index, layer in enumerate(linear.layers):
+        if isinstance(layer.mixer, LinearAttention):
+            prefix = layer_prefix(index) + "self_attn."
+            for name, array in initial_tensors(spec, layer.mixer, options.seed + index).items():
+                new[prefix + name] = LazyTensor.of(array)
+    return linear, {name: new[name] for name in tensor_shapes(linear)}
+
+
+def linear_spec(spec: ModelSpec, options: LinearizeOptions) -> ModelSpec:
+    """The linear model's spec; raises as :func:`linearize`."""
     if not spec.is_transformer:
         raise SpecError(
             "the source already has linear attention: convert it with --no-linearize, or start "
@@ -110,16 +121,8 @@ def linearize(
     # The last of every so many layers, so that the first ones of a model are linear.
     kept = {*options.keep_softmax, *(range(every - 1, layers, every) if every else ())}
     mixers = [layer.mixer if i in kept else mixer for i, layer in enumerate(spec.layers)]
-    linear = replace(
-        spec.with_mixers(mixers), provenance=replace(spec.provenance, recipe=options.preset)
-    )
-    new = dict(tensors)
-    for index in range(spec.num_hidden_layers):
-        if index not in kept:
-            prefix = layer_prefix(index) + "self_attn."
-            for name, array in initial_tensors(spec, mixer, options.seed + index).items():
-                new[prefix + name] = LazyTensor.of(array)
-    return linear, {name: new[name] for name in tensor_shapes(linear)}
+    provenance = replace(spec.provenance, recipe=options.preset)
+    return replace(spec.with_mixers(mixers), provenance=provenance)
 
 
 def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:

@@ -29,6 +29,8 @@ Kind = Literal["hf", "gguf", "openlm", "supra", "run"]
 
 CONFIG = artifact.CONFIG
 RUN_FILE = "run.json"
+# In a checkpoint inside a stage that trains adapters.
+ADAPTERS = "adapters.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -83,10 +85,19 @@ def open_source(path: str | Path, *, config: str | Path | None = None) -> Source
     if not place.exists():
         if not _HUB_ID.fullmatch(str(path)):
             raise FormatError(f"{path} does not exist: check the path, or name a hub id org/name")
-        source = open_source(_download(str(path)), config=config)
-        return replace(source, spec=_from(source.spec, str(path)))
+        place, name = _download(str(path)), str(path)
+    else:
+        name = place.resolve().name
     source = _open(place, None if config is None else Path(config))
-    return replace(source, spec=_from(source.spec, place.resolve().name))
+    return replace(source, spec=_from(source.spec, name))
+
+
+def is_cached(hub_id: str) -> bool:
+    """Whether a model of that id has been downloaded; nothing is looked up on the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = _HUB_ID.fullmatch(hub_id) and try_to_load_from_cache(hub_id, CONFIG)
+    return isinstance(found, str)
 
 
 def _open(place: Path, config: Path | None) -> Source:
@@ -169,7 +180,13 @@ def _open_run(folder: Path) -> Source:
         raise FormatError(
             f"{folder} is an uptraining run without a model or checkpoint yet: let it run on"
         )
-    return replace(_open_artifact(max(checkpoints)[1]), kind="run", path=folder)
+    newest = max(checkpoints)[1]
+    if (newest.parent / ADAPTERS).is_file():
+        raise FormatError(
+            f"{folder} stopped inside a stage that trains adapters, without which its model is not "
+            "what was trained: give supra uptrain again to finish it"
+        )
+    return replace(_open_artifact(newest), kind="run", path=folder)
 
 
 def _dtype(tensors: Mapping[str, LazyTensor]) -> str:

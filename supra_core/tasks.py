@@ -144,14 +144,14 @@ def task_of(path: Path) -> str:
     """Which task a file is for: ``perplexity`` for text; a .jsonl file says it by its fields."""
     if path.suffix != ".jsonl":
         return "perplexity"
-    first = _objects(path, 1)[0]
+    _, first = _objects(path, 1)[0]
     if {"query", "choices", "gold"} <= first.keys():
         return "multiple_choice"
     if {"context", "continuation"} <= first.keys():
         return "lambada"
     raise FormatError(
-        f"{path}: line 1 has fields {', '.join(first)}: a task needs context and continuation, or "
-        "query, choices and gold"
+        f"{path}: its first line has fields {', '.join(first)}: a task needs context and "
+        "continuation, or query, choices and gold"
     )
 
 
@@ -188,14 +188,18 @@ def _text(item: dict[str, Any], field: str, place: str) -> str:
 
 def _placed(path: Path, limit: int | None) -> list[tuple[str, dict[str, Any]]]:
     """Objects with where they stand, for errors."""
-    return [(f"{path}, line {n}", item) for n, item in enumerate(_objects(path, limit), start=1)]
+    return [(f"{path}, line {number}", item) for number, item in _objects(path, limit)]
 
 
-def _objects(path: Path, limit: int | None) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+def _objects(path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
+    """Each line's number, from 1, and object; blank lines are passed over."""
+    items: list[tuple[int, dict[str, Any]]] = []
+    # Not splitlines(), for which a line also ends at characters that stand in JSON texts.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if len(items) == limit:
             break
+        if not line.strip():
+            continue
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
@@ -204,7 +208,9 @@ def _objects(path: Path, limit: int | None) -> list[dict[str, Any]]:
             ) from None
         if not isinstance(item, dict):
             raise FormatError(f"{path}, line {number} is no JSON object: one example a line")
-        items.append(item)
+        items.append((number, item))
+    if not items:
+        raise FormatError(f"{path} holds no example: one JSON object a line")
     return items
 
 

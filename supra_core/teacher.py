@@ -7,32 +7,66 @@ from typing import Any
 
 from supra_core.errors import SupraError
 from supra_core.formats.jsonfile import read_object
-from supra_core.sources import RUN_FILE, open_source
+from supra_core.layout import tensor_shapes
+from supra_core.sources import RUN_FILE, Source, is_cached, open_source
+from supra_core.spec import Folded, LinearAttention, ModelSpec, SoftmaxAttention
+from supra_core.tensors import TensorSource
 
 
 def find_teacher(model: str | Path) -> str | None:
-    """The teacher an uptraining run names, or the source an artifact states; None if unknown."""
+    """The teacher an uptraining run names, or the source an artifact states.
+
+    None if it is unknown or not here; a transformer has none.
+    """
     folder = Path(model)
     for run in (folder, folder.parent):
         if (run / RUN_FILE).is_file():
             return _of_run(read_object(run / RUN_FILE))
-    stated = open_source(model).spec.provenance.source
+    spec = open_source(model).spec
+    if spec.is_transformer:
+        return None
+    stated = spec.provenance.source
     # A source's name alone is kept, so that it is looked for here and beside the model.
     return _first_transformer([stated, str(folder.parent / stated)]) if stated else None
 
 
+def holds_original(model: Source) -> bool:
+    """Whether the model is freshly converted: the transformer's own weights are still there."""
+    spec = model.spec
+    mixers = [layer.mixer for layer in spec.layers]
+    folded = any(
+        isinstance(mixer, LinearAttention) and isinstance(mixer.feature_map.projection, Folded)
+        for mixer in mixers
+    )
+    if spec.provenance.calibration_tokens and not model.originals:
+        return False
+    return not folded and not spec.provenance.trained_tokens and bool(spec.provenance.recipe)
+
+
+def original(model: Source) -> tuple[ModelSpec, TensorSource]:
+    """The transformer inside a freshly converted model; see :func:`holds_original`."""
+    mixers = [layer.mixer for layer in model.spec.layers]
+    spec = model.spec.with_mixers(
+        [m if isinstance(m, SoftmaxAttention) else SoftmaxAttention() for m in mixers]
+    )
+    tensors = {**model.tensors, **model.originals}
+    return spec, {name: tensors[name] for name in tensor_shapes(spec)}
+
+
 def _of_run(record: dict[str, Any]) -> str | None:
     named = record.get("teacher")
-    if not isinstance(named, str) or not Path(named).exists():
+    if not isinstance(named, str) or not _is_here(named):
         return None
     # A run may learn from the transformer inside a freshly converted model.
     return named if _is_transformer(named) else find_teacher(named)
 
 
 def _first_transformer(places: list[str]) -> str | None:
-    return next(
-        (place for place in places if Path(place).exists() and _is_transformer(place)), None
-    )
+    return next((place for place in places if _is_here(place) and _is_transformer(place)), None)
+
+
+def _is_here(place: str) -> bool:
+    return Path(place).exists() or is_cached(place)
 
 
 def _is_transformer(place: str) -> bool:

@@ -24,7 +24,7 @@ def atomic_folder(
     be replaced, so that a mistyped path never deletes something else.
     """
     place = _resolved(out)
-    _check_replaceable(place, force, holds)
+    check_replaceable(place, force, holds=holds)
     partial = _partial_name(place)
     with _writing(place):
         partial.mkdir(parents=True)
@@ -55,6 +55,23 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             raise
 
 
+def check_replaceable(out: str | Path, force: bool, *, holds: str | None = None) -> None:
+    """Raise SupraError where :func:`atomic_folder` would refuse to write ``out``."""
+    place = _resolved(out)
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise SupraError(f"{place} is a file: choose a folder that does not exist yet")
+    if not any(place.iterdir()):
+        return
+    if not force:
+        raise SupraError(f"{place} exists already: choose another folder, or pass --force")
+    if holds is not None and not (place / holds).exists():
+        raise SupraError(
+            f"{place} holds no {holds}, so it is not replaced even by force: choose another folder"
+        )
+
+
 def flush_to_disk(path: Path) -> None:
     """Return once the file's bytes are on disk, so that a rename after it cannot outrun them."""
     descriptor = os.open(path, os.O_RDWR)
@@ -70,21 +87,6 @@ def _resolved(path: str | Path) -> Path:
 
 def _partial_name(place: Path) -> Path:
     return place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.partial")
-
-
-def _check_replaceable(place: Path, force: bool, holds: str | None) -> None:
-    if not place.exists():
-        return
-    if not place.is_dir():
-        raise SupraError(f"{place} is a file: choose a folder that does not exist yet")
-    if not any(place.iterdir()):
-        return
-    if not force:
-        raise SupraError(f"{place} exists already: choose another folder, or pass --force")
-    if holds is not None and not (place / holds).exists():
-        raise SupraError(
-            f"{place} holds no {holds}, so it is not replaced even by force: choose another folder"
-        )
 
 
 def _swap(new: Path, place: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from supra_core.errors import SupraError
+from supra_core.errors import FormatError, SupraError
 from supra_core.evaluate import losses_of
 from supra_core.scoring import Pair, encode_pair, score
 from supra_core.tasks import (
@@ -151,3 +151,15 @@ def test_unknown_fields_are_named(tmp_path: Path) -> None:
     file.write_text('{"text": "a"}\n')
     with pytest.raises(SupraError, match="fields text"):
         task_of(file)
+
+
+def test_a_line_of_json_ends_at_a_line_feed_only(tmp_path: Path) -> None:
+    """Characters that str.splitlines() ends a line at may stand in a JSON text as they are."""
+    file = tmp_path / "last.jsonl"
+    odd = {"context": "A\u2028line\x85that goes on", "continuation": "here"}
+    file.write_text(json.dumps(odd, ensure_ascii=False) + "\n\n" + json.dumps(odd) + "\n", "utf-8")
+    assert task_of(file) == "lambada"
+    assert [one.context for one in read_passages(file)] == [odd["context"]] * 2
+    file.write_text("\n \n")
+    with pytest.raises(FormatError, match="holds no example"):
+        read_passages(file)

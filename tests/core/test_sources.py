@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supra_core import artifact
+from supra_core import artifact, sources
 from supra_core.errors import SupraError
 from supra_core.formats import safetensors
 from supra_core.sources import WRITERS, Source, open_source
@@ -128,8 +128,23 @@ def test_a_run_gives_its_model_or_newest_checkpoint(mistral: Path, tmp_path: Pat
     (run / "checkpoints" / "step_11").mkdir()  # Not written to its end.
     found = open_source(run)
     assert (found.kind, found.dtype, found.path) == ("run", "float16", run)
+    # Inside a stage of adapters the model by itself is not what was trained.
+    (run / "checkpoints" / "step_10" / "adapters.safetensors").touch()
+    with pytest.raises(SupraError, match="trains adapters, .* to finish it"):
+        open_source(run)
     artifact.write(run / "model", source.spec, source.tensors, {}, dtype="bfloat16")
     assert open_source(run).dtype == "bfloat16"
+
+
+def test_a_hub_id_is_the_source_that_is_stated(
+    mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the folder of the cache, which is named by a hash."""
+    snapshot = tmp_path / "0123abcd"
+    shutil.copytree(mistral, snapshot)
+    monkeypatch.setattr(sources, "_download", lambda hub_id: snapshot)
+    assert open_source("org/model").spec.provenance.source == "org/model"
+    assert open_source(snapshot).spec.provenance.source == "0123abcd"
 
 
 def test_hub_id_while_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

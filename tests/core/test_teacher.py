@@ -1,0 +1,65 @@
+"""Which transformer a model is set against when none is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from supra_core import artifact, teacher
+from supra_core.linearize import LinearizeOptions, linearize
+from supra_core.sources import open_source
+from supra_core.teacher import find_teacher, holds_original, original
+
+
+@pytest.fixture
+def converted(tiny_transformer: Path, tmp_path: Path) -> Path:
+    """A conversion beside its transformer."""
+    source = open_source(tiny_transformer)
+    (tmp_path / source.path.name).symlink_to(source.path)
+    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions("pure"))
+    artifact.write(tmp_path / "linear", spec, tensors, source.assets(), dtype="float32")
+    return tmp_path / "linear"
+
+
+def test_the_stated_source_beside_the_model(converted: Path, tiny_transformer: Path) -> None:
+    assert find_teacher(converted) == str(converted.parent / tiny_transformer.name)
+    assert find_teacher(tiny_transformer) is None
+    (converted.parent / tiny_transformer.name).unlink()
+    assert find_teacher(converted) is None
+
+
+def test_a_run_names_its_teacher(converted: Path, tiny_transformer: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for named, expected in (
+        (str(tiny_transformer), str(tiny_transformer)),
+        (str(converted), str(converted.parent / tiny_transformer.name)),
+        (str(tmp_path / "gone"), None),
+    ):
+        (run / "run.json").write_text(json.dumps({"teacher": named}))
+        assert find_teacher(run) == expected
+
+
+def test_a_cached_hub_id(
+    tiny_transformer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"teacher": "org/model"}))
+    pytest.importorskip("huggingface_hub")
+    assert find_teacher(run) is None
+    monkeypatch.setattr(teacher, "is_cached", lambda hub_id: hub_id == "org/model")
+    monkeypatch.setattr(teacher, "open_source", lambda place: open_source(tiny_transformer))
+    assert find_teacher(run) == "org/model"
+
+
+def test_the_transformer_inside_a_conversion(converted: Path, tiny_transformer: Path) -> None:
+    model, source = open_source(converted), open_source(tiny_transformer)
+    assert holds_original(model) and not holds_original(source)
+    spec, tensors = original(model)
+    assert spec.layers == source.spec.layers
+    assert {name: tensor.read().tobytes() for name, tensor in tensors.items()} == {
+        name: tensor.read().tobytes() for name, tensor in source.tensors.items()
+    }
