@@ -21,7 +21,7 @@ from supra_core import artifact  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
-from supra_torch.model import build  # noqa: E402
+from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain import data as data_module  # noqa: E402
 from supra_torch.uptrain import run as run_module  # noqa: E402
@@ -35,7 +35,6 @@ from supra_torch.uptrain.data import Mixture, Sequences, mixture  # noqa: E402
 from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import deferred_interrupts  # noqa: E402
 from supra_torch.uptrain.run import learning_rate_factor, uptrain  # noqa: E402
-from supra_torch.uptrain.stages import distill, stream_error  # noqa: E402
 
 SETTINGS = {
     "tokens": "1280", "sequence_length": "32", "batch_tokens": "64", "checkpoint_every": "3",
@@ -169,6 +168,81 @@ def test_a_converted_model_holds_its_own_teacher(
         uptrain(settings.model_copy(update={"model": str(run / "model")}), tmp_path / "again")
 
 
+def test_a_converted_model_is_uptrained_as_it_was_converted(
+    tiny_transformer: Path, text_file: Path, tmp_path: Path
+) -> None:
+    source, folder = open_source(tiny_transformer), tmp_path / "pure"
+    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions("pure"))
+    artifact.write(folder, spec, tensors, source.assets(), dtype="float32")
+
+    def resolved(recipe: str | None, **more: str) -> UptrainConfig:
+        return resolve(
+            config=None, model=str(folder), recipe=recipe, data=str(text_file),
+            overrides={"tokens": "128", "sequence_length": "32", "batch_tokens": "64", **more},
+        )  # fmt: skip
+
+    assert resolved(None).recipe == "pure"
+    with pytest.raises(SupraError, match="converted by recipe pure, and windowed begins"):
+        uptrain(resolved("windowed"), tmp_path / "run")
+    with pytest.raises(SupraError, match="other mixers than pure"):
+        uptrain(resolved(None, **{"linearize.decay": "none"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_may_be_another_transformer(
+    settings: UptrainConfig, tiny_transformer: Path, tmp_path: Path
+) -> None:
+    source, other = open_source(tiny_transformer), tmp_path / "other"
+    louder = {
+        name: LazyTensor.of(tensor.read() * (2 if name.endswith("norm.weight") else 1))
+        for name, tensor in source.tensors.items()
+    }
+    artifact.write(other, source.spec, louder, source.assets(), dtype="float32")
+    few = settings.model_copy(update={"tokens": 128})
+    uptrain(few, tmp_path / "own")
+    uptrain(few.model_copy(update={"teacher": str(other)}), tmp_path / "others")
+    assert _losses(tmp_path / "own") != _losses(tmp_path / "others")
+    record = json.loads((tmp_path / "others" / "run.json").read_text())
+    assert record["teacher"] == str(other)
+
+
+def test_more_text_may_be_given_before_the_first_step(
+    settings: UptrainConfig, text_file: Path, tmp_path: Path
+) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("too short " * 3)
+    config = settings.model_copy(update={"data": str(text), "tokens": 128})
+    with pytest.raises(SupraError, match=r"text\.txt has .* too few"):
+        uptrain(config, run)
+    text.write_text(text_file.read_text())
+    assert uptrain(config, run)["steps"] == 2
+    (run / "summary.json").unlink()
+    text.write_text("other")
+    with pytest.raises(SupraError, match="not the data this run began with"):
+        uptrain(config, run)
+
+
+@pytest.mark.parametrize("content", ["", b"\xff\xfe"])
+def test_text_that_is_none_is_named(
+    settings: UptrainConfig, tmp_path: Path, content: str | bytes
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SupraError, match=r"text\.txt"):
+        uptrain(settings.model_copy(update={"data": str(text)}), tmp_path / "run")
+
+
+def test_a_stage_must_have_something_to_train(settings: UptrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(SupraError, match="nothing would learn"):
+        resolve(
+            config=None, model="m", recipe=None, data="d",
+            overrides={"stages.0.learning_rate": "0.0", "stages.0.new_learning_rate": "0.0"},
+        )  # fmt: skip
+    softmax = settings.linearize.model_copy(update={"keep_softmax": (0, 1)})
+    with pytest.raises(SupraError, match="transfer stage has nothing to train"):
+        uptrain(settings.model_copy(update={"linearize": softmax}), tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path) -> None:
     stage = settings.stages[1].model_copy(update={"learning_rate": 1e30, "warmup": 0.0})
     config = settings.model_copy(update={"stages": (settings.stages[0], stage)})
@@ -253,42 +327,6 @@ def test_the_guard_goes_on_from_logged_losses() -> None:
     assert states[37] == (True, False)
     # (8 * 2 + 8 * 6) / 16 = 4 times the least.
     assert states[45] == (False, True)
-
-
-def test_streams_beside_the_distribution(settings: UptrainConfig) -> None:
-    """The returned loss is the divergence; the gradients are of the weighted sum of both."""
-    source = open_source(settings.model)
-    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(window=8))
-    teacher = build(source.spec, source.tensors).requires_grad_(False)
-    ids = torch.arange(60).view(2, 30) % spec.vocab_size
-
-    def found(weight: float) -> tuple[float, dict[str, Any]]:
-        student = build(spec, tensors)
-        loss = distill(student, teacher, ids, weight)
-        parameters = student.named_parameters()
-        return loss, {name: p.grad.double() for name, p in parameters if p.grad is not None}
-
-    student, ours, theirs = build(spec, tensors), [], []
-    student.hidden(ids, streams=ours)
-    teacher.hidden(ids, streams=theirs)
-    per_token = [
-        ((a - b).double() ** 2).sum(-1) / (b.double() ** 2).sum(-1)
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-    error = stream_error(ours, theirs)
-    assert len(ours) == spec.num_hidden_layers
-    assert error.item() == pytest.approx(torch.stack(per_token).mean().item(), rel=1e-5)
-    error.backward()
-    plain_loss, plain = found(0.0)
-    loss, both = found(0.7)
-    assert loss == plain_loss
-    alone = {name: p.grad.double() for name, p in student.named_parameters() if p.grad is not None}
-    assert alone
-    for name, gradient in both.items():
-        expected = plain[name] + 0.7 * alone.get(name, torch.zeros(()))
-        # Sums of the same float32 products in another order.
-        scale = max(plain[name].abs().max().item(), gradient.abs().max().item(), 1e-6)
-        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * scale)
 
 
 ADAPTERS = {

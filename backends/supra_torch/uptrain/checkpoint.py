@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from supra_core import artifact
 from supra_core.formats.atomic import atomic_folder
+from supra_core.formats.jsonfile import read_object
+from supra_core.sources import ADAPTERS
 from supra_core.spec import ModelSpec
 from supra_torch.model import SupraModel
 from supra_torch.uptrain.lora import adapters, frozen_tensors
 
 _KEPT = 2
-_ADAPTERS = "adapters.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def save(
             folder / "model", spec, frozen_tensors(model), assets, force=False, dtype="float32"
         )
         if added := adapters(model):
-            save_file(added, folder / _ADAPTERS)
+            save_file(added, folder / ADAPTERS)
         if optimiser is not None:
             save_file(_optimiser_tensors(optimiser, names), folder / "optimiser.safetensors")
         (folder / "state.json").write_text(json.dumps(asdict(place)), encoding="utf-8")
@@ -76,7 +77,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def read_place(checkpoint: Path) -> Place:
     """Where the run stood at a checkpoint."""
-    return Place(**json.loads((checkpoint / "state.json").read_text("utf-8")))
+    return Place(**read_object(checkpoint / "state.json"))
 
 
 def load_optimiser(
@@ -96,7 +97,7 @@ def load_optimiser(
 
 def read_adapters(checkpoint: Path) -> dict[str, Tensor]:
     """The adapters of a checkpoint inside a stage that trains them."""
-    return load_file(checkpoint / _ADAPTERS)
+    return load_file(checkpoint / ADAPTERS)
 
 
 def _optimiser_tensors(

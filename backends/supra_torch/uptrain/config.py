@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from supra_core.errors import SupraError
+from supra_core.sources import open_source
 
 DEFAULT_RECIPE = "windowed"
 StageKind = Literal["transfer", "distill", "uptrain"]
@@ -77,8 +78,7 @@ class Stage(_Strict):
     so many rows; ``batch_share``: of the run's ``batch_tokens``. Few tokens are best spent on
     many small steps. ``lora_rank``: instead of the transformer's weights, adapters of that rank
     are trained beside the mixers' projections (factor ``lora_alpha`` / rank), at
-    ``learning_rate``. A learning rate of 0 freezes. ``stream_weight``: in ``distill``, of the
-    relative error of the residual stream after every layer, beside the KL divergence.
+    ``learning_rate``. A learning rate of 0 freezes.
     """
 
     kind: StageKind
@@ -95,7 +95,12 @@ class Stage(_Strict):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     lora_rank: int | None = Field(default=None, ge=1)
     lora_alpha: float = Field(default=16.0, gt=0)
-    stream_weight: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _trains(self) -> Stage:
+        if self.learning_rate == 0 and self.new_learning_rate == 0:
+            raise ValueError("learning_rate and new_learning_rate are both 0: nothing would learn")
+        return self
 
 
 class UptrainConfig(_Strict):
@@ -129,7 +134,7 @@ class UptrainConfig(_Strict):
     activation_checkpointing: bool = False
     divergence: float = Field(default=3.0, gt=1)
     calibrate: Literal["none", "heads", "all"] = "heads"
-    calibrate_tokens: int = Field(default=16_384, ge=0)
+    calibrate_tokens: int = Field(default=4_096, ge=0)
     linearize: Linearize = Linearize()
     stages: tuple[Stage, ...] = Field(min_length=1)
 
@@ -205,8 +210,9 @@ def resolve(
 ) -> UptrainConfig:
     """A TOML file or a model and a recipe, with single settings overridden.
 
-    Keys of ``overrides`` may have dots (``linearize.window``, ``stages.0.learning_rate``); values
-    are TOML values, or plain strings. Raises SupraError naming the first wrong field.
+    Without a recipe it is the one that ``model`` was converted by, or the default. Keys of
+    ``overrides`` may have dots (``linearize.window``, ``stages.0.learning_rate``); values are TOML
+    values, or plain strings. Raises SupraError naming the first wrong field.
     """
     where = str(config) if config is not None else "the settings"
     values: dict[str, Any] = {} if config is None else _read_toml(config)
@@ -218,6 +224,8 @@ def resolve(
     for key, text in overrides.items():
         if key == "recipe":
             values["recipe"] = text
+    if "recipe" not in values and "stages" not in values and isinstance(values.get("model"), str):
+        values["recipe"] = _recipe_of(values["model"])
     base = recipe_named(values.get("recipe", DEFAULT_RECIPE))
     merged = {**base, **values}
     if "linearize" in base and isinstance(values.get("linearize"), dict):
@@ -227,13 +235,26 @@ def resolve(
     return validate(merged, where)
 
 
+def _recipe_of(model: str) -> str:
+    """The recipe that a converted model here was made by; the default for a transformer."""
+    if not Path(model).exists():
+        return DEFAULT_RECIPE
+    try:
+        made = open_source(model).spec.provenance.recipe
+    except SupraError:
+        # Whoever opens it to train says what is wrong.
+        return DEFAULT_RECIPE
+    return made if made in recipe_names() else DEFAULT_RECIPE
+
+
 def validate(values: Mapping[str, Any], where: str) -> UptrainConfig:
     """The run that ``values`` describe; SupraError names ``where`` and the first wrong field."""
     for key in ("model", "data"):
         if not values.get(key):
             raise SupraError(f"{where}: field {key} is missing: name the {key} to uptrain with")
     try:
-        return UptrainConfig.model_validate_json(json.dumps(values))
+        # TOML has dates, which no field takes: as texts they are refused by name.
+        return UptrainConfig.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

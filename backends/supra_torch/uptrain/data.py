@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
+from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress
 from supra_torch.uptrain.config import DataPart
 
@@ -34,16 +35,20 @@ _HELD_OUT = 16
 
 @dataclass(frozen=True)
 class Sequences:
-    """Non-overlapping sequences of ``length`` tokens; the last few are held out."""
+    """Non-overlapping sequences of ``length`` tokens; the last few are held out.
+
+    ``name`` stands for the text in errors.
+    """
 
     tokens: Tokens
     length: int
     seed: int
+    name: str = "the data"
 
     def __post_init__(self) -> None:
         if self.count < 2:
             raise SupraError(
-                f"the data has {len(self.tokens):,} tokens, too few for two sequences of "
+                f"{self.name} has {len(self.tokens):,} tokens, too few for two sequences of "
                 f"{self.length}: give more text or a smaller sequence_length"
             )
 
@@ -130,7 +135,9 @@ class Mixture:
 
 def mixture(parts: Sequence[DataPart], tokens: Sequence[Tokens], length: int, seed: int) -> Mixture:
     """The texts as one source; what has no share divides the rest by size."""
-    sequences = tuple(Sequences(found, length, seed) for found in tokens)
+    sequences = tuple(
+        Sequences(found, length, seed, part.path) for found, part in zip(tokens, parts, strict=True)
+    )
     stated = sum(part.share or 0.0 for part in parts)
     others = sum(s.trained_tokens for s, p in zip(sequences, parts, strict=True) if not p.share)
     # Shares that do not add up to 1, because all are stated, are proportions.
@@ -160,33 +167,44 @@ def all_tokens(
     separator: int | None,
     folder: Path,
     progress: Progress,
+    *,
+    begun: bool = True,
 ) -> list[Tokens]:
     """:func:`tokenised` for every part; several have a numbered folder each."""
     folders = [folder] if len(parts) == 1 else [folder / str(i) for i in range(len(parts))]
     return [
-        tokenised(Path(part.path), tokenizer, separator, own, progress)
+        tokenised(Path(part.path), tokenizer, separator, own, progress, begun=begun)
         for part, own in zip(parts, folders, strict=True)
     ]
 
 
 def tokenised(
-    path: Path, tokenizer: Tokenizer, separator: int | None, folder: Path, progress: Progress
+    path: Path,
+    tokenizer: Tokenizer,
+    separator: int | None,
+    folder: Path,
+    progress: Progress,
+    *,
+    begun: bool = True,
 ) -> Tokens:
     """The tokens of a text file or a folder of .txt files, kept as ``folder``/tokens.npy.
 
-    ``separator``: the token between files. Raises SupraError when there is no text, or the data
-    has changed since.
+    ``separator``: the token between files. Raises SupraError when there is no text, or, in a run
+    that has ``begun`` to train, the data has changed since.
     """
     files = text_files(path)
     listing = {"files": [[file.name, file.stat().st_size] for file in files]}
     store, note = folder / "tokens.npy", folder / "tokens.json"
     if store.exists() and note.exists():
-        if json.loads(note.read_text("utf-8")) != listing:
+        if read_object(note) == listing:
+            return np.load(store, mmap_mode="r")  # type: ignore[no-any-return]
+        if begun:
             raise SupraError(
                 f"{path} is not the data this run began with: use another run folder, or restore it"
             )
-        return np.load(store, mmap_mode="r")  # type: ignore[no-any-return]
     tokens = _tokenise(files, tokenizer, separator, progress)
+    if not len(tokens):
+        raise SupraError(f"{path} is empty: name a file with text in it")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(store) as beside, open(beside, "wb") as stream:
         np.save(stream, tokens)
@@ -198,7 +216,7 @@ def tokenised(
 def text_files(path: Path) -> list[Path]:
     """The text file itself, or the .txt files of a folder in order of name."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix == ".txt")
+        files = sorted(file for file in path.iterdir() if file.suffix == ".txt" and file.is_file())
         if not files:
             raise SupraError(f"{path} holds no .txt file: name a text file or a folder of them")
         return files
@@ -222,7 +240,7 @@ def _tokenise(
             progress("tokenise", done, total)
         if separator is not None:
             parts.append(np.asarray([separator], dtype=np.uint32))
-    return np.concatenate(parts)
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
 
 
 def _batches(pieces: Iterator[str], size: int) -> Iterator[list[str]]:
@@ -233,6 +251,8 @@ def _batches(pieces: Iterator[str], size: int) -> Iterator[list[str]]:
 def _pieces(file: Path) -> Iterator[str]:
     try:
         text = file.read_text("utf-8")
+    except OSError as error:
+        raise SupraError(f"{file} cannot be read ({error.strerror}): name a text file") from None
     except UnicodeDecodeError as error:
         raise SupraError(f"{file} is not UTF-8 text (byte {error.start}): convert it") from None
     start = 0

@@ -22,11 +22,12 @@ import torch
 from supra_core import artifact
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
-from supra_core.layout import tensor_shapes
-from supra_core.linearize import LinearizeOptions, linearize
+from supra_core.formats.jsonfile import read_object
+from supra_core.linearize import LinearizeOptions, linear_spec, linearize
 from supra_core.progress import Progress, silent
 from supra_core.sources import Source, open_source
-from supra_core.spec import Folded, LinearAttention, ModelSpec, SoftmaxAttention
+from supra_core.spec import ModelSpec, SoftmaxAttention
+from supra_core.teacher import holds_original, original
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_core.text import load_tokenizer
 from supra_torch.calibrate import calibrate
@@ -60,8 +61,8 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     _refuse_another_run(run, config)
     summary_file = run / "summary.json"
     if summary_file.is_file() and (run / "model").is_dir():
-        summary: dict[str, Any] = json.loads(summary_file.read_text("utf-8"))
-        return {**summary, "already_finished": True}
+        return {**read_object(summary_file), "already_finished": True}
+    _refuse_another_recipe(config)
     inputs = open_inputs(config)
     assets = inputs.student_assets
     tokenizer = load_tokenizer(assets, config.model)
@@ -71,7 +72,8 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     end = inputs.student_spec.eos_token_id
     separator = end[0] if end else None
     parts = config.data_parts
-    tokens = all_tokens(parts, tokenizer, separator, run / "data", progress)
+    begun = (run / "metrics.jsonl").is_file()
+    tokens = all_tokens(parts, tokenizer, separator, run / "data", progress, begun=begun)
     data = mixture(parts, tokens, config.sequence_length, config.seed)
     refuse_too_little(data, parts, config.tokens, config.epochs)
     session = _Session(
@@ -134,10 +136,12 @@ def _refuse_another_run(run: Path, config: UptrainConfig) -> None:
         if run.is_dir() and any(run.iterdir()):
             raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
         return
-    before, stated = json.loads(file.read_text("utf-8")), config.model_dump(mode="json")
+    before, stated = read_object(file).get("config"), config.model_dump(mode="json")
+    if not isinstance(before, dict):
+        raise SupraError(f"{file} has no config: name another run folder")
     # A setting that is younger than the run had its default then.
     defaults = {key: field.default for key, field in UptrainConfig.model_fields.items()}
-    different = [key for key in stated if before["config"].get(key, defaults[key]) != stated[key]]
+    different = [key for key in stated if before.get(key, defaults[key]) != stated[key]]
     if different and (run / "metrics.jsonl").is_file():
         raise SupraError(
             f"{run} was begun with another {different[0]}: resume with the same settings, "
@@ -159,7 +163,7 @@ def _claim(run: Path, config: UptrainConfig, precision: str) -> None:
     packages = ("supra-lm", "torch", "numpy", "safetensors", "tokenizers")
     record = {
         "config": config.model_dump(mode="json"),
-        "teacher": config.teacher or config.model,
+        "teacher": _absolute(config.teacher or config.model),
         "precision": precision,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
         "machine": platform.machine(),
@@ -172,25 +176,55 @@ def _claim(run: Path, config: UptrainConfig, precision: str) -> None:
 def open_inputs(config: UptrainConfig) -> Inputs:
     """What ``config`` names; a transformer is linearized. Raises SupraError without a teacher."""
     model = open_source(config.model)
+    teacher = _teacher_of(config, model)
     if model.spec.is_transformer:
-        options = LinearizeOptions(**config.linearize.model_dump(), seed=config.seed)
-        spec, tensors = linearize(model.spec, model.tensors, options)
-        return Inputs(spec, tensors, model.assets(), (model.spec, model.tensors))
+        spec, tensors = linearize(model.spec, model.tensors, _linearize_options(config))
+        return Inputs(spec, tensors, model.assets(), teacher)
     begins: TensorSource = model.tensors
-    if config.calibrate == "heads" and _holds_original(model):
+    if config.calibrate == "heads" and holds_original(model):
         # Fitted output projections learn more slowly than the transformer's own.
         begins = {**begins, **model.originals}
-    return Inputs(model.spec, begins, model.assets(), _teacher_of(config, model))
+    return Inputs(model.spec, begins, model.assets(), teacher)
+
+
+def _linearize_options(config: UptrainConfig) -> LinearizeOptions:
+    return LinearizeOptions(**config.linearize.model_dump(), seed=config.seed)
+
+
+def _refuse_another_recipe(config: UptrainConfig) -> None:
+    """Raise SupraError when the recipe describes other mixers than a converted model has."""
+    spec = open_source(config.model).spec
+    made = spec.provenance.recipe
+    if spec.is_transformer or not made:
+        return
+    preset = config.linearize.preset
+    if made != preset:
+        raise SupraError(
+            f"{config.model} was converted by recipe {made}, and {config.recipe} begins with "
+            f"{preset}: uptrain it with --recipe {made}, or name the transformer as the model"
+        )
+    # A conversion may have chosen otherwise than its preset: only what is stated must agree.
+    if not config.linearize.model_dump(exclude_defaults=True, exclude={"preset"}):
+        return
+    softmax = spec.with_mixers([SoftmaxAttention()] * spec.num_hidden_layers)
+    expected = linear_spec(softmax, _linearize_options(config))
+    if [layer.mixer for layer in expected.layers] != [layer.mixer for layer in spec.layers]:
+        raise SupraError(
+            f"{config.model} was converted to other mixers than {config.recipe} and the settings "
+            "of linearize describe: leave those out, or name the transformer as the model"
+        )
 
 
 def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, TensorSource] | None:
-    """The transformer that a converted model learns from: named, inside it, or not needed."""
+    """The transformer to learn from: named, the model itself, inside it, or not needed."""
     if config.teacher is not None:
         teacher = open_source(config.teacher)
         _check_teacher(config, model.spec, teacher)
         return teacher.spec, teacher.tensors
-    if _holds_original(model):
-        return _original(model)
+    if model.spec.is_transformer:
+        return model.spec, model.tensors
+    if holds_original(model):
+        return original(model)
     if config.needs_teacher:
         raise SupraError(
             f"{config.model} no longer holds the transformer to learn from: name it with "
@@ -208,29 +242,6 @@ def _check_teacher(config: UptrainConfig, student: ModelSpec, teacher: Source) -
                 f"{config.teacher} has another {name} than {config.model}: name the transformer "
                 "it was converted from as teacher"
             )
-
-
-def _holds_original(model: Source) -> bool:
-    """Whether the model is freshly converted: the transformer's own weights are still there."""
-    spec = model.spec
-    mixers = [layer.mixer for layer in spec.layers]
-    folded = any(
-        isinstance(mixer, LinearAttention) and isinstance(mixer.feature_map.projection, Folded)
-        for mixer in mixers
-    )
-    if spec.provenance.calibration_tokens and not model.originals:
-        return False
-    return not folded and not spec.provenance.trained_tokens and bool(spec.provenance.recipe)
-
-
-def _original(model: Source) -> tuple[ModelSpec, TensorSource]:
-    """The transformer inside a freshly converted model."""
-    mixers = [layer.mixer for layer in model.spec.layers]
-    spec = model.spec.with_mixers(
-        [m if isinstance(m, SoftmaxAttention) else SoftmaxAttention() for m in mixers]
-    )
-    tensors = {**model.tensors, **model.originals}
-    return spec, {name: tensors[name] for name in tensor_shapes(spec)}
 
 
 def frozen_teacher(
@@ -258,11 +269,11 @@ def _starting_point(
 
 def _calibrate(session: _Session, student: SupraModel, spec: ModelSpec) -> None:
     """Fit a freshly converted student in closed form, and write how well it went."""
-    rows = session.config.calibrate_tokens // session.config.sequence_length
+    wanted, tokens = session.config.calibrate, session.config.calibrate_tokens
     before = spec.provenance.trained_tokens or spec.provenance.calibration_tokens
-    wanted = session.config.calibrate
-    if session.teacher is None or wanted == "none" or rows < 2 or before:
+    if session.teacher is None or wanted == "none" or not tokens or before:
         return
+    rows = max(2, tokens // session.config.sequence_length)
     began = time.perf_counter()
     ids = torch.from_numpy(session.data.batch(0, rows)).to(session.device)
     with session.autocast():
@@ -406,9 +417,7 @@ def _step(
 
     def accumulate() -> float:
         with session.autocast():
-            return gradients(
-                stage.kind, student, session.teacher, ids, stream_weight=stage.stream_weight
-            )
+            return gradients(stage.kind, student, session.teacher, ids)
 
     try:
         loss, norm = training_step(
@@ -422,6 +431,7 @@ def _step(
     seconds = time.perf_counter() - began
     return {
         "stage": stage.kind,
+        "stage_index": place.stage,
         "step": place.step + 1,
         "loss": loss,
         "gradient_norm": norm,
@@ -486,6 +496,11 @@ def _trim_metrics(file: Path, place: Place) -> None:
             kept.append(line + "\n")
     with atomic_file(file) as beside:
         beside.write_text("".join(kept), encoding="utf-8")
+
+
+def _absolute(model: str) -> str:
+    """The model's path from wherever it is looked for; a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _version(package: str) -> str:

@@ -53,6 +53,11 @@ def command(
         data=data[0] if data and len(data) == 1 else data or None,
         overrides=_overrides(settings or []),
     )
+    if data and len(data) == 1 and not Path(data[0]).exists():
+        from supra_torch.uptrain.config import DataPart
+
+        if DataPart.parse(data[0]).share is not None:
+            raise SupraError(f"--data {data[0]}: a share needs a second --data to share with")
     folder = out or Path("runs") / Path(start).stem
     with ProgressReporter() as progress:
         summary = uptrain(config, folder, progress=progress)
