@@ -5,7 +5,7 @@
 ``paper`` is published SUPRA (arXiv 2405.06640), ``lolcats`` LoLCATs (arXiv 2410.10254), both from
 their published descriptions. Each recipe is trained by ``supra uptrain`` and measured by ``supra
 eval`` in the recurrent form; FOLDER keeps runs and records, ``recipes.json`` and the table
-``recipes.md``. Run again, it goes on where it stopped.
+``recipes.md``, written after every recipe. Run again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,38 +18,65 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from supra_cli.record import write_record
+from supra_core.formats.atomic import atomic_file
+
 RECIPES = ("paper", "lolcats", "lora", "pure", "windowed", "hybrid")
-# The paper's rates for 7B models move nothing in some hundred steps: those of its 1B model, and
-# steps as small as the other recipes'.
+# The paper's rates for 7B models move nothing in some hundred steps: those of its 1B model (3e-4
+# to 1e-5), and steps as small as the other recipes'.
 SETTINGS = {
     "paper": {
         "stages.0.learning_rate": "3e-4",
         "stages.0.new_learning_rate": "3e-4",
+        "stages.0.final_learning_rate": "0.0333",
         "stages.0.batch_share": "0.5",
     }
 }
+
+
+class Failed(Exception):
+    """A command's own message."""
 
 
 def main() -> None:
     arguments = parsed()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    measured = {"transformer": evaluate(arguments, arguments.model, out / "transformer.eval.json")}
-    trained: dict[str, Any] = {}
+    record = earlier(arguments, out / "recipes.json")
+    base = evaluate(arguments, arguments.model, out / "transformer.json")
+    record["measured"]["transformer"] = base
     for recipe in arguments.recipe or RECIPES:
-        trained[recipe] = train(arguments, recipe, out / recipe)
-        measured[recipe] = evaluate(arguments, str(out / recipe), out / f"{recipe}.eval.json")
-    record = {
-        "command": shlex.join(sys.argv),
+        try:
+            record["trained"][recipe] = train(arguments, recipe, out / recipe)
+            record["measured"][recipe] = evaluate(
+                arguments, str(out / recipe), out / f"{recipe}.json"
+            )
+            record["failed"].pop(recipe, None)
+        except Failed as failure:
+            record["failed"][recipe] = str(failure)
+        write_record(out / "recipes.json", record)
+        with atomic_file(out / "recipes.md") as beside:
+            beside.write_text(table(record), encoding="utf-8")
+    print((out / "recipes.md").read_text("utf-8"))
+
+
+def earlier(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """The record of a call before with the same settings, or an empty one."""
+    settings = {
+        "model": arguments.model,
+        "data": arguments.data,
+        "eval": [str(path) for path in arguments.eval],
         "tokens": arguments.tokens,
+        "limit": arguments.limit,
+        "examples": arguments.examples,
         "seed": arguments.seed,
-        "trained": trained,
-        "measured": measured,
     }
-    (out / "recipes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    text = table(record)
-    (out / "recipes.md").write_text(text, encoding="utf-8")
-    print(text)
+    if not file.is_file():
+        return {"settings": settings, "trained": {}, "measured": {}, "failed": {}}
+    before: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if before["settings"] != settings:
+        sys.exit(f"{file} was begun with {before['settings']}: name another folder with --out")
+    return {name: before[name] for name in ("settings", "trained", "measured", "failed")}
 
 
 def parsed() -> argparse.Namespace:
@@ -58,52 +85,81 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("model", help="a plain transformer that supra reads")
     parser.add_argument("--data", required=True, help="text to train on, as for supra uptrain")
-    parser.add_argument("--eval", action="append", required=True, help="as --data of supra eval")
+    parser.add_argument(
+        "--eval", action="append", type=Path, required=True, help="as --data of supra eval"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", action="append", help=f"default: {', '.join(RECIPES)}")
     parser.add_argument("--tokens", type=int, default=102_400)
-    parser.add_argument("--limit", type=int, default=20_480, help="tokens or examples a file")
+    parser.add_argument("--limit", type=int, default=20_480, help="tokens of a text")
+    parser.add_argument("--examples", type=int, default=250, help="of a .jsonl file's")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def train(arguments: argparse.Namespace, recipe: str, run: Path) -> dict[str, Any]:
-    """Uptrain, or take what is there; the summary, and the seconds of all steps."""
+    """Uptrain, or take what is there; the summary, and the seconds of calibration and steps."""
     settings = {
         "tokens": str(arguments.tokens),
         "seed": str(arguments.seed),
-        "calibrate_tokens": "4096",
         **SETTINGS.get(recipe, {}),
     }
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    command = ["uptrain", arguments.model, "--recipe", recipe, "--data", arguments.data]
-    summary = supra([*command, "--out", str(run), *sets])
+    command = [
+        "uptrain", arguments.model, "--recipe", recipe, "--data", arguments.data,
+        "--out", str(run), *sets,
+    ]  # fmt: skip
+    summary = supra(command)
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
-    steps = [record for record in map(json.loads, lines) if "step_tokens" in record]
-    seconds = sum(record["step_tokens"] / record["tokens_per_second"] for record in steps)
-    return {**summary, "step_seconds": round(seconds), "command": shlex.join(command)}
+    records = [json.loads(line) for line in lines]
+    steps = [record for record in records if "step_tokens" in record]
+    fits = [record for record in records if "calibration" in record]
+    return {
+        **summary,
+        "calibration_tokens": sum(record["calibration_tokens"] for record in fits),
+        "calibration_seconds": sum(record["seconds"] for record in fits),
+        "step_seconds": sum(r["step_tokens"] / r["tokens_per_second"] for r in steps),
+        "command": shlex.join(["supra", *command]),
+    }
 
 
 def evaluate(arguments: argparse.Namespace, model: str, record: Path) -> dict[str, Any]:
-    """The results by name of the record of ``supra eval``, which is made unless it is there."""
-    if not record.is_file():
-        files = [part for path in arguments.eval for part in ("--data", path)]
-        form = "parallel" if model == arguments.model else "recurrent"
-        supra(
-            ["eval", model, *files, "--no-teacher", "--form", form,
-             "--limit", str(arguments.limit), "--out", str(record)]
-        )  # fmt: skip
-    results: dict[str, Any] = json.loads(record.read_text("utf-8"))["results"]
+    """Results by name, from the records of ``supra eval``, which are made unless they are there.
+
+    A record that is older than the model's last training is made again.
+    """
+    summary = Path(model) / "summary.json"
+    trained = summary.stat().st_mtime if summary.is_file() else 0.0
+    results: dict[str, Any] = {}
+    texts = [path for path in arguments.eval if path.suffix != ".jsonl"]
+    tasks = [path for path in arguments.eval if path.suffix == ".jsonl"]
+    for paths, limit, part in (
+        (texts, arguments.limit, record.with_suffix(".texts.json")),
+        (tasks, arguments.examples, record.with_suffix(".tasks.json")),
+    ):
+        if not paths:
+            continue
+        if not part.is_file() or part.stat().st_mtime < trained:
+            files = [word for path in paths for word in ("--data", str(path))]
+            form = "parallel" if model == arguments.model else "recurrent"
+            supra(
+                ["eval", model, *files, "--no-teacher", "--form", form,
+                 "--limit", str(limit), "--out", str(part), "--force"]
+            )  # fmt: skip
+        results |= json.loads(part.read_text("utf-8"))["results"]
     return results
 
 
 def supra(command: list[str]) -> dict[str, Any]:
-    """What a command prints with --json; its progress goes to stderr, its failure ends this."""
+    """What a command prints with --json; its progress goes to stderr. Raises Failed."""
     done = subprocess.run(
         [sys.executable, "-m", "supra_cli", *command, "--json"], stdout=subprocess.PIPE, check=False
     )
+    if done.returncode < 0 or done.returncode == 130:
+        # Interrupted: the next call goes on.
+        sys.exit(130)
     if done.returncode:
-        sys.exit(done.returncode)
+        raise Failed(f"{shlex.join(['supra', *command])} ended with {done.returncode}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -113,23 +169,38 @@ def table(record: dict[str, Any]) -> str:
     base = record["measured"]["transformer"]
     tasks = [name for name, result in base.items() if "acc" in result["metrics"]]
     texts = [name for name in base if name not in tasks]
-    header = ["recipe", *texts, *tasks, "mean of tasks", "minutes of steps"]
+    header = ["recipe", *texts, *tasks, "mean of tasks", "tokens", "minutes"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for recipe, results in record["measured"].items():
+    for recipe in ("transformer", *RECIPES):
+        if recipe in record["failed"]:
+            rows.append([recipe, "failed", *[""] * (len(header) - 2)])
+        if recipe not in record["measured"] or recipe in record["failed"]:
+            continue
+        results = record["measured"][recipe]
         ratios = [perplexity(results, name) / perplexity(base, name) for name in texts]
         shares = [accuracy(results[name]["metrics"]) for name in tasks]
-        steps = record["trained"].get(recipe)
+        trained = record["trained"].get(recipe)
         rows.append(
             [
                 recipe,
                 *(f"{ratio:.2f} x" for ratio in ratios),
                 *(f"{100 * share:.1f}" for share in shares),
                 f"{100 * sum(shares) / len(shares):.1f}" if shares else "-",
-                f"{steps['step_seconds'] / 60:.1f}" if steps else "-",
+                f"{trained['tokens']:,}" if trained else "-",
+                f"{minutes(trained):.1f}" if trained else "-",
             ]
         )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return f"{record['tokens']:,} tokens each, seed {record['seed']}.\n\n" + "\n".join(lines) + "\n"
+    fitted = max((one["calibration_tokens"] for one in record["trained"].values()), default=0)
+    return (
+        f"Seed {record['settings']['seed']}; recipes that calibrate read {fitted:,} of the first "
+        "tokens once more, without a gradient step; minutes are those of calibration and steps."
+        "\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def minutes(trained: dict[str, Any]) -> float:
+    return float(trained["calibration_seconds"] + trained["step_seconds"]) / 60
 
 
 def perplexity(results: dict[str, Any], name: str) -> float:

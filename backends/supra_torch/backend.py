@@ -15,7 +15,7 @@ from torch import Tensor
 
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.evaluate import Greedy, Losses
-from supra_core.sources import open_source
+from supra_core.sources import Source, open_source
 from supra_core.tensors import dtype_named
 from supra_torch.decode import Decoders, has_fixed_state
 from supra_torch.model import ModelState, SupraModel, build
@@ -108,7 +108,11 @@ class TorchBackend:
 
 def load(path: Path, *, dtype: str | None = None) -> TorchBackend:
     """The model at ``path`` (any source), on the GPU if there is one."""
-    source = open_source(path)
+    return load_source(open_source(path), dtype=dtype)
+
+
+def load_source(source: Source, *, dtype: str | None = None) -> TorchBackend:
+    """The model of a source, as :func:`load`."""
     wanted = None if dtype is None else getattr(torch, dtype_named(dtype).name)
     model = build(source.spec, source.tensors, dtype=wanted)
     return TorchBackend(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

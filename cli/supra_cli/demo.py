@@ -26,11 +26,15 @@ CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 
 _HELD_OUT_CHARACTERS = 40_000
 _EVALUATED_TOKENS = 6_144
+# Characters of a text that has too few lines.
+_PIECE = 1_000
 _VERIFIED_TOKENS = 128
 # Differences of float32 logits between two libraries; see supra verify.
 _TOLERANCE = 1e-3
 _ANSWER_TOKENS = 48
 _MIN_TOKENS, _MAX_TOKENS, _STEP_TOKENS = 8_192, 400_000, 2_048
+# Fewer than uptraining refuses (4), since a part is held out and sequences are whole.
+_EPOCHS, _FEWEST_TOKENS = 3.0, 4_096
 # Training does about half the arithmetic a second that bare matrix products do.
 _EFFICIENCY = 0.5
 
@@ -88,13 +92,18 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
     if settings.minutes <= 0 or (settings.tokens is not None and settings.tokens < 1):
         raise SupraError("--minutes and --tokens must be positive")
     out, teacher = settings.out, settings.model or packaged_model()
-    inputs = {"model": str(teacher), "data": str(settings.data) if settings.data else "python"}
+    inputs = {
+        "model": str(teacher), "data": _data_named(settings.data), "minutes": settings.minutes,
+        "tokens": settings.tokens,
+    }  # fmt: skip
     stages = Stages(out, inputs)
     log(f"Everything is kept in {out}; a second run goes on where this one stops.")
     converted, trained = out / "converted", out / "run" / "model"
     train, held_out = out / "text" / "train.txt", out / "text" / "held_out.txt"
 
     stages.run("text", "Gathering text", lambda: write_text(settings.data, train, held_out))
+    if settings.data is not None:
+        refuse_short(settings.data, train, teacher)
     stages.run(
         "convert",
         f"Converting {teacher.name} to linear attention, softmax for the last {WINDOW} tokens",
@@ -106,7 +115,9 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
 
     stages.run("teacher", "Perplexity of the transformer", lambda: measure(teacher, "teacher"))
     stages.run("before", "Perplexity as converted", lambda: measure(converted, "before"))
-    tokens = stages.run("tokens", "Choosing the tokens", lambda: choose_tokens(teacher, settings))
+    tokens = stages.run(
+        "tokens", "Choosing the tokens", lambda: choose_tokens(teacher, train, settings)
+    )
     stages.run(
         "uptrain",
         f"Uptraining on {tokens:,} tokens",
@@ -122,6 +133,15 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
     if not quiet:
         show(stages.results, trained)
     return stages.results
+
+
+def _data_named(data: Path | None) -> str:
+    """What tells a text from another: its path, size and time of change."""
+    if data is None:
+        return "python"
+    if not data.is_file():
+        raise SupraError(f"{data} does not exist: name a text file with --data")
+    return f"{data} {data.stat().st_size} {data.stat().st_mtime_ns}"
 
 
 def packaged_model() -> Path:
@@ -141,7 +161,7 @@ def write_text(data: Path | None, train: Path, held_out: Path) -> dict[str, int]
     """Split the user's file, or Python's documentation, into text to train on and to measure."""
     from supra_core.text import read_text
 
-    texts = pythondocs.documents() if data is None else read_text(data).splitlines()
+    texts = pythondocs.documents() if data is None else _paragraphs(read_text(data))
     # A short text of the user's gives at most a tenth away.
     size = min(_HELD_OUT_CHARACTERS, sum(map(len, texts)) // 10)
     parts = dict(zip((train, held_out), pythondocs.split(texts, size), strict=True))
@@ -149,6 +169,14 @@ def write_text(data: Path | None, train: Path, held_out: Path) -> dict[str, int]
         with atomic_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
     return {path.stem: len(text) for path, text in parts.items()}
+
+
+def _paragraphs(text: str) -> list[str]:
+    """The lines, or pieces of a text whose lines are too long to hold one out."""
+    lines = text.splitlines()
+    if max(map(len, lines), default=0) * 20 <= len(text):
+        return lines
+    return [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
 
 
 def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> dict[str, Any]:
@@ -175,22 +203,45 @@ def evaluate(model: Path, held_out: Path, progress: Progress, stage: str) -> dic
 
     tokenizer = load_tokenizer(open_source(model).assets(), str(model))
     text = encode(tokenizer, read_text(held_out)).head(_EVALUATED_TOKENS)
-    found = perplexity(load(default_for_evaluation(), model), text, progress=progress, stage=stage)
+    # One type for all, whatever each is stored in.
+    loaded = load(default_for_evaluation(), model, dtype="float32")
+    found = perplexity(loaded, text, progress=progress, stage=stage)
     return {
         "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte,
         "tokens": found.tokens, "length": found.length, "text_form": found.text_form,
     }  # fmt: skip
 
 
-def choose_tokens(teacher: Path, settings: DemoSettings) -> int:
-    """Tokens that this machine trains on in the given time, from the speed of its products."""
+def refuse_short(data: Path, train: Path, teacher: Path) -> None:
+    """Raise SupraError before anything long when the text is too short for the demo."""
+    tokens = count_tokens(train, teacher)
+    if tokens < _FEWEST_TOKENS:
+        raise SupraError(
+            f"{data} has {tokens:,} tokens to train on, and the demo needs {_FEWEST_TOKENS:,}: "
+            "name a longer text"
+        )
+
+
+def count_tokens(text: Path, model: Path) -> int:
+    from supra_core.text import encode, load_tokenizer, read_text
+
+    tokenizer = load_tokenizer(open_source(model).assets(), str(model))
+    return len(encode(tokenizer, read_text(text)).ids)
+
+
+def choose_tokens(teacher: Path, train: Path, settings: DemoSettings) -> int:
+    """Tokens that this machine trains on in the given time, from the speed of its products.
+
+    No text is read more than _EPOCHS times.
+    """
     if settings.tokens is not None:
         return settings.tokens
     # Forward of teacher and student, backward of the student: 8 operations a parameter and token.
     operations = 8 * parameter_count(open_source(teacher).spec)
     rate = _EFFICIENCY * products_per_second() / operations
     steps = round(rate * settings.minutes * 60 / _STEP_TOKENS)
-    return max(_MIN_TOKENS, min(_MAX_TOKENS, steps * _STEP_TOKENS))
+    most = min(_MAX_TOKENS, int(_EPOCHS * count_tokens(train, teacher)))
+    return min(most, max(_MIN_TOKENS, steps * _STEP_TOKENS))
 
 
 def products_per_second() -> float:

@@ -7,7 +7,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -20,18 +20,23 @@ _ORDER_SEED = 0
 def documents() -> list[str]:
     """One text a module or topic, a paragraph a line, in an order that is always the same.
 
-    Paragraphs that stand in several places appear once. The order is shuffled, so that the last
-    part is a fair sample of the whole.
+    Paragraphs that stand in several places appear once. Topics come first, since conversions are
+    calibrated on them; modules are shuffled, so that the last ones are a fair sample of them.
     """
     seen: set[str] = set()
-    texts = []
-    for raw in [*_topics(), *_modules()]:
-        new = [p for p in dict.fromkeys(_paragraphs(raw)) if p not in seen]
-        seen.update(new)
-        if new:
-            texts.append("\n".join(new))
-    random.Random(_ORDER_SEED).shuffle(texts)
-    return texts
+
+    def new_texts(raws: Iterable[str]) -> list[str]:
+        texts = []
+        for raw in raws:
+            new = [p for p in dict.fromkeys(_paragraphs(raw)) if p not in seen]
+            seen.update(new)
+            if new:
+                texts.append("\n".join(new))
+        return texts
+
+    topics, modules = new_texts(_topics()), new_texts(_modules())
+    random.Random(_ORDER_SEED).shuffle(modules)
+    return topics + modules
 
 
 def language_reference() -> str:

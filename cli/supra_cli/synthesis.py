@@ -18,6 +18,7 @@ from supra_core.samples import RECORD, SampleStore, Tally, open_folder
 from supra_core.sources import Source, open_source
 from supra_core.synthesis import Vocabulary, vocabulary
 from supra_core.synthesis_plan import Settings, next_batch
+from supra_core.teacher import holds_original, original
 from supra_core.tensors import dtype_named
 from supra_core.text import load_tokenizer
 
@@ -35,7 +36,7 @@ def synthesize(
     Goes on where an earlier call with the same settings stopped. Raises SupraError for bad input
     before anything is sampled, and when nothing worth keeping comes.
     """
-    source = open_source(model)
+    source = _transformer(model)
     turns, words, settings = _prepared(source, model, settings)
     decided = {**asdict(settings), "model": _fingerprint(source)}
     resumed = open_folder(out, decided, force=force)
@@ -50,6 +51,19 @@ def synthesize(
     if complete and before.get("finished"):
         return before
     return _write(out, model, decided, store.tally())
+
+
+def _transformer(model: str) -> Source:
+    """The transformer that is to speak: ``model``, or the one inside a fresh conversion."""
+    source = open_source(model)
+    if source.spec.is_transformer:
+        return source
+    if not holds_original(source):
+        raise SupraError(
+            f"{model} is no transformer and no longer holds the one it was made from: name that"
+        )
+    spec, tensors = original(source)
+    return replace(source, spec=spec, tensors=dict(tensors))
 
 
 def _prepared(
@@ -91,10 +105,10 @@ def _sample(
     words: Vocabulary,
     progress: Progress,
 ) -> None:
-    from supra_torch.backend import load
+    from supra_torch.backend import load_source
     from supra_torch.synthesize import Draw, Synthesizer
 
-    model = load(source.path, dtype=settings.dtype).model
+    model = load_source(source, dtype=settings.dtype).model
     engine = Synthesizer(
         model, words, Draw(settings.temperature, settings.top_p, settings.seed),
         length=settings.length, turns=turns, most_turns=settings.turns,

@@ -154,6 +154,13 @@ def test_other_commands_refuse_too(tiny_transformer: Path, text_file: Path, tmp_
     assert "does not name" in refused(*with_text, "--tasks", "lambada")
     assert "nothing to measure" in refused("eval", model)
     assert "rename one" in refused(*with_text, "--data", text_file)
+    assert "harness has its own" in refused(*with_text, "--tasks", "arc_easy")
+    share = ("uptrain", model, "--data", f"{text_file}:0.2", "--out", tmp_path / "run")
+    assert "needs a second --data" in refused(*share)
+    date = ("--set", "tokens=1979-05-27")
+    assert "field tokens" in refused(
+        "uptrain", model, "--data", text_file, "--out", tmp_path / "run", *date
+    )
     (tmp_path / "there.json").touch()
     assert "--force" in refused(*with_text, "--out", tmp_path / "there.json")
     # A teacher that cannot be read is noticed before the model is measured.

@@ -38,6 +38,31 @@ def test_convert_leaves_a_linear_source_as_it_is(converted: Path, tmp_path: Path
     assert found["recipe"] == "windowed"
 
 
+def test_what_is_not_calibrated_is_said_or_refused(
+    converted: Path, tiny_transformer: Path, tmp_path: Path
+) -> None:
+    done = runner.invoke(app, ["convert", str(tiny_transformer), str(tmp_path / "a"), "--fold"])
+    assert done.exit_code == 0, done.output
+    assert "not calibrated: --fold" in done.stderr
+    done = runner.invoke(app, ["convert", str(converted), str(tmp_path / "b"), "--calibrate"])
+    assert done.exit_code == 2
+    assert "start from the transformer" in done.stderr
+
+
+def test_an_output_is_refused_before_it_is_calibrated(
+    converted: Path, tiny_transformer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("supra_torch.conversion")
+
+    def calibrated(*given: Any, **named: Any) -> Any:
+        raise AssertionError("minutes of work")
+
+    monkeypatch.setattr(torch.TextCalibration, "__call__", calibrated)
+    for arguments in ((converted,), (converted / "new", "--dtype", "float8")):
+        done = runner.invoke(app, ["convert", str(tiny_transformer), *map(str, arguments)])
+        assert done.exit_code == 2, done.output
+
+
 def test_convert_keeps_what_it_is_told(tiny_transformer: Path, tmp_path: Path) -> None:
     found = result("convert", tiny_transformer, tmp_path / "a", "--keep-softmax", "0")
     assert found["layer_types"] == ["full_attention", "linear_attention"]
@@ -99,6 +124,7 @@ def test_eval_with_the_teacher_beside_it(
     )  # fmt: skip
     student = found["results"]["perplexity"]
     teacher = found["teacher"]["perplexity"]
+    assert student["dtype"] == teacher["dtype"] == "float32"
     assert student["tokens"] == 300 - 5  # five windows, whose first tokens are given
     assert student["length"] == student["stride"] == 64
     # Random weights know nothing: near the size of the vocabulary, both.
@@ -138,6 +164,20 @@ def test_eval_of_tasks_writes_a_record(
     record = json.loads(out.read_text("utf-8"))
     assert record["results"] == found["results"]
     assert {"command", "date", "machine"} <= record.keys()
+
+
+def test_eval_says_when_no_teacher_is_known(
+    converted: Path, tiny_transformer: Path, text_file: Path
+) -> None:
+    arguments = ["eval", str(converted), "--data", str(text_file), "--limit", "20"]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "no teacher" in done.stderr
+    done = runner.invoke(app, [*arguments, "--no-teacher"])
+    assert "no teacher" not in done.stderr
+    done = runner.invoke(app, [*arguments, "--teacher", str(converted)])
+    assert done.exit_code == 2
+    assert "is no transformer" in done.stderr
 
 
 def test_eval_forms_agree(converted: Path, text_file: Path) -> None:

@@ -232,6 +232,20 @@ def test_models_and_places_that_are_none(model: Path, tmp_path: Path) -> None:
     assert "is a file" in refused(model, tmp_path / "file")
 
 
+def test_a_conversion_speaks_as_the_transformer_inside_it(
+    model: Path, whole: Path, tmp_path: Path
+) -> None:
+    converted, out = tmp_path / "converted", tmp_path / "out"
+    made = runner.invoke(app, ["convert", str(model), str(converted)])
+    assert made.exit_code == 0, made.output
+    synthesize(converted, out)
+    assert contents(out) == contents(whole)
+    folded = tmp_path / "folded"
+    made = runner.invoke(app, ["convert", str(model), str(folded), "--fold"])
+    assert made.exit_code == 0, made.output
+    assert "no longer holds" in refused(folded, tmp_path / "other")
+
+
 def test_a_model_that_says_nothing_worth_keeping_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

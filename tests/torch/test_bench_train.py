@@ -53,6 +53,14 @@ def test_every_kind_is_measured_beside_the_original(tiny_transformer: Path) -> N
     assert note in shown.notes
 
 
+def test_adapters_are_trained_where_the_recipe_trains_them(tiny_transformer: Path) -> None:
+    for recipe, kind in (("lolcats", "uptrain"), ("lora", "distill")):
+        result = benchmark(
+            str(tiny_transformer), **{**SETTINGS, "recipes": [recipe], "kinds": [kind]}
+        )
+        assert result["rows"][-1]["name"] == f"{recipe}: {kind}"
+
+
 def test_a_linear_model_is_measured_alone_and_it_is_said(converted: Path) -> None:
     result = benchmark(str(converted), **SETTINGS)
     (row,) = result["rows"]

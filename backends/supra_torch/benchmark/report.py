@@ -42,16 +42,19 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, name: str, result: dict[str, Any], table: Table, force: bool) -> list[Path]:
+def refuse_existing(folder: Path, name: str, device: str, force: bool) -> list[Path]:
     """NAME-DEVICE.json and .md in the folder; SupraError if they exist, unless ``force``."""
-    stem = f"{name}-{_slug(result['device'])}"
-    texts = {
-        folder / f"{stem}.json": json.dumps(result, indent=2) + "\n",
-        folder / f"{stem}.md": markdown(table),
-    }
-    for path in texts:
+    paths = [folder / f"{name}-{_slug(device)}{suffix}" for suffix in (".json", ".md")]
+    for path in paths:
         if path.exists() and not force:
             raise SupraError(f"{path} exists: name another folder, or replace it with --force")
+    return paths
+
+
+def write(folder: Path, name: str, result: dict[str, Any], table: Table, force: bool) -> list[Path]:
+    """Both files of a result; raises as :func:`refuse_existing`."""
+    paths = refuse_existing(folder, name, result["device"], force)
+    texts = dict(zip(paths, (json.dumps(result, indent=2) + "\n", markdown(table)), strict=True))
     for path, text in texts.items():
         with atomic_file(path) as partial:
             partial.write_text(text, encoding="utf-8")

@@ -18,6 +18,7 @@ from torch import Tensor
 from supra_core.errors import SupraError
 from supra_core.sources import open_source
 from supra_torch.model import build
+from supra_torch.uptrain import lora
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.run import frozen_teacher, open_inputs
@@ -80,6 +81,8 @@ def _ours(
     student = build(inputs.student_spec, inputs.student_tensors, dtype=torch.float32)
     student = student.to(device).train()
     student.activation_checkpointing = config.activation_checkpointing
+    if stage.lora_rank is not None:
+        lora.attach(student, stage.lora_rank, stage.lora_alpha, config.seed)
     teacher = None
     if config.needs_teacher:
         assert inputs.teacher is not None

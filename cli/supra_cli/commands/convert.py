@@ -73,8 +73,10 @@ def command(
 
     chosen = _linearize_options(seed, recipe, feature_map, decay, output_norm, window, keep_softmax)
     start = time.monotonic()
-    possible = to == "supra" and not fold and recipe != "paper" and linearize is not False
-    fit = _calibration(source, calibrate, possible, calibration_text, calibration_tokens)
+    possible = to == "supra" and recipe != "paper" and linearize is not False
+    fit = _calibration(
+        source, config, calibrate, possible, fold, calibration_text, calibration_tokens
+    )
     with ProgressReporter() as progress:
         done = convert(
             source, out, to=to, linearize=linearize, options=chosen, calibrate=fit, fold=fold,
@@ -105,7 +107,13 @@ def command(
 
 
 def _calibration(
-    source: str, wanted: bool | None, possible: bool, text: Path | None, tokens: int
+    source: str,
+    config: Path | None,
+    wanted: bool | None,
+    possible: bool,
+    fold: bool,
+    text: Path | None,
+    tokens: int,
 ) -> Calibrate | None:
     """How to calibrate, or None; asked for without torch it is an error, otherwise a hint."""
     from importlib.util import find_spec
@@ -124,12 +132,20 @@ def _calibration(
     asked = wanted or text is not None
     if wanted is False or not (possible or asked):
         return None
-    if not asked and find_spec("torch") is None:
-        log("not calibrated: that needs torch (pip install 'supra-lm[torch]')")
-        return None
-    if not asked and TOKENIZER not in open_source(source).assets():
-        log(f"not calibrated: {source} has no tokenizer")
-        return None
+    if not asked:
+        found = open_source(source, config=config)
+        if not found.spec.is_transformer:
+            return None
+        reason = None
+        if fold:
+            reason = "--fold is given: for both, convert without it, then convert that with --fold"
+        elif find_spec("torch") is None:
+            reason = "that needs torch (pip install 'supra-lm[torch]')"
+        elif TOKENIZER not in found.assets():
+            reason = f"{source} has no tokenizer"
+        if reason is not None:
+            log(f"not calibrated: {reason}")
+            return None
     require("torch", "calibrating")
     from supra_torch.conversion import TextCalibration
 

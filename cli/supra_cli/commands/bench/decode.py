@@ -24,12 +24,13 @@ def command(
 ) -> None:
     """Time decode steps: eager, and with static buffers, a CUDA graph on a GPU."""
     from supra_cli.backends import require
-    from supra_cli.commands.bench.output import show
+    from supra_cli.commands.bench.output import check, show
     from supra_cli.output import log
 
     require("torch", "measuring decode steps")
     from supra_torch.benchmark.decode import benchmark, table
 
+    check("decode", out=out, force=force)
     result = benchmark(model, batches=batch or [1], steps=steps, dtype=dtype, log=log)
     show("decode", result, table(result), out=out, force=force, json_output=json_output)
     if any(row["failed"] for row in result["rows"]):

@@ -33,12 +33,13 @@ def command(
 ) -> None:
     """Check linear attention against float64, then time it beside its peers."""
     from supra_cli.backends import require
-    from supra_cli.commands.bench.output import show
+    from supra_cli.commands.bench.output import check, show
     from supra_cli.output import log
 
     require("torch", "measuring the operator")
     from supra_torch.benchmark.operator import benchmark, table
 
+    check("operator", out=out, force=force, device=device)
     result = benchmark(
         shapes=shape, implementations=implementation, dtype=dtype, device=device, repeats=repeats,
         log=log,

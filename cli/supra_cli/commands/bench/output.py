@@ -11,6 +11,19 @@ if TYPE_CHECKING:
     from supra_torch.benchmark.report import Table
 
 
+def check(name: str, *, out: Path | None, force: bool, device: str = "auto") -> None:
+    """Raise SupraError when the files that :func:`show` will write exist and may not be replaced.
+
+    To be called before anything is measured.
+    """
+    if out is not None:
+        from supra_torch.benchmark.operator import resolved_device
+        from supra_torch.benchmark.report import refuse_existing
+        from supra_torch.benchmark.timing import device_name
+
+        refuse_existing(out, name, device_name(resolved_device(device)), force)
+
+
 def show(
     name: str, result: dict[str, Any], table: Table, *, out: Path | None, force: bool,
     json_output: bool,

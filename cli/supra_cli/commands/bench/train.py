@@ -34,12 +34,13 @@ def command(
 ) -> None:
     """Time training steps beside the original transformer's, in turns."""
     from supra_cli.backends import require
-    from supra_cli.commands.bench.output import show
+    from supra_cli.commands.bench.output import check, show
     from supra_cli.output import log
 
     require("torch", "measuring training")
     from supra_torch.benchmark.train import benchmark, table
 
+    check("train", out=out, force=force)
     result = benchmark(
         model,
         recipes=recipe,
