@@ -34,7 +34,7 @@ _TOLERANCE = 1e-3
 _ANSWER_TOKENS = 48
 _MIN_TOKENS, _MAX_TOKENS, _STEP_TOKENS = 8_192, 400_000, 2_048
 # Fewer than uptraining refuses (4), since a part is held out and sequences are whole.
-_EPOCHS, _FEWEST_TOKENS = 3.0, 4_096
+_EPOCHS, _FEWEST_TOKENS = 3.0, 2_048
 # Training does about half the arithmetic a second that bare matrix products do.
 _EFFICIENCY = 0.5
 

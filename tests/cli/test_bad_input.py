@@ -154,7 +154,7 @@ def test_other_commands_refuse_too(tiny_transformer: Path, text_file: Path, tmp_
     assert "does not name" in refused(*with_text, "--tasks", "lambada")
     assert "nothing to measure" in refused("eval", model)
     assert "rename one" in refused(*with_text, "--data", text_file)
-    assert "harness has its own" in refused(*with_text, "--tasks", "arc_easy")
+    assert "harness has its own data" in refused(*with_text, "--tasks", "arc_easy")
     share = ("uptrain", model, "--data", f"{text_file}:0.2", "--out", tmp_path / "run")
     assert "needs a second --data" in refused(*share)
     date = ("--set", "tokens=1979-05-27")

@@ -39,6 +39,23 @@ def test_the_demo_ends_and_is_reused(
     assert other.exit_code == 2
 
 
+def test_a_text_that_is_too_short_is_refused_before_any_work(
+    tiny_transformer: Path, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "text.txt", tmp_path / "demo"
+    data.write_text("One line alone. " * 40)
+    arguments = ["demo", "--model", str(tiny_transformer), "--data", str(data), "--out", str(out)]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 2, done.output
+    assert "name a longer text" in done.stderr
+    assert not (out / "converted").exists()
+    # Another text, or another length, is another demo.
+    data.write_text("One line. " * 50)
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 2
+    assert "other inputs" in done.stderr
+
+
 def test_python_documents_are_plentiful_prose_in_a_fixed_order() -> None:
     texts = pythondocs.documents()
     train, held_out = pythondocs.split(texts, 40_000)

@@ -80,7 +80,8 @@ def command(
     harness = _harness_tasks(tasks)
     if harness and data:
         raise SupraError(
-            f"--data is for {', '.join(TASKS)}: the lm-eval harness has its own; leave it out"
+            f"--tasks {tasks} is none of {', '.join(TASKS)}, and the lm-eval harness has its own "
+            "data: correct it, or leave out --data"
         )
     measurements = [] if harness else _measurements(tasks, data or [], limit)
     other = None if no_teacher else teacher or find_teacher(model)
