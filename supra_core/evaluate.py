@@ -24,6 +24,8 @@ TEXT_FORM = "as it stands in the file, UTF-8, no BOS"
 
 DEFAULT_LENGTH = 512
 DEFAULT_BATCH = 4
+# What models that are compared compute in: a type as stored would count as part of the conversion.
+DTYPE = "float32"
 
 
 Losses = npt.NDArray[np.float32]

@@ -45,12 +45,17 @@ def holds_original(model: Source) -> bool:
 
 def original(model: Source) -> tuple[ModelSpec, TensorSource]:
     """The transformer inside a freshly converted model; see :func:`holds_original`."""
-    mixers = [layer.mixer for layer in model.spec.layers]
-    spec = model.spec.with_mixers(
-        [m if isinstance(m, SoftmaxAttention) else SoftmaxAttention() for m in mixers]
-    )
+    spec = original_spec(model.spec)
     tensors = {**model.tensors, **model.originals}
     return spec, {name: tensors[name] for name in tensor_shapes(spec)}
+
+
+def original_spec(spec: ModelSpec) -> ModelSpec:
+    """What a linearized model was made from: softmax attention where it is linear now."""
+    mixers = [layer.mixer for layer in spec.layers]
+    return spec.with_mixers(
+        [m if isinstance(m, SoftmaxAttention) else SoftmaxAttention() for m in mixers]
+    )
 
 
 def _of_run(record: dict[str, Any]) -> str | None:

@@ -70,13 +70,13 @@ def evaluate(
     versions, shots = found.get("versions", {}), found.get("n-shot", {})
     return {
         name: {
-            "metrics": _metrics(result),
+            "metrics": metrics,
             "examples": sum(examples[leaf]["effective"] for leaf in _leaves(name, subtasks)),
             "task_version": versions.get(name),
             "few_shot": shots.get(name),
         }
         for name, result in found["results"].items()
-        if _metrics(result)
+        if (metrics := _metrics(result))
     }
 
 

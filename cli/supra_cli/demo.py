@@ -101,9 +101,14 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
     converted, trained = out / "converted", out / "run" / "model"
     train, held_out = out / "text" / "train.txt", out / "text" / "held_out.txt"
 
-    stages.run("text", "Gathering text", lambda: write_text(settings.data, train, held_out))
-    if settings.data is not None:
-        refuse_short(settings.data, train, teacher)
+    text = stages.run(
+        "text", "Gathering text", lambda: write_text(settings.data, train, held_out, teacher)
+    )
+    if text["tokens"] < _FEWEST_TOKENS:
+        raise SupraError(
+            f"{settings.data} has {text['tokens']:,} tokens to train on, and the demo needs "
+            f"{_FEWEST_TOKENS:,}: name a longer text"
+        )
     stages.run(
         "convert",
         f"Converting {teacher.name} to linear attention, softmax for the last {WINDOW} tokens",
@@ -116,7 +121,7 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
     stages.run("teacher", "Perplexity of the transformer", lambda: measure(teacher, "teacher"))
     stages.run("before", "Perplexity as converted", lambda: measure(converted, "before"))
     tokens = stages.run(
-        "tokens", "Choosing the tokens", lambda: choose_tokens(teacher, train, settings)
+        "tokens", "Choosing the tokens", lambda: choose_tokens(teacher, text["tokens"], settings)
     )
     stages.run(
         "uptrain",
@@ -157,8 +162,11 @@ def packaged_model() -> Path:
     return files[0]
 
 
-def write_text(data: Path | None, train: Path, held_out: Path) -> dict[str, int]:
-    """Split the user's file, or Python's documentation, into text to train on and to measure."""
+def write_text(data: Path | None, train: Path, held_out: Path, model: Path) -> dict[str, int]:
+    """Split the user's file, or Python's documentation, into text to train on and to measure.
+
+    Characters of both, and the tokens to train on.
+    """
     from supra_core.text import read_text
 
     texts = pythondocs.documents() if data is None else _paragraphs(read_text(data))
@@ -168,7 +176,8 @@ def write_text(data: Path | None, train: Path, held_out: Path) -> dict[str, int]
     for path, text in parts.items():
         with atomic_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
-    return {path.stem: len(text) for path, text in parts.items()}
+    characters = {path.stem: len(text) for path, text in parts.items()}
+    return {**characters, "tokens": count_tokens(train, model)}
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -198,28 +207,17 @@ def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> di
 
 def evaluate(model: Path, held_out: Path, progress: Progress, stage: str) -> dict[str, Any]:
     from supra_core.backend import load
-    from supra_core.evaluate import perplexity
+    from supra_core.evaluate import DTYPE, perplexity
     from supra_core.text import encode, load_tokenizer, read_text
 
     tokenizer = load_tokenizer(open_source(model).assets(), str(model))
     text = encode(tokenizer, read_text(held_out)).head(_EVALUATED_TOKENS)
-    # One type for all, whatever each is stored in.
-    loaded = load(default_for_evaluation(), model, dtype="float32")
+    loaded = load(default_for_evaluation(), model, dtype=DTYPE)
     found = perplexity(loaded, text, progress=progress, stage=stage)
     return {
         "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte,
         "tokens": found.tokens, "length": found.length, "text_form": found.text_form,
     }  # fmt: skip
-
-
-def refuse_short(data: Path, train: Path, teacher: Path) -> None:
-    """Raise SupraError before anything long when the text is too short for the demo."""
-    tokens = count_tokens(train, teacher)
-    if tokens < _FEWEST_TOKENS:
-        raise SupraError(
-            f"{data} has {tokens:,} tokens to train on, and the demo needs {_FEWEST_TOKENS:,}: "
-            "name a longer text"
-        )
 
 
 def count_tokens(text: Path, model: Path) -> int:
@@ -229,10 +227,10 @@ def count_tokens(text: Path, model: Path) -> int:
     return len(encode(tokenizer, read_text(text)).ids)
 
 
-def choose_tokens(teacher: Path, train: Path, settings: DemoSettings) -> int:
+def choose_tokens(teacher: Path, available: int, settings: DemoSettings) -> int:
     """Tokens that this machine trains on in the given time, from the speed of its products.
 
-    No text is read more than _EPOCHS times.
+    The ``available`` ones are read at most _EPOCHS times.
     """
     if settings.tokens is not None:
         return settings.tokens
@@ -240,7 +238,7 @@ def choose_tokens(teacher: Path, train: Path, settings: DemoSettings) -> int:
     operations = 8 * parameter_count(open_source(teacher).spec)
     rate = _EFFICIENCY * products_per_second() / operations
     steps = round(rate * settings.minutes * 60 / _STEP_TOKENS)
-    most = min(_MAX_TOKENS, int(_EPOCHS * count_tokens(train, teacher)))
+    most = min(_MAX_TOKENS, int(_EPOCHS * available))
     return min(most, max(_MIN_TOKENS, steps * _STEP_TOKENS))
 
 

@@ -165,18 +165,10 @@ def _config(model: str, kind: str, recipe: str, settings: dict[str, Any]) -> Upt
     # Every row of the table is timed at the stated shape.
     stage = {**stage, "cut": 1, "batch_share": 1.0}
     # The tokens are random: no data is read.
-    checkpointing = settings["activation_checkpointing"] or bool(
-        values.get("activation_checkpointing")
-    )
+    checkpointing = settings["activation_checkpointing"] or values.get("activation_checkpointing")
+    values |= {**settings, "activation_checkpointing": bool(checkpointing)}
     return validate(
-        {
-            **values,
-            **settings,
-            "activation_checkpointing": checkpointing,
-            "model": model,
-            "data": "random",
-            "stages": [stage],
-        },
+        {**values, "model": model, "data": "random", "stages": [stage]},
         "the benchmark",
     )
 

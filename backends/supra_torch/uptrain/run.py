@@ -26,8 +26,8 @@ from supra_core.formats.jsonfile import read_object
 from supra_core.linearize import LinearizeOptions, linear_spec, linearize
 from supra_core.progress import Progress, silent
 from supra_core.sources import Source, open_source
-from supra_core.spec import ModelSpec, SoftmaxAttention
-from supra_core.teacher import holds_original, original
+from supra_core.spec import ModelSpec
+from supra_core.teacher import holds_original, original, original_spec
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_core.text import load_tokenizer
 from supra_torch.calibrate import calibrate
@@ -62,8 +62,8 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     summary_file = run / "summary.json"
     if summary_file.is_file() and (run / "model").is_dir():
         return {**read_object(summary_file), "already_finished": True}
-    _refuse_another_recipe(config)
     inputs = open_inputs(config)
+    _refuse_another_recipe(config, inputs.student_spec)
     assets = inputs.student_assets
     tokenizer = load_tokenizer(assets, config.model)
     for part in config.data_parts:
@@ -191,13 +191,14 @@ def _linearize_options(config: UptrainConfig) -> LinearizeOptions:
     return LinearizeOptions(**config.linearize.model_dump(), seed=config.seed)
 
 
-def _refuse_another_recipe(config: UptrainConfig) -> None:
-    """Raise SupraError when the recipe describes other mixers than a converted model has."""
-    spec = open_source(config.model).spec
-    made = spec.provenance.recipe
-    if spec.is_transformer or not made:
+def _refuse_another_recipe(config: UptrainConfig, spec: ModelSpec) -> None:
+    """Raise SupraError when the recipe describes other mixers than the student has.
+
+    Only one that was converted before can have others.
+    """
+    made, preset = spec.provenance.recipe, config.linearize.preset
+    if not made:
         return
-    preset = config.linearize.preset
     if made != preset:
         raise SupraError(
             f"{config.model} was converted by recipe {made}, and {config.recipe} begins with "
@@ -206,8 +207,7 @@ def _refuse_another_recipe(config: UptrainConfig) -> None:
     # A conversion may have chosen otherwise than its preset: only what is stated must agree.
     if not config.linearize.model_dump(exclude_defaults=True, exclude={"preset"}):
         return
-    softmax = spec.with_mixers([SoftmaxAttention()] * spec.num_hidden_layers)
-    expected = linear_spec(softmax, _linearize_options(config))
+    expected = linear_spec(original_spec(spec), _linearize_options(config))
     if [layer.mixer for layer in expected.layers] != [layer.mixer for layer in spec.layers]:
         raise SupraError(
             f"{config.model} was converted to other mixers than {config.recipe} and the settings "

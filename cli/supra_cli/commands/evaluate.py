@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from supra_core.progress import Progress
 
 TASKS = ("perplexity", "lambada", "multiple_choice")
-DTYPE = "float32"
 _METRICS = ("perplexity", "bits_per_byte", "nats_per_token")
 
 
@@ -65,6 +64,7 @@ def command(
     from supra_cli.progress import ProgressReporter
     from supra_cli.record import refuse_existing, write_record
     from supra_core.errors import SupraError
+    from supra_core.evaluate import DTYPE
     from supra_core.sources import open_source
     from supra_core.teacher import find_teacher
 
@@ -85,7 +85,6 @@ def command(
         )
     measurements = [] if harness else _measurements(tasks, data or [], limit)
     other = None if no_teacher else teacher or find_teacher(model)
-    # One type for both, or a stored bfloat16 would count as part of the conversion.
     dtype = dtype or DTYPE
     sides = {"results": _Side(model, name, chosen, dtype)}
     if other is not None:

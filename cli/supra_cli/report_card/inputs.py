@@ -14,6 +14,7 @@ from supra_cli.report_card.curves import Curve, read_curve
 from supra_cli.report_card.settings import ReportSettings
 from supra_core.backend import Form, check_name
 from supra_core.errors import SupraError
+from supra_core.evaluate import DTYPE
 from supra_core.sources import RUN_FILE, Source, open_source
 from supra_core.tasks import Passage, Question, read_passages, read_questions, task_of
 from supra_core.teacher import find_teacher
@@ -99,8 +100,7 @@ def read_inputs(settings: ReportSettings) -> Inputs:
 
 def _side(role: str, path: str, backend: str, form: Form) -> Side:
     source = open_source(path)
-    # One type for both models, or a stored bfloat16 would count as part of the conversion.
-    return Side(role, path, backend, form, "float32", source, load_tokenizer(source.assets(), path))
+    return Side(role, path, backend, form, DTYPE, source, load_tokenizer(source.assets(), path))
 
 
 def _files(data: Sequence[Path], examples: int) -> tuple[DataFile, ...]:
