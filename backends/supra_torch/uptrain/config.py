@@ -24,6 +24,7 @@ from supra_core.sources import open_source
 
 DEFAULT_RECIPE = "windowed"
 StageKind = Literal["transfer", "distill", "uptrain"]
+ModelPart = Literal["embeddings", "feed_forward", "norms"]
 
 
 class _Strict(BaseModel):
@@ -78,7 +79,8 @@ class Stage(_Strict):
     so many rows; ``batch_share``: of the run's ``batch_tokens``. Few tokens are best spent on
     many small steps. ``lora_rank``: instead of the transformer's weights, adapters of that rank
     are trained beside the mixers' projections (factor ``lora_alpha`` / rank), at
-    ``learning_rate``. A learning rate of 0 freezes.
+    ``learning_rate``. A learning rate of 0 freezes. ``freeze``: parts of the transformer that
+    stay as they are; the embeddings include the output head.
     """
 
     kind: StageKind
@@ -95,6 +97,7 @@ class Stage(_Strict):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     lora_rank: int | None = Field(default=None, ge=1)
     lora_alpha: float = Field(default=16.0, gt=0)
+    freeze: tuple[ModelPart, ...] = ()
 
     @model_validator(mode="after")
     def _trains(self) -> Stage:

@@ -8,6 +8,7 @@ own input.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 from supra_torch.layers import Positions, for_products
 from supra_torch.model import Layer, SupraModel
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
-from supra_torch.uptrain.config import Stage, StageKind
+from supra_torch.uptrain.config import ModelPart, Stage, StageKind
 from supra_torch.uptrain.lora import is_adapter
 from supra_torch.uptrain.step import adamw
 
@@ -135,10 +136,20 @@ def _trained(student: SupraModel, stage: Stage) -> Iterator[tuple[nn.Parameter, 
         else:
             rate = 0.0
         in_reach = stage.kind != "transfer" or _in_linear_mixer(student.spec, name)
-        parameter.requires_grad_(rate > 0 and in_reach)
+        frozen = _part(name) in stage.freeze
+        parameter.requires_grad_(rate > 0 and in_reach and not frozen)
         if parameter.requires_grad:
             decayed = parameter.dim() >= 2 and name not in new and not is_adapter(name)
             yield parameter, rate, stage.weight_decay if decayed else 0.0
+
+
+def _part(name: str) -> ModelPart | Literal["mixers"]:
+    """The part of the model that a parameter of the canonical layout belongs to."""
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        return "embeddings"
+    if ".self_attn." in name:
+        return "mixers"
+    return "feed_forward" if ".mlp." in name else "norms"
 
 
 def _in_linear_mixer(spec: ModelSpec, name: str) -> bool:

@@ -1,0 +1,152 @@
+"""What a run reads: every sequence once an epoch, texts in their shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from supra_core.errors import SupraError  # noqa: E402
+from supra_torch.uptrain import data as data_module  # noqa: E402
+from supra_torch.uptrain.config import DataPart, UptrainConfig, resolve  # noqa: E402
+from supra_torch.uptrain.data import Mixture, Sequences, mixture  # noqa: E402
+from supra_torch.uptrain.run import uptrain  # noqa: E402
+from tests.torch.uptraining import SETTINGS  # noqa: E402
+
+
+def test_every_sequence_once_an_epoch() -> None:
+    tokens = np.arange(1030, dtype=np.uint32)
+    sequences = Sequences(tokens, length=10, seed=5)
+    trained = sequences.count - sequences.held_out_count
+    first = [int(sequences.sequence(number)[0]) for number in range(trained)]
+    second = [int(sequences.sequence(number)[0]) for number in range(trained, 2 * trained)]
+    held_out = {int(row[0]) for row in sequences.held_out()}
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert len(set(first)) == trained
+    assert not held_out & set(first)
+
+
+def test_cut_sequences_are_the_same_tokens() -> None:
+    data = _mixture([None], 1030)
+    whole = data.batch(20, 3)
+    np.testing.assert_array_equal(data.batch(20, 6, cut=2).reshape(3, 10), whole)
+    # 21 tokens were seen: the row that begins within them is left out.
+    np.testing.assert_array_equal(data.batch(21, 1, cut=2), whole[:1, 5:])
+
+
+def _mixture(shares: list[float | None], *sizes: int) -> Mixture:
+    """Texts whose tokens say which text (thousands) and where in it."""
+    tokens = [np.arange(size, dtype=np.uint32) + 10_000 * i for i, size in enumerate(sizes)]
+    parts = [DataPart(path=str(i), share=share) for i, share in enumerate(shares)]
+    return mixture(parts, tokens, 10, 5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ([None, 0.25, None], [0.75 * 4 / 7, 0.25, 0.75 * 3 / 7]),
+        ([0.5, 0.2, 0.3], [0.5, 0.2, 0.3]),
+        ([0.1, 0.1, 0.2], [0.25, 0.25, 0.5]),
+    ],
+)
+def test_a_mixture_keeps_its_shares(shares: list[float | None], expected: list[float]) -> None:
+    data = _mixture(shares, 4090, 1030, 3070)
+    assert data.shares == pytest.approx(expected, abs=0.01)
+    taken: list[list[int]] = [[], [], []]
+    for number in range(400):
+        part, index = data.source(number)
+        taken[part].append(index)
+        for own, share in zip(taken, data.shares, strict=True):
+            # Parts give their share at any time, not only in the end.
+            assert abs(len(own) - share * (number + 1)) < 2.5
+    assert all(own == list(range(len(own))) for own in taken)
+    # Batches are slices of one order, whatever their size.
+    rows = np.concatenate([data.batch(0, 3), data.batch(30, 5)])
+    np.testing.assert_array_equal(rows, data.batch(0, 8))
+    held_out = {int(row[0]) for row in data.held_out()}
+    assert {start // 10_000 for start in held_out} == {0, 1, 2}
+    assert not held_out & {int(row[0]) for row in data.batch(0, 900)}
+
+
+def test_several_texts_train_one_model(
+    settings: UptrainConfig, text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    config = resolve(
+        config=None, model=settings.model, recipe=None, data=[str(text_file), f"{other}:0.25"],
+        overrides={**SETTINGS, "tokens": "256"},
+    )  # fmt: skip
+    run = tmp_path / "run"
+    assert uptrain(config, run)["tokens"] >= 192
+    assert uptrain(config, run)["already_finished"]
+    with pytest.raises(SupraError, match="begun with another data"):
+        uptrain(config.model_copy(update={"data": str(text_file)}), run)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (["a:0.7", "b:0.6"], r"field data: the shares add up to 1\.3"),
+        (["a:1.0", "b"], "leaves nothing for the others"),
+        (["a:2", "b"], "--data a:2: a share is above 0 and at most 1"),
+    ],
+)
+def test_impossible_shares_are_named(data: list[str], message: str) -> None:
+    with pytest.raises(SupraError, match=message):
+        resolve(config=None, model="m", recipe=None, data=data, overrides={})
+
+
+def test_running_out_of_data_is_said_before_the_run(
+    settings: UptrainConfig, tmp_path: Path
+) -> None:
+    config = settings.model_copy(update={"tokens": 10_000_000})
+    with pytest.raises(SupraError, match=r"would read them \d+\.\d times.*set epochs=\d+"):
+        uptrain(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_pieces_are_the_whole_text(tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    text = "".join(f"line {i} " + "x" * (i % 97) + "\n" for i in range(9000)) + "no newline"
+    file.write_text(text)
+    pieces = list(data_module._pieces(file))
+    assert len(pieces) > 1
+    assert "".join(pieces) == text
+
+
+def test_missing_data_is_named(settings: UptrainConfig, tmp_path: Path) -> None:
+    config = settings.model_copy(update={"data": str(tmp_path / "none.txt")})
+    with pytest.raises(SupraError, match=r"none\.txt does not exist"):
+        uptrain(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_text_may_be_given_before_the_first_step(
+    settings: UptrainConfig, text_file: Path, tmp_path: Path
+) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("too short " * 3)
+    config = settings.model_copy(update={"data": str(text), "tokens": 128})
+    with pytest.raises(SupraError, match=r"text\.txt has .* too few"):
+        uptrain(config, run)
+    text.write_text(text_file.read_text())
+    assert uptrain(config, run)["steps"] == 2
+    (run / "summary.json").unlink()
+    text.write_text("other")
+    with pytest.raises(SupraError, match="not the data this run began with"):
+        uptrain(config, run)
+
+
+@pytest.mark.parametrize("content", ["", b"\xff\xfe"])
+def test_text_that_is_none_is_named(
+    settings: UptrainConfig, tmp_path: Path, content: str | bytes
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SupraError, match=r"text\.txt"):
+        uptrain(settings.model_copy(update={"data": str(text)}), tmp_path / "run")

@@ -1,0 +1,165 @@
+"""What a stage trains, and by what schedule."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from supra_core.errors import SupraError  # noqa: E402
+from supra_core.sources import open_source  # noqa: E402
+from supra_torch.uptrain import checkpoint  # noqa: E402
+from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
+from supra_torch.uptrain.run import learning_rate_factor, uptrain  # noqa: E402
+from tests.torch.uptraining import (  # noqa: E402
+    SETTINGS,
+    complete_lines,
+    logged_losses,
+    run_in_process,
+    weights_in,
+)
+
+ADAPTERS = {
+    "linearize.window": "8", "tokens": "1280", "sequence_length": "32", "batch_tokens": "64",
+    "checkpoint_every": "3", "precision": "float32", "calibrate": "none", "epochs": "100",
+    "stages.0.share": "1.0", "stages.0.cut": "1", "stages.0.batch_share": "1.0",
+    "stages.1.share": "1.0", "stages.1.batch_share": "1.0", "stages.1.lora_rank": "3",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def low_rank(settings: UptrainConfig) -> UptrainConfig:
+    """The recipe lora on a tiny model."""
+    return resolve(
+        config=None, model=settings.model, recipe="lora", data=settings.data, overrides=ADAPTERS
+    )
+
+
+def test_adapters_train_and_are_merged(low_rank: UptrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert run_in_process(low_rank, run).wait() == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record.get("stage") == "distill"]
+    assert losses[-1] < losses[0]
+    trained, source = weights_in(run / "model"), open_source(low_rank.model)
+    frozen = {name: tensor.read() for name, tensor in source.tensors.items()}
+    assert trained.keys() >= frozen.keys()
+    for name, before in frozen.items():
+        change = trained[name] - before
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+            # A product of matrices with three columns, up to float32.
+            singular = np.linalg.svd(change.astype(np.float64), compute_uv=False)
+            assert singular[0] > 1e-5
+            assert singular[3] < 1e-5 * max(1.0, float(np.abs(before).max()))
+        else:
+            np.testing.assert_array_equal(trained[name], before)
+
+
+def test_adapters_resume_to_the_last_bit(low_rank: UptrainConfig, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_in_process(low_rank, whole).wait() == 0
+    process = run_in_process(low_rank, killed, pause=0.05)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        # In the second stage, after a checkpoint with adapters.
+        if (killed / "metrics.jsonl").is_file() and len(complete_lines(killed)) >= 16:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (checkpoint.checkpoints(killed)[-1] / "adapters.safetensors").is_file()
+    assert run_in_process(low_rank, killed).wait() == 0
+    assert logged_losses(killed) == logged_losses(whole)
+    ours, theirs = weights_in(killed / "model"), weights_in(whole / "model")
+    for name, expected in theirs.items():
+        np.testing.assert_array_equal(ours[name], expected)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid(name: str) -> None:
+    config = resolve(config=None, model="m", recipe=name, data="d", overrides={"tokens": "10_000"})
+    assert sum(config.stage_steps()) >= len(config.stages)
+
+
+def test_the_learning_rate_rises_then_falls() -> None:
+    factors = [learning_rate_factor(step, 100, 0.1, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert max(factors) == factors[10] == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0.1 <= factors[-1] < 0.11
+
+
+@pytest.fixture(scope="module")
+def paper(settings: UptrainConfig) -> UptrainConfig:
+    """The published recipe; its learning rate is too small to see in a few steps."""
+    return resolve(
+        config=None, model=settings.model, recipe="paper", data=settings.data,
+        overrides={
+            **{key: value for key, value in SETTINGS.items() if key != "linearize.window"},
+            "stages.0.learning_rate": "1e-2", "stages.0.new_learning_rate": "1e-2",
+        },
+    )  # fmt: skip
+
+
+def test_the_published_recipe_learns_without_a_teacher(
+    paper: UptrainConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    summary = uptrain(paper, run)
+    losses = logged_losses(run)
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
+    # A trained model no longer holds its teacher, and this stage needs none.
+    again = uptrain(
+        paper.model_copy(update={"model": str(run / "model"), "tokens": 128}), tmp_path / "again"
+    )
+    assert again["teacher_held_out_perplexity"] is None
+    assert again["held_out_perplexity"] < summary["teacher_held_out_perplexity"]
+
+
+def test_activation_checkpointing_changes_no_loss(paper: UptrainConfig, tmp_path: Path) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        run = tmp_path / str(checkpointing)
+        uptrain(
+            paper.model_copy(update={"tokens": 256, "activation_checkpointing": checkpointing}), run
+        )
+        losses.append(logged_losses(run))
+    # The same operations in the same order; threads may sum in another.
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_stage_must_have_something_to_train(settings: UptrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(SupraError, match="nothing would learn"):
+        resolve(
+            config=None, model="m", recipe=None, data="d",
+            overrides={"stages.0.learning_rate": "0.0", "stages.0.new_learning_rate": "0.0"},
+        )  # fmt: skip
+    softmax = settings.linearize.model_copy(update={"keep_softmax": (0, 1)})
+    with pytest.raises(SupraError, match="transfer stage has nothing to train"):
+        uptrain(settings.model_copy(update={"linearize": softmax}), tmp_path / "run")
+
+
+def test_frozen_parts_stay_as_they_are(settings: UptrainConfig, tmp_path: Path) -> None:
+    distill = settings.stages[1].model_copy(update={"freeze": ("embeddings", "norms")})
+    config = settings.model_copy(update={"tokens": 256, "stages": (distill,)})
+    uptrain(config, tmp_path / "run")
+    before = {name: t.read() for name, t in open_source(config.model).tensors.items()}
+    after = weights_in(tmp_path / "run" / "model")
+    changed = {name for name, value in before.items() if not np.array_equal(after[name], value)}
+    assert changed == {name for name in before if ".mlp." in name or ".self_attn." in name}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= before.keys() - changed
+
+
+def test_an_unknown_part_is_named() -> None:
+    with pytest.raises(SupraError, match=r"stages\.1\.freeze\.0: input should be 'embeddings'"):
+        resolve(
+            config=None, model="m", recipe=None, data="d",
+            overrides={"stages.1.freeze": '["heads"]'},
+        )  # fmt: skip

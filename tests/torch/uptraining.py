@@ -1,0 +1,57 @@
+"""Short runs of a tiny model, and what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from supra_core import artifact
+
+if TYPE_CHECKING:
+    from supra_torch.uptrain.config import UptrainConfig
+
+SETTINGS = {
+    "tokens": "1280", "sequence_length": "32", "batch_tokens": "64", "checkpoint_every": "3",
+    "precision": "float32", "linearize.window": "8", "epochs": "100",
+    # Calibrated, so small a model has little left to learn.
+    "calibrate": "none",
+}  # fmt: skip
+
+EVEN_STAGES = {
+    "stages.0.share": "1.0", "stages.0.cut": "1", "stages.0.batch_share": "1.0",
+    "stages.1.share": "1.0", "stages.1.batch_share": "1.0",
+}  # fmt: skip
+
+
+def logged_losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def complete_lines(run: Path) -> list[str]:
+    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+def weights_in(folder: Path) -> dict[str, Any]:
+    return {name: tensor.read() for name, tensor in artifact.read(folder).tensors.items()}
+
+
+def run_in_process(settings: UptrainConfig, run: Path, pause: float = 0.0) -> Any:
+    """The run in a process of its own, on one thread; ``pause`` seconds after every step."""
+    script = (
+        "import sys, time, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from supra_torch.uptrain.config import UptrainConfig\n"
+        "from supra_torch.uptrain.run import uptrain\n"
+        f"uptrain(UptrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]),\n"
+        f"        progress=lambda *a, **k: time.sleep({pause}))\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, settings.model_dump_json(), str(run)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
