@@ -3,9 +3,11 @@
     python benchmarks/recipes.py MODEL --data TEXT --eval FILE [--eval FILE ...] --out FOLDER
 
 ``paper`` is published SUPRA (arXiv 2405.06640), ``lolcats`` LoLCATs (arXiv 2410.10254), both from
-their published descriptions. Each recipe is trained by ``supra uptrain`` and measured by ``supra
-eval`` in the recurrent form; FOLDER keeps runs and records, ``recipes.json`` and the table
-``recipes.md``, written after every recipe. Run again, it goes on where it stopped.
+their published descriptions. ``--rows FILE`` compares other things, such as the ablations beside
+this script: a TOML table a row, with its ``recipe`` (a name, or a file beside FILE) and under
+``set`` the settings that differ. Each row is trained by ``supra uptrain`` and measured by ``supra
+eval``; FOLDER keeps runs and records, ``recipes.json`` and the table ``recipes.md``, written after
+every row. Run again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,23 +17,14 @@ import json
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from supra_cli.record import write_record
 from supra_core.formats.atomic import atomic_file
 
-RECIPES = ("paper", "lolcats", "lora", "pure", "windowed", "hybrid")
-# The paper's rates for 7B models move nothing in some hundred steps: those of its 1B model (3e-4
-# to 1e-5), and steps as small as the other recipes'.
-SETTINGS = {
-    "paper": {
-        "stages.0.learning_rate": "3e-4",
-        "stages.0.new_learning_rate": "3e-4",
-        "stages.0.final_learning_rate": "0.0333",
-        "stages.0.batch_share": "0.5",
-    }
-}
+Row = dict[str, Any]
 
 
 class Failed(Exception):
@@ -43,17 +36,16 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     record = earlier(arguments, out / "recipes.json")
+    rows: dict[str, Row] = tomllib.loads(arguments.rows.read_text("utf-8"))
     base = evaluate(arguments, arguments.model, out / "transformer.json")
     record["measured"]["transformer"] = base
-    for recipe in arguments.recipe or RECIPES:
+    for name in arguments.row or rows:
         try:
-            record["trained"][recipe] = train(arguments, recipe, out / recipe)
-            record["measured"][recipe] = evaluate(
-                arguments, str(out / recipe), out / f"{recipe}.json"
-            )
-            record["failed"].pop(recipe, None)
+            record["trained"][name] = train(arguments, rows[name], out / name)
+            record["measured"][name] = evaluate(arguments, str(out / name), out / f"{name}.json")
+            record["failed"].pop(name, None)
         except Failed as failure:
-            record["failed"][recipe] = str(failure)
+            record["failed"][name] = str(failure)
         write_record(out / "recipes.json", record)
         with atomic_file(out / "recipes.md") as beside:
             beside.write_text(table(record), encoding="utf-8")
@@ -70,6 +62,7 @@ def earlier(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
         "limit": arguments.limit,
         "examples": arguments.examples,
         "seed": arguments.seed,
+        "form": arguments.form,
     }
     if not file.is_file():
         return {"settings": settings, "trained": {}, "measured": {}, "failed": {}}
@@ -89,22 +82,28 @@ def parsed() -> argparse.Namespace:
         "--eval", action="append", type=Path, required=True, help="as --data of supra eval"
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipe", action="append", help=f"default: {', '.join(RECIPES)}")
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        default=Path(__file__).with_name("recipes.toml"),
+        help="what to compare",
+    )
+    parser.add_argument("--row", action="append", help="one of them; default: all")
     parser.add_argument("--tokens", type=int, default=102_400)
     parser.add_argument("--limit", type=int, default=20_480, help="tokens of a text")
     parser.add_argument("--examples", type=int, default=250, help="of a .jsonl file's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--form", choices=("recurrent", "parallel"), default="recurrent")
     return parser.parse_args()
 
 
-def train(arguments: argparse.Namespace, recipe: str, run: Path) -> dict[str, Any]:
+def train(arguments: argparse.Namespace, row: Row, run: Path) -> dict[str, Any]:
     """Uptrain, or take what is there; the summary, and the seconds of calibration and steps."""
-    settings = {
-        "tokens": str(arguments.tokens),
-        "seed": str(arguments.seed),
-        **SETTINGS.get(recipe, {}),
-    }
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    settings = {"tokens": arguments.tokens, "seed": arguments.seed, **row.get("set", {})}
+    recipe = row["recipe"]
+    if recipe.endswith(".toml"):
+        recipe = str(arguments.rows.parent / recipe)
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={toml(value)}")]
     command = [
         "uptrain", arguments.model, "--recipe", recipe, "--data", arguments.data,
         "--out", str(run), *sets,
@@ -121,6 +120,11 @@ def train(arguments: argparse.Namespace, recipe: str, run: Path) -> dict[str, An
         "step_seconds": sum(r["step_tokens"] / r["tokens_per_second"] for r in steps),
         "command": shlex.join(["supra", *command]),
     }
+
+
+def toml(value: Any) -> str:
+    """A setting's value on the command line, where plain texts need no quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def evaluate(arguments: argparse.Namespace, model: str, record: Path) -> dict[str, Any]:
@@ -141,7 +145,7 @@ def evaluate(arguments: argparse.Namespace, model: str, record: Path) -> dict[st
             continue
         if not part.is_file() or part.stat().st_mtime < trained:
             files = [word for path in paths for word in ("--data", str(path))]
-            form = "parallel" if model == arguments.model else "recurrent"
+            form = "parallel" if model == arguments.model else arguments.form
             supra(
                 ["eval", model, *files, "--no-teacher", "--form", form,
                  "--limit", str(limit), "--out", str(part), "--force"]
@@ -171,12 +175,9 @@ def table(record: dict[str, Any]) -> str:
     texts = [name for name in base if name not in tasks]
     header = ["recipe", *texts, *tasks, "mean of tasks", "tokens", "minutes"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for recipe in ("transformer", *RECIPES):
+    for recipe, results in record["measured"].items():
         if recipe in record["failed"]:
-            rows.append([recipe, "failed", *[""] * (len(header) - 2)])
-        if recipe not in record["measured"] or recipe in record["failed"]:
             continue
-        results = record["measured"][recipe]
         ratios = [perplexity(results, name) / perplexity(base, name) for name in texts]
         shares = [accuracy(results[name]["metrics"]) for name in tasks]
         trained = record["trained"].get(recipe)
@@ -190,6 +191,7 @@ def table(record: dict[str, Any]) -> str:
                 f"{minutes(trained):.1f}" if trained else "-",
             ]
         )
+    rows += [[name, "failed", *[""] * (len(header) - 2)] for name in record["failed"]]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     fitted = max((one["calibration_tokens"] for one in record["trained"].values()), default=0)
     return (

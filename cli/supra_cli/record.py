@@ -8,14 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
-
-
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise SupraError when ``path`` exists and may not be replaced."""
-    if path.exists() and not force:
-        raise SupraError(f"{path} exists: name another file, or replace it with --force")
 
 
 def origin() -> dict[str, Any]:

@@ -72,6 +72,12 @@ def check_replaceable(out: str | Path, force: bool, *, holds: str | None = None)
         )
 
 
+def check_new_file(path: str | Path, force: bool) -> None:
+    """Raise SupraError when the file is there already and may not be replaced."""
+    if Path(path).exists() and not force:
+        raise SupraError(f"{path} exists: name another place, or replace it with --force")
+
+
 def flush_to_disk(path: Path) -> None:
     """Return once the file's bytes are on disk, so that a rename after it cannot outrun them."""
     descriptor = os.open(path, os.O_RDWR)

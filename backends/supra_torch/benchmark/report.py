@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supra_core.errors import SupraError
-from supra_core.formats.atomic import atomic_file
+from supra_core.formats.atomic import atomic_file, check_new_file
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ def refuse_existing(folder: Path, name: str, device: str, force: bool) -> list[P
     """NAME-DEVICE.json and .md in the folder; SupraError if they exist, unless ``force``."""
     paths = [folder / f"{name}-{_slug(device)}{suffix}" for suffix in (".json", ".md")]
     for path in paths:
-        if path.exists() and not force:
-            raise SupraError(f"{path} exists: name another folder, or replace it with --force")
+        check_new_file(path, force)
     return paths
 
 

@@ -62,9 +62,10 @@ def command(
     from supra_cli.commands.verify import parse_form
     from supra_cli.output import log, print_json
     from supra_cli.progress import ProgressReporter
-    from supra_cli.record import refuse_existing, write_record
+    from supra_cli.record import write_record
     from supra_core.errors import SupraError
     from supra_core.evaluate import DTYPE
+    from supra_core.formats.atomic import check_new_file
     from supra_core.sources import open_source
     from supra_core.teacher import find_teacher
 
@@ -76,7 +77,7 @@ def command(
     if no_teacher and teacher is not None:
         raise SupraError("--teacher and --no-teacher exclude each other: give one of them")
     if out is not None:
-        refuse_existing(out, force)
+        check_new_file(out, force)
     harness = _harness_tasks(tasks)
     if harness and data:
         raise SupraError(

@@ -6,10 +6,10 @@ import importlib.util
 import time
 from typing import Any
 
-from supra_cli.record import origin, refuse_existing
+from supra_cli.record import origin
 from supra_cli.report_card.settings import ReportSettings
 from supra_core.errors import MissingDependencyError
-from supra_core.formats.atomic import atomic_file
+from supra_core.formats.atomic import atomic_file, check_new_file
 from supra_core.progress import Progress
 
 
@@ -26,7 +26,7 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
 
     start = time.monotonic()
     for path in (settings.out, settings.record_path):
-        refuse_existing(path, settings.force)
+        check_new_file(path, settings.force)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     if not has_matplotlib():
         raise MissingDependencyError(
