@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -118,7 +119,19 @@ def train(arguments: argparse.Namespace, row: Row, run: Path) -> dict[str, Any]:
         "calibration_tokens": sum(record["calibration_tokens"] for record in fits),
         "calibration_seconds": sum(record["seconds"] for record in fits),
         "step_seconds": sum(r["step_tokens"] / r["tokens_per_second"] for r in steps),
+        "last_losses": last_losses(steps),
         "command": shlex.join(["supra", *command]),
+    }
+
+
+def last_losses(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean loss of the last eighth of each stage's steps, by stage."""
+    losses: dict[str, list[float]] = {}
+    for step in steps:
+        losses.setdefault(f"{step['stage_index']}: {step['stage']}", []).append(step["loss"])
+    return {
+        name: statistics.mean(values[-max(1, len(values) // 8) :])
+        for name, values in losses.items()
     }
 
 
