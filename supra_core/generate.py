@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,33 +13,37 @@ import numpy.typing as npt
 from supra_core.backend import Backend
 from supra_core.errors import SupraError
 
+# Tokens that the repetition penalty looks back on.
+REPETITION_CONTEXT = 64
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """``temperature`` 0 takes the likeliest token; ``top_p`` keeps that much probability."""
+    """How the next token is chosen.
+
+    ``temperature`` 0 takes the likeliest; ``top_p`` keeps that much probability, ``min_p`` what
+    has at least that share of the likeliest's; ``repetition_penalty`` divides the logits of the
+    last tokens (CTRL, arXiv 1909.05858), 1 being none.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 256
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name, fits, allowed in (
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
             ("seed", self.seed is None or 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
         ):
             if not fits:
                 raise SupraError(f"{name} must be {allowed}, not {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The tokens a state has seen, and the state."""
-
-    tokens: tuple[int, ...] = ()
-    state: Any = None
 
 
 def generate(
@@ -46,30 +51,43 @@ def generate(
     prompt: Sequence[int],
     sampling: Sampling,
     *,
-    memory: Memory | None = None,
     stop: Collection[int] | None = None,
-) -> Iterator[tuple[int, Memory]]:
-    """Each new token and the memory that has seen it, until one of ``stop`` or max_tokens.
+) -> Iterator[int]:
+    """New tokens after ``prompt``, until one of ``stop`` or max_tokens.
 
-    ``prompt`` goes on from ``memory``. ``stop`` None is the spec's end-of-text tokens; the stop
-    token itself is not yielded.
+    ``stop`` None is the spec's end-of-text tokens; the stop token itself is not yielded.
     """
     if not len(prompt):
         raise SupraError("the prompt has no tokens: give at least one to go on from")
-    memory = memory or Memory()
+    logits, state = model.prefill(np.asarray(prompt, dtype=np.int64)[None])
+    for token, _ in continuation(model, logits[0, -1], state, prompt, sampling, stop=stop):
+        yield token
+
+
+def continuation(
+    model: Backend,
+    logits: npt.NDArray[np.float32],
+    state: Any,
+    seen: Sequence[int],
+    sampling: Sampling,
+    *,
+    stop: Collection[int] | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """As :func:`generate`, after the last ``logits`` (V,); each token with the state after it.
+
+    ``seen``: the tokens before, as many as the repetition penalty is to know.
+    """
     ends = frozenset(model.spec.eos_token_id if stop is None else stop)
     generator = np.random.default_rng(sampling.seed)
-    logits, state = model.prefill(np.asarray(prompt, dtype=np.int64)[None], memory.state)
-    seen = (*memory.tokens, *(int(token) for token in prompt))
-    last = logits[0, -1]
+    recent = deque(seen[-REPETITION_CONTEXT:], REPETITION_CONTEXT)
     for _ in range(sampling.max_tokens):
-        token = sample(last, sampling, generator)
+        token = sample(penalised(logits, recent, sampling.repetition_penalty), sampling, generator)
         if token in ends:
             return
-        logits, state = model.step(np.array([token]), state)
-        seen = (*seen, token)
-        yield token, Memory(seen, state)
-        last = logits[0]
+        following, state = model.step(np.array([token]), state)
+        recent.append(token)
+        yield token, state
+        logits = following[0]
 
 
 def sample(
@@ -82,8 +100,21 @@ def sample(
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities, kind="stable")
+    kept = probabilities[order] >= sampling.min_p * probabilities[order[0]]
     if sampling.top_p < 1:
-        before = np.cumsum(probabilities[order]) - probabilities[order]
-        order = order[before < sampling.top_p]
-    kept = probabilities[order]
-    return int(generator.choice(order, p=kept / kept.sum()))
+        kept &= np.cumsum(probabilities[order]) - probabilities[order] < sampling.top_p
+    order = order[kept]
+    chances = probabilities[order]
+    return int(generator.choice(order, p=chances / chances.sum()))
+
+
+def penalised(
+    logits: npt.NDArray[np.float32], recent: Iterable[int], penalty: float
+) -> npt.NDArray[np.float32]:
+    """Logits (V,) of which those of recent tokens are less likely (CTRL, arXiv 1909.05858)."""
+    if penalty == 1:
+        return logits
+    said = np.unique(np.array(list(recent)))
+    changed = logits.copy()
+    changed[said] = np.where(logits[said] < 0, logits[said] * penalty, logits[said] / penalty)
+    return changed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from mlx_lm.tokenizer_utils import load as load_wrapped_tokenizer
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.assets import write_assets
+from supra_core.generate import REPETITION_CONTEXT, Sampling
+from supra_core.progress import Progress, silent
 from supra_core.sources import Source, open_source
 from supra_mlx.model import Model
 from supra_mlx.weights import load_source
 
-# Tokens the repetition penalty looks back on; mlx-lm's own default is 20.
-_REPETITION_CONTEXT = 64
+# Tokens of a prompt that are fed at once, as mlx-lm has it.
+PREFILL_STEP = 2048
 
 
 def load_model(path: str | Path, *, dtype: str | None = None) -> tuple[Model, TokenizerWrapper]:
@@ -62,57 +64,35 @@ def stream(
     model: Model,
     tokenizer: TokenizerWrapper,
     prompt_ids: Sequence[int],
+    sampling: Sampling,
     *,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
     cache: list[Any] | None = None,
-) -> Iterator[GenerationResponse]:
+    progress: Progress = silent,
+) -> Generator[GenerationResponse]:
     """Pieces of the continuation of ``prompt_ids``, each with its token and new text.
 
-    temperature 0 takes the likeliest token; ``max_tokens`` -1 goes on until the end of text;
     ``cache`` goes on from earlier tokens and is updated: it holds every token yielded, the last
-    one included. Raises SupraError when there is nothing to go on from or a setting is out of
-    range.
+    one included. ``progress`` hears how much of the prompt was fed. Raises SupraError when there
+    is nothing to go on from.
     """
-    _check(prompt_ids, max_tokens, temperature, top_p, min_p, repetition_penalty)
-    if seed is not None:
-        mx.random.seed(seed)
+    if not len(prompt_ids):
+        raise SupraError("the prompt is empty: give at least one token to go on from")
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
     processors = None
-    if repetition_penalty != 1.0:
+    if sampling.repetition_penalty != 1.0:
         processors = make_logits_processors(
-            repetition_penalty=repetition_penalty, repetition_context_size=_REPETITION_CONTEXT
+            repetition_penalty=sampling.repetition_penalty,
+            repetition_context_size=REPETITION_CONTEXT,
         )
     return stream_generate(
         model,
         tokenizer,
         mx.array(list(prompt_ids), dtype=mx.int32),
-        max_tokens=max_tokens,
-        sampler=make_sampler(temp=temperature, top_p=top_p, min_p=min_p),
+        max_tokens=sampling.max_tokens,
+        sampler=make_sampler(temp=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p),
         logits_processors=processors,
         prompt_cache=model.make_cache() if cache is None else cache,
+        prefill_step_size=PREFILL_STEP,
+        prompt_progress_callback=lambda done, total: progress("read", done, total),
     )
-
-
-def _check(
-    prompt_ids: Sequence[int],
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-) -> None:
-    if not len(prompt_ids):
-        raise SupraError("the prompt is empty: give at least one token to go on from")
-    for name, fits, allowed in (
-        ("max_tokens", max_tokens >= 1 or max_tokens == -1, "at least 1, or -1 for no limit"),
-        ("temperature", temperature >= 0, "at least 0"),
-        ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
-        ("min_p", 0 <= min_p <= 1, "from 0 to 1"),
-        ("repetition_penalty", repetition_penalty > 0, "above 0; 1 is none"),
-    ):
-        if not fits:
-            raise SupraError(f"{name} must be {allowed}")

@@ -180,7 +180,7 @@ def _generate(model: Backend, tokenizer: Tokenizer, context: str, given: dict[st
     room = model.spec.max_position_embeddings - sampling.max_tokens
     tokens: list[int] = []
     text = ""
-    for token, _ in generate(model, prompt[-room:] if room > 0 else prompt, sampling):
+    for token in generate(model, prompt[-room:] if room > 0 else prompt, sampling):
         tokens.append(token)
         text = tokenizer.decode(tokens)
         if any(stop in text for stop in stops if stop):

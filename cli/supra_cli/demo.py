@@ -320,12 +320,12 @@ def memory(model: Path) -> list[dict[str, int]]:
 
 def answer(model: Path) -> dict[str, str]:
     from supra_cli.speech import load_speaker
-    from supra_core.backend import default_for_generation
+    from supra_core.conversation import Conversation
     from supra_core.generate import Sampling
 
-    backend = default_for_generation()
-    speaker = load_speaker(str(model), backend, Sampling(max_tokens=_ANSWER_TOKENS), None)
-    return {"backend": backend, "question": QUESTION, "text": "".join(speaker.reply(QUESTION))}
+    speaker = load_speaker(str(model))
+    said = Conversation(speaker.engine).reply(QUESTION, Sampling(max_tokens=_ANSWER_TOKENS))
+    return {"backend": speaker.owner.backend, "question": QUESTION, "text": "".join(said)}
 
 
 def show(results: dict[str, Any], model: Path) -> None:

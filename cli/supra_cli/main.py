@@ -23,6 +23,7 @@ from supra_cli.commands import (
     generate,
     inspect,
     report,
+    state,
     uptrain,
     verify,
 )
@@ -69,3 +70,4 @@ app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
+app.add_typer(state.app, name="state")

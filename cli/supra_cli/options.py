@@ -21,6 +21,13 @@ ReportFolder = Annotated[
 Form = Annotated[str, typer.Option(help="parallel, recurrent or step.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling: keep this much probability.")]
+MinP = Annotated[
+    float, typer.Option(help="Drop tokens with less than this share of the likeliest's chance.")
+]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 repeats less; 1 is none.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End an answer before this text; may be repeated.")
+]
 MaxTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
 Seed = Annotated[int | None, typer.Option(help="Repeatable sampling.")]
 System = Annotated[str | None, typer.Option(help="System prompt; default: the template's own.")]

@@ -1,143 +1,82 @@
-"""One way to speak to a model, whichever backend it runs in: continue a text, or converse."""
+"""A model that speaks, whichever backend it runs in."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from supra_core.backend import load
-from supra_core.errors import FormatError, SupraError
+from supra_core.backend import default_for_generation, load
+from supra_core.backend_engine import BackendEngine
+from supra_core.conversation import Conversation, Engine, HeldBack, Snapshot
+from supra_core.errors import FormatError
+from supra_core.fingerprint import fingerprint
 from supra_core.formats.assets import write_assets
-from supra_core.generate import Memory, Sampling, generate
+from supra_core.formats.state_file import Owner, SavedState, check_owner, read_state, write_state
+from supra_core.generate import Sampling
+from supra_core.progress import silent
+from supra_core.sizes import Sizes, measure
 from supra_core.sources import Source, open_source
-from supra_core.text import render_chat
-
-if TYPE_CHECKING:
-    from supra_mlx.conversation import Conversation
-
-Message = dict[str, str]
 
 
-class Speaker(Protocol):
-    """A loaded model; what it says comes piece by piece.
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model, and what its states are known by."""
 
-    A caller that stops early keeps in the conversation what has been said.
-    """
+    engine: Engine
+    owner: Owner
+    sizes: Sizes
 
-    def continuation(self, prompt: str) -> Generator[str]:
-        """What follows ``prompt``, which is fed as it stands."""
-        ...
+    def continuation(
+        self, prompt: str, sampling: Sampling, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
+        """What follows ``prompt``, fed as it stands, piece by piece, before any of ``stop``."""
+        ids, held = self.engine.encode(prompt), HeldBack(stop)
+        with closing(self.engine.speak(ids, self.engine.fresh(), sampling, silent)) as pieces:
+            for _, piece in pieces:
+                yield held.take(piece)
+                if held.stopped:
+                    return
+        yield held.rest()
 
-    def reply(self, text: str) -> Generator[str]:
-        """The answer to ``text`` in the conversation so far, by the chat template."""
-        ...
+    def save(self, conversation: Conversation, path: Path, *, force: bool = False) -> None:
+        """Write where the conversation stands; raises as :func:`write_state`."""
+        now = conversation.snapshot()
+        arrays = self.engine.arrays(now.state)
+        write_state(path, SavedState(self.owner, now.messages, now.tokens, arrays), force=force)
 
-    def clear(self) -> None:
-        """Forget the conversation."""
-        ...
+    def load(self, conversation: Conversation, path: Path) -> None:
+        """Go on from a file; SupraError when it is no state of this model."""
+        saved = read_state(path)
+        check_owner(path, saved.owner, self.owner)
+        state = self.engine.restored(saved.arrays)
+        conversation.restore(Snapshot(saved.messages, saved.tokens, state))
 
 
-def load_speaker(
-    model: str, backend: str, sampling: Sampling, system: str | None, dtype: str | None = None
-) -> Speaker:
+def load_speaker(model: str, backend: str | None = None, dtype: str | None = None) -> Speaker:
     """The model in MLX, with mlx-lm's own generator, or in any other backend, with ours."""
-    if backend == "mlx":
-        return MLXSpeaker(model, sampling, system, dtype)
-    return BackendSpeaker(open_source(model), backend, sampling, system, dtype)
+    name, source = backend or default_for_generation(), open_source(model)
+    engine = _mlx_engine(model, dtype) if name == "mlx" else _backend_engine(source, name, dtype)
+    owner = Owner(fingerprint(source), str(source.path), name, dtype or source.dtype)
+    return Speaker(engine, owner, measure(source.spec, source.tensors))
 
 
-class MLXSpeaker:
-    """mlx-lm's generator over the recurrent cache."""
+def _mlx_engine(model: str, dtype: str | None) -> Engine:
+    from supra_cli.backends import require
 
-    def __init__(
-        self, model: str, sampling: Sampling, system: str | None, dtype: str | None
-    ) -> None:
-        from supra_cli.backends import require
+    require("mlx", "this backend")
+    from supra_mlx.engine import MLXEngine
+    from supra_mlx.generate import load_model
 
-        require("mlx", "this backend")
-        from supra_mlx.generate import load_model
-
-        self._model, self._tokenizer = load_model(model, dtype=dtype)
-        self._system = system
-        self._settings: dict[str, Any] = {
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
-        }
-        self._conversation: Conversation | None = None
-
-    def continuation(self, prompt: str) -> Generator[str]:
-        from supra_mlx.generate import stream
-
-        ids = self._tokenizer.encode(prompt)
-        for response in stream(self._model, self._tokenizer, ids, **self._settings):
-            yield response.text
-
-    def reply(self, text: str) -> Generator[str]:
-        from supra_mlx.conversation import Conversation
-
-        if self._conversation is None:
-            self._conversation = Conversation(self._model, self._tokenizer, system=self._system)
-        yield from self._conversation.reply(text, **self._settings)
-
-    def clear(self) -> None:
-        self._conversation = None
+    return MLXEngine(*load_model(model, dtype=dtype))
 
 
-class BackendSpeaker:
-    """Our own loop over prefill and step; each turn feeds what the state has not seen."""
-
-    def __init__(
-        self,
-        source: Source,
-        backend: str,
-        sampling: Sampling,
-        system: str | None,
-        dtype: str | None,
-    ) -> None:
-        self._tokenizer = chat_tokenizer(source)
-        self._model = load(backend, source.path, dtype=dtype)
-        self._sampling = sampling
-        self._start: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.clear()
-
-    def clear(self) -> None:
-        self._messages = list(self._start)
-        self._memory = Memory()
-
-    def continuation(self, prompt: str) -> Generator[str]:
-        for text, _ in self._speak(self._tokenizer.encode(prompt), Memory()):
-            yield text
-
-    def reply(self, text: str) -> Generator[str]:
-        if not self._tokenizer.chat_template:
-            raise SupraError(
-                "the model's tokenizer has no chat template: use supra generate --raw, or a "
-                "model made for chat"
-            )
-        self._messages.append({"role": "user", "content": text})
-        ids = render_chat(self._tokenizer, self._messages)
-        memory = self._memory if self._continues(ids) else Memory()
-        said: list[str] = []
-        try:
-            for piece, after in self._speak(ids[len(memory.tokens) :], memory):
-                self._memory = after
-                said.append(piece)
-                yield piece
-        finally:
-            self._messages.append({"role": "assistant", "content": "".join(said)})
-
-    def _continues(self, ids: list[int]) -> bool:
-        seen = list(self._memory.tokens)
-        return len(seen) < len(ids) and ids[: len(seen)] == seen
-
-    def _speak(self, ids: list[int], memory: Memory) -> Iterator[tuple[str, Memory]]:
-        text = _detokenizer(self._tokenizer)
-        for token, after in generate(self._model, ids, self._sampling, memory=memory):
-            yield text(token), after
+def _backend_engine(source: Source, backend: str, dtype: str | None) -> Engine:
+    tokenizer = chat_tokenizer(source)
+    return BackendEngine(load(backend, source.path, dtype=dtype), tokenizer)
 
 
 def chat_tokenizer(source: Source) -> Any:
@@ -166,11 +105,3 @@ def chat_tokenizer(source: Source) -> Any:
                 f"the tokenizer of {source.path} cannot be read ({reason}): copy the tokenizer "
                 "files from the source model again"
             ) from error
-
-
-def _detokenizer(tokenizer: Any) -> Callable[[int], str]:
-    """Token -> the text that became certain with it; a character may span several tokens."""
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(skip_special_tokens=True)
-    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""

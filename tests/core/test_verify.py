@@ -11,7 +11,7 @@ import pytest
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.evaluate import losses_of, perplexity
-from supra_core.generate import Memory, Sampling, generate, sample
+from supra_core.generate import Sampling, generate, penalised, sample
 from supra_core.sizes import kv_bytes_per_token, measure
 from supra_core.spec import (
     FeatureMap,
@@ -130,10 +130,8 @@ def test_perplexity_over_windows_and_a_rest() -> None:
         perplexity(Counting(), text.head(1))
 
 
-def test_generation_stops_at_the_end_of_text_and_keeps_the_memory() -> None:
-    said = list(generate(Counting(), [5, 6], Sampling(max_tokens=20)))
-    assert [token for token, _ in said] == [7, 8, 9]
-    assert said[-1][1] == Memory((5, 6, 7, 8, 9), 5)
+def test_generation_stops_at_the_end_of_text() -> None:
+    assert list(generate(Counting(), [5, 6], Sampling(max_tokens=20))) == [7, 8, 9]
     assert len(list(generate(Counting(), [1], Sampling(max_tokens=2)))) == 2
 
 
@@ -142,6 +140,16 @@ def test_sampling_respects_top_p() -> None:
     generator = np.random.default_rng(0)
     drawn = {sample(logits, Sampling(temperature=1.0, top_p=0.6), generator) for _ in range(100)}
     assert drawn == {0, 1}
+    settings = Sampling(temperature=1.0, min_p=0.5)
+    drawn = {sample(logits, settings, generator) for _ in range(100)}
+    assert drawn == {0, 1}
+
+
+def test_a_repetition_penalty_makes_what_was_said_less_likely() -> None:
+    logits = np.array([2.0, -1.0, 3.0, 0.5], dtype=np.float32)
+    found = penalised(logits, [1, 0, 1], 2.0)
+    np.testing.assert_array_equal(found, np.array([1.0, -2.0, 3.0, 0.5], dtype=np.float32))
+    assert logits[0] == 2.0
 
 
 def test_state_is_fixed_and_caches_grow() -> None:

@@ -1,4 +1,4 @@
-"""Generation and conversations against a plain greedy loop."""
+"""Generation against a plain greedy loop."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ mx = pytest.importorskip("mlx.core")
 from mlx_lm.generate import batch_generate  # noqa: E402
 
 from supra_core.errors import FormatError, SupraError  # noqa: E402
+from supra_core.generate import Sampling  # noqa: E402
 from supra_mlx.backend import MLXBackend, load  # noqa: E402
-from supra_mlx.conversation import Conversation  # noqa: E402
 from supra_mlx.generate import load_model, stream  # noqa: E402
 from tests.mlx.chat import END_OF_TURN, write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
@@ -48,7 +48,7 @@ def _text(tokenizer: Any, tokens: list[int]) -> str:
 
 def test_greedy_is_the_argmax_loop(loaded: Any) -> None:
     model, tokenizer = loaded
-    responses = list(stream(model, tokenizer, PROMPT, max_tokens=40))
+    responses = list(stream(model, tokenizer, PROMPT, Sampling(max_tokens=40)))
     assert [r.token for r in responses] == _greedy(model, PROMPT, 40)
     assert "".join(r.text for r in responses) == _text(tokenizer, [r.token for r in responses])
 
@@ -56,10 +56,10 @@ def test_greedy_is_the_argmax_loop(loaded: Any) -> None:
 def test_the_cache_holds_every_token_yielded(loaded: Any) -> None:
     model, tokenizer = loaded
     cache = model.make_cache()
-    responses = stream(model, tokenizer, PROMPT, max_tokens=9, cache=cache)
+    responses = stream(model, tokenizer, PROMPT, Sampling(max_tokens=9), cache=cache)
     tokens = [next(responses).token for _ in range(5)]
     assert tokens == _greedy(model, PROMPT, 5)
-    following = list(stream(model, tokenizer, [7, 8], max_tokens=5, cache=cache))
+    following = list(stream(model, tokenizer, [7, 8], Sampling(max_tokens=5), cache=cache))
     assert [r.token for r in following] == _greedy(model, [*PROMPT, *tokens, 7, 8], 5)
 
 
@@ -69,7 +69,7 @@ def test_it_stops_at_the_end_of_text(loaded: Any) -> None:
     kept = tokenizer.eos_token_ids
     tokenizer.eos_token_ids = [likely[3]]
     try:
-        responses = list(stream(model, tokenizer, PROMPT, max_tokens=40))
+        responses = list(stream(model, tokenizer, PROMPT, Sampling(max_tokens=40)))
     finally:
         tokenizer.eos_token_ids = kept
     assert responses[-1].finish_reason == "stop"
@@ -80,7 +80,8 @@ def test_a_seed_repeats_and_penalties_apply(loaded: Any) -> None:
     model, tokenizer = loaded
 
     def sample(**settings: Any) -> list[int]:
-        return [r.token for r in stream(model, tokenizer, PROMPT, max_tokens=20, **settings)]
+        sampling = Sampling(max_tokens=20, **settings)
+        return [r.token for r in stream(model, tokenizer, PROMPT, sampling)]
 
     chosen = {"temperature": 1.0, "top_p": 0.95, "min_p": 0.01}
     assert sample(seed=3, **chosen) == sample(seed=3, **chosen) != sample(seed=4, **chosen)
@@ -91,7 +92,6 @@ def test_a_seed_repeats_and_penalties_apply(loaded: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt_ids": []}, "prompt is empty"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"top_p": 0.0}, "top_p must be above 0"),
@@ -99,9 +99,14 @@ def test_a_seed_repeats_and_penalties_apply(loaded: Any) -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
     ],
 )
-def test_settings_out_of_range(loaded: Any, settings: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SupraError, match=message):
-        stream(*loaded, **{"prompt_ids": PROMPT, **settings})
+        Sampling(**settings)
+
+
+def test_an_empty_prompt(loaded: Any) -> None:
+    with pytest.raises(SupraError, match="prompt is empty"):
+        stream(*loaded, [], Sampling())
 
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
@@ -113,67 +118,6 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(FormatError, match="cannot be read"):
         load_model(folder)
-
-
-# --- conversations --------------------------------------------------------------------------
-
-
-def _stateless(model: Any, tokenizer: Any, messages: list[dict[str, str]], count: int) -> str:
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return _text(tokenizer, _greedy(model, list(ids), count))
-
-
-def test_turns_are_those_of_a_stateless_model(loaded: Any) -> None:
-    model, tokenizer = loaded
-    conversation = Conversation(model, tokenizer, system="Be brief.")
-    for turn, text in enumerate(("Hello", "Why?", "I see, go on")):
-        messages = [*conversation.messages, {"role": "user", "content": text}]
-        expected = _stateless(model, tokenizer, messages, 12)
-        assert "".join(conversation.reply(text, max_tokens=12)) == expected
-        if turn:
-            # A turn feeds its own tokens: end of turn, both role lines, and the text.
-            assert conversation.last_response.prompt_tokens < len(text) + 30
-    assert int(conversation.cache[0][1][0]) == len(conversation.tokens)
-
-
-def test_a_template_that_rewrites_what_was_said(tmp_path: Path) -> None:
-    """Trimmed contents do not match the state, which then starts from one that fits."""
-    folder = write_chat_model(tmp_path / "model", SPECS["windowed"], trim=True)
-    model, tokenizer = load_model(folder)
-    conversation = Conversation(model, tokenizer)
-    list(conversation.reply("Hello", max_tokens=6))
-    conversation.messages[-1]["content"] = "something else"
-    messages = [*conversation.messages, {"role": "user", "content": "Why?"}]
-    expected = _stateless(model, tokenizer, messages, 10)
-    assert "".join(conversation.reply("Why?", max_tokens=10)) == expected
-
-
-def test_a_reply_may_be_stopped_and_taken_back(loaded: Any) -> None:
-    model, tokenizer = loaded
-    conversation = Conversation(model, tokenizer)
-    list(conversation.reply("Hello", max_tokens=6))
-    messages, tokens = list(conversation.messages), list(conversation.tokens)
-    pieces = conversation.reply("Why?", max_tokens=30)
-    said = next(pieces) + next(pieces)
-    pieces.close()
-    assert conversation.messages[-1] == {"role": "assistant", "content": said}
-    following = [*conversation.messages, {"role": "user", "content": "And?"}]
-    expected = _stateless(model, tokenizer, following, 8)
-    assert "".join(conversation.reply("And?", max_tokens=8)) == expected
-    assert conversation.undo()
-    assert conversation.undo()
-    assert (conversation.messages, conversation.tokens) == (messages, tokens)
-    expected = _stateless(model, tokenizer, following[: len(messages) + 1], 8)
-    assert "".join(conversation.reply("Why?", max_tokens=8)) == expected
-    conversation.clear()
-    assert not conversation.undo()
-
-
-def test_a_turn_that_fails_leaves_no_trace(loaded: Any) -> None:
-    conversation = Conversation(*loaded)
-    with pytest.raises(SupraError, match="temperature"):
-        list(conversation.reply("Hello", temperature=-1.0))
-    assert conversation.messages == conversation.tokens == []
 
 
 def test_mlx_lms_batch_generator(loaded: Any) -> None:

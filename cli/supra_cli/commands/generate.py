@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,16 +19,22 @@ def command(
     backend: options.GenerationBackend = None,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
     max_tokens: options.MaxTokens = 256,
     seed: options.Seed = None,
+    stop: options.Stop = None,
     system: options.System = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Go on from a file of /save or supra state read.")
+    ] = None,
     dtype: options.Dtype = None,
     json_output: options.Json = False,
 ) -> None:
     """Print a model's answer, or the continuation of a text."""
     from supra_cli.output import print_json
     from supra_cli.speech import load_speaker
-    from supra_core.backend import default_for_generation
+    from supra_core.conversation import Conversation
     from supra_core.errors import SupraError
     from supra_core.generate import Sampling
 
@@ -34,17 +42,24 @@ def command(
         raise SupraError("--system needs the chat template: leave out --raw or --system")
     if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode("utf-8"):
         raise SupraError("the prompt is not UTF-8 text: give it in that encoding")
-    name = backend or default_for_generation()
-    sampling = Sampling(temperature, top_p, max_tokens, seed)
-    speaker = load_speaker(model, name, sampling, system, dtype)
+    if state is not None and (raw or system is not None):
+        raise SupraError("--state goes on with a conversation: leave out --raw and --system")
+    sampling = Sampling(temperature, top_p, max_tokens, seed, min_p, repetition_penalty)
+    speaker = load_speaker(model, backend, dtype)
     start = time.monotonic()
-    pieces = speaker.continuation(prompt) if raw else speaker.reply(prompt)
+    pieces: Iterator[str]
+    if raw:
+        pieces = speaker.continuation(prompt, sampling, stop or ())
+    else:
+        conversation = Conversation(speaker.engine, system)
+        if state is not None:
+            speaker.load(conversation, state)
+        pieces = conversation.reply(prompt, sampling, stop=stop or ())
     if json_output:
         text = "".join(pieces)
         seconds = round(time.monotonic() - start, 3)
-        print_json(
-            {"model": model, "backend": name, "prompt": prompt, "text": text, "seconds": seconds}
-        )
+        record = {"model": model, "backend": speaker.owner.backend, "prompt": prompt}
+        print_json({**record, "text": text, "seconds": seconds})
         return
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -42,7 +42,7 @@ def sample(
         for number, question in enumerate(QUESTIONS[:questions]):
             progress(f"{side.role}: samples", done, total)
             sampling = Sampling(temperature, max_tokens=answer_tokens, seed=(seed + number) % 2**32)
-            tokens = [token for token, _ in generate(model, prompt_of(question), sampling)]
+            tokens = list(generate(model, prompt_of(question), sampling))
             answers.append(
                 {
                     "question": question,

@@ -1,0 +1,108 @@
+"""A model in MLX that speaks, by mlx-lm's own generator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import ArraysCache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from supra_core.backend import StateArrays
+from supra_core.conversation import Message
+from supra_core.errors import FormatError, SupraError
+from supra_core.generate import Sampling
+from supra_core.progress import Progress
+from supra_core.text import render_chat
+from supra_mlx.generate import PREFILL_STEP, stream
+from supra_mlx.model import LINEAR_SLOTS, Model
+from supra_mlx.weights import to_mlx, to_numpy
+
+# mlx-lm's cache a layer; the arrays in it are never changed.
+Caches = list[Any]
+
+
+class MLXEngine:
+    """:class:`~supra_core.conversation.Engine` over a model and its tokenizer."""
+
+    backend = "mlx"
+
+    def __init__(self, model: Model, tokenizer: TokenizerWrapper) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it stands."""
+        return [int(token) for token in self.tokenizer.encode(text)]
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """As the chat template has it; SupraError when the tokenizer has none."""
+        if not self.tokenizer.has_chat_template:
+            raise SupraError(
+                "the model's tokenizer has no chat template: use supra generate --raw, or a "
+                "model made for chat"
+            )
+        return [int(token) for token in render_chat(self.tokenizer, list(messages))]
+
+    def fresh(self) -> Caches:
+        """The state before the first token."""
+        return list(self.model.make_cache())
+
+    def copy(self, state: Caches) -> Caches:
+        """The same arrays in caches of their own."""
+        return copy.deepcopy(state)
+
+    def feed(self, ids: Sequence[int], state: Caches, progress: Progress) -> None:
+        """Show ``ids`` to ``state``, as many at a time as the generator does."""
+        for start in range(0, len(ids), PREFILL_STEP):
+            part = mx.array([list(ids[start : start + PREFILL_STEP])], dtype=mx.int32)
+            self.model(part, cache=state)
+            mx.eval([cache.state for cache in state])
+            mx.clear_cache()
+            progress("read", start + part.shape[1], len(ids))
+
+    def speak(
+        self, ids: Sequence[int], state: Caches, sampling: Sampling, progress: Progress
+    ) -> Generator[tuple[int, str]]:
+        """Tokens after ``ids`` with their text; the end of a turn is one of them."""
+        for response in stream(
+            self.model, self.tokenizer, ids, sampling, cache=state, progress=progress
+        ):
+            yield int(response.token), response.text
+
+    def arrays(self, state: Caches) -> StateArrays:
+        """``layers.N.NAME`` for linear layers' memory, ``layers.N.M`` for the rest of mlx-lm's."""
+        arrays: StateArrays = {}
+        for index, cache in enumerate(state):
+            for name, value in () if cache.empty() else _entries(cache):
+                exact = to_numpy(value) if isinstance(value, mx.array) else np.array(value)
+                arrays[f"layers.{index}.{name}"] = exact
+        return arrays
+
+    def restored(self, arrays: StateArrays) -> Caches:
+        """The inverse of :meth:`arrays`; FormatError when an array is missing."""
+        state = self.fresh()
+        for index, cache in enumerate(state if arrays else ()):
+            prefix = f"layers.{index}."
+            try:
+                if isinstance(cache, ArraysCache):
+                    names = LINEAR_SLOTS[: len(cache.cache)]
+                    cache.cache = [to_mlx(arrays[prefix + name]) for name in names]
+                else:
+                    entries = [arrays[f"{prefix}{entry}"] for entry in range(len(cache.state))]
+                    cache.state = tuple(x.item() if x.ndim == 0 else to_mlx(x) for x in entries)
+            except KeyError as error:
+                raise FormatError(
+                    f"the state has no array {error.args[0]!r}: it is another model's"
+                ) from None
+        return state
+
+
+def _entries(cache: Any) -> Iterator[tuple[str, mx.array | int]]:
+    if isinstance(cache, ArraysCache):
+        yield from zip(LINEAR_SLOTS, cache.cache, strict=False)
+    else:
+        for entry, value in enumerate(cache.state):
+            yield str(entry), value

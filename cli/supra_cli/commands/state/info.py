@@ -1,0 +1,44 @@
+"""``supra state info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supra_cli import options
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="A file of /save or supra state read.")],
+    json_output: options.Json = False,
+) -> None:
+    """Whose state a file holds, what it has seen, and the transcript."""
+    from supra_cli.output import print_json
+    from supra_core.formats.state_file import read_state
+
+    saved = read_state(file)
+    if json_output:
+        print_json(
+            {
+                "file": str(file),
+                "model": saved.owner.source,
+                "fingerprint": saved.owner.model,
+                "backend": saved.owner.backend,
+                "dtype": saved.owner.dtype,
+                "tokens": len(saved.tokens),
+                "state_bytes": saved.state_bytes,
+                "messages": list(saved.messages),
+            }
+        )
+        return
+    print(f"{saved.owner.source} in {saved.owner.backend}, {saved.owner.dtype}")
+    print(f"{saved.state_bytes / 2**20:,.1f} MiB of state, {len(saved.tokens):,} tokens seen")
+    for message in saved.messages:
+        print(f"\n{message['role']}: {_shortened(message['content'])}")
+
+
+def _shortened(text: str, characters: int = 400) -> str:
+    cut = len(text) - characters
+    return text if cut <= 0 else f"{text[:characters]} ... ({cut:,} characters more)"

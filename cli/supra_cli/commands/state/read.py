@@ -1,0 +1,56 @@
+"""``supra state read``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supra_cli import options
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Anything supra convert reads.")],
+    text: Annotated[Path, typer.Argument(help="What the model is to know: a UTF-8 text file.")],
+    out: Annotated[Path, typer.Argument(help="The file to write, .safetensors.")],
+    system: options.System = None,
+    backend: options.GenerationBackend = None,
+    dtype: options.Dtype = None,
+    force: options.Force = False,
+    json_output: options.Json = False,
+) -> None:
+    """Let a model read a text once, and keep its state: every chat may go on from there."""
+    from supra_cli.output import log, print_json
+    from supra_cli.progress import ProgressReporter
+    from supra_cli.speech import load_speaker
+    from supra_core.conversation import Conversation
+    from supra_core.formats.atomic import check_new_file
+    from supra_core.text import read_text
+
+    check_new_file(out, force)
+    content = read_text(text)
+    speaker = load_speaker(model, backend, dtype)
+    conversation = Conversation(speaker.engine, system)
+    start = time.monotonic()
+    with ProgressReporter() as progress:
+        tokens = conversation.read(content, progress)
+    seconds = time.monotonic() - start
+    speaker.save(conversation, out, force=force)
+    record = {
+        "model": model,
+        "backend": speaker.owner.backend,
+        "text": str(text),
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "file": str(out),
+        "file_bytes": out.stat().st_size,
+    }
+    if json_output:
+        print_json(record)
+        return
+    log(
+        f"{tokens:,} tokens read in {seconds:,.1f} s; {out} has "
+        f"{out.stat().st_size / 2**20:,.1f} MiB. Ask with: supra chat {model} --state {out}"
+    )

@@ -1,0 +1,1 @@
+"""Talking to a model: the session, its commands, and the terminal."""

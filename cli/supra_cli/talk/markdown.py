@@ -1,0 +1,67 @@
+"""Markdown as it comes in: what is complete stays, the block that is growing is drawn anew."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+
+_FENCES = ("```", "~~~")
+
+
+class MarkdownStream:
+    """Text in pieces on a terminal. Use it as a context: leaving it prints what is left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._text = ""
+        # Only the growing block is redrawn, so that an answer longer than the screen scrolls.
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> MarkdownStream:
+        self._live.start()
+        return self
+
+    def write(self, piece: str) -> None:
+        """Show one more piece."""
+        self._text += piece
+        done, self._text = split_blocks(self._text)
+        if done.strip():
+            self._live.update("", refresh=True)
+            self._console.print(Markdown(done))
+            self._console.print()
+        self._live.update(Markdown(self._text), refresh=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._live.update("", refresh=True)
+        self._live.stop()
+        if self._text.strip():
+            self._console.print(Markdown(self._text))
+
+
+def split_blocks(text: str) -> tuple[str, str]:
+    """Complete blocks, and the block that may still grow: after the last blank line outside code.
+
+    A list is one block, whose numbers go on over blank lines.
+    """
+    lines = text.split("\n")
+    cut, fence = 0, ""
+    for number, line in enumerate(lines):
+        mark = line.strip()[:3]
+        if fence:
+            fence = "" if mark == fence and line.strip() == fence else fence
+        elif mark in _FENCES:
+            fence = mark
+        elif not line.strip() and number + 1 < len(lines) and not _continues(lines[number + 1 :]):
+            cut = number + 1
+    return "\n".join(lines[:cut]), "\n".join(lines[cut:])
+
+
+def _continues(following: list[str]) -> bool:
+    """Whether what follows a blank line may belong to the list before it, or is not known yet."""
+    first = next((line for line in following if line.strip()), None)
+    if first is None:
+        return True
+    word = first.split(maxsplit=1)[0]
+    item = word in ("-", "*", "+") or (word[:-1].isdigit() and word[-1] in ".)")
+    return item or first.startswith((" ", "\t"))

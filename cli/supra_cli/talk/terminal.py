@@ -1,0 +1,102 @@
+"""Reading questions and showing answers, on a terminal or through pipes."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+from supra_cli.talk.session import questions
+
+_APP = "supra"
+_PATIENCE = 1.0
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def read_lines(toolbar: Callable[[], str]) -> Iterator[str]:
+    """Questions and commands until Ctrl-D or the end of stdin; ``toolbar`` stands below them."""
+    return questions(_typed(toolbar) if sys.stdin.isatty() else _piped())
+
+
+def show(pieces: Generator[str]) -> None:
+    """An answer as it comes: as markdown on a terminal, else as it is. Ctrl-C ends it."""
+    try:
+        if sys.stdout.isatty():
+            _as_markdown(pieces)
+        else:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        # Only the answer ends: what has been said stays in the conversation.
+        print(" [stopped]", end="")
+    finally:
+        pieces.close()
+    print(flush=True)
+
+
+class ReadingProgress:
+    """A :class:`~supra_core.progress.Progress` that speaks up when reading takes a while."""
+
+    def __init__(self) -> None:
+        self._done, self._began, self._shown = 0, 0.0, 0.0
+
+    def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
+        """``done`` of ``total`` tokens."""
+        now = time.monotonic()
+        if done < self._done or not self._began:
+            self._began = self._shown = now
+        self._done = 0 if done >= total else done
+        if not sys.stderr.isatty():
+            if now - self._shown > _SECONDS_BETWEEN_LINES:
+                self._shown = now
+                print(f"{stage} {done:,} of {total:,} tokens", file=sys.stderr, flush=True)
+        elif now - self._began > _PATIENCE:
+            line = f"{stage} {done:,} of {total:,} tokens" if done < total else ""
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _as_markdown(pieces: Generator[str]) -> None:
+    from rich.console import Console
+
+    from supra_cli.talk.markdown import MarkdownStream
+
+    with MarkdownStream(Console()) as stream:
+        for piece in pieces:
+            stream.write(piece)
+
+
+def _piped() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # One wrong byte in a line must not end the conversation.
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    yield from sys.stdin
+
+
+def _typed(toolbar: Callable[[], str]) -> Iterator[str]:
+    import typer
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+
+    from supra_cli.talk.session import COMMANDS
+
+    folder = Path(typer.get_app_dir(_APP))
+    folder.mkdir(parents=True, exist_ok=True)
+    names = WordCompleter([f"/{name}" for name in (*COMMANDS, "exit")], sentence=True)
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(str(folder / "history")),
+        auto_suggest=AutoSuggestFromHistory(),
+        completer=names,
+        complete_while_typing=False,
+        bottom_toolbar=toolbar,
+    )
+    while True:
+        try:
+            yield session.prompt("> ")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("Ctrl-D or /exit leaves")

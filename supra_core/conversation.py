@@ -1,0 +1,260 @@
+"""A conversation whose state is kept, so that each turn feeds its own tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from supra_core.backend import StateArrays
+from supra_core.generate import Sampling
+from supra_core.progress import Progress, silent
+
+Message = dict[str, str]
+
+# Turns whose states are kept to go back to; each costs one state (64 MiB for a 7B model).
+_SNAPSHOTS = 8
+
+
+class Engine(Protocol):
+    """A loaded model that speaks.
+
+    Its states are changed by :meth:`feed` and :meth:`speak`; a copy shares their arrays, which
+    nothing changes.
+    """
+
+    backend: str
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it stands."""
+        ...
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the conversation by the model's chat template, up to the next answer."""
+        ...
+
+    def fresh(self) -> Any:
+        """The state before the first token."""
+        ...
+
+    def copy(self, state: Any) -> Any:
+        """A state that goes its own way from here."""
+        ...
+
+    def feed(self, ids: Sequence[int], state: Any, progress: Progress) -> None:
+        """Show ``ids``, at least one, to ``state``."""
+        ...
+
+    def speak(
+        self, ids: Sequence[int], state: Any, sampling: Sampling, progress: Progress
+    ) -> Generator[tuple[int, str]]:
+        """Tokens after ``ids``, each with the text that became certain; the state has seen them."""
+        ...
+
+    def arrays(self, state: Any) -> StateArrays:
+        """The state for a file; the inverse of :meth:`restored`."""
+        ...
+
+    def restored(self, arrays: StateArrays) -> Any:
+        """The state of a file; FormatError when it is no state of this model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A recurrent state cannot be wound back, only kept."""
+
+    messages: tuple[Message, ...]
+    tokens: tuple[int, ...]
+    state: Any
+
+
+class Conversation:
+    """Messages, the tokens the state has seen, and the state itself.
+
+    The whole transcript is rendered by the chat template every turn; what the state has seen of
+    it is not fed again. If the rendering differs from what was seen (a template may strip white
+    space, a stop string cuts what was said), the last kept state that still fits is taken up.
+    ``fed`` and ``said``: tokens of the last turn's prompt and of its answer so far.
+    """
+
+    messages: list[Message]
+    tokens: list[int]
+    state: Any
+    fed = said = 0
+
+    def __init__(self, engine: Engine, system: str | None = None) -> None:
+        self.engine = engine
+        messages = () if system is None else ({"role": "system", "content": system},)
+        self._begin(Snapshot(messages, (), engine.fresh()))
+
+    def clear(self) -> None:
+        """Forget every turn; a system prompt, and a text that was read, stay."""
+        self.messages = list(self._start.messages)
+        self._snapshots: list[Snapshot] = []
+        self._take_up(self._start)
+
+    @property
+    def turns(self) -> int:
+        """Questions that were answered."""
+        return sum(message["role"] == "user" for message in self.messages)
+
+    def snapshot(self) -> Snapshot:
+        """Where the conversation stands; it may go on."""
+        return Snapshot(tuple(self.messages), tuple(self.tokens), self.engine.copy(self.state))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from there; turns before it can be taken back by feeding the rest again."""
+        before = [message for message in snapshot.messages if message["role"] == "system"]
+        asked = len(before) < len(snapshot.messages)
+        fresh = Snapshot(tuple(before), (), self.engine.fresh())
+        self._begin(fresh if asked else snapshot)
+        self.messages = list(snapshot.messages)
+        self._take_up(snapshot)
+
+    def branch(self) -> Conversation:
+        """Another conversation with the same past."""
+        other = Conversation(self.engine)
+        other.restore(self.snapshot())
+        other._start, other._snapshots = self._start, list(self._snapshots)
+        return other
+
+    def undo(self) -> str | None:
+        """Take the last turn back; returns its question, None when there was no turn."""
+        if not self.turns:
+            return None
+        last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
+        question = self.messages[last]["content"]
+        del self.messages[last:]
+        if self._snapshots:
+            self._take_up(self._snapshots.pop())
+        else:
+            # Too long ago: the next turn feeds what is left once more.
+            self.tokens, self.state = [], self.engine.fresh()
+        return question
+
+    def read(self, text: str, progress: Progress = silent) -> int:
+        """Show the model a text once, as what the system says; returns the tokens fed.
+
+        Only before the first turn: ValueError later. All turns go on from its state.
+        """
+        if self.turns:
+            raise ValueError("a text is read before the first turn")
+        before = [message["content"] for message in self.messages]
+        system = {"role": "system", "content": "\n\n".join([*before, text])}
+        # What both have in common stands before any question.
+        one, other = (
+            self.engine.render([system, {"role": "user", "content": question}])
+            for question in ("a", "Which?")
+        )
+        shared = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+        state = self.engine.fresh()
+        if shared:
+            self.engine.feed(one[:shared], state, progress)
+        self._begin(Snapshot((system,), tuple(one[:shared]), state))
+        return shared
+
+    def reply(
+        self,
+        text: str,
+        sampling: Sampling,
+        *,
+        stop: Sequence[str] = (),
+        progress: Progress = silent,
+    ) -> Generator[str]:
+        """The answer to ``text``, piece by piece, until the first of the strings ``stop``.
+
+        What has been said when the caller stops early stays in the conversation. When nothing
+        has, the turn is taken back.
+        """
+        self._snapshots.append(self.snapshot())
+        del self._snapshots[:-_SNAPSHOTS]
+        self.fed = self.said = 0
+        self.messages.append({"role": "user", "content": text})
+        said: list[str] = []
+        started = False
+        try:
+            ids = self._unseen(self.engine.render(self.messages))
+            self.fed = len(ids)
+            held = HeldBack(stop)
+            with closing(self.engine.speak(ids, self.state, sampling, progress)) as pieces:
+                for token, piece in pieces:
+                    self.tokens += [token] if started else [*ids, token]
+                    started, self.said = True, self.said + 1
+                    said.append(held.take(piece))
+                    if said[-1]:
+                        yield said[-1]
+                    if held.stopped:
+                        break
+            if not started:
+                # An answer without a word is one, too.
+                started = True
+                self.tokens += ids
+            said.append(held.rest())
+            if said[-1]:
+                yield said[-1]
+        finally:
+            if started:
+                self.messages.append({"role": "assistant", "content": "".join(said)})
+            else:
+                self.undo()
+
+    def _unseen(self, ids: list[int]) -> list[int]:
+        """What of ``ids`` the state has yet to see; takes up an earlier state if need be."""
+        if not _fits(self.tokens, ids):
+            for snapshot in reversed(self._snapshots):
+                if _fits(snapshot.tokens, ids):
+                    self._take_up(snapshot)
+                    break
+            else:
+                self.tokens, self.state = [], self.engine.fresh()
+        return ids[len(self.tokens) :]
+
+    def _begin(self, start: Snapshot) -> None:
+        self._start = start
+        self.clear()
+
+    def _take_up(self, snapshot: Snapshot) -> None:
+        self.tokens = list(snapshot.tokens)
+        self.state = self.engine.copy(snapshot.state)
+
+
+class HeldBack:
+    """Text in pieces, up to the first of some strings; what may become one is held back."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.stopped = False
+        self._strings = [string for string in strings if string]
+        self._held = ""
+
+    def take(self, piece: str) -> str:
+        """What is certain to be before any of the strings, once ``piece`` has come."""
+        self._held += piece
+        found = [at for at in map(self._held.find, self._strings) if at >= 0]
+        self.stopped = bool(found)
+        keep = min(found) if found else len(self._held) - self._begun()
+        certain, self._held = self._held[:keep], "" if found else self._held[keep:]
+        return certain
+
+    def rest(self) -> str:
+        """What was held back for nothing, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+    def _begun(self) -> int:
+        """How long an end of the text is that begins one of the strings."""
+        return max(
+            (
+                length
+                for string in self._strings
+                for length in range(1, min(len(string), len(self._held) + 1))
+                if self._held.endswith(string[:length])
+            ),
+            default=0,
+        )
+
+
+def _fits(seen: Sequence[int], ids: Sequence[int]) -> bool:
+    # At least one token must be left to predict from.
+    return len(seen) < len(ids) and list(ids[: len(seen)]) == list(seen)

@@ -1,0 +1,134 @@
+"""A conversation in a file: the state, the tokens it has seen, and the transcript.
+
+Safetensors: ``tokens`` (n,) int64, the state's arrays as ``state.NAME``, and in the metadata
+``format`` (supra-state-1), ``model`` (its fingerprint), ``source``, ``backend``, ``dtype``,
+``messages`` (JSON) and ``sha256`` over all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from supra_core.backend import StateArrays
+from supra_core.conversation import Message
+from supra_core.errors import FormatError, SupraError
+from supra_core.formats.atomic import atomic_file, check_new_file
+from supra_core.formats.safetensors import read_file, write_file
+from supra_core.tensors import LazyTensor
+
+FORMAT = "supra-state-1"
+_PREFIX = "state."
+_FIELDS = ("model", "source", "backend", "dtype", "messages", "sha256")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose state it is: the model's fingerprint and where it was, backend and type of numbers."""
+
+    model: str
+    source: str
+    backend: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a file holds."""
+
+    owner: Owner
+    messages: tuple[Message, ...]
+    tokens: tuple[int, ...]
+    arrays: StateArrays
+
+    @property
+    def state_bytes(self) -> int:
+        """The state alone."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+def write_state(path: str | Path, state: SavedState, *, force: bool = False) -> None:
+    """Write the file whole or not at all; SupraError when it exists and ``force`` is not given."""
+    check_new_file(path, force)
+    arrays = {"tokens": np.array(state.tokens, dtype=np.int64)}
+    arrays |= {_PREFIX + name: np.array(a, order="C") for name, a in state.arrays.items()}
+    metadata = {
+        "model": state.owner.model,
+        "source": state.owner.source,
+        "backend": state.owner.backend,
+        "dtype": state.owner.dtype,
+        "messages": json.dumps(state.messages, ensure_ascii=False),
+    }
+    metadata = {"format": FORMAT, **metadata, "sha256": _digest(metadata, arrays)}
+    with atomic_file(path) as beside:
+        write_file(beside, {name: LazyTensor.of(a) for name, a in arrays.items()}, metadata)
+
+
+def read_state(path: str | Path) -> SavedState:
+    """The file's content; FormatError when it is no state, truncated, or not as it was written."""
+    path = Path(path)
+    metadata = _metadata(path)
+    if metadata.get("format") != FORMAT or not all(field in metadata for field in _FIELDS):
+        raise FormatError(f"{path} is no saved state: name a file that /save or supra state wrote")
+    arrays = {name: np.array(tensor.read()) for name, tensor in read_file(path).items()}
+    stated = {field: metadata[field] for field in _FIELDS if field != "sha256"}
+    if _digest(stated, arrays) != metadata["sha256"] or "tokens" not in arrays:
+        raise FormatError(f"{path} is not as it was written: save the state again")
+    messages = json.loads(metadata["messages"])
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise FormatError(f"{path}: field messages is no transcript: save the state again")
+    return SavedState(
+        Owner(*(metadata[field] for field in ("model", "source", "backend", "dtype"))),
+        tuple(messages),
+        tuple(arrays["tokens"].tolist()),
+        {name.removeprefix(_PREFIX): a for name, a in arrays.items() if name != "tokens"},
+    )
+
+
+def check_owner(path: str | Path, found: Owner, wanted: Owner) -> None:
+    """Raise SupraError when the state of a file is not one that ``wanted`` can go on from."""
+    if found.model != wanted.model:
+        raise SupraError(
+            f"{path} is the state of another model ({found.source}): open it with that one"
+        )
+    if found.backend != wanted.backend:
+        raise SupraError(
+            f"{path} was saved by the backend {found.backend}: give --backend {found.backend}"
+        )
+    if found.dtype != wanted.dtype:
+        raise SupraError(f"{path} was computed in {found.dtype}: give --dtype {found.dtype}")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist: check the path") from None
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{path} is no saved state, or a truncated one ({error}): save the state again"
+        ) from None
+
+
+def _is_message(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"role", "content"}
+        and all(isinstance(text, str) for text in value.values())
+    )
+
+
+def _digest(metadata: Mapping[str, str], arrays: StateArrays) -> str:
+    digest = hashlib.sha256()
+    digest.update(json.dumps(metadata, sort_keys=True, ensure_ascii=False).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""Chats by their commands, in the backends that speak, and the states they leave behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("torch")
+pytest.importorskip("mlx.core")
+
+from supra_cli.main import app  # noqa: E402
+from supra_cli.speech import Speaker, load_speaker  # noqa: E402
+from supra_cli.talk.markdown import split_blocks  # noqa: E402
+from supra_cli.talk.session import Left, Session, questions  # noqa: E402
+from supra_core.conversation import Conversation  # noqa: E402
+from supra_core.errors import SupraError  # noqa: E402
+from supra_core.generate import Sampling  # noqa: E402
+from tests.mlx.chat import write_chat_model  # noqa: E402
+from tests.mlx.models import SPECS  # noqa: E402
+
+runner = CliRunner()
+SAMPLING = Sampling(max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_chat_model(root / name, SPECS[name]) for name in ("windowed", "hybrid")}
+
+
+@pytest.fixture(
+    scope="module", params=["torch-windowed", "mlx-windowed", "mlx-hybrid", "torch-hybrid"]
+)
+def speaker(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Speaker:
+    backend, name = request.param.split("-")
+    return load_speaker(str(folders[name]), backend, "float32")
+
+
+def talk(session: Session, *lines: str) -> list[str]:
+    """The answers to lines; commands have none."""
+    return ["".join(session.answer(line) or ()) for line in lines]
+
+
+def greedy(speaker: Speaker, conversation: Conversation, question: str) -> str:
+    """The answer of a model that remembers nothing, by its likeliest tokens."""
+    engine = speaker.engine
+    ids = engine.render([*conversation.messages, {"role": "user", "content": question}])
+    return "".join(
+        piece for _, piece in engine.speak(ids, engine.fresh(), SAMPLING, lambda *_: None)
+    )
+
+
+def test_turns_are_those_of_a_model_that_remembers_nothing(speaker: Speaker) -> None:
+    conversation = Conversation(speaker.engine, "Be brief.")
+    for turn, question in enumerate(("Hello", "Why?", "I see, go on")):
+        expected = greedy(speaker, conversation, question)
+        assert "".join(conversation.reply(question, SAMPLING)) == expected
+        # A turn feeds its own tokens: end of turn, both role lines, and the text.
+        assert not turn or conversation.fed < len(question) + 30
+
+
+def test_a_saved_state_goes_on_to_the_last_bit(speaker: Speaker, tmp_path: Path) -> None:
+    session = Session(speaker, SAMPLING)
+    talk(session, "Hello", "Why?", f"/save {tmp_path / 'talk'}")
+    other = Session(speaker, SAMPLING)
+    talk(other, f"/load {tmp_path / 'talk'}")
+    assert talk(other, "And?", "So?") == talk(session, "And?", "So?")
+    assert other.conversation.messages == session.conversation.messages
+    ours, theirs = (speaker.engine.arrays(s.conversation.state) for s in (other, session))
+    assert ours.keys() == theirs.keys() and ours
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array)
+    with pytest.raises(SupraError, match="exists"):
+        talk(session, f"/save {tmp_path / 'talk'}")
+    talk(session, f"/save --force {tmp_path / 'talk'}")
+
+
+def test_a_new_process_says_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    session = Session(load_speaker(str(folders["windowed"]), "mlx"), SAMPLING)
+    talk(session, "Hello", f"/save {path}")
+    done = subprocess.run(
+        [sys.executable, "-m", "supra_cli", "chat", str(folders["windowed"]), "--backend", "mlx",
+         "--state", str(path), "--max-tokens", "8"],
+        input="And?\n", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "".join(session.answer("And?") or ()) + "\n"
+
+
+def test_undo_and_regen_are_the_shortened_conversation(speaker: Speaker) -> None:
+    session = Session(speaker, SAMPLING)
+    first, second, third = talk(session, "Hello", "Why?", "And?")
+    assert talk(session, "/regen") == [third]
+    assert talk(session, "/undo", "/undo", "Why?", "And?")[2:] == [second, third]
+    assert talk(session, "/clear", "Hello") == ["", first]
+    with pytest.raises(SupraError, match="no turn to take back"):
+        talk(session, "/undo", "/undo")
+    with pytest.raises(SupraError, match="no question"):
+        talk(session, "/regen")
+
+
+def test_branches(speaker: Speaker) -> None:
+    session = Session(speaker, SAMPLING)
+    talk(session, "Hello", "/branch other", "Why?")
+    assert session.conversation.turns == 2
+    talk(session, "/branch main")
+    assert session.conversation.turns == 1
+    talk(session, "/branch other")
+    assert session.conversation.turns == 2
+    assert "branch other" in session.status()
+    with pytest.raises(SupraError, match="this is other already"):
+        talk(session, "/branch other")
+
+
+def test_a_text_is_read_before_or_with_a_question(speaker: Speaker, tmp_path: Path) -> None:
+    file = tmp_path / "a text.txt"
+    file.write_text("Some facts.")
+    before, after = Session(speaker, SAMPLING), Session(speaker, SAMPLING)
+    talk(before, f"/read '{file}'", "Why?")
+    assert before.conversation.messages[0] == {"role": "system", "content": "Some facts."}
+    assert before.conversation.fed < 40
+    talk(after, "Hello", f"/read '{file}'", "Why?", "And?")
+    asked = [m["content"] for m in after.conversation.messages if m["role"] == "user"]
+    assert asked == ["Hello", "Some facts.\n\nWhy?", "And?"]
+
+
+def test_settings_and_errors(speaker: Speaker) -> None:
+    session = Session(speaker, SAMPLING)
+    talk(session, "/set temperature 0.5", "/set seed 3", "/set stop 'a b' c", "/stats", "/help")
+    assert (session.sampling.temperature, session.sampling.seed) == (0.5, 3)
+    assert session.stop == ("a b", "c")
+    for line, message in (
+        ("/set heat 1", "there is no setting heat: choose from temperature"),
+        ("/set temperature hot", "temperature takes a number, not 'hot'"),
+        ("/set top_p 2", "top_p must be above 0"),
+        ("/nothing", "there is no /nothing: /help lists"),
+        ("/save", "name one file: /save FILE"),
+        ("/read absent.txt", "absent.txt cannot be read"),
+        ("/load absent", "does not exist"),
+    ):
+        with pytest.raises(SupraError, match=message):
+            talk(session, line)
+    with pytest.raises(Left):
+        talk(session, "/exit")
+
+
+def test_another_models_state(folders: dict[str, Path], tmp_path: Path) -> None:
+    session = Session(load_speaker(str(folders["windowed"]), "mlx"), SAMPLING)
+    talk(session, "Hello", f"/save {tmp_path / 'talk'}")
+    for model, backend, message in (
+        (folders["hybrid"], "mlx", "is the state of another model"),
+        (folders["windowed"], "torch", "saved by the backend mlx: give --backend mlx"),
+        (write_chat_model(tmp_path / "twin", SPECS["windowed"], seed=1), "mlx", "another model"),
+    ):
+        other = Session(load_speaker(str(model), backend), SAMPLING)
+        with pytest.raises(SupraError, match=message):
+            talk(other, f"/load {tmp_path / 'talk'}")
+
+
+def test_a_text_read_from_the_command_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    text, out = tmp_path / "facts.txt", tmp_path / "facts.safetensors"
+    text.write_text("Some facts.")
+    model = str(folders["windowed"])
+    arguments = ["state", "read", model, str(text), str(out), "--system", "Be brief.", "--json"]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["tokens"] > len("Be brief. Some facts.")
+    assert record["file_bytes"] == out.stat().st_size
+    shown = runner.invoke(app, ["state", "info", str(out)])
+    assert "Be brief.\n\nSome facts." in shown.stdout
+    info = json.loads(runner.invoke(app, ["state", "info", str(out), "--json"]).stdout)
+    assert (info["tokens"], info["model"]) == (record["tokens"], model)
+    whole = Session(load_speaker(model), SAMPLING, system="Be brief.\n\nSome facts.")
+    asked = ["generate", model, "Why?", "--max-tokens", "8"]
+    answered = runner.invoke(app, [*asked, "--state", str(out)])
+    assert answered.stdout == talk(whole, "Why?")[0] + "\n"
+    assert runner.invoke(app, [*asked, "--state", str(out), "--raw"]).exit_code == 2
+    assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_triple_quotes_make_one_question() -> None:
+    lines: Iterator[str] = iter(
+        ["one\n", "\n", '"""two\n', "  three\n", '"""\n', '"""four"""\n', "five\n", '"""six\n']
+    )
+    assert list(questions(lines)) == ["one", "two\n  three", "four", "five", "six"]
+
+
+@pytest.mark.parametrize(
+    ("text", "done"),
+    [
+        ("one", ""),
+        ("one\n\n", ""),
+        ("one\n\ntwo", "one\n"),
+        ("```\na\n\nb", ""),
+        ("```py\na\n\nb\n```\n\nc", "```py\na\n\nb\n```\n"),
+        ("1. a\n\n2. b\n\n", ""),
+        ("1. a\n\n2. b\n\nc\n\nd", "1. a\n\n2. b\n\nc\n"),
+        ("- a\n\n  more\n\nend", "- a\n\n  more\n"),
+    ],
+)
+def test_complete_blocks_of_markdown(text: str, done: str) -> None:
+    complete, rest = split_blocks(text)
+    assert complete == done
+    assert (complete + "\n" + rest if complete else rest) == text

@@ -1,0 +1,252 @@
+"""Conversations with an engine of a few lines: what is fed, kept, taken back and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supra_core.backend import StateArrays
+from supra_core.conversation import Conversation, HeldBack, Message
+from supra_core.errors import FormatError, SupraError
+from supra_core.formats.safetensors import read_file, write_file
+from supra_core.formats.state_file import (
+    Owner,
+    SavedState,
+    check_owner,
+    read_state,
+    write_state,
+)
+from supra_core.generate import Sampling
+from supra_core.progress import Progress, silent
+
+OWNER = Owner("abc", "model", "echo", "float32")
+
+
+class Echo:
+    """Characters are tokens; a state is what it has seen, and an answer depends on all of it."""
+
+    backend = "echo"
+
+    def __init__(self, trim: bool = False) -> None:
+        self.trim, self.fed = trim, 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        said = [
+            (m["role"][0], m["content"].strip() if self.trim else m["content"]) for m in messages
+        ]
+        return self.encode("".join(f"<{role}>{text}</>" for role, text in said) + "<a>")
+
+    def fresh(self) -> list[int]:
+        return []
+
+    def copy(self, state: list[int]) -> list[int]:
+        return list(state)
+
+    def feed(self, ids: Sequence[int], state: list[int], progress: Progress = silent) -> None:
+        self.fed += len(ids)
+        state += ids
+
+    def speak(
+        self, ids: Sequence[int], state: list[int], sampling: Sampling, progress: Progress
+    ) -> Generator[tuple[int, str]]:
+        self.feed(ids, state, progress)
+        for _ in range(sampling.max_tokens):
+            letter = chr(ord("a") + sum(state) % 26)
+            state.append(ord(letter))
+            yield ord(letter), letter
+
+    def arrays(self, state: list[int]) -> StateArrays:
+        return {"seen": np.array(state, dtype=np.int32)}
+
+    def restored(self, arrays: StateArrays) -> list[int]:
+        return arrays["seen"].tolist()
+
+
+SAMPLING = Sampling(max_tokens=6)
+
+
+def said(conversation: Conversation, *questions: str) -> list[str]:
+    return ["".join(conversation.reply(question, SAMPLING)) for question in questions]
+
+
+def test_a_turn_feeds_its_own_tokens() -> None:
+    engine = Echo()
+    conversation = Conversation(engine, "Be brief.")
+    answers = said(conversation, "one", "two", "three")
+    assert (
+        engine.fed
+        == len(engine.render(conversation.messages))
+        - len("<a>")
+        - len("".join(answers))
+        - len("</>")
+        == len(conversation.tokens) - 18
+    )
+    assert conversation.state == conversation.tokens
+    assert (conversation.fed, conversation.said) == (len("</><u>three</><a>"), 6)
+    assert said(Conversation(Echo(), "Be brief."), "one", "two", "three") == answers
+
+
+def test_turns_are_taken_back_and_branch_off() -> None:
+    conversation = Conversation(Echo())
+    questions = [f"question {i}" for i in range(12)]
+    answers = said(conversation, *questions)
+    other = conversation.branch()
+    assert said(other, "elsewhere") != said(conversation, "here")
+    assert (conversation.undo(), other.undo()) == ("here", "elsewhere")
+    # The last ones from kept states, the others by feeding the rest again.
+    for question in reversed(questions):
+        assert conversation.undo() == question
+    assert conversation.undo() is None
+    assert conversation.messages == []
+    assert said(conversation, *questions) == answers
+    assert other.turns == 12
+    conversation.undo()
+    assert said(conversation, questions[-1]) == answers[-1:]
+
+
+def test_far_back_is_the_shortened_conversation() -> None:
+    conversation = Conversation(Echo())
+    said(conversation, *(f"question {i}" for i in range(12)))
+    for _ in range(10):
+        conversation.undo()
+    expected = said(Conversation(Echo()), "question 0", "question 1", "again")
+    assert said(conversation, "again") == expected[2:]
+
+
+def test_a_template_that_rewrites_what_was_said() -> None:
+    """Contents that do not match the state are fed again, from a state that still fits."""
+    conversation = Conversation(Echo(trim=True))
+    said(conversation, "one")
+    conversation.messages[-1]["content"] = "other"
+    fresh = Conversation(Echo(trim=True))
+    fresh.messages = [dict(message) for message in conversation.messages]
+    assert said(conversation, "two") == said(fresh, "two")
+    assert conversation.tokens == fresh.tokens
+
+
+def test_a_stopped_answer_stays_and_none_is_taken_back() -> None:
+    conversation = Conversation(Echo())
+    pieces = conversation.reply("one", SAMPLING)
+    heard = next(pieces) + next(pieces)
+    pieces.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": heard}
+    assert conversation.state == conversation.tokens
+    pieces = conversation.reply("two", SAMPLING)
+    pieces.close()
+    assert conversation.turns == 1
+
+
+def test_a_stop_string_cuts_the_answer_and_not_the_state() -> None:
+    whole = said(Conversation(Echo()), "one")[0]
+    conversation = Conversation(Echo())
+    cut = "".join(conversation.reply("one", SAMPLING, stop=["no", whole[2:4]]))
+    assert cut == whole[: whole.index(whole[2:4])]
+    # The state saw the stop string; the next turn must not.
+    fresh = Conversation(Echo())
+    fresh.messages = [dict(message) for message in conversation.messages]
+    assert said(conversation, "two") == said(fresh, "two")
+
+
+@given(st.lists(st.text("abc", max_size=4), max_size=8), st.lists(st.text("abc", max_size=3)))
+def test_held_back_text_is_the_text_before_the_first_string(
+    pieces: list[str], strings: list[str]
+) -> None:
+    held, heard = HeldBack(strings), ""
+    for piece in pieces:
+        heard += held.take(piece)
+        if held.stopped:
+            break
+    heard += held.rest()
+    text = "".join(pieces)
+    # The string that is complete first ends the text, at the earliest place then known.
+    ends = [(text.find(s) + len(s), text.find(s)) for s in strings if s and s in text]
+    assert held.stopped == bool(ends)
+    if not ends:
+        assert heard == text
+    else:
+        assert text.startswith(heard)
+        assert not any(s in heard for s in strings if s)
+        assert any(text.startswith(s, len(heard)) for s in strings if s)
+
+
+def test_a_text_is_read_once() -> None:
+    engine = Echo()
+    conversation = Conversation(engine, "Be brief.")
+    tokens = conversation.read("A long document.")
+    assert engine.fed == tokens > len("A long document.")
+    said(conversation, "one")
+    assert engine.fed == tokens + conversation.fed
+    with pytest.raises(ValueError, match="before the first turn"):
+        conversation.read("Another.")
+    conversation.clear()
+    assert len(conversation.tokens) == tokens
+    assert said(conversation, "one") == said(
+        Conversation(Echo(), "Be brief.\n\nA long document."), "one"
+    )
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def saved(conversation: Conversation) -> SavedState:
+    now = conversation.snapshot()
+    return SavedState(OWNER, now.messages, now.tokens, conversation.engine.arrays(now.state))
+
+
+def test_a_state_file_keeps_everything(tmp_path: Path) -> None:
+    conversation = Conversation(Echo(), "Sei kurz: äöü.")
+    said(conversation, "one", "two")
+    state, path = saved(conversation), tmp_path / "talk.safetensors"
+    write_state(path, state)
+    found = read_state(path)
+    assert (found.owner, found.messages, found.tokens) == (OWNER, state.messages, state.tokens)
+    np.testing.assert_array_equal(found.arrays["seen"], state.arrays["seen"])
+    with pytest.raises(SupraError, match="exists: name another place, or replace it with --force"):
+        write_state(path, state)
+    write_state(path, state, force=True)
+
+
+def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
+    conversation = Conversation(Echo())
+    said(conversation, "one")
+    path = tmp_path / "talk.safetensors"
+    write_state(path, saved(conversation))
+    content = path.read_bytes()
+    with pytest.raises(FormatError, match="does not exist"):
+        read_state(tmp_path / "absent")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(content[:-9])
+    with pytest.raises(FormatError, match="no saved state, or a truncated one"):
+        read_state(cut)
+    changed = tmp_path / "changed.safetensors"
+    changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(FormatError, match="not as it was written"):
+        read_state(changed)
+    changed.write_bytes(content.replace(b"one", b"two"))
+    with pytest.raises(FormatError, match="not as it was written"):
+        read_state(changed)
+    plain = tmp_path / "plain.safetensors"
+    write_file(plain, read_file(path))
+    with pytest.raises(FormatError, match="is no saved state: name a file"):
+        read_state(plain)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Owner("abd", "model", "echo", "float32"), "another model .model."),
+        (Owner("abc", "model", "mlx", "float32"), "give --backend echo"),
+        (Owner("abc", "model", "echo", "float16"), "give --dtype float32"),
+    ],
+)
+def test_another_models_state_is_refused(other: Owner, message: str) -> None:
+    with pytest.raises(SupraError, match=message):
+        check_owner("talk", OWNER, other)
