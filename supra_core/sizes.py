@@ -23,6 +23,8 @@ class Sizes:
 
     ``kv_bytes_per_token``: the transformer's with the same heads. ``break_even_tokens``: the
     context from which the model's memory is the smaller one; None if it never is.
+    ``step_weight_bytes``: what a decode step reads of the weights, and
+    ``transformer_step_weight_bytes`` what it reads of the transformer's in the same type.
     """
 
     parameters: int
@@ -31,10 +33,25 @@ class Sizes:
     growing_bytes_per_token: int
     kv_bytes_per_token: int
     break_even_tokens: int | None
+    step_weight_bytes: int
+    transformer_step_weight_bytes: int
 
     def memory_bytes(self, context: int) -> int:
         """State and growing caches after ``context`` tokens."""
         return self.state_bytes + context * self.growing_bytes_per_token
+
+    def step_bytes(self, context: int) -> int:
+        """What the next token moves after ``context``: weights read, state read and written.
+
+        A device whose decode is bound by memory yields bandwidth over this tokens a second at
+        most. The one key and value that a cache gains are left out.
+        """
+        growing = context * self.growing_bytes_per_token
+        return self.step_weight_bytes + 2 * self.state_bytes + growing
+
+    def transformer_step_bytes(self, context: int) -> int:
+        """The transformer's :meth:`step_bytes`, whose state is its KV cache, read once."""
+        return self.transformer_step_weight_bytes + context * self.kv_bytes_per_token
 
     def transformer_memory_bytes(self, context: int) -> int:
         """The transformer's KV cache after ``context`` tokens."""
@@ -53,13 +70,21 @@ def measure(
     )
     transformer = per_layer * spec.num_hidden_layers
     saved = transformer - growing
+    parameters = parameter_count(spec)
+    weights = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    softmax = spec.with_mixers([SoftmaxAttention()] * spec.num_hidden_layers)
+    # Of an embedding that is no output head as well, a step reads one row.
+    unread = 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size
+    itemsize = weights / parameters
     return Sizes(
-        parameters=parameter_count(spec),
-        weight_bytes=sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values()),
+        parameters=parameters,
+        weight_bytes=weights,
         state_bytes=state,
         growing_bytes_per_token=growing,
         kv_bytes_per_token=transformer,
         break_even_tokens=math.ceil(state / saved) if saved else None,
+        step_weight_bytes=round((parameters - unread) * itemsize),
+        transformer_step_weight_bytes=round((parameter_count(softmax) - unread) * itemsize),
     )
 
 

@@ -25,6 +25,7 @@ from supra_core.spec import (
 )
 from supra_core.text import EncodedText
 from supra_core.verify import candidates, compare, random_ids, read_ids
+from tests.tiny_models import lazy_weights
 
 SOFTMAX = SoftmaxAttention()
 LINEAR = LinearAttention(
@@ -165,6 +166,20 @@ def test_state_is_fixed_and_caches_grow() -> None:
     assert hybrid.break_even_tokens == math.ceil(state / token)
     transformer = measure(model(SOFTMAX, SOFTMAX), {})
     assert (transformer.state_bytes, transformer.break_even_tokens) == (0, None)
+
+
+def test_a_step_reads_weights_and_moves_the_state() -> None:
+    spec = model(LINEAR, SOFTMAX)
+    found = measure(spec, lazy_weights(spec))
+    head = spec.vocab_size * spec.hidden_size
+    # Without a tied head all but the embedding is read, in float32 here.
+    assert found.step_weight_bytes == found.weight_bytes - 4 * head
+    before = found.step_bytes(0)
+    assert before == found.step_weight_bytes + 2 * found.state_bytes
+    assert found.step_bytes(10) - before == 10 * found.growing_bytes_per_token
+    spec = model(SOFTMAX, SOFTMAX)
+    plain = measure(spec, lazy_weights(spec))
+    assert found.transformer_step_bytes(7) == plain.step_bytes(7) == plain.transformer_step_bytes(7)
 
 
 def test_a_window_adds_its_buffers() -> None:

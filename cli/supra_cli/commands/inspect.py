@@ -9,6 +9,9 @@ import typer
 
 from supra_cli import options
 
+# Contexts for which the memory traffic of one more token is shown.
+CONTEXTS = (0, 2_048, 16_384, 65_536)
+
 if TYPE_CHECKING:
     from supra_core.sizes import Sizes
     from supra_core.sources import Source
@@ -46,6 +49,14 @@ def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
         "growing_bytes_per_token": sizes.growing_bytes_per_token,
         "kv_bytes_per_token": sizes.kv_bytes_per_token,
         "break_even_tokens": sizes.break_even_tokens,
+        "step_bytes": [
+            {
+                "context": context,
+                "model_bytes": sizes.step_bytes(context),
+                "transformer_bytes": sizes.transformer_step_bytes(context),
+            }
+            for context in CONTEXTS
+        ],
         "layer_types": [layer.mixer.layer_type for layer in source.spec.layers],
         "spec": source.spec.to_dict(),
     }
@@ -74,6 +85,14 @@ def _show(source: Source, sizes: Sizes) -> None:
         ("cache that grows", bytes_text(sizes.growing_bytes_per_token) + " a token"),
         ("transformer's KV cache", bytes_text(sizes.kv_bytes_per_token) + " a token, 16 bit"),
         ("smaller from a context of", break_even),
+        *(
+            (
+                f"a token moves, after {context:,}",
+                f"{bytes_text(sizes.step_bytes(context))}; the transformer's "
+                f"{bytes_text(sizes.transformer_step_bytes(context))}",
+            )
+            for context in CONTEXTS
+        ),
         ("source", spec.provenance.source or "not stated"),
         ("recipe", spec.provenance.recipe or "none"),
         ("calibration tokens", f"{spec.provenance.calibration_tokens:,}"),

@@ -85,6 +85,10 @@ class Session:
             parts.append(f"branch {self._branch}")
         return ", ".join(parts)
 
+    def _turns(self) -> str:
+        turns = self.conversation.turns
+        return f"{turns} turn" if turns == 1 else f"{turns} turns"
+
     def _timed(self, question: str) -> Generator[str]:
         self.pace, began = Pace(), 0.0
         for piece in self.conversation.reply(
@@ -122,7 +126,7 @@ class Session:
         """go on from such a file"""
         path = Path(_one(shlex.split(rest), "/load FILE")).expanduser()
         self.speaker.load(self.conversation, path)
-        log(f"{path}: {self.conversation.turns} turns, {self.status()}.")
+        log(f"{path}: {self._turns()}, {self.status()}.")
 
     def undo(self, rest: str) -> None:
         """take the last turn back"""
@@ -150,7 +154,7 @@ class Session:
         known = rest in self._branches
         self.conversation = self._branches.pop(rest) if known else self.conversation.branch()
         self._branch = rest
-        log(f"{rest}: {self.conversation.turns} turns.")
+        log(f"{rest}: {self._turns()}.")
 
     def read(self, rest: str) -> None:
         """show the model a text: at once before the first turn, else with the next question"""
@@ -176,7 +180,7 @@ class Session:
     def stats(self, rest: str) -> None:
         """the state's size, tokens seen, speed"""
         turn = f"last turn: {self.conversation.fed:,} tokens fed, {self.conversation.said:,} said"
-        log(f"{self.status()}; {self.conversation.turns} turns; {turn}")
+        log(f"{self.status()}; {self._turns()}; {turn}")
 
 
 @dataclass(frozen=True)
