@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from supra_core.errors import FormatError, SpecError
+from supra_core import model_file
+from supra_core.config import config_to_spec, spec_to_config
+from supra_core.errors import FormatError
 from supra_core.families.fields import Fields
 from supra_core.formats import safetensors
 from supra_core.formats.assets import write_assets
@@ -27,17 +28,10 @@ from supra_core.layout import FLOAT32_SUFFIXES, check_tensors, parameter_count
 from supra_core.spec import ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource, dtype_named
 
-MODEL_TYPE = "supra"
-ARCHITECTURE = "SupraForCausalLM"
-FORMAT_VERSION = 1
-
 CONFIG = "config.json"
 # The transformer's own tensors where calibrating replaced them, so that the folder still holds
 # the teacher it can be uptrained with. Its name is none that other programs load.
 ORIGINAL = "original.safetensors"
-
-# The spec's fields as config.json states them; ``layers`` is stored as a table instead.
-_SPEC_FIELDS = tuple(name for name in ModelSpec.__dataclass_fields__ if name != "layers")
 
 
 @dataclass(frozen=True)
@@ -52,63 +46,6 @@ class Artifact:
     originals: dict[str, LazyTensor]
     path: Path
     dtype: str
-
-
-def spec_to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """``config.json`` of a model whose weights are stored as ``dtype``.
-
-    Mixers that several layers share stand once, in ``mixers``; ``layer_mixers`` holds each
-    layer's index into it.
-    """
-    dtype_named(dtype)
-    fields = spec.to_dict()
-    mixers: list[dict[str, Any]] = []
-    layer_mixers: list[int] = []
-    for layer in fields.pop("layers"):
-        if layer["mixer"] not in mixers:
-            mixers.append(layer["mixer"])
-        layer_mixers.append(mixers.index(layer["mixer"]))
-    eos = fields["eos_token_id"]
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
-        "format_version": FORMAT_VERSION,
-        "torch_dtype": dtype,
-        **fields,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "hidden_act": "silu",
-        "num_hidden_layers": spec.num_hidden_layers,
-        "layer_types": [layer.mixer.layer_type for layer in spec.layers],
-        "mixers": mixers,
-        "layer_mixers": layer_mixers,
-    }
-
-
-def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec ``config.json`` states; ``where`` names it in errors.
-
-    Raises :class:`SpecError` for what is missing, wrong, newer than this version, or contradicts
-    itself. Fields that other programs add are ignored.
-    """
-    fields = Fields(config, where)
-    if config.get("model_type") != MODEL_TYPE:
-        raise fields.error(f"field model_type must be '{MODEL_TYPE}' for a supra model")
-    version = fields.integer("format_version")
-    if version > FORMAT_VERSION:
-        raise fields.error(
-            f"field format_version is {version}, but this supra reads up to {FORMAT_VERSION}: "
-            "upgrade supra"
-        )
-    if fields.text("hidden_act", default="silu") != "silu":
-        raise fields.error("field hidden_act must be silu")
-    stated = {name: config[name] for name in _SPEC_FIELDS if name in config}
-    stated["eos_token_id"] = list(fields.tokens("eos_token_id"))
-    try:
-        spec = ModelSpec.from_dict({**stated, "layers": _layers(fields)})
-    except SpecError as error:
-        raise (error if str(error).startswith(where) else fields.error(str(error))) from None
-    _check_repeated(fields, spec)
-    return spec
 
 
 def read(folder: str | Path) -> Artifact:
@@ -154,11 +91,12 @@ def write(
     by one; ``progress`` is called with the bytes written and the bytes in all. An existing
     ``out`` is refused unless ``force``, and then replaced once the new folder is complete.
     """
-    config = spec_to_config(spec, dtype)
+    config = {**spec_to_config(spec, dtype), "model_file": model_file.NAME}
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
     stored = _converted(tensors, dtype)
     with atomic_folder(out, force, holds=CONFIG) as folder:
         write_object(folder / CONFIG, config)
+        (folder / model_file.NAME).write_text(model_file.text(), encoding="utf-8")
         safetensors.write_folder(folder, stored, progress=progress)
         if originals:
             safetensors.write_file(folder / ORIGINAL, _converted(originals, dtype))
@@ -201,29 +139,3 @@ def model_card(spec: ModelSpec, dtype: str) -> str:
         f"| | |\n|---|---|\n{table}\n\n"
         "## Quality\n\nNot measured yet: `supra eval` measures it.\n"
     )
-
-
-def _layers(fields: Fields) -> list[dict[str, Any]]:
-    mixers, indices = _table(fields, "mixers"), _table(fields, "layer_mixers")
-    for index in indices:
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(mixers):
-            raise fields.error(f"field layer_mixers holds {index!r}, which is no index into mixers")
-    return [{"mixer": mixers[index]} for index in indices]
-
-
-def _table(fields: Fields, name: str) -> list[Any]:
-    value = fields.values.get(name)
-    if not isinstance(value, list) or not value:
-        raise fields.error(f"field {name} must be a list with at least one entry")
-    return value
-
-
-def _check_repeated(fields: Fields, spec: ModelSpec) -> None:
-    """What other programs read must say what the spec says."""
-    repeated = {
-        "num_hidden_layers": spec.num_hidden_layers,
-        "layer_types": [layer.mixer.layer_type for layer in spec.layers],
-    }
-    for name, expected in repeated.items():
-        if name in fields.values and fields.values[name] != expected:
-            raise fields.error(f"field {name} contradicts layer_mixers, which gives {expected}")

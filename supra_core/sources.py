@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from supra_core import artifact
+from supra_core.config import MODEL_TYPE
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats import gguf, huggingface, openlm
 from supra_core.formats.assets import ASSET_NAMES, read_assets
@@ -123,7 +124,7 @@ def _open_folder(folder: Path, config: Path | None) -> Source:
     if not (folder / CONFIG).is_file():
         return _open_without_config(folder)
     stated = read_object(folder / CONFIG)
-    if stated.get("model_type") == artifact.MODEL_TYPE:
+    if stated.get("model_type") == MODEL_TYPE:
         return _open_artifact(folder)
     if is_openlm_config(stated):
         return _open_openlm(folder, None)

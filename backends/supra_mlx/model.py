@@ -17,8 +17,8 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import BaseModelArgs, create_ssm_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
-from supra_core import decay as decays
-from supra_core.artifact import config_to_spec
+from supra_core.config import config_to_spec
+from supra_core.decay import slopes
 from supra_core.layout import FLOAT32_SUFFIXES, mixer_shapes
 from supra_core.spec import (
     FeatureMap,
@@ -145,8 +145,8 @@ class LinearMixer(nn.Module):
                 setattr(self, name, mx.zeros(shapes[name]))
         self._spec, self._mixer = spec, mixer
         if not isinstance(mixer.decay, LearnedDecay):
-            slopes = decays.slopes(mixer.decay, spec.num_attention_heads)
-            self._fixed_decay = mx.array(np.exp(-slopes).astype(np.float32))
+            fixed = np.exp(-slopes(mixer.decay, spec.num_attention_heads))
+            self._fixed_decay = mx.array(fixed.astype(np.float32))
 
     def __call__(self, x: mx.array, cache: ArraysCache, context: _Context) -> mx.array:
         """(B, T, D) -> (B, T, D)."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from supra_core import artifact
+from supra_core.config import config_to_spec, spec_to_config
 from supra_core.errors import FormatError, LayoutError, SpecError, SupraError
 from supra_core.formats import safetensors
 from supra_core.layout import tensor_shapes
@@ -83,8 +84,8 @@ def _change(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("eos", [(), (2,), (2, 0)])
 def test_config_round_trip(eos: tuple[int, ...]) -> None:
     spec = _spec(eos_token_id=eos)
-    config = json.loads(json.dumps(artifact.spec_to_config(spec, "bfloat16")))
-    assert artifact.config_to_spec(config, "x") == spec
+    config = json.loads(json.dumps(spec_to_config(spec, "bfloat16")))
+    assert config_to_spec(config, "x") == spec
     assert config["layer_types"] == ["linear_attention", "sliding_attention", "linear_attention"]
     assert (len(config["mixers"]), config["layer_mixers"]) == (2, [0, 1, 0])
     assert config["architectures"] == ["SupraForCausalLM"]

@@ -1,0 +1,80 @@
+"""The file that lets stock mlx-lm build the model of an artifact.
+
+mlx-lm runs the ``model_file`` that a folder's config.json names, when its user allows that. The
+file has to stand alone, so it is put together from our own modules: one after the other, without
+their imports of each other, and with the standard library in pydantic's place. ``supra`` itself
+never runs it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+from supra_core.errors import SupraError
+
+NAME = "supra_model.py"
+# Each uses names of those before it only.
+MODULES = (
+    "supra_core.plain_schema",
+    "supra_core.errors",
+    "supra_core.spec",
+    "supra_core.families.fields",
+    "supra_core.config",
+    "supra_core.decay",
+    "supra_core.rotary",
+    "supra_core.layout",
+    "supra_mlx.rotary",
+    "supra_mlx.ops",
+    "supra_mlx.model",
+)
+_OURS = ("supra_core", "supra_mlx", "pydantic")
+_HEAD = '''"""The model of this folder, for mlx-lm: mlx_lm.generate --model . --trust-remote-code
+
+Written by supra from its own modules (Apache-2.0); to change it, change those.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# mlx-lm runs this file without entering it among the modules, where dataclasses look for types.
+_module = type("Module", (), {})()
+_module.__dict__ = globals()
+sys.modules[__name__] = _module
+'''
+
+
+@cache
+def text() -> str:
+    """The file's content; the same for every model, which config.json describes."""
+    parts = [_HEAD]
+    for module in MODULES:
+        parts.append(f"\n# --- {module} ---\n\n{_body(_source(module))}")
+    return "\n".join(parts)
+
+
+def _body(source: str) -> str:
+    """A module's code without its docstring, its future and our imports."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        if node.end_lineno is not None and _left_out(node):
+            del lines[node.lineno - 1 : node.end_lineno]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _left_out(node: ast.stmt) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").split(".")[0] in (*_OURS, "__future__")
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _source(module: str) -> str:
+    """A module's text. It is not imported: mlx need not be installed where a folder is written."""
+    package, *rest = module.split(".")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise SupraError(f"{package} is not installed with supra: install supra-lm again")
+    return Path(found.submodule_search_locations[0], *rest).with_suffix(".py").read_text("utf-8")
