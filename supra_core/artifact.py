@@ -23,6 +23,7 @@ from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
 from supra_core.formats.jsonfile import read_object, write_object
+from supra_core.formats.mlx_quantized import Packed, read_packed, unpacked
 from supra_core.formats.safetensors import Progress
 from supra_core.layout import FLOAT32_SUFFIXES, check_tensors, parameter_count
 from supra_core.spec import ModelSpec
@@ -38,7 +39,8 @@ ORIGINAL = "original.safetensors"
 class Artifact:
     """A folder that was read: its spec and its tensors under canonical names.
 
-    ``originals``: the transformer's own, where calibrating replaced them.
+    ``originals``: the transformer's own, where calibrating replaced them. ``packed``: what the
+    file holds where matrices are quantised; ``tensors`` are then unpacked when they are read.
     """
 
     spec: ModelSpec
@@ -46,6 +48,7 @@ class Artifact:
     originals: dict[str, LazyTensor]
     path: Path
     dtype: str
+    packed: Packed | None = None
 
 
 def read(folder: str | Path) -> Artifact:
@@ -53,14 +56,15 @@ def read(folder: str | Path) -> Artifact:
     folder = Path(folder)
     config_path = folder / CONFIG
     config = read_object(config_path)
-    if "quantization" in config:
-        raise FormatError(f"{config_path} states quantised weights, which cannot be read here")
     spec = config_to_spec(config, str(config_path))
     fields = Fields(config, str(config_path))
     dtype = fields.text("torch_dtype", "dtype")
     if dtype not in DTYPES:
         raise fields.error(f"field torch_dtype is '{dtype}': known are {', '.join(DTYPES)}")
-    tensors = safetensors.read_folder(folder)
+    tensors, packed = safetensors.read_folder(folder), None
+    if config.get("quantization") is not None:
+        packed = read_packed(tensors, config["quantization"], str(config_path))
+        tensors = unpacked(packed)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
     for name, tensor in tensors.items():
         if tensor.dtype != stored_dtype(name, dtype):
@@ -70,7 +74,7 @@ def read(folder: str | Path) -> Artifact:
             )
     kept = folder / ORIGINAL
     originals = safetensors.read_file(kept) if kept.is_file() else {}
-    return Artifact(spec, tensors, originals, folder, dtype)
+    return Artifact(spec, tensors, originals, folder, dtype, packed)
 
 
 def write(
@@ -82,18 +86,22 @@ def write(
     force: bool = False,
     dtype: str,
     originals: TensorSource | None = None,
+    packed: Packed | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the artifact folder ``out``, whole or not at all.
 
     ``assets``: file name -> bytes, e.g. the tokenizer's. ``originals``: what the transformer had
-    in the place of calibrated tensors. Weights are converted to ``dtype`` one
+    in the place of calibrated tensors. ``packed``: the same model quantised, which is written in
+    the place of ``tensors``. Weights are converted to ``dtype`` one
     by one; ``progress`` is called with the bytes written and the bytes in all. An existing
     ``out`` is refused unless ``force``, and then replaced once the new folder is complete.
     """
     config = {**spec_to_config(spec, dtype), "model_file": model_file.NAME}
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
     stored = _converted(tensors, dtype)
+    if packed is not None:
+        stored, config["quantization"] = packed.tensors, packed.config()
     with atomic_folder(out, force, holds=CONFIG) as folder:
         write_object(folder / CONFIG, config)
         (folder / model_file.NAME).write_text(model_file.text(), encoding="utf-8")

@@ -12,6 +12,7 @@ from supra_core import fold as folding
 from supra_core import linearize as linearizing
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import check_replaceable
+from supra_core.formats.mlx_quantized import Packed
 from supra_core.linearize import LinearizeOptions
 from supra_core.progress import Progress, silent
 from supra_core.sources import WRITERS, Source, open_source
@@ -43,6 +44,14 @@ class Calibrate(Protocol):
         ...
 
 
+class Quantise(Protocol):
+    """Packs a model's matrices; a backend offers one."""
+
+    def __call__(self, spec: ModelSpec, tensors: TensorSource, dtype: str) -> Packed:
+        """What is written in the place of ``tensors``, the rest in ``dtype``."""
+        ...
+
+
 def convert(
     source: str | Path,
     out: str | Path,
@@ -52,6 +61,7 @@ def convert(
     options: LinearizeOptions | None = None,
     calibrate: Calibrate | None = None,
     fold: bool = False,
+    quantise: Quantise | None = None,
     dtype: str | None = None,
     force: bool = False,
     config: Path | None = None,
@@ -61,8 +71,8 @@ def convert(
 
     ``linearize`` None linearizes a plain transformer on its way to ``supra``, and whatever
     ``options`` are given for; a model that is linear already stays as it is. ``calibrate`` fits
-    what was linearized before it is written. ``dtype`` None keeps the source's. Raises
-    :class:`SupraError` for bad input and impossible choices.
+    what was linearized before it is written; ``quantise`` packs what is written. ``dtype`` None
+    keeps the source's. Raises :class:`SupraError` for bad input and impossible choices.
     """
     if to not in WRITERS:
         raise SupraError(f"--to '{to}' is unknown: use one of {', '.join(TARGETS)}")
@@ -75,6 +85,8 @@ def convert(
             "a model can be calibrated on its way to --to supra without --fold only: leave "
             "--calibrate out, or convert in two steps"
         )
+    if quantise is not None and to != "supra":
+        raise SupraError(f"--quantize goes with --to supra only: leave it out for --to {to}")
     found = open_source(source, config=config)
     spec, tensors = found.spec, dict(found.tensors)
     wanted = linearize
@@ -101,7 +113,11 @@ def convert(
     if fold:
         new_spec, new_tensors = folding.fold(spec, tensors)
         spec, tensors = new_spec, dict(new_tensors)
-    write = partial(artifact.write, originals=originals) if originals else WRITERS[to]
+    write = WRITERS[to]
+    if quantise is not None:
+        write = partial(artifact.write, packed=quantise(spec, tensors, stored))
+    elif originals:
+        write = partial(artifact.write, originals=originals)
     write(
         out,
         spec,

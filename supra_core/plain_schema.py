@@ -70,7 +70,8 @@ def _builder(kind: Any) -> Callable[[Any], Any]:
         return lambda value: value
     hints = typing.get_type_hints(kind, include_extras=True)
     builders = {field.name: _builder(hints[field.name]) for field in dataclasses.fields(kind)}
-    return lambda value: kind(**{name: builders[name](entry) for name, entry in value.items()})
+    make: Any = kind
+    return lambda value: make(**{name: builders[name](entry) for name, entry in value.items()})
 
 
 def _one_of(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:

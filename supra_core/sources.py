@@ -21,6 +21,7 @@ from supra_core.errors import FormatError, SupraError
 from supra_core.formats import gguf, huggingface, openlm
 from supra_core.formats.assets import ASSET_NAMES, read_assets
 from supra_core.formats.jsonfile import read_object
+from supra_core.formats.mlx_quantized import Packed
 from supra_core.formats.openlm_config import is_config as is_openlm_config
 from supra_core.formats.safetensors import Progress
 from supra_core.spec import ModelSpec
@@ -41,7 +42,8 @@ class Source:
     """A model to be read: ``tensors`` are canonical and lazy, ``assets()`` are the files beside.
 
     ``dtype`` is what most of its numbers are stored as; quantised weights count as float32.
-    ``originals``: a calibrated model's tensors as the transformer had them.
+    ``originals``: a calibrated model's tensors as the transformer had them. ``packed``: the
+    tensors of a folder that MLX quantised, as they stand.
     """
 
     spec: ModelSpec
@@ -51,6 +53,7 @@ class Source:
     kind: Kind
     path: Path
     originals: dict[str, LazyTensor] = field(default_factory=dict)
+    packed: Packed | None = None
 
 
 class Writer(Protocol):
@@ -165,7 +168,7 @@ def _open_artifact(folder: Path) -> Source:
     read = artifact.read(folder)
     return Source(
         read.spec, read.tensors, partial(read_assets, folder), read.dtype, "supra", folder,
-        read.originals,
+        read.originals, read.packed,
     )  # fmt: skip
 
 

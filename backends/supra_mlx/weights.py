@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from supra_core.formats.mlx_quantized import Packed
 from supra_core.layout import FLOAT32_SUFFIXES, check_tensors
 from supra_core.sources import Source
 from supra_core.spec import ModelSpec
@@ -46,6 +48,24 @@ def build_model(
     return model
 
 
+def build_packed(spec: ModelSpec, packed: Packed, *, dtype: str | None = None) -> Model:
+    """The model of ``spec`` with quantised matrices, which MLX multiplies as they are."""
+    model = Model(ModelArgs(spec))
+
+    def packing(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        found = packed.modules.get(path)
+        return found is not None and {"bits": found.bits, "group_size": found.group_size}
+
+    nn.quantize(model, class_predicate=packing)
+    floats = {name for name, tensor in packed.tensors.items() if tensor.dtype.kind != "u"}
+    arrays = _arrays({name: packed.tensors[name] for name in floats}, dtype)
+    words = [(name, to_mlx(t.read())) for name, t in packed.tensors.items() if name not in floats]
+    model.load_weights([*arrays, *words], strict=True)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
 def _arrays(tensors: Mapping[str, LazyTensor], dtype: str | None) -> Iterator[tuple[str, mx.array]]:
     for name, tensor in tensors.items():
         if name.endswith(FLOAT32_SUFFIXES):
@@ -56,5 +76,10 @@ def _arrays(tensors: Mapping[str, LazyTensor], dtype: str | None) -> Iterator[tu
 
 
 def load_source(source: Source, *, dtype: str | None = None) -> Model:
-    """The model of an opened source. Raises SupraError when its tensors cannot be read."""
+    """The model of an opened source. Raises SupraError when its tensors cannot be read.
+
+    What is quantised stays so: ``dtype`` is then that of everything else.
+    """
+    if source.packed is not None:
+        return build_packed(source.spec, source.packed, dtype=dtype)
     return build_model(source.spec, source.tensors, str(source.path), dtype=dtype)

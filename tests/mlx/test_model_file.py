@@ -160,8 +160,8 @@ def test_stock_quantisation(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert (quantised / model_file.NAME).is_file()
     assert "scales" in (quantised / "model.safetensors.index.json").read_text()
-    # Random weights of eight bits say the same at first.
-    assert generated(quantised)[:1] == answers(folder, "Hello")[0][:1]
+    # Ours reads it, too, and computes the same.
+    assert generated(quantised) == answers(quantised, "Hello")[0].strip("\n")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
-    from supra_core.convert import Calibrate
+    from supra_core.convert import Calibrate, Quantise
     from supra_core.linearize import LinearizeOptions
 
 
@@ -59,6 +59,10 @@ def command(
     fold: Annotated[
         bool, typer.Option("--fold/--no-fold", help="Multiply feature maps into q and k.")
     ] = False,
+    quantize: Annotated[
+        int | None,
+        typer.Option(help="Bits of the matrices, 4, 6 or 8, for MLX; queries and keys get 8."),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Config of an OpenLM checkpoint that has none beside it.")
     ] = None,
@@ -77,10 +81,11 @@ def command(
     fit = _calibration(
         source, config, calibrate, possible, fold, calibration_text, calibration_tokens
     )
+    pack = None if quantize is None else _quantisation(quantize)
     with ProgressReporter() as progress:
         done = convert(
             source, out, to=to, linearize=linearize, options=chosen, calibrate=fit, fold=fold,
-            dtype=dtype, force=force, config=config, progress=progress,
+            quantise=pack, dtype=dtype, force=force, config=config, progress=progress,
         )  # fmt: skip
     layer_types = [layer.mixer.layer_type for layer in done.spec.layers]
     if json_output:
@@ -94,6 +99,7 @@ def command(
                 "calibrated": done.calibrated,
                 "calibration_tokens": done.spec.provenance.calibration_tokens,
                 "folded": done.folded,
+                "quantized": quantize,
                 "recipe": done.spec.provenance.recipe,
                 "dtype": done.dtype,
                 "parameters": parameter_count(done.spec),
@@ -104,6 +110,18 @@ def command(
         return
     kinds = ", ".join(f"{layer_types.count(kind)} {kind}" for kind in dict.fromkeys(layer_types))
     log(f"{out}: {parameter_count(done.spec):,} parameters in {done.dtype}, layers: {kinds}")
+
+
+def _quantisation(bits: int) -> Quantise:
+    from functools import partial
+
+    from supra_cli.backends import require
+
+    require("mlx", "quantising")
+    from supra_mlx.quantize import check_bits, quantised
+
+    check_bits(bits)
+    return partial(quantised, bits=bits)
 
 
 def _calibration(
