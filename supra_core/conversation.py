@@ -131,7 +131,7 @@ class Conversation:
             self._take_up(self._snapshots.pop())
         else:
             # Too long ago: the next turn feeds what is left once more.
-            self.tokens, self.state = [], self.engine.fresh()
+            self._take_up(self._start)
         return question
 
     def read(self, text: str, progress: Progress = silent) -> int:
@@ -194,6 +194,12 @@ class Conversation:
             said.append(held.rest())
             if said[-1]:
                 yield said[-1]
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # Ctrl-C may strike in the middle of a step: the state is whole only before the turn.
+            self._take_up(self._snapshots[-1])
+            raise
         finally:
             if started:
                 self.messages.append({"role": "assistant", "content": "".join(said)})
@@ -203,7 +209,7 @@ class Conversation:
     def _unseen(self, ids: list[int]) -> list[int]:
         """What of ``ids`` the state has yet to see; takes up an earlier state if need be."""
         if not _fits(self.tokens, ids):
-            for snapshot in reversed(self._snapshots):
+            for snapshot in reversed([self._start, *self._snapshots]):
                 if _fits(snapshot.tokens, ids):
                     self._take_up(snapshot)
                     break

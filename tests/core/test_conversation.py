@@ -144,6 +144,32 @@ def test_a_stopped_answer_stays_and_none_is_taken_back() -> None:
     assert conversation.turns == 1
 
 
+def test_an_interrupt_in_the_middle_of_a_step() -> None:
+    """Ctrl-C leaves a state that has half seen a token; what was said stays all the same."""
+
+    class Interrupted(Echo):
+        armed = True
+
+        def speak(self, ids, state, sampling, progress):  # type: ignore[no-untyped-def]
+            for number, said in enumerate(super().speak(ids, state, sampling, progress)):
+                if number == 2 and self.armed:
+                    state.append(ord("?"))
+                    raise KeyboardInterrupt
+                yield said
+
+    engine = Interrupted()
+    conversation, heard = Conversation(engine), list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        heard.extend(conversation.reply("one", SAMPLING))
+    assert len(heard) == 2
+    engine.armed = False
+    assert conversation.messages[-1] == {"role": "assistant", "content": "".join(heard)}
+    fresh = Conversation(Echo())
+    fresh.messages = [dict(message) for message in conversation.messages]
+    assert said(conversation, "two") == said(fresh, "two")
+    assert conversation.state == conversation.tokens
+
+
 def test_a_stop_string_cuts_the_answer_and_not_the_state() -> None:
     whole = said(Conversation(Echo()), "one")[0]
     conversation = Conversation(Echo())
@@ -187,6 +213,11 @@ def test_a_text_is_read_once() -> None:
     with pytest.raises(ValueError, match="before the first turn"):
         conversation.read("Another.")
     conversation.clear()
+    assert len(conversation.tokens) == tokens
+    # Turns beyond the kept states are taken back without reading it again.
+    said(conversation, *(f"question {i}" for i in range(10)))
+    while conversation.undo():
+        pass
     assert len(conversation.tokens) == tokens
     assert said(conversation, "one") == said(
         Conversation(Echo(), "Be brief.\n\nA long document."), "one"
