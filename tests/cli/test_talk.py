@@ -144,6 +144,7 @@ def test_settings_and_errors(speaker: Speaker) -> None:
         ("/save", "name one file: /save FILE"),
         ("/read absent.txt", "absent.txt cannot be read"),
         ("/load absent", "does not exist"),
+        ("/save it's", "cannot be read .No closing quotation."),
     ):
         with pytest.raises(SupraError, match=message):
             talk(session, line)

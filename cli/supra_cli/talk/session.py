@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,14 @@ class Session:
 
     def _timed(self, question: str) -> Generator[str]:
         self.pace, began = Pace(), 0.0
-        for piece in self.conversation.reply(
+        said = self.conversation.reply(
             question, self.sampling, stop=self.stop, progress=self.progress
-        ):
-            began = began or time.monotonic()
-            self.pace = Pace(self.conversation.said, time.monotonic() - began)
-            yield piece
+        )
+        with closing(said) as pieces:
+            for piece in pieces:
+                began = began or time.monotonic()
+                self.pace = Pace(self.conversation.said, time.monotonic() - began)
+                yield piece
 
     def help(self, rest: str) -> None:
         """these lines"""
@@ -117,14 +120,14 @@ class Session:
 
     def save(self, rest: str) -> None:
         """write the state and the transcript to a file (--force replaces one)"""
-        words = shlex.split(rest)
+        words = _words(rest)
         path = Path(_one([word for word in words if word != "--force"], "/save FILE")).expanduser()
         self.speaker.save(self.conversation, path, force="--force" in words)
         log(f"{path} has {self.status()}.")
 
     def load(self, rest: str) -> None:
         """go on from such a file"""
-        path = Path(_one(shlex.split(rest), "/load FILE")).expanduser()
+        path = Path(_one(_words(rest), "/load FILE")).expanduser()
         self.speaker.load(self.conversation, path)
         log(f"{path}: {self._turns()}, {self.status()}.")
 
@@ -158,7 +161,7 @@ class Session:
 
     def read(self, rest: str) -> None:
         """show the model a text: at once before the first turn, else with the next question"""
-        path = Path(_one(shlex.split(rest), "/read FILE")).expanduser()
+        path = Path(_one(_words(rest), "/read FILE")).expanduser()
         text = read_text(path)
         if self.conversation.turns:
             self._attached = text
@@ -171,7 +174,7 @@ class Session:
         """change temperature, top_p, min_p, repetition_penalty, max_tokens, seed or stop"""
         name, _, value = rest.partition(" ")
         if name == "stop":
-            self.stop = tuple(shlex.split(value))
+            self.stop = tuple(_words(value))
         elif name:
             self.sampling = _changed(self.sampling, name, value.strip())
         shown = [f"{field.name} {getattr(self.sampling, field.name)}" for field in fields(Sampling)]
@@ -225,6 +228,14 @@ def questions(lines: Iterator[str]) -> Iterator[str]:
             text = "\n".join(block).rstrip().removesuffix('"""').strip()
         if text:
             yield text
+
+
+def _words(text: str) -> list[str]:
+    """As a shell takes them, quotation marks and all."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise SupraError(f"{text} cannot be read ({error}): close or escape it") from None
 
 
 def _one(words: Sequence[str], usage: str) -> str:
