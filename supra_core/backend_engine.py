@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from supra_core.backend import Backend, Logits, StateArrays
 from supra_core.conversation import Message
-from supra_core.errors import SupraError
-from supra_core.generate import REPETITION_CONTEXT, Sampling, continuation
+from supra_core.errors import FormatError, SupraError
+from supra_core.generate import Sampling, continuation
 from supra_core.progress import Progress, silent
-from supra_core.text import render_chat
+from supra_core.text import detokenizer, render_chat
 
 # Tokens fed at once: a backend returns the logits of all of them.
 _PIECE = 512
@@ -21,10 +21,9 @@ _PIECE = 512
 
 @dataclass
 class Held:
-    """A backend's state, and the last of the tokens it has seen."""
+    """A backend's state; None before the first token."""
 
     state: Any = None
-    recent: tuple[int, ...] = ()
 
 
 class BackendEngine:
@@ -53,7 +52,7 @@ class BackendEngine:
 
     def copy(self, state: Held) -> Held:
         """The same arrays, which no backend changes in place."""
-        return Held(state.state, state.recent)
+        return Held(state.state)
 
     def feed(self, ids: Sequence[int], state: Held, progress: Progress = silent) -> None:
         """Show ``ids`` to ``state``."""
@@ -63,46 +62,38 @@ class BackendEngine:
             progress("read", start + len(part), len(ids))
 
     def speak(
-        self, ids: Sequence[int], state: Held, sampling: Sampling, progress: Progress = silent
+        self,
+        ids: Sequence[int],
+        state: Held,
+        sampling: Sampling,
+        progress: Progress = silent,
+        seen: Sequence[int] = (),
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text, up to the end of the turn, which is none."""
         if not len(ids):
             raise SupraError("the prompt is empty: give at least one token to go on from")
         self.feed(ids[:-1], state, progress)
         logits = self._show(ids[-1:], state)[0, -1]
-        text = _detokenizer(self.tokenizer)
-        for token, after in continuation(self.model, logits, state.state, state.recent, sampling):
-            state.state, state.recent = after, _recent(state.recent, [token])
+        text, recent = detokenizer(self.tokenizer), (*seen, *ids)
+        for token, after in continuation(self.model, logits, state.state, recent, sampling):
+            state.state = after
             yield token, text(token)
 
     def arrays(self, state: Held) -> StateArrays:
-        """The backend's own names, and ``recent``."""
-        if state.state is None:
-            return {}
-        recent = np.array(state.recent, dtype=np.int64)
-        return {**self.model.state_arrays(state.state), "recent": recent}
+        """By the backend's own names; none before the first token."""
+        return {} if state.state is None else self.model.state_arrays(state.state)
 
     def restored(self, arrays: StateArrays) -> Held:
-        """The inverse of :meth:`arrays`."""
+        """The inverse of :meth:`arrays`; FormatError when they are not this model's."""
         if not arrays:
             return Held()
-        rest = {name: array for name, array in arrays.items() if name != "recent"}
-        recent = arrays.get("recent", np.zeros(0, dtype=np.int64))
-        return Held(self.model.state_from_arrays(rest), tuple(recent.tolist()))
+        try:
+            return Held(self.model.state_from_arrays(arrays))
+        except (KeyError, ValueError, IndexError) as error:
+            raise FormatError(
+                f"the state does not fit the model ({error}): it is another model's"
+            ) from None
 
     def _show(self, ids: Sequence[int], state: Held) -> Logits:
         logits, state.state = self.model.prefill(np.array([ids], dtype=np.int64), state.state)
-        state.recent = _recent(state.recent, ids)
         return logits
-
-
-def _recent(before: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:
-    return (*before, *new)[-REPETITION_CONTEXT:]
-
-
-def _detokenizer(tokenizer: Any) -> Callable[[int], str]:
-    """Token -> the text that became certain with it; a character may span several tokens."""
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(skip_special_tokens=True)
-    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""

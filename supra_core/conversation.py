@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from supra_core.backend import StateArrays
-from supra_core.generate import Sampling
+from supra_core.errors import FormatError
+from supra_core.generate import REPETITION_CONTEXT, Sampling
 from supra_core.progress import Progress, silent
 
 Message = dict[str, str]
@@ -47,9 +48,17 @@ class Engine(Protocol):
         ...
 
     def speak(
-        self, ids: Sequence[int], state: Any, sampling: Sampling, progress: Progress
+        self,
+        ids: Sequence[int],
+        state: Any,
+        sampling: Sampling,
+        progress: Progress,
+        seen: Sequence[int] = (),
     ) -> Generator[tuple[int, str]]:
-        """Tokens after ``ids``, each with the text that became certain; the state has seen them."""
+        """Tokens after ``ids``, each with the text that became certain; the state has seen them.
+
+        ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
+        """
         ...
 
     def arrays(self, state: Any) -> StateArrays:
@@ -137,7 +146,8 @@ class Conversation:
     def read(self, text: str, progress: Progress = silent) -> int:
         """Show the model a text once, as what the system says; returns the tokens fed.
 
-        Only before the first turn: ValueError later. All turns go on from its state.
+        Only before the first turn: ValueError later. All turns go on from its state. Raises
+        FormatError when the chat template has no place for it.
         """
         if self.turns:
             raise ValueError("a text is read before the first turn")
@@ -148,7 +158,12 @@ class Conversation:
             self.engine.render([system, {"role": "user", "content": question}])
             for question in ("a", "Which?")
         )
-        shared = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+        pairs = enumerate(zip(one, other, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), None)
+        if shared is None:
+            raise FormatError(
+                "the model's chat template leaves the question out: correct chat_template.jinja"
+            )
         state = self.engine.fresh()
         if shared:
             self.engine.feed(one[:shared], state, progress)
@@ -178,7 +193,9 @@ class Conversation:
             ids = self._unseen(self.engine.render(self.messages))
             self.fed = len(ids)
             held = HeldBack(stop)
-            with closing(self.engine.speak(ids, self.state, sampling, progress)) as pieces:
+            seen = self.tokens[-REPETITION_CONTEXT:]
+            speech = self.engine.speak(ids, self.state, sampling, progress, seen)
+            with closing(speech) as pieces:
                 for token, piece in pieces:
                     self.tokens += [token] if started else [*ids, token]
                     started, self.said = True, self.said + 1

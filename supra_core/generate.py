@@ -22,8 +22,9 @@ class Sampling:
     """How the next token is chosen.
 
     ``temperature`` 0 takes the likeliest; ``top_p`` keeps that much probability, ``min_p`` what
-    has at least that share of the likeliest's; ``repetition_penalty`` divides the logits of the
-    last tokens (CTRL, arXiv 1909.05858), 1 being none.
+    has at least that share of the likeliest's, both before the temperature counts;
+    ``repetition_penalty`` divides the logits of the last tokens (CTRL, arXiv 1909.05858), 1 being
+    none.
     """
 
     temperature: float = 0.0
@@ -35,11 +36,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fits, allowed in (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+                "0, or from 0.001 to 1000",
+            ),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
+            (
+                "repetition_penalty",
+                1e-2 <= self.repetition_penalty <= 1e2,
+                "from 0.01 to 100 (1 is none)",
+            ),
             ("seed", self.seed is None or 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
         ):
             if not fits:
@@ -96,16 +105,14 @@ def sample(
     """One token id from logits (V,)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
+    exact = logits.astype(np.float64)
+    probabilities = _softmax(exact)
     order = np.argsort(-probabilities, kind="stable")
     kept = probabilities[order] >= sampling.min_p * probabilities[order[0]]
     if sampling.top_p < 1:
         kept &= np.cumsum(probabilities[order]) - probabilities[order] < sampling.top_p
     order = order[kept]
-    chances = probabilities[order]
-    return int(generator.choice(order, p=chances / chances.sum()))
+    return int(generator.choice(order, p=_softmax(exact[order] / sampling.temperature)))
 
 
 def penalised(
@@ -118,3 +125,8 @@ def penalised(
     changed = logits.copy()
     changed[said] = np.where(logits[said] < 0, logits[said] * penalty, logits[said] / penalty)
     return changed
+
+
+def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    weights = np.exp(logits - logits.max())
+    return np.asarray(weights / weights.sum())

@@ -24,6 +24,7 @@ from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.formats.openlm_config import is_config as is_openlm_config
 from supra_core.formats.safetensors import Progress
+from supra_core.formats.state_file import is_state
 from supra_core.spec import ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource
 
@@ -109,6 +110,8 @@ def _open(place: Path, config: Path | None) -> Source:
         return _open_folder(place, config)
     if place.suffix == ".gguf":
         return _open_gguf(place)
+    if place.suffix == ".safetensors" and is_state(place):
+        raise FormatError(f"{place} is a saved state: name its model, and the file by --state")
     if place.suffix in _WEIGHT_SUFFIXES:
         beside = place.parent / CONFIG
         if config is None and beside.is_file() and not is_openlm_config(read_object(beside)):

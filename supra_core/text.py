@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,17 +57,27 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     ``tokenizer`` is one of transformers' or mlx-lm's. Raises :class:`FormatError` when the
     template is broken or refuses the messages.
     """
-    from jinja2 import TemplateError
-
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
         )
-    except TemplateError as error:
+    # A template is a program of someone else's: it may fail in any way.
+    except Exception as error:
         raise FormatError(
             f"the model's chat template cannot be rendered ({error}): correct chat_template.jinja"
         ) from None
     return ids
+
+
+def detokenizer(tokenizer: Any) -> Callable[[int], str]:
+    """Token -> the text that became certain with it; a character may span several tokens.
+
+    ``tokenizer`` is transformers'. Special tokens are no text.
+    """
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=True)
+    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""
 
 
 def encode(tokenizer: Tokenizer, text: str) -> EncodedText:

@@ -15,8 +15,8 @@ from supra_core.backend import StateArrays
 from supra_core.conversation import Message
 from supra_core.errors import FormatError, SupraError
 from supra_core.generate import Sampling
-from supra_core.progress import Progress
-from supra_core.text import render_chat
+from supra_core.progress import Progress, silent
+from supra_core.text import detokenizer, render_chat
 from supra_mlx.generate import PREFILL_STEP, stream
 from supra_mlx.model import LINEAR_SLOTS, Model
 from supra_mlx.weights import to_mlx, to_numpy
@@ -64,13 +64,20 @@ class MLXEngine:
             progress("read", start + part.shape[1], len(ids))
 
     def speak(
-        self, ids: Sequence[int], state: Caches, sampling: Sampling, progress: Progress
+        self,
+        ids: Sequence[int],
+        state: Caches,
+        sampling: Sampling,
+        progress: Progress = silent,
+        seen: Sequence[int] = (),
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text; the end of a turn is one of them."""
+        # mlx-lm's own text has special tokens in it, which a template would read as its own.
+        text = detokenizer(self.tokenizer)
         for response in stream(
-            self.model, self.tokenizer, ids, sampling, cache=state, progress=progress
+            self.model, self.tokenizer, ids, sampling, cache=state, progress=progress, seen=seen
         ):
-            yield int(response.token), response.text
+            yield int(response.token), text(int(response.token))
 
     def arrays(self, state: Caches) -> StateArrays:
         """``layers.N.NAME`` for linear layers' memory, ``layers.N.M`` for the rest of mlx-lm's."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, stream_generate
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_wrapped_tokenizer
 
@@ -68,12 +68,14 @@ def stream(
     *,
     cache: list[Any] | None = None,
     progress: Progress = silent,
+    seen: Sequence[int] = (),
 ) -> Generator[GenerationResponse]:
     """Pieces of the continuation of ``prompt_ids``, each with its token and new text.
 
     ``cache`` goes on from earlier tokens and is updated: it holds every token yielded, the last
-    one included. ``progress`` hears how much of the prompt was fed. Raises SupraError when there
-    is nothing to go on from.
+    one included. ``progress`` hears how much of the prompt was fed; ``seen``: tokens before the
+    prompt that the repetition penalty is to know. Raises SupraError when there is nothing to go
+    on from.
     """
     if not len(prompt_ids):
         raise SupraError("the prompt is empty: give at least one token to go on from")
@@ -81,10 +83,7 @@ def stream(
         mx.random.seed(sampling.seed)
     processors = None
     if sampling.repetition_penalty != 1.0:
-        processors = make_logits_processors(
-            repetition_penalty=sampling.repetition_penalty,
-            repetition_context_size=REPETITION_CONTEXT,
-        )
+        processors = [_penalty(sampling.repetition_penalty, seen)]
     return stream_generate(
         model,
         tokenizer,
@@ -96,3 +95,10 @@ def stream(
         prefill_step_size=PREFILL_STEP,
         prompt_progress_callback=lambda done, total: progress("read", done, total),
     )
+
+
+def _penalty(penalty: float, seen: Sequence[int]) -> Callable[[mx.array, mx.array], mx.array]:
+    """mlx-lm's repetition penalty, which knows its own prompt only, with the tokens before it."""
+    penalise = make_repetition_penalty(penalty, REPETITION_CONTEXT)
+    before = mx.array(list(seen)[-REPETITION_CONTEXT:], dtype=mx.int32)
+    return lambda tokens, logits: penalise(mx.concatenate([before, tokens]), logits)

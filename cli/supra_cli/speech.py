@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -12,7 +13,7 @@ from typing import Any
 from supra_core.backend import default_for_generation, load
 from supra_core.backend_engine import BackendEngine
 from supra_core.conversation import Conversation, Engine, HeldBack, Snapshot
-from supra_core.errors import FormatError
+from supra_core.errors import FormatError, SupraError
 from supra_core.fingerprint import fingerprint
 from supra_core.formats.assets import write_assets
 from supra_core.formats.state_file import Owner, SavedState, check_owner, read_state, write_state
@@ -48,19 +49,40 @@ class Speaker:
         arrays = self.engine.arrays(now.state)
         write_state(path, SavedState(self.owner, now.messages, now.tokens, arrays), force=force)
 
-    def load(self, conversation: Conversation, path: Path) -> None:
-        """Go on from a file; SupraError when it is no state of this model."""
+    def loaded(self, path: Path) -> Conversation:
+        """The conversation in a file; SupraError when it is no state of this model."""
         saved = read_state(path)
         check_owner(path, saved.owner, self.owner)
-        state = self.engine.restored(saved.arrays)
+        conversation, state = Conversation(self.engine), self.engine.restored(saved.arrays)
         conversation.restore(Snapshot(saved.messages, saved.tokens, state))
+        return conversation
+
+    def conversation(self, system: str | None, state: Path | None) -> Conversation:
+        """A new one, or that of a file, which has its own system prompt."""
+        if state is None:
+            return Conversation(self.engine, system)
+        return self.loaded(state)
 
 
-def load_speaker(model: str, backend: str | None = None, dtype: str | None = None) -> Speaker:
-    """The model in MLX, with mlx-lm's own generator, or in any other backend, with ours."""
+def load_speaker(
+    model: str,
+    backend: str | None = None,
+    dtype: str | None = None,
+    *,
+    state: Path | None = None,
+) -> Speaker:
+    """The model in MLX, with mlx-lm's own generator, or in any other backend, with ours.
+
+    ``state``: a file that is to fit the model, which is noticed before the model is loaded.
+    """
+    saved = None if state is None else read_state(state)
     name, source = backend or default_for_generation(), open_source(model)
+    # A path need not be UTF-8, a state file's metadata has to.
+    place = os.fsencode(source.path).decode("utf-8", "replace")
+    owner = Owner(fingerprint(source), place, name, dtype or source.dtype)
+    if state is not None and saved is not None:
+        check_owner(state, saved.owner, owner)
     engine = _mlx_engine(model, dtype) if name == "mlx" else _backend_engine(source, name, dtype)
-    owner = Owner(fingerprint(source), str(source.path), name, dtype or source.dtype)
     return Speaker(engine, owner, measure(source.spec, source.tensors))
 
 
@@ -77,6 +99,12 @@ def _mlx_engine(model: str, dtype: str | None) -> Engine:
 def _backend_engine(source: Source, backend: str, dtype: str | None) -> Engine:
     tokenizer = chat_tokenizer(source)
     return BackendEngine(load(backend, source.path, dtype=dtype), tokenizer)
+
+
+def check_text(text: str | None, what: str) -> None:
+    """Raise SupraError for an argument that was not UTF-8 on the command line."""
+    if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
+        raise SupraError(f"{what} is not UTF-8 text: give it in that encoding")
 
 
 def chat_tokenizer(source: Source) -> Any:

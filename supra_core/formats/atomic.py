@@ -43,8 +43,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     If the block raises, what it wrote is removed and ``path`` is as it was.
     """
     place = _resolved(path)
-    partial = _partial_name(place)
     with _writing(place):
+        partial = _partial_name(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -73,9 +73,21 @@ def check_replaceable(out: str | Path, force: bool, *, holds: str | None = None)
 
 
 def check_new_file(path: str | Path, force: bool) -> None:
-    """Raise SupraError when the file is there already and may not be replaced."""
-    if Path(path).exists() and not force:
+    """Raise SupraError when the file may not be replaced, or none can be written there.
+
+    Asked before long work; folders above it are made.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise SupraError(f"{path} is a folder: name a file")
+    # A link that leads nowhere is there, too.
+    if os.path.lexists(place) and not force:
         raise SupraError(f"{path} exists: name another place, or replace it with --force")
+    with _writing(place):
+        partial = _partial_name(place)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        partial.unlink()
 
 
 def flush_to_disk(path: Path) -> None:
@@ -113,5 +125,6 @@ def _swap(new: Path, place: Path) -> None:
 def _writing(place: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    # A name with a null byte is a ValueError.
+    except (OSError, ValueError) as error:
         raise SupraError(f"{place} could not be written: {error}") from error

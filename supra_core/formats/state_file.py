@@ -75,7 +75,9 @@ def read_state(path: str | Path) -> SavedState:
     path = Path(path)
     metadata = _metadata(path)
     if metadata.get("format") != FORMAT or not all(field in metadata for field in _FIELDS):
-        raise FormatError(f"{path} is no saved state: name a file that /save or supra state wrote")
+        raise FormatError(
+            f"{path} is no saved state: name a file that /save or supra state read wrote"
+        )
     arrays = {name: np.array(tensor.read()) for name, tensor in read_file(path).items()}
     stated = {field: metadata[field] for field in _FIELDS if field != "sha256"}
     if _digest(stated, arrays) != metadata["sha256"] or "tokens" not in arrays:
@@ -105,13 +107,23 @@ def check_owner(path: str | Path, found: Owner, wanted: Owner) -> None:
         raise SupraError(f"{path} was computed in {found.dtype}: give --dtype {found.dtype}")
 
 
+def is_state(path: Path) -> bool:
+    """Whether a file is a state that :func:`write_state` wrote."""
+    try:
+        return _metadata(path).get("format") == FORMAT
+    except FormatError:
+        return False
+
+
 def _metadata(path: Path) -> dict[str, str]:
+    if path.is_dir():
+        raise FormatError(f"{path} is a folder: name a file that /save or supra state read wrote")
     try:
         with safe_open(path, "np") as file:
             return file.metadata() or {}
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist: check the path") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise FormatError(
             f"{path} is no saved state, or a truncated one ({error}): save the state again"
         ) from None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 pytest.importorskip("torch")
@@ -17,11 +18,12 @@ pytest.importorskip("mlx.core")
 
 from supra_cli.main import app  # noqa: E402
 from supra_cli.speech import Speaker, load_speaker  # noqa: E402
-from supra_cli.talk.markdown import split_blocks  # noqa: E402
-from supra_cli.talk.session import Left, Session, questions  # noqa: E402
+from supra_cli.talk.markdown import MarkdownStream, split_blocks  # noqa: E402
+from supra_cli.talk.session import Left, Line, Questions, Session  # noqa: E402
 from supra_core.conversation import Conversation  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.generate import Sampling  # noqa: E402
+from supra_core.progress import silent  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
 
@@ -144,12 +146,70 @@ def test_settings_and_errors(speaker: Speaker) -> None:
         ("/save", "name one file: /save FILE"),
         ("/read absent.txt", "absent.txt cannot be read"),
         ("/load absent", "does not exist"),
-        ("/save it's", "cannot be read .No closing quotation."),
+        ("/save it's", "No closing quotation.*in double quotation marks"),
+        ("/save ~nosuchuser/x", "leads nowhere"),
+        (f"/save {'a' * 300}", "File name too long"),
+        ("/save a\0b", "null byte"),
+        ("/save --force /", "/ is a folder: name a file"),
+        ("/save --forse x", "there is no option --forse"),
+        ("/read a\0b", "cannot be read"),
+        ("/undo now", "/undo takes nothing behind it: leave out now"),
+        ("/etc/passwd", "may begin with a slash"),
     ):
         with pytest.raises(SupraError, match=message):
             talk(session, line)
     with pytest.raises(Left):
         talk(session, "/exit")
+    assert talk(session, Line("/exit is a word", True)) != [""]  # type: ignore[list-item]
+
+
+def test_a_penalty_knows_what_was_said_before(speaker: Speaker) -> None:
+    sampling = Sampling(max_tokens=12, repetition_penalty=1.8)
+    kept = Conversation(speaker.engine)
+    for question in ("Hello", "Why?", "And?"):
+        list(kept.reply(question, sampling))
+    fresh = Conversation(speaker.engine)
+    fresh.messages = [dict(message) for message in kept.messages]
+    assert list(kept.reply("So?", sampling)) == list(fresh.reply("So?", sampling))
+
+
+def test_special_tokens_are_no_text(folders: dict[str, Path]) -> None:
+    """Templates would read them as their own; both backends agree."""
+    said = []
+    for backend in ("torch", "mlx"):
+        speaker = load_speaker(str(folders["hybrid"]), backend, "float32")
+        long = Sampling(max_tokens=60)
+        said.append("".join(Conversation(speaker.engine).reply("Hello", long)))
+    assert said[0] == said[1]
+    assert "<|" not in said[0]
+
+
+def test_a_stopped_regen_keeps_the_old_answer(speaker: Speaker) -> None:
+    session = Session(speaker, SAMPLING)
+    talk(session, "Hello", "Why?")
+    before = list(session.conversation.messages)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    session.progress = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        talk(session, "/regen")
+    assert session.conversation.messages == before
+    session.progress = silent
+    assert talk(session, "/regen")
+
+
+def test_texts_wait_for_the_next_question(speaker: Speaker, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(f"\ufeffText {name}.")
+    session = Session(speaker, SAMPLING)
+    talk(session, "Hello", f"/read {tmp_path / 'a'}", f"/read {tmp_path / 'b'}", "/branch other")
+    talk(session, "/branch main", "/clear", "Hello")
+    assert session.conversation.messages[0]["content"] == "Hello"
+    talk(session, "/branch other", "Why?", "And?")
+    asked = [m["content"] for m in session.conversation.messages if m["role"] == "user"]
+    assert asked == ["Hello", "Text a.\n\nText b.\n\nWhy?", "And?"]
 
 
 def test_another_models_state(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -179,7 +239,8 @@ def test_a_text_read_from_the_command_line(folders: dict[str, Path], tmp_path: P
     assert "Be brief.\n\nSome facts." in shown.stdout
     info = json.loads(runner.invoke(app, ["state", "info", str(out), "--json"]).stdout)
     assert (info["tokens"], info["model"]) == (record["tokens"], model)
-    whole = Session(load_speaker(model), SAMPLING, system="Be brief.\n\nSome facts.")
+    speaker = load_speaker(model)
+    whole = Session(speaker, SAMPLING, Conversation(speaker.engine, "Be brief.\n\nSome facts."))
     asked = ["generate", model, "Why?", "--max-tokens", "8"]
     answered = runner.invoke(app, [*asked, "--state", str(out)])
     assert answered.stdout == talk(whole, "Why?")[0] + "\n"
@@ -188,10 +249,14 @@ def test_a_text_read_from_the_command_line(folders: dict[str, Path], tmp_path: P
 
 
 def test_triple_quotes_make_one_question() -> None:
-    lines: Iterator[str] = iter(
-        ["one\n", "\n", '"""two\n', "  three\n", '"""\n', '"""four"""\n', "five\n", '"""six\n']
-    )
-    assert list(questions(lines)) == ["one", "two\n  three", "four", "five", "six"]
+    lines = [
+        "one\n", "\n", '"""/two\n', "  three\r\n", '"""\n', '"""four"""\n', "five\n",
+        '"""never\n', Questions.DROPPED, "/six\n", '"""seven\n',
+    ]  # fmt: skip
+    assert list(Questions().of(iter(lines))) == [
+        Line("one"), Line("/two\n  three", True), Line("four", True), Line("five"),
+        Line("/six"), Line("seven", True),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -211,3 +276,30 @@ def test_complete_blocks_of_markdown(text: str, done: str) -> None:
     complete, rest = split_blocks(text)
     assert complete == done
     assert (complete + "\n" + rest if complete else rest) == text
+
+
+def test_nothing_of_an_answer_is_hidden() -> None:
+    shown = io.StringIO()
+    text = "Use vector<int>.\n\n<think>secret</think>\n\n<div>\nhtml\n</div>\n\n\x1b]0;title\x07end"
+    with MarkdownStream(Console(file=shown, force_terminal=False, width=80)) as stream:
+        for character in text:
+            stream.write(character)
+    said = shown.getvalue()
+    for part in ("vector<int>", "<think>secret</think>", "<div> html </div>", "]0;titleend"):
+        assert part in said
+    assert "\x1b" not in said and "\x07" not in said
+
+
+def test_a_model_is_told_from_a_state(folders: dict[str, Path], tmp_path: Path) -> None:
+    session = Session(load_speaker(str(folders["windowed"]), "mlx"), SAMPLING)
+    path = tmp_path / "talk.safetensors"
+    talk(session, "Hello", f"/save {path}")
+    for arguments, message in (
+        (["chat", str(path)], "is a saved state: name its model, and the file by --state"),
+        (["generate", str(folders["hybrid"]), "hi", "--state", str(path)], "of another model"),
+        (["generate", str(folders["hybrid"]), "hi", "--state", str(tmp_path)], "is a folder"),
+        (["generate", str(folders["hybrid"]), "hi", "--system", "\udcff"], "--system is not UTF-8"),
+        (["state", "read", str(folders["hybrid"]), str(path), str(tmp_path)], "is a folder: name"),
+    ):
+        told = runner.invoke(app, arguments)
+        assert (told.exit_code, message in told.output) == (2, True), told.output

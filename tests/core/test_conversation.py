@@ -55,7 +55,12 @@ class Echo:
         state += ids
 
     def speak(
-        self, ids: Sequence[int], state: list[int], sampling: Sampling, progress: Progress
+        self,
+        ids: Sequence[int],
+        state: list[int],
+        sampling: Sampling,
+        progress: Progress,
+        seen: Sequence[int] = (),
     ) -> Generator[tuple[int, str]]:
         self.feed(ids, state, progress)
         for _ in range(sampling.max_tokens):
@@ -150,8 +155,8 @@ def test_an_interrupt_in_the_middle_of_a_step() -> None:
     class Interrupted(Echo):
         armed = True
 
-        def speak(self, ids, state, sampling, progress):  # type: ignore[no-untyped-def]
-            for number, said in enumerate(super().speak(ids, state, sampling, progress)):
+        def speak(self, ids, state, *rest):  # type: ignore[no-untyped-def]
+            for number, said in enumerate(super().speak(ids, state, *rest)):
                 if number == 2 and self.armed:
                     state.append(ord("?"))
                     raise KeyboardInterrupt

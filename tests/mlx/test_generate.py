@@ -11,9 +11,10 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from mlx_lm.generate import batch_generate  # noqa: E402
+from mlx_lm.sample_utils import make_sampler  # noqa: E402
 
 from supra_core.errors import FormatError, SupraError  # noqa: E402
-from supra_core.generate import Sampling  # noqa: E402
+from supra_core.generate import Sampling, sample  # noqa: E402
 from supra_mlx.backend import MLXBackend, load  # noqa: E402
 from supra_mlx.generate import load_model, stream  # noqa: E402
 from tests.mlx.chat import END_OF_TURN, write_chat_model  # noqa: E402
@@ -93,10 +94,10 @@ def test_a_seed_repeats_and_penalties_apply(loaded: Any) -> None:
     ("settings", "message"),
     [
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": -1.0}, "temperature must be 0, or from 0.001"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"min_p": 2.0}, "min_p must be from 0 to 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be from 0.01"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -126,3 +127,15 @@ def test_mlx_lms_batch_generator(loaded: Any) -> None:
     prompts = [PROMPT[:30], PROMPT[:7], PROMPT[10:]]
     texts = batch_generate(model, tokenizer, prompts, max_tokens=12).texts
     assert texts == [_text(tokenizer, _greedy(model, prompt, 12)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("settings", [{"min_p": 0.1}, {"top_p": 0.8}, {"top_p": 0.7, "min_p": 0.3}])
+def test_both_samplers_keep_the_same_tokens(settings: dict[str, float]) -> None:
+    """mlx-lm's and ours, from the same logits at a temperature that makes all of them likely."""
+    logits = np.arange(3.0, -3.0, -1.0, dtype=np.float32)
+    generator = np.random.default_rng(0)
+    sampling = Sampling(temperature=5.0, **settings)
+    ours = {sample(logits, sampling, generator) for _ in range(300)}
+    theirs = make_sampler(temp=5.0, **settings)
+    normal = mx.array(logits - np.log(np.exp(logits).sum()))[None]
+    assert ours == {int(theirs(normal).item()) for _ in range(300)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,20 +28,20 @@ def command(
 ) -> None:
     """Talk to a model; lines come from a terminal or from stdin."""
     from supra_cli.output import log
-    from supra_cli.speech import load_speaker
+    from supra_cli.speech import check_text, load_speaker
     from supra_cli.talk.session import Left, Session
-    from supra_cli.talk.terminal import ReadingProgress, read_lines, show
+    from supra_cli.talk.terminal import ReadingProgress, on_terminal, read_lines, show
     from supra_core.errors import SupraError
     from supra_core.generate import Sampling
 
     if state is not None and system is not None:
         raise SupraError("--state has its own system prompt: leave out --system")
+    check_text(system, "--system")
     sampling = Sampling(temperature, top_p, max_tokens, seed, min_p, repetition_penalty)
-    speaker = load_speaker(model, backend, dtype)
-    session = Session(speaker, sampling, system=system, stop=stop or (), progress=ReadingProgress())
-    if state is not None:
-        speaker.load(session.conversation, state)
-    if sys.stdin.isatty():
+    speaker = load_speaker(model, backend, dtype, state=state)
+    conversation = speaker.conversation(system, state)
+    session = Session(speaker, sampling, conversation, stop=stop or (), progress=ReadingProgress())
+    if on_terminal():
         log(f"{model} in {speaker.owner.backend}. /help lists what else there is.")
     for line in read_lines(session.status):
         try:
@@ -53,3 +52,6 @@ def command(
             return
         except SupraError as error:
             log(str(error))
+        except KeyboardInterrupt:
+            # While a text or a file was read: the conversation is as it was before.
+            log("stopped")

@@ -33,27 +33,24 @@ def command(
 ) -> None:
     """Print a model's answer, or the continuation of a text."""
     from supra_cli.output import print_json
-    from supra_cli.speech import load_speaker
-    from supra_core.conversation import Conversation
+    from supra_cli.speech import check_text, load_speaker
     from supra_core.errors import SupraError
     from supra_core.generate import Sampling
 
     if raw and system is not None:
         raise SupraError("--system needs the chat template: leave out --raw or --system")
-    if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode("utf-8"):
-        raise SupraError("the prompt is not UTF-8 text: give it in that encoding")
+    check_text(prompt, "the prompt")
+    check_text(system, "--system")
     if state is not None and (raw or system is not None):
         raise SupraError("--state goes on with a conversation: leave out --raw and --system")
     sampling = Sampling(temperature, top_p, max_tokens, seed, min_p, repetition_penalty)
-    speaker = load_speaker(model, backend, dtype)
+    speaker = load_speaker(model, backend, dtype, state=state)
     start = time.monotonic()
     pieces: Iterator[str]
     if raw:
         pieces = speaker.continuation(prompt, sampling, stop or ())
     else:
-        conversation = Conversation(speaker.engine, system)
-        if state is not None:
-            speaker.load(conversation, state)
+        conversation = speaker.conversation(system, state)
         pieces = conversation.reply(prompt, sampling, stop=stop or ())
     if json_output:
         text = "".join(pieces)

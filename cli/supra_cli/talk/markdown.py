@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 
 _FENCES = ("```", "~~~")
+# As rich reads it, but for HTML: a model writes vector<int> and means it.
+_PARSER = MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block", "html_inline"])
+
+
+def drawn(text: str) -> Markdown:
+    """The text as markdown, all of it visible, without control characters."""
+    visible = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    markdown = Markdown(visible)
+    markdown.parsed = _PARSER.parse(visible)
+    return markdown
 
 
 class MarkdownStream:
@@ -28,15 +41,15 @@ class MarkdownStream:
         done, self._text = split_blocks(self._text)
         if done.strip():
             self._live.update("", refresh=True)
-            self._console.print(Markdown(done))
+            self._console.print(drawn(done))
             self._console.print()
-        self._live.update(Markdown(self._text), refresh=True)
+        self._live.update(drawn(self._text), refresh=True)
 
     def __exit__(self, *_: object) -> None:
         self._live.update("", refresh=True)
         self._live.stop()
         if self._text.strip():
-            self._console.print(Markdown(self._text))
+            self._console.print(drawn(self._text))
 
 
 def split_blocks(text: str) -> tuple[str, str]:

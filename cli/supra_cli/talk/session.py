@@ -6,14 +6,14 @@ import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from supra_cli.output import log
 from supra_cli.speech import Speaker
 from supra_core.conversation import Conversation
-from supra_core.errors import SupraError
+from supra_core.errors import FormatError, SupraError
 from supra_core.generate import Sampling
 from supra_core.progress import Progress, silent
 from supra_core.text import read_text
@@ -38,6 +38,21 @@ class Pace:
         return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else None
 
 
+class Line(NamedTuple):
+    """What was typed; ``verbatim``: a question whatever it begins with."""
+
+    text: str
+    verbatim: bool = False
+
+
+@dataclass
+class Branch:
+    """A conversation, and texts that go with its next question."""
+
+    conversation: Conversation
+    attached: list[str] = field(default_factory=list)
+
+
 class Session:
     """One chat; lines that begin with a slash are commands, all others questions."""
 
@@ -45,32 +60,41 @@ class Session:
         self,
         speaker: Speaker,
         sampling: Sampling,
+        conversation: Conversation | None = None,
         *,
-        system: str | None = None,
         stop: Sequence[str] = (),
         progress: Progress = silent,
     ) -> None:
         self.speaker, self.sampling, self.stop = speaker, sampling, tuple(stop)
         self.progress, self.pace = progress, Pace()
-        self._attached = ""
-        self._branch = MAIN
-        self._branches: dict[str, Conversation] = {}
-        self.conversation = Conversation(speaker.engine, system)
+        self._here = Branch(conversation or Conversation(speaker.engine))
+        self._name = MAIN
+        self._others: dict[str, Branch] = {}
 
-    def answer(self, line: str) -> Generator[str] | None:
+    @property
+    def conversation(self) -> Conversation:
+        """The branch that the chat is on."""
+        return self._here.conversation
+
+    def answer(self, line: Line | str) -> Generator[str] | None:
         """The answer to a line, piece by piece; None for a command that says nothing.
 
         Raises SupraError for what cannot be done, Left when the chat ends.
         """
-        if not line.startswith("/"):
-            question = f"{self._attached}\n\n{line}" if self._attached else line
-            self._attached = ""
-            return self._timed(question)
-        name, _, rest = line[1:].partition(" ")
-        if name in ("exit", "quit", "bye"):
+        text, verbatim = (line, False) if isinstance(line, str) else line
+        if verbatim or not text.startswith("/"):
+            return self._timed("\n\n".join([*self._here.attached, text]))
+        name, *following = text[1:].split(maxsplit=1) or [""]
+        rest = following[0] if following else ""
+        if name not in COMMANDS and name not in _LEAVING:
+            raise SupraError(
+                f'there is no /{name}: /help lists what there is; between two """ a question '
+                "may begin with a slash"
+            )
+        if rest and (name in _LEAVING or not COMMANDS[name].takes_more):
+            raise SupraError(f"/{name} takes nothing behind it: leave out {rest}")
+        if name in _LEAVING:
             raise Left
-        if name not in COMMANDS:
-            raise SupraError(f"there is no /{name}: /help lists what there is")
         return COMMANDS[name].run(self, rest.strip())
 
     def status(self) -> str:
@@ -82,13 +106,9 @@ class Session:
         ]
         if self.pace.tokens_per_second is not None:
             parts.append(f"{self.pace.tokens_per_second:,.1f} tokens/s")
-        if self._branch != MAIN:
-            parts.append(f"branch {self._branch}")
+        if self._name != MAIN:
+            parts.append(f"branch {self._name}")
         return ", ".join(parts)
-
-    def _turns(self) -> str:
-        turns = self.conversation.turns
-        return f"{turns} turn" if turns == 1 else f"{turns} turns"
 
     def _timed(self, question: str) -> Generator[str]:
         self.pace, began = Pace(), 0.0
@@ -97,9 +117,18 @@ class Session:
         )
         with closing(said) as pieces:
             for piece in pieces:
+                self._here.attached.clear()
                 began = began or time.monotonic()
                 self.pace = Pace(self.conversation.said, time.monotonic() - began)
                 yield piece
+        self._here.attached.clear()
+
+    def _begin(self, conversation: Conversation, message: str) -> None:
+        """Go on with another conversation on this branch."""
+        if self._here.attached:
+            message += " What was read for the next question is left out."
+        self._here = Branch(conversation)
+        log(message)
 
     def help(self, rest: str) -> None:
         """these lines"""
@@ -111,64 +140,78 @@ class Session:
     def clear(self, rest: str) -> None:
         """forget the conversation; a system prompt and a text that was read stay"""
         self.conversation.clear()
-        log("The conversation starts anew.")
+        self._begin(self.conversation, "The conversation starts anew.")
 
     def system(self, rest: str) -> None:
         """start anew with this system prompt"""
-        self.conversation = Conversation(self.speaker.engine, rest or None)
-        log("The conversation starts anew with that system prompt.")
+        prompt = "that system prompt" if rest else "the template's own system prompt"
+        fresh = Conversation(self.speaker.engine, rest or None)
+        self._begin(fresh, f"The conversation starts anew with {prompt}.")
 
     def save(self, rest: str) -> None:
         """write the state and the transcript to a file (--force replaces one)"""
-        words = _words(rest)
-        path = Path(_one([word for word in words if word != "--force"], "/save FILE")).expanduser()
-        self.speaker.save(self.conversation, path, force="--force" in words)
+        force, names = _options(_words(rest), "--force")
+        path = _path(names, "/save FILE")
+        self.speaker.save(self.conversation, path, force=force)
         log(f"{path} has {self.status()}.")
 
     def load(self, rest: str) -> None:
         """go on from such a file"""
-        path = Path(_one(_words(rest), "/load FILE")).expanduser()
-        self.speaker.load(self.conversation, path)
-        log(f"{path}: {self._turns()}, {self.status()}.")
+        path = _path(_words(rest), "/load FILE")
+        loaded = self.speaker.loaded(path)
+        self._begin(loaded, f"{path}: {_turns(loaded)}, {len(loaded.tokens):,} tokens seen.")
 
     def undo(self, rest: str) -> None:
         """take the last turn back"""
         question = self.conversation.undo()
         if question is None:
             raise SupraError("there is no turn to take back")
-        log(f"Taken back: {question.splitlines()[0][:60]}")
+        log(f"Taken back: {(question.splitlines() or [''])[-1][:60]}")
 
     def regen(self, rest: str) -> Generator[str]:
         """answer the last question again"""
+        before = self.conversation.branch()
         question = self.conversation.undo()
         if question is None:
             raise SupraError("there is no question to answer again")
-        return self._timed(question)
+        return self._again(question, before)
+
+    def _again(self, question: str, before: Conversation) -> Generator[str]:
+        try:
+            yield from self._timed(question)
+        finally:
+            if self.conversation.turns < before.turns:
+                # Stopped before its first word: the old answer stays.
+                self._here.conversation = before
 
     def branch(self, rest: str) -> None:
         """go to the branch of that name, or begin it here; without one, list them"""
         if not rest:
-            names = [*self._branches, self._branch]
-            log(", ".join(f"{n} (here)" if n == self._branch else n for n in sorted(names)))
+            names = sorted([*self._others, self._name])
+            log(", ".join(f"{n} (here)" if n == self._name else n for n in names))
             return
-        if rest == self._branch:
+        if rest == self._name:
             raise SupraError(f"this is {rest} already")
-        self._branches[self._branch] = self.conversation
-        known = rest in self._branches
-        self.conversation = self._branches.pop(rest) if known else self.conversation.branch()
-        self._branch = rest
-        log(f"{rest}: {self._turns()}.")
+        known = self._others.pop(rest, None)
+        self._others[self._name] = self._here
+        self._here = known or Branch(self.conversation.branch(), list(self._here.attached))
+        self._name = rest
+        log(f"{rest}: {_turns(self.conversation)}.")
 
     def read(self, rest: str) -> None:
         """show the model a text: at once before the first turn, else with the next question"""
-        path = Path(_one(_words(rest), "/read FILE")).expanduser()
-        text = read_text(path)
-        if self.conversation.turns:
-            self._attached = text
-            log(f"{path} goes with your next question.")
-            return
-        tokens = self.conversation.read(text, self.progress)
-        log(f"{path}: {tokens:,} tokens read.")
+        path = _path(_words(rest), "/read FILE")
+        text = read_text(path).removeprefix("\ufeff")
+        if not self.conversation.turns:
+            try:
+                tokens = self.conversation.read(text, self.progress)
+            except FormatError:
+                log("The model's chat template has no place for a text before the first question.")
+            else:
+                log(f"{path}: {tokens:,} tokens read.")
+                return
+        self._here.attached.append(text)
+        log(f"{path} goes with your next question.")
 
     def set(self, rest: str) -> None:
         """change temperature, top_p, min_p, repetition_penalty, max_tokens, seed or stop"""
@@ -177,13 +220,15 @@ class Session:
             self.stop = tuple(_words(value))
         elif name:
             self.sampling = _changed(self.sampling, name, value.strip())
-        shown = [f"{field.name} {getattr(self.sampling, field.name)}" for field in fields(Sampling)]
+        shown = [
+            f"{setting.name} {getattr(self.sampling, setting.name)}" for setting in fields(Sampling)
+        ]
         log(", ".join([*shown, f"stop {shlex.join(self.stop)}" if self.stop else "stop none"]))
 
     def stats(self, rest: str) -> None:
         """the state's size, tokens seen, speed"""
         turn = f"last turn: {self.conversation.fed:,} tokens fed, {self.conversation.said:,} said"
-        log(f"{self.status()}; {self._turns()}; {turn}")
+        log(f"{self.status()}; {_turns(self.conversation)}; {turn}")
 
 
 @dataclass(frozen=True)
@@ -198,6 +243,13 @@ class Command:
         """The method's own line."""
         return self.run.__doc__ or ""
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether words may stand behind it."""
+        return " " in self.usage
+
+
+_QUOTES = '"""'
 
 COMMANDS: dict[str, Command] = {
     "help": Command("/help", Session.help),
@@ -214,20 +266,49 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def questions(lines: Iterator[str]) -> Iterator[str]:
-    """Lines without the empty ones; those between two triple quotation marks are one."""
-    for line in lines:
-        text = line.strip()
-        if text.startswith('"""'):
-            block = [text[3:]]
-            while not block[-1].rstrip().endswith('"""'):
-                following = next(lines, None)
-                if following is None:
-                    break
-                block.append(following.rstrip("\n"))
-            text = "\n".join(block).rstrip().removesuffix('"""').strip()
-        if text:
-            yield text
+_LEAVING = ("exit", "quit", "bye")
+
+
+class Questions:
+    """Lines as they are typed, put together: those between two triple quotation marks are one.
+
+    ``inside``: whether such a block is open. DROPPED in the place of a line gives it up.
+    """
+
+    DROPPED = "\x03"
+
+    def __init__(self) -> None:
+        self.inside = False
+
+    def of(self, lines: Iterator[str]) -> Iterator[Line]:
+        """What ``lines`` say, without the empty ones."""
+        for line in lines:
+            text = line.strip()
+            if not text.startswith(_QUOTES):
+                if text and text != self.DROPPED:
+                    yield Line(text)
+                continue
+            block = self._block(text[len(_QUOTES) :], lines)
+            if block:
+                yield Line(block, verbatim=True)
+
+    def _block(self, first: str, lines: Iterator[str]) -> str:
+        block, self.inside = [first], True
+        while not block[-1].rstrip().endswith(_QUOTES):
+            following = next(lines, None)
+            if following is None:
+                break
+            if following == self.DROPPED:
+                block = []
+                break
+            block.append(following.rstrip("\r\n"))
+        self.inside = False
+        return "\n".join(block).rstrip().removesuffix(_QUOTES).strip()
+
+
+def _turns(conversation: Conversation) -> str:
+    turns = conversation.turns
+    return f"{turns} turn" if turns == 1 else f"{turns} turns"
 
 
 def _words(text: str) -> list[str]:
@@ -235,17 +316,31 @@ def _words(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise SupraError(f"{text} cannot be read ({error}): close or escape it") from None
+        raise SupraError(
+            f"{text} is no list of words ({error}): put a name with such a character in double "
+            "quotation marks"
+        ) from None
 
 
-def _one(words: Sequence[str], usage: str) -> str:
+def _options(words: Sequence[str], option: str) -> tuple[bool, list[str]]:
+    """Whether the option is there, and the other words."""
+    unknown = [word for word in words if word.startswith("--") and word != option]
+    if unknown:
+        raise SupraError(f"there is no option {unknown[0]}: {option} is the only one")
+    return option in words, [word for word in words if word != option]
+
+
+def _path(words: Sequence[str], usage: str) -> Path:
     if len(words) != 1:
         raise SupraError(f"name one file: {usage}")
-    return words[0]
+    try:
+        return Path(words[0]).expanduser()
+    except RuntimeError as error:
+        raise SupraError(f"{words[0]} leads nowhere ({error}): write the path out") from None
 
 
 def _changed(sampling: Sampling, name: str, value: str) -> Sampling:
-    names = [field.name for field in fields(Sampling)]
+    names = [setting.name for setting in fields(Sampling)]
     if name == "seed" and value in ("", "none"):
         return replace(sampling, seed=None)
     if name not in names:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from supra_cli.talk.session import questions
+from supra_cli.talk.session import COMMANDS, Line, Questions
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
 
 _APP = "supra"
 _PATIENCE = 1.0
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def read_lines(toolbar: Callable[[], str]) -> Iterator[str]:
+def on_terminal() -> bool:
+    """Whether someone types; a process may have no stdin at all."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def read_lines(toolbar: Callable[[], str]) -> Iterator[Line]:
     """Questions and commands until Ctrl-D or the end of stdin; ``toolbar`` stands below them."""
-    return questions(_typed(toolbar) if sys.stdin.isatty() else _piped())
+    together = Questions()
+    return together.of(_typed(toolbar, together) if on_terminal() else _piped())
 
 
 def show(pieces: Generator[str]) -> None:
@@ -68,26 +79,22 @@ def _as_markdown(pieces: Generator[str]) -> None:
 
 
 def _piped() -> Iterator[str]:
+    if sys.stdin is None:
+        return
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # One wrong byte in a line must not end the conversation.
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        # One wrong byte in a line must not end the conversation, nor a mark before the first.
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
     yield from sys.stdin
 
 
-def _typed(toolbar: Callable[[], str]) -> Iterator[str]:
-    import typer
+def _typed(toolbar: Callable[[], str], together: Questions) -> Iterator[str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
 
-    from supra_cli.talk.session import COMMANDS
-
-    folder = Path(typer.get_app_dir(_APP))
-    folder.mkdir(parents=True, exist_ok=True)
     names = WordCompleter([f"/{name}" for name in (*COMMANDS, "exit")], sentence=True)
     session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(folder / "history")),
+        history=_history(),
         auto_suggest=AutoSuggestFromHistory(),
         completer=names,
         complete_while_typing=False,
@@ -95,8 +102,26 @@ def _typed(toolbar: Callable[[], str]) -> Iterator[str]:
     )
     while True:
         try:
-            yield session.prompt("> ")
+            yield session.prompt(". " if together.inside else "> ")
         except EOFError:
             return
         except KeyboardInterrupt:
-            print("Ctrl-D or /exit leaves")
+            if together.inside:
+                yield Questions.DROPPED
+            else:
+                print("Ctrl-D or /exit leaves")
+
+
+def _history() -> History:
+    """Lines of earlier chats, in a file that is the user's alone; in memory where none can be."""
+    import typer
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = Path(typer.get_app_dir(_APP)) / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
+        path.chmod(0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))

@@ -24,13 +24,14 @@ def command(
     """Let a model read a text once, and keep its state: every chat may go on from there."""
     from supra_cli.output import log, print_json
     from supra_cli.progress import ProgressReporter
-    from supra_cli.speech import load_speaker
+    from supra_cli.speech import check_text, load_speaker
     from supra_core.conversation import Conversation
     from supra_core.formats.atomic import check_new_file
     from supra_core.text import read_text
 
+    check_text(system, "--system")
     check_new_file(out, force)
-    content = read_text(text)
+    content = read_text(text).removeprefix("\ufeff")
     speaker = load_speaker(model, backend, dtype)
     conversation = Conversation(speaker.engine, system)
     start = time.monotonic()
