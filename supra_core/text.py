@@ -101,6 +101,8 @@ def read_text(path: str | Path) -> str:
         raise FormatError(
             f"{path} is not UTF-8 text (byte {error.start}): convert it first"
         ) from None
+    except ValueError as error:
+        raise FormatError(f"{path} cannot be read ({error}): name a text file") from None
     if not text:
         raise FormatError(f"{path} is empty: name a file with text in it")
     return text

@@ -78,7 +78,7 @@ def check_new_file(path: str | Path, force: bool) -> None:
     Asked before long work; folders above it are made.
     """
     place = Path(path)
-    if place.is_dir():
+    if os.path.isdir(place):
         raise SupraError(f"{path} is a folder: name a file")
     # A link that leads nowhere is there, too.
     if os.path.lexists(place) and not force:

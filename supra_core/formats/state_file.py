@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def is_state(path: Path) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise FormatError(f"{path} is a folder: name a file that /save or supra state read wrote")
     try:
         with safe_open(path, "np") as file:
