@@ -78,6 +78,8 @@ def check_new_file(path: str | Path, force: bool) -> None:
     Asked before long work; folders above it are made.
     """
     place = Path(path)
+    if "\0" in str(place):
+        raise SupraError(f"{path!s:.40} has a null byte in its name: name another file")
     if os.path.isdir(place):
         raise SupraError(f"{path} is a folder: name a file")
     # A link that leads nowhere is there, too.
@@ -125,6 +127,5 @@ def _swap(new: Path, place: Path) -> None:
 def _writing(place: Path) -> Iterator[None]:
     try:
         yield
-    # A name with a null byte is a ValueError.
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SupraError(f"{place} could not be written: {error}") from error

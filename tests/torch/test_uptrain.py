@@ -268,23 +268,6 @@ def test_interrupts_elsewhere_than_in_the_main_thread_are_left_alone() -> None:
     assert seen == [before]
 
 
-def test_a_perplexity_is_measured_once(
-    paper: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted = []
-
-    def count(session: Any, model: Any) -> float:
-        counted.append(model)
-        return measured(session, model)
-
-    measured = run_module._perplexity
-    monkeypatch.setattr(run_module, "_perplexity", count)
-    run = tmp_path / "run"
-    uptrain(paper.model_copy(update={"tokens": 128, "evaluate_every": 1}), run)
-    # The teacher's, the untrained model's, and one after each of two steps.
-    assert len(counted) == 4
-
-
 def test_a_run_from_before_a_setting_existed_goes_on(
     settings: UptrainConfig, finished: Path
 ) -> None:

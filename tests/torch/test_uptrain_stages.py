@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
+from supra_torch.uptrain import run as run_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.uptrain.run import learning_rate_factor, uptrain  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
@@ -163,3 +165,20 @@ def test_an_unknown_part_is_named() -> None:
             config=None, model="m", recipe=None, data="d",
             overrides={"stages.1.freeze": '["heads"]'},
         )  # fmt: skip
+
+
+def test_a_perplexity_is_measured_once(
+    paper: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def count(session: Any, model: Any) -> float:
+        counted.append(model)
+        return measured(session, model)
+
+    measured = run_module._perplexity
+    monkeypatch.setattr(run_module, "_perplexity", count)
+    run = tmp_path / "run"
+    uptrain(paper.model_copy(update={"tokens": 128, "evaluate_every": 1}), run)
+    # The teacher's, the untrained model's, and one after each of two steps.
+    assert len(counted) == 4
