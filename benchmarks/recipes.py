@@ -47,7 +47,8 @@ def main() -> None:
             record["failed"].pop(name, None)
         except Failed as failure:
             record["failed"][name] = str(failure)
-        write_record(out / "recipes.json", record)
+        command = shlex.join(["python", "benchmarks/recipes.py", *sys.argv[1:]])
+        write_record(out / "recipes.json", {**record, "command": command})
         with atomic_file(out / "recipes.md") as beside:
             beside.write_text(table(record), encoding="utf-8")
     print((out / "recipes.md").read_text("utf-8"))
