@@ -61,7 +61,7 @@ def command(
     ] = False,
     quantize: Annotated[
         int | None,
-        typer.Option(help="Bits of the matrices, 4, 6 or 8, for MLX; queries and keys get 8."),
+        typer.Option(help="Bits of the matrices, 4, 6 or 8, for MLX; some get two more."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Config of an OpenLM checkpoint that has none beside it.")
