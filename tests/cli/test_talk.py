@@ -207,7 +207,7 @@ def test_texts_wait_for_the_next_question(speaker: Speaker, tmp_path: Path) -> N
     talk(session, "Hello", f"/read {tmp_path / 'a'}", f"/read {tmp_path / 'b'}", "/branch other")
     talk(session, "/branch main", "/clear", "Hello")
     assert session.conversation.messages[0]["content"] == "Hello"
-    talk(session, "/branch other", "Why?", "And?")
+    talk(session, "/branch other", "/regen", "Why?", "And?")
     asked = [m["content"] for m in session.conversation.messages if m["role"] == "user"]
     assert asked == ["Hello", "Text a.\n\nText b.\n\nWhy?", "And?"]
 

@@ -83,7 +83,7 @@ class Session:
         """
         text, verbatim = (line, False) if isinstance(line, str) else line
         if verbatim or not text.startswith("/"):
-            return self._timed("\n\n".join([*self._here.attached, text]))
+            return self._asked(text)
         name, *following = text[1:].split(maxsplit=1) or [""]
         rest = following[0] if following else ""
         if name not in COMMANDS and name not in _LEAVING:
@@ -110,6 +110,15 @@ class Session:
             parts.append(f"branch {self._name}")
         return ", ".join(parts)
 
+    def _asked(self, text: str) -> Generator[str]:
+        """The answer to a question with the texts that wait for it; stopped early, they wait on."""
+        attached = self._here.attached
+        with closing(self._timed("\n\n".join([*attached, text]))) as pieces:
+            for piece in pieces:
+                attached.clear()
+                yield piece
+        attached.clear()
+
     def _timed(self, question: str) -> Generator[str]:
         self.pace, began = Pace(), 0.0
         said = self.conversation.reply(
@@ -117,11 +126,9 @@ class Session:
         )
         with closing(said) as pieces:
             for piece in pieces:
-                self._here.attached.clear()
                 began = began or time.monotonic()
                 self.pace = Pace(self.conversation.said, time.monotonic() - began)
                 yield piece
-        self._here.attached.clear()
 
     def _begin(self, conversation: Conversation, message: str) -> None:
         """Go on with another conversation on this branch."""
