@@ -39,12 +39,7 @@ class BackendEngine:
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """As the chat template has it; SupraError when the tokenizer has none."""
-        if not self.tokenizer.chat_template:
-            raise SupraError(
-                "the model's tokenizer has no chat template: use supra generate --raw, or a "
-                "model made for chat"
-            )
-        return render_chat(self.tokenizer, list(messages))
+        return render_chat(self.tokenizer, messages)
 
     def fresh(self) -> Held:
         """The state before the first token."""

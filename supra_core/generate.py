@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from supra_core.backend import Backend
 from supra_core.errors import SupraError
+from supra_core.reference import softmax
 
 # Tokens that the repetition penalty looks back on.
 REPETITION_CONTEXT = 64
@@ -106,13 +107,13 @@ def sample(
     if sampling.temperature == 0:
         return int(logits.argmax())
     exact = logits.astype(np.float64)
-    probabilities = _softmax(exact)
+    probabilities = softmax(exact)
     order = np.argsort(-probabilities, kind="stable")
     kept = probabilities[order] >= sampling.min_p * probabilities[order[0]]
     if sampling.top_p < 1:
         kept &= np.cumsum(probabilities[order]) - probabilities[order] < sampling.top_p
     order = order[kept]
-    return int(generator.choice(order, p=_softmax(exact[order] / sampling.temperature)))
+    return int(generator.choice(order, p=softmax(exact[order] / sampling.temperature)))
 
 
 def penalised(
@@ -125,8 +126,3 @@ def penalised(
     changed = logits.copy()
     changed[said] = np.where(logits[said] < 0, logits[said] * penalty, logits[said] / penalty)
     return changed
-
-
-def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    weights = np.exp(logits - logits.max())
-    return np.asarray(weights / weights.sum())

@@ -362,7 +362,7 @@ def activate(activation: str, z: Float64) -> Float64:
     if activation == "signed_relu":
         return np.concatenate([np.maximum(z, 0.0), np.maximum(-z, 0.0)], axis=-1)
     if activation == "signed_softmax":
-        return np.concatenate([_softmax(z), _softmax(-z)], axis=-1)
+        return np.concatenate([softmax(z), softmax(-z)], axis=-1)
     return z
 
 
@@ -377,7 +377,7 @@ def softmax_attention(
     if state:
         k, v = np.concatenate([state["keys"], k]), np.concatenate([state["values"], v])
     scores = _window_scores(q, k, window)
-    out = np.einsum("htj,jhv->thv", _softmax(scores), _repeat(v, q.shape[1]))
+    out = np.einsum("htj,jhv->thv", softmax(scores), _repeat(v, q.shape[1]))
     kept = len(k) if window is None else min(len(k), window)
     return out, {"keys": k[len(k) - kept :], "values": v[len(v) - kept :]}
 
@@ -450,6 +450,6 @@ def _repeat(x: Float64, heads: int) -> Float64:
     return np.repeat(x, heads // x.shape[1], axis=1)
 
 
-def _softmax(z: Float64) -> Float64:
+def softmax(z: Float64) -> Float64:
     e = np.exp(z - z.max(axis=-1, keepdims=True))
     return np.asarray(e / e.sum(axis=-1, keepdims=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.errors import FormatError
+from supra_core.errors import FormatError, SupraError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,15 +51,21 @@ def load_tokenizer(assets: Mapping[str, bytes], where: str) -> Tokenizer:
         raise FormatError(f"{where}: {TOKENIZER} cannot be read ({error}): get it again") from None
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """The conversation's token ids by the tokenizer's chat template, up to the next answer.
 
-    ``tokenizer`` is one of transformers' or mlx-lm's. Raises :class:`FormatError` when the
-    template is broken or refuses the messages.
+    ``tokenizer`` is one of transformers' or mlx-lm's. Raises SupraError when it has no template,
+    :class:`FormatError` when the template is broken or refuses the messages.
     """
+    # mlx-lm's wrapper may have one of its own.
+    if not getattr(tokenizer, "has_chat_template", tokenizer.chat_template):
+        raise SupraError(
+            "the model's tokenizer has no chat template: use supra generate --raw, or a "
+            "model made for chat"
+        )
     try:
         ids: list[int] = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
+            list(messages), add_generation_prompt=True, return_dict=False
         )
     # A template is a program of someone else's: it may fail in any way.
     except Exception as error:

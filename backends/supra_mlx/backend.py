@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models.cache import ArraysCache, KVCache
 
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.errors import FormatError
 from supra_core.evaluate import Greedy, Losses
 from supra_core.sources import open_source
 from supra_core.spec import ModelSpec
-from supra_mlx.model import LINEAR_SLOTS, Model
+from supra_mlx.caches import fill, layer_arrays
+from supra_mlx.model import Model
 from supra_mlx.pieces import pieces
-from supra_mlx.weights import load_source, to_mlx, to_numpy
+from supra_mlx.weights import load_source
 
 
 @dataclass(frozen=True)
@@ -116,18 +115,14 @@ class MLXBackend:
         arrays: StateArrays = {"tokens": np.array([state.batch, state.tokens])}
         if state.valid is not None:
             arrays["valid"] = state.valid
-        for index, cache in enumerate(state.caches):
-            for name, array in _cache_arrays(cache):
-                arrays[f"layers.{index}.{name}"] = to_numpy(array)
-        return arrays
+        return arrays | layer_arrays(state.caches)
 
     def state_from_arrays(self, arrays: StateArrays) -> MLXState:
         """The inverse of :meth:`state_arrays`; FormatError when an array is missing."""
         caches = self.model.make_cache(bounded=False)
         try:
             batch, tokens = (int(n) for n in arrays["tokens"])
-            for index, cache in enumerate(caches if tokens else ()):
-                _fill(cache, f"layers.{index}.", arrays)
+            fill(caches if tokens else [], arrays)
         except KeyError as error:
             raise FormatError(
                 f"the state has no array {error.args[0]!r}: it was saved by another model or "
@@ -142,21 +137,3 @@ def load(path: str | Path, *, dtype: str | None = None) -> MLXBackend:
     ``dtype``: the type to compute in; None keeps the weights' own. No code of a folder is run.
     """
     return MLXBackend(load_source(open_source(path), dtype=dtype))
-
-
-def _cache_arrays(cache: ArraysCache | KVCache) -> Iterator[tuple[str, mx.array]]:
-    if cache.empty():
-        return
-    if isinstance(cache, ArraysCache):
-        yield from zip(LINEAR_SLOTS, cache.cache, strict=False)
-    else:
-        yield from zip(("keys", "values"), cache.keys_and_values(), strict=True)
-
-
-def _fill(cache: ArraysCache | KVCache, prefix: str, arrays: StateArrays) -> None:
-    if isinstance(cache, ArraysCache):
-        for slot in range(len(cache.cache)):
-            cache[slot] = to_mlx(arrays[prefix + LINEAR_SLOTS[slot]])
-    else:
-        keys, values = (to_mlx(arrays[prefix + name]) for name in ("keys", "values"))
-        cache.state = keys, values, keys.shape[2]

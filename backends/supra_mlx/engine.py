@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.models.cache import ArraysCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from supra_core.backend import StateArrays
 from supra_core.conversation import Message
-from supra_core.errors import FormatError, SupraError
+from supra_core.errors import FormatError
 from supra_core.generate import Sampling
 from supra_core.progress import Progress, silent
 from supra_core.text import detokenizer, render_chat
+from supra_mlx.caches import fill, layer_arrays
 from supra_mlx.generate import PREFILL_STEP, stream
-from supra_mlx.model import LINEAR_SLOTS, Model
-from supra_mlx.weights import to_mlx, to_numpy
+from supra_mlx.model import Model
 
 # mlx-lm's cache a layer; the arrays in it are never changed.
 Caches = list[Any]
@@ -39,12 +37,7 @@ class MLXEngine:
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """As the chat template has it; SupraError when the tokenizer has none."""
-        if not self.tokenizer.has_chat_template:
-            raise SupraError(
-                "the model's tokenizer has no chat template: use supra generate --raw, or a "
-                "model made for chat"
-            )
-        return [int(token) for token in render_chat(self.tokenizer, list(messages))]
+        return render_chat(self.tokenizer, messages)
 
     def fresh(self) -> Caches:
         """The state before the first token."""
@@ -80,36 +73,16 @@ class MLXEngine:
             yield int(response.token), text(int(response.token))
 
     def arrays(self, state: Caches) -> StateArrays:
-        """``layers.N.NAME`` for linear layers' memory, ``layers.N.M`` for the rest of mlx-lm's."""
-        arrays: StateArrays = {}
-        for index, cache in enumerate(state):
-            for name, value in () if cache.empty() else _entries(cache):
-                exact = to_numpy(value) if isinstance(value, mx.array) else np.array(value)
-                arrays[f"layers.{index}.{name}"] = exact
-        return arrays
+        """As :func:`layer_arrays` names them."""
+        return layer_arrays(state)
 
     def restored(self, arrays: StateArrays) -> Caches:
         """The inverse of :meth:`arrays`; FormatError when an array is missing."""
         state = self.fresh()
-        for index, cache in enumerate(state if arrays else ()):
-            prefix = f"layers.{index}."
-            try:
-                if isinstance(cache, ArraysCache):
-                    names = LINEAR_SLOTS[: len(cache.cache)]
-                    cache.cache = [to_mlx(arrays[prefix + name]) for name in names]
-                else:
-                    entries = [arrays[f"{prefix}{entry}"] for entry in range(len(cache.state))]
-                    cache.state = tuple(x.item() if x.ndim == 0 else to_mlx(x) for x in entries)
-            except KeyError as error:
-                raise FormatError(
-                    f"the state has no array {error.args[0]!r}: it is another model's"
-                ) from None
+        try:
+            fill(state if arrays else [], arrays)
+        except KeyError as error:
+            raise FormatError(
+                f"the state has no array {error.args[0]!r}: it is another model's"
+            ) from None
         return state
-
-
-def _entries(cache: Any) -> Iterator[tuple[str, mx.array | int]]:
-    if isinstance(cache, ArraysCache):
-        yield from zip(LINEAR_SLOTS, cache.cache, strict=False)
-    else:
-        for entry, value in enumerate(cache.state):
-            yield str(entry), value

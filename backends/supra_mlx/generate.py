@@ -25,12 +25,14 @@ from supra_mlx.weights import load_source
 PREFILL_STEP = 2048
 
 
-def load_model(path: str | Path, *, dtype: str | None = None) -> tuple[Model, TokenizerWrapper]:
-    """The model at ``path``, anything that ``open_source`` opens, and its tokenizer.
+def load_model(
+    model: str | Path | Source, *, dtype: str | None = None
+) -> tuple[Model, TokenizerWrapper]:
+    """A model, opened or anything that ``open_source`` opens, and its tokenizer.
 
     No code of a folder is run. Raises SupraError when either cannot be read.
     """
-    source = open_source(path)
+    source = model if isinstance(model, Source) else open_source(model)
     tokenizer = load_tokenizer(source)
     return load_source(source, dtype=dtype), tokenizer
 

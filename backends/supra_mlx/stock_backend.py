@@ -25,8 +25,8 @@ from supra_core.errors import FormatError, SupraError
 from supra_core.sources import open_source
 from supra_core.spec import ModelSpec
 from supra_core.tensors import dtype_named
+from supra_mlx.caches import fill_numbered, numbered
 from supra_mlx.pieces import pieces
-from supra_mlx.weights import to_mlx, to_numpy
 
 # How mlx-lm pads each kind of cache on the left.
 _PADDED: dict[type, Callable[[Any, list[int]], Any]] = {
@@ -86,13 +86,7 @@ class StockBackend:
         """Each entry of mlx-lm's cache state as ``layers.N.M``."""
         arrays: StateArrays = {"padded": np.array(state.padded)}
         for index, cache in enumerate(state.caches):
-            for entry, value in enumerate(() if cache.empty() else cache.state):
-                if not isinstance(value, (mx.array, int)):
-                    raise SupraError(
-                        f"mlx-lm's {type(cache).__name__} cannot be saved as arrays: use the "
-                        "backend mlx to save states"
-                    )
-                array = to_numpy(value) if isinstance(value, mx.array) else np.array(value)
+            for entry, array in () if cache.empty() else numbered(cache):
                 arrays[f"layers.{index}.{entry}"] = array
         return arrays
 
@@ -108,8 +102,9 @@ class StockBackend:
         for index, cache in enumerate(caches):
             names = [name for name in arrays if name.startswith(f"layers.{index}.")]
             if names:
-                entries = [arrays[f"layers.{index}.{entry}"] for entry in range(len(names))]
-                cache.state = tuple(x.item() if x.ndim == 0 else to_mlx(x) for x in entries)
+                fill_numbered(
+                    cache, [arrays[f"layers.{index}.{entry}"] for entry in range(len(names))]
+                )
         return StockState(tuple(caches), padded)
 
     def _start(self, mask: Mask | None) -> StockState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -42,10 +42,7 @@ def build_model(
     """
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, where)
     model = Model(ModelArgs(spec))
-    model.load_weights(list(_arrays(tensors, dtype)), strict=True)
-    model.eval()
-    mx.eval(model.parameters())
-    return model
+    return _loaded(model, _arrays(tensors, dtype))
 
 
 def build_packed(spec: ModelSpec, packed: Packed, *, dtype: str | None = None) -> Model:
@@ -60,7 +57,11 @@ def build_packed(spec: ModelSpec, packed: Packed, *, dtype: str | None = None) -
     floats = {name for name, tensor in packed.tensors.items() if tensor.dtype.kind != "u"}
     arrays = _arrays({name: packed.tensors[name] for name in floats}, dtype)
     words = [(name, to_mlx(t.read())) for name, t in packed.tensors.items() if name not in floats]
-    model.load_weights([*arrays, *words], strict=True)
+    return _loaded(model, [*arrays, *words])
+
+
+def _loaded(model: Model, arrays: Iterable[tuple[str, mx.array]]) -> Model:
+    model.load_weights(list(arrays), strict=True)
     model.eval()
     mx.eval(model.parameters())
     return model

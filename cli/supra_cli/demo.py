@@ -325,7 +325,7 @@ def answer(model: Path) -> dict[str, str]:
 
     speaker = load_speaker(str(model))
     said = Conversation(speaker.engine).reply(QUESTION, Sampling(max_tokens=_ANSWER_TOKENS))
-    return {"backend": speaker.owner.backend, "question": QUESTION, "text": "".join(said)}
+    return {"backend": speaker.engine.backend, "question": QUESTION, "text": "".join(said)}
 
 
 def show(results: dict[str, Any], model: Path) -> None:

@@ -30,6 +30,7 @@ Stop = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
 Seed = Annotated[int | None, typer.Option(help="Repeatable sampling.")]
+State = Annotated[Path | None, typer.Option(help="Go on from a file of /save or supra state read.")]
 System = Annotated[str | None, typer.Option(help="System prompt; default: the template's own.")]
 GenerationBackend = Annotated[
     str | None, typer.Option(help="mlx or torch; default: mlx where it is installed.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,16 @@ from supra_core.sources import Source, open_source
 
 @dataclass(frozen=True)
 class Speaker:
-    """A loaded model, and what its states are known by."""
+    """A loaded model.
+
+    ``owner`` says what its states are known by, which takes reading some weights once; ``begun``:
+    what its first conversation goes on from.
+    """
 
     engine: Engine
-    owner: Owner
+    owner: Callable[[], Owner]
     sizes: Sizes
+    begun: SavedState | None = None
 
     def continuation(
         self, prompt: str, sampling: Sampling, stop: Sequence[str] = ()
@@ -47,21 +53,22 @@ class Speaker:
         """Write where the conversation stands; raises as :func:`write_state`."""
         now = conversation.snapshot()
         arrays = self.engine.arrays(now.state)
-        write_state(path, SavedState(self.owner, now.messages, now.tokens, arrays), force=force)
+        write_state(path, SavedState(self.owner(), now.messages, now.tokens, arrays), force=force)
 
     def loaded(self, path: Path) -> Conversation:
         """The conversation in a file; SupraError when it is no state of this model."""
-        saved = read_state(path)
-        check_owner(path, saved.owner, self.owner)
+        return self._resumed(_fitting(path, self.owner))
+
+    def conversation(self, system: str | None) -> Conversation:
+        """A new one, or the one that was begun, which has its own system prompt."""
+        return (
+            Conversation(self.engine, system) if self.begun is None else self._resumed(self.begun)
+        )
+
+    def _resumed(self, saved: SavedState) -> Conversation:
         conversation, state = Conversation(self.engine), self.engine.restored(saved.arrays)
         conversation.restore(Snapshot(saved.messages, saved.tokens, state))
         return conversation
-
-    def conversation(self, system: str | None, state: Path | None) -> Conversation:
-        """A new one, or that of a file, which has its own system prompt."""
-        if state is None:
-            return Conversation(self.engine, system)
-        return self.loaded(state)
 
 
 def load_speaker(
@@ -73,30 +80,39 @@ def load_speaker(
 ) -> Speaker:
     """The model in MLX, with mlx-lm's own generator, or in any other backend, with ours.
 
-    ``state``: a file that is to fit the model, which is noticed before the model is loaded.
+    ``state``: a file to go on from; SupraError before the model is loaded when it does not fit.
     """
-    saved = None if state is None else read_state(state)
     name, source = backend or default_for_generation(), open_source(model)
+    owner = cache(partial(_owner, source, name, dtype or source.dtype))
+    begun = None if state is None else _fitting(state, owner)
+    make = _mlx_engine if name == "mlx" else partial(_backend_engine, name)
+    return Speaker(make(source, dtype), owner, measure(source.spec, source.tensors), begun)
+
+
+def _owner(source: Source, backend: str, dtype: str) -> Owner:
     # A path need not be UTF-8, a state file's metadata has to.
     place = os.fsencode(source.path).decode("utf-8", "replace")
-    owner = Owner(fingerprint(source), place, name, dtype or source.dtype)
-    if state is not None and saved is not None:
-        check_owner(state, saved.owner, owner)
-    engine = _mlx_engine(model, dtype) if name == "mlx" else _backend_engine(source, name, dtype)
-    return Speaker(engine, owner, measure(source.spec, source.tensors))
+    return Owner(fingerprint(source), place, backend, dtype)
 
 
-def _mlx_engine(model: str, dtype: str | None) -> Engine:
+def _fitting(path: Path, owner: Callable[[], Owner]) -> SavedState:
+    """The state in a file, which is read and checked before ``owner`` is asked."""
+    saved = read_state(path)
+    check_owner(path, saved.owner, owner())
+    return saved
+
+
+def _mlx_engine(source: Source, dtype: str | None) -> Engine:
     from supra_cli.backends import require
 
     require("mlx", "this backend")
     from supra_mlx.engine import MLXEngine
     from supra_mlx.generate import load_model
 
-    return MLXEngine(*load_model(model, dtype=dtype))
+    return MLXEngine(*load_model(source, dtype=dtype))
 
 
-def _backend_engine(source: Source, backend: str, dtype: str | None) -> Engine:
+def _backend_engine(backend: str, source: Source, dtype: str | None) -> Engine:
     tokenizer = chat_tokenizer(source)
     return BackendEngine(load(backend, source.path, dtype=dtype), tokenizer)
 

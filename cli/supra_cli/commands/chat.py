@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,9 +20,7 @@ def command(
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
-    state: Annotated[
-        Path | None, typer.Option(help="Go on from a file of /save or supra state read.")
-    ] = None,
+    state: options.State = None,
     dtype: options.Dtype = None,
 ) -> None:
     """Talk to a model; lines come from a terminal or from stdin."""
@@ -39,10 +36,10 @@ def command(
     check_text(system, "--system")
     sampling = Sampling(temperature, top_p, max_tokens, seed, min_p, repetition_penalty)
     speaker = load_speaker(model, backend, dtype, state=state)
-    conversation = speaker.conversation(system, state)
+    conversation = speaker.conversation(system)
     session = Session(speaker, sampling, conversation, stop=stop or (), progress=ReadingProgress())
     if on_terminal():
-        log(f"{model} in {speaker.owner.backend}. /help lists what else there is.")
+        log(f"{model} in {speaker.engine.backend}. /help lists what else there is.")
     for line in read_lines(session.status):
         try:
             pieces = session.answer(line)

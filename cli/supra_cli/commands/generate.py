@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,9 +24,7 @@ def command(
     seed: options.Seed = None,
     stop: options.Stop = None,
     system: options.System = None,
-    state: Annotated[
-        Path | None, typer.Option(help="Go on from a file of /save or supra state read.")
-    ] = None,
+    state: options.State = None,
     dtype: options.Dtype = None,
     json_output: options.Json = False,
 ) -> None:
@@ -50,12 +47,12 @@ def command(
     if raw:
         pieces = speaker.continuation(prompt, sampling, stop or ())
     else:
-        conversation = speaker.conversation(system, state)
+        conversation = speaker.conversation(system)
         pieces = conversation.reply(prompt, sampling, stop=stop or ())
     if json_output:
         text = "".join(pieces)
         seconds = round(time.monotonic() - start, 3)
-        record = {"model": model, "backend": speaker.owner.backend, "prompt": prompt}
+        record = {"model": model, "backend": speaker.engine.backend, "prompt": prompt}
         print_json({**record, "text": text, "seconds": seconds})
         return
     for piece in pieces:

@@ -27,7 +27,6 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
     start = time.monotonic()
     for path in (settings.out, settings.record_path):
         check_new_file(path, settings.force)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
     if not has_matplotlib():
         raise MissingDependencyError(
             "the report's figures need matplotlib: install it with pip install 'supra-lm[report]'"

@@ -41,7 +41,7 @@ def command(
     speaker.save(conversation, out, force=force)
     record = {
         "model": model,
-        "backend": speaker.owner.backend,
+        "backend": speaker.engine.backend,
         "text": str(text),
         "tokens": tokens,
         "seconds": round(seconds, 3),
