@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from supra_core.backend import Backend, Logits, StateArrays
+from supra_core.batch import Batch, InTurns
 from supra_core.conversation import Message
 from supra_core.errors import FormatError, SupraError
 from supra_core.generate import Sampling, continuation
@@ -73,6 +74,10 @@ class BackendEngine:
         for token, after in continuation(self.model, logits, state.state, recent, sampling):
             state.state = after
             yield token, text(token)
+
+    def batch(self, size: int) -> Batch:
+        """Any number of sequences, a step of each after the other."""
+        return InTurns(self)
 
     def arrays(self, state: Held) -> StateArrays:
         """By the backend's own names; none before the first token."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from supra_core.backend import StateArrays
+from supra_core.batch import Batch
 from supra_core.errors import FormatError
 from supra_core.generate import REPETITION_CONTEXT, Sampling
 from supra_core.progress import Progress, silent
@@ -59,6 +60,10 @@ class Engine(Protocol):
 
         ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
         """
+        ...
+
+    def batch(self, size: int) -> Batch:
+        """Room for ``size`` sequences that are spoken at a time."""
         ...
 
     def arrays(self, state: Any) -> StateArrays:

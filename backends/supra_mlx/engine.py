@@ -10,11 +10,13 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from supra_core.backend import StateArrays
+from supra_core.batch import Batch
 from supra_core.conversation import Message
 from supra_core.errors import FormatError
 from supra_core.generate import Sampling
 from supra_core.progress import Progress, silent
 from supra_core.text import detokenizer, render_chat
+from supra_mlx.batch import MLXBatch
 from supra_mlx.caches import fill, layer_arrays
 from supra_mlx.generate import PREFILL_STEP, stream
 from supra_mlx.model import Model
@@ -71,6 +73,10 @@ class MLXEngine:
             self.model, self.tokenizer, ids, sampling, cache=state, progress=progress, seen=seen
         ):
             yield int(response.token), text(int(response.token))
+
+    def batch(self, size: int) -> Batch:
+        """By mlx-lm's batch generator: one step of the model for all of them."""
+        return MLXBatch(self.model, self.tokenizer, size)
 
     def arrays(self, state: Caches) -> StateArrays:
         """As :func:`layer_arrays` names them."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 
 
-def require(extra: str, purpose: str) -> None:
-    """Raise :class:`MissingDependencyError` when the package of ``extra`` is not installed."""
+def require(package: str, purpose: str, *, extra: str | None = None) -> None:
+    """Raise :class:`MissingDependencyError` when a package is not installed.
+
+    ``extra``: which of ours brings it; default: the one of the same name.
+    """
     from supra_core.errors import MissingDependencyError
 
-    if importlib.util.find_spec(extra) is None:
+    if importlib.util.find_spec(package) is None:
         raise MissingDependencyError(
-            f"{purpose} needs {extra}: install it with pip install 'supra-lm[{extra}]'"
+            f"{purpose} needs {package}: install it with pip install 'supra-lm[{extra or package}]'"
         )
 
 

@@ -23,6 +23,7 @@ from supra_cli.commands import (
     generate,
     inspect,
     report,
+    serve,
     state,
     uptrain,
     verify,
@@ -66,6 +67,7 @@ app.command("eval")(evaluate.command)
 app.command("report")(report.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
+app.command("serve")(serve.command)
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 app.add_typer(bench.app, name="bench")

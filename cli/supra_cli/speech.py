@@ -57,7 +57,11 @@ class Speaker:
 
     def loaded(self, path: Path) -> Conversation:
         """The conversation in a file; SupraError when it is no state of this model."""
-        return self._resumed(_fitting(path, self.owner))
+        return self._resumed(self.saved(path))
+
+    def saved(self, path: Path) -> SavedState:
+        """What is in a file; SupraError when it is no state of this model."""
+        return _fitting(path, self.owner)
 
     def conversation(self, system: str | None) -> Conversation:
         """A new one, or the one that was begun, which has its own system prompt."""

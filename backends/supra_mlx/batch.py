@@ -1,0 +1,111 @@
+"""Several sequences in one batch of MLX, by mlx-lm's own batch generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.sample_utils import (
+    apply_min_p,
+    apply_top_p,
+    make_repetition_penalty,
+    make_sampler,
+)
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from supra_core.batch import Spoken
+from supra_core.errors import SupraError
+from supra_core.generate import REPETITION_CONTEXT, Sampling
+from supra_core.text import detokenizer
+from supra_mlx.model import Model
+
+Sampler = Callable[[mx.array], mx.array]
+
+
+class MLXBatch:
+    """:class:`~supra_core.batch.Batch` of at most ``size`` sequences at a time.
+
+    Everything has to be called from the thread that loaded the model.
+    """
+
+    def __init__(self, model: Model, tokenizer: TokenizerWrapper, size: int) -> None:
+        self._tokenizer = tokenizer
+        self._generator = BatchGenerator(
+            model,
+            stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+            completion_batch_size=size,
+            prefill_batch_size=size,
+            stream=mx.default_stream(mx.default_device()),
+        )
+        self._texts: dict[int, Callable[[int], str]] = {}
+        self._ended: dict[int, list[Any]] = {}
+
+    def add(
+        self, ids: Sequence[int], state: list[Any], sampling: Sampling, seen: Sequence[int] = ()
+    ) -> int:
+        """The caches in ``state`` are copied: they stay as they are."""
+        if not len(ids):
+            raise SupraError("the prompt is empty: give at least one token to go on from")
+        processors = []
+        if sampling.repetition_penalty != 1.0:
+            processors.append(
+                make_repetition_penalty(sampling.repetition_penalty, REPETITION_CONTEXT)
+            )
+        (key,) = self._generator.insert(
+            [list(ids)],
+            max_tokens=[sampling.max_tokens],
+            caches=[state],
+            all_tokens=[list(seen)],
+            samplers=[_sampler(sampling)],
+            logits_processors=[processors],
+        )
+        self._texts[key] = detokenizer(self._tokenizer)
+        return int(key)
+
+    def step(self) -> list[Spoken]:
+        """A token of each sequence that was there at the step before; the end is one of them."""
+        _, responses = self._generator.next()
+        spoken = []
+        for response in responses:
+            text = self._texts[response.uid](int(response.token))
+            if response.finish_reason:
+                self._ended[response.uid] = response.prompt_cache
+                del self._texts[response.uid]
+            spoken.append(Spoken(response.uid, int(response.token), text, response.finish_reason))
+        return spoken
+
+    def take(self, key: int) -> list[Any]:
+        """KeyError when there is no such sequence."""
+        if key in self._ended:
+            return self._ended.pop(key)
+        del self._texts[key]
+        caches: list[Any] = self._generator.remove([key], return_prompt_caches=True)[key][0]
+        return caches
+
+
+def _sampler(sampling: Sampling) -> Sampler:
+    if sampling.seed is not None and sampling.temperature:
+        return _Seeded(sampling, sampling.seed)
+    sampler: Sampler = make_sampler(
+        temp=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p
+    )
+    return sampler
+
+
+class _Seeded:
+    """mlx-lm's sampler with random numbers of its own, whoever else draws between its steps."""
+
+    def __init__(self, sampling: Sampling, seed: int) -> None:
+        self._sampling, self._key = sampling, mx.random.key(seed)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        sampling = self._sampling
+        # As the generator that all others share.
+        self._key, key = mx.random.split(self._key)
+        if sampling.top_p < 1:
+            logprobs = apply_top_p(logprobs, sampling.top_p)
+        if sampling.min_p:
+            logprobs = apply_min_p(logprobs, sampling.min_p, 1)
+        return mx.random.categorical(logprobs * (1 / sampling.temperature), key=key)

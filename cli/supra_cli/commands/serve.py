@@ -1,0 +1,99 @@
+"""``supra serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supra_cli import options
+
+_GIB = 2**30
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Anything supra convert reads.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="SUPRA_API_KEY", help="What clients have to show; default: nothing."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: its folder's name.")
+    ] = None,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE: a state from /save or supra state read, which answers as "
+            "MODEL:NAME; may be repeated."
+        ),
+    ] = None,
+    backend: options.GenerationBackend = None,
+    dtype: options.Dtype = None,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer; usual ones: 512.")] = 4096,
+    max_prompt: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 262_144,
+    parallel: Annotated[int, typer.Option(help="Answers spoken at a time.")] = 16,
+    waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 64,
+    keep_gib: Annotated[
+        float, typer.Option(help="Memory for states of earlier prompts, which are not read again.")
+    ] = 1.0,
+) -> None:
+    """Serve a model over HTTP as OpenAI's interface has it: chat completions, completions, models.
+
+    Sampling options are what requests get that name none of their own.
+    """
+    from supra_cli.backends import require
+
+    require("starlette", "supra serve", extra="serve")
+    require("uvicorn", "supra serve", extra="serve")
+    from supra_cli.serving.server import Settings, serve
+    from supra_cli.serving.service import Limits
+    from supra_core.errors import SupraError
+    from supra_core.generate import Sampling
+
+    for option, value, least in (
+        ("--max-tokens", max_tokens, 1), ("--max-prompt", max_prompt, 1),
+        ("--parallel", parallel, 1), ("--waiting", waiting, 0), ("--keep-gib", keep_gib, 0),
+    ):  # fmt: skip
+        if not value >= least:
+            raise SupraError(f"{option} must be at least {least}, not {value}")
+    if api_key == "":
+        raise SupraError("--api-key is empty: give a key, or leave it out")
+    serve(
+        Settings(
+            model=model,
+            backend=backend,
+            dtype=dtype,
+            name=name or Path(model).resolve().stem,
+            host=host,
+            port=port,
+            key=api_key,
+            sampling=Sampling(temperature, top_p, 1, None, min_p, repetition_penalty),
+            limits=Limits(max_prompt, max_tokens),
+            parallel=parallel,
+            waiting=waiting,
+            kept_bytes=int(keep_gib * _GIB),
+            contexts=_contexts(context or []),
+        )
+    )
+
+
+def _contexts(given: list[str]) -> dict[str, Path]:
+    """State files by name; SupraError for what is no NAME=FILE."""
+    from supra_core.errors import SupraError
+
+    contexts: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not name or not equals or not path:
+            raise SupraError(f"--context '{text}' is not NAME=FILE: write it as in book=book.state")
+        if name in contexts:
+            raise SupraError(f"--context names {name} twice: give each its own name")
+        contexts[name] = Path(path)
+    return contexts

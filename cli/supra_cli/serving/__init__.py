@@ -1,0 +1,1 @@
+"""``supra serve``: a model behind OpenAI's HTTP interface."""

@@ -1,0 +1,151 @@
+"""A served model: its names, its limits, and requests turned into jobs and their events."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from supra_cli.serving.schema import ApiError
+from supra_core.conversation import Engine, Message
+from supra_core.errors import SupraError
+from supra_core.generate import Sampling
+from supra_core.scheduler import Busy, Event, Failed, Finished, Job, Scheduler
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Tokens a prompt may have, tokens an answer may have, and bytes of a request's body."""
+
+    prompt_tokens: int
+    answer_tokens: int
+
+    @property
+    def body_bytes(self) -> int:
+        """Room for the longest prompt: few tokens have more than 16 bytes, JSON included."""
+        return max(2**16, 16 * self.prompt_tokens)
+
+
+@dataclass
+class Service:
+    """``contexts``: transcripts whose states are kept, by the name that stands after a colon."""
+
+    scheduler: Scheduler
+    engine: Engine
+    name: str
+    vocab_size: int
+    limits: Limits
+    usual: Sampling
+    contexts: Mapping[str, Sequence[Message]] = field(default_factory=dict)
+    key: str | None = None
+    # Hosts that a browser may have been told to reach it by; None: any.
+    hosts: frozenset[str] | None = None
+    started: int = field(default_factory=lambda: int(time.time()))
+    # A tokenizer is not made for several threads.
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def models(self) -> list[str]:
+        """What a request may name: the model, and the model with each of its contexts."""
+        return [self.name, *(f"{self.name}:{context}" for context in self.contexts)]
+
+    def context(self, model: str | None) -> Sequence[Message]:
+        """The messages before a request's own; :class:`ApiError` 404 for an unknown model."""
+        if model is None or model == self.name:
+            return ()
+        if model not in self.models:
+            raise ApiError(
+                404,
+                f"there is no model '{model}' here: use {' or '.join(self.models)}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.contexts[model.removeprefix(f"{self.name}:")]
+
+    def rendered(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids by the chat template; SupraError when it refuses the messages."""
+        with self._lock:
+            return self._checked(self.engine.render(messages))
+
+    def encoded(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a text as it stands, or the ids given."""
+        if isinstance(prompt, str):
+            with self._lock:
+                return self._checked(self.engine.encode(prompt))
+        size = self.vocab_size
+        wrong = next((token for token in prompt if not 0 <= token < size), None)
+        if wrong is not None:
+            raise ApiError(
+                400, f"the model has no token {wrong}: ids go from 0 to {size - 1}", param="prompt"
+            )
+        return self._checked(list(prompt))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise ApiError(400, "the prompt has no tokens: give some text", param="prompt")
+        most = self.limits.prompt_tokens
+        if len(ids) > most:
+            raise ApiError(
+                400,
+                f"the prompt has {len(ids):,} tokens, this server takes {most:,}: shorten it",
+                code="context_length_exceeded",
+            )
+        return ids
+
+
+class Exchange:
+    """A request's jobs and what happens to them; leaving it cancels what still runs."""
+
+    def __init__(
+        self,
+        service: Service,
+        prompts: Sequence[list[int]],
+        sampling: Callable[[int], Sampling],
+        stop: tuple[str, ...],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._jobs: list[Job] = []
+        for index, ids in enumerate(prompts):
+            job = Job(ids, sampling(index), stop, self._listener(index))
+            try:
+                service.scheduler.submit(job)
+            except Busy as error:
+                self.cancel()
+                raise ApiError(
+                    429, str(error), kind="rate_limit_error", code="rate_limit_exceeded"
+                ) from None
+            self._jobs.append(job)
+
+    async def events(self) -> AsyncGenerator[tuple[int, Event]]:
+        """Each with the index of its prompt, until all have ended."""
+        left = len(self._jobs)
+        try:
+            while left:
+                index, event = await self._events.get()
+                left -= isinstance(event, Finished | Failed)
+                yield index, event
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Nobody listens any more."""
+        for job in self._jobs:
+            job.cancel()
+
+    def _listener(self, index: int) -> Callable[[Event], None]:
+        def listen(event: Event) -> None:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return listen
+
+
+def failure(error: Exception) -> ApiError:
+    """What a client is told of an error: all of it only when it is one of its own making."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, SupraError):
+        return ApiError(400, str(error))
+    return ApiError(500, "the server failed at this request: see its log", kind="server_error")

@@ -1,0 +1,100 @@
+"""Several sequences that one model speaks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from supra_core.generate import Sampling
+from supra_core.progress import silent
+
+if TYPE_CHECKING:
+    from supra_core.conversation import Engine
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One sequence's next token with the text that became certain; ``finish``: it was the last.
+
+    ``token`` None: the sequence ended without another token.
+    """
+
+    key: int
+    token: int | None
+    text: str
+    finish: Finish | None = None
+
+
+class Batch(Protocol):
+    """Sequences being spoken; each may come and go at any step."""
+
+    def add(
+        self, ids: Sequence[int], state: Any, sampling: Sampling, seen: Sequence[int] = ()
+    ) -> int:
+        """Begin a sequence after ``ids``, at least one, fed to ``state``; returns its key.
+
+        ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
+        """
+        ...
+
+    def step(self) -> list[Spoken]:
+        """The next token of every sequence that has one by now."""
+        ...
+
+    def take(self, key: int) -> Any:
+        """The state after a sequence's last token; it leaves the batch, ended or not."""
+        ...
+
+
+@dataclass
+class _Sequence:
+    state: Any
+    pieces: Generator[tuple[int, str]]
+    tokens_left: int
+
+
+class InTurns:
+    """:class:`Batch` for any engine: one step of each sequence after the other."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sequences: dict[int, _Sequence] = {}
+        self._ended: dict[int, Any] = {}
+        self._next_key = 0
+
+    def add(
+        self, ids: Sequence[int], state: Any, sampling: Sampling, seen: Sequence[int] = ()
+    ) -> int:
+        """Nothing is computed before the next step."""
+        key, self._next_key = self._next_key, self._next_key + 1
+        pieces = self._engine.speak(ids, state, sampling, silent, seen)
+        self._sequences[key] = _Sequence(state, pieces, sampling.max_tokens)
+        return key
+
+    def step(self) -> list[Spoken]:
+        """A token of each; a sequence's last one says so."""
+        return [self._spoken(key) for key in list(self._sequences)]
+
+    def take(self, key: int) -> Any:
+        """KeyError when there is no such sequence."""
+        if key in self._ended:
+            return self._ended.pop(key)
+        sequence = self._sequences.pop(key)
+        sequence.pieces.close()
+        return sequence.state
+
+    def _spoken(self, key: int) -> Spoken:
+        sequence = self._sequences[key]
+        token, text = next(sequence.pieces, (None, ""))
+        sequence.tokens_left -= 1
+        finish: Finish | None = None
+        if token is None:
+            finish = "stop"
+        elif not sequence.tokens_left:
+            finish = "length"
+        if finish:
+            self._ended[key] = self.take(key)
+        return Spoken(key, token, text, finish)

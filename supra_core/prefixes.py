@@ -1,0 +1,98 @@
+"""States by the tokens they have seen: what was read once is not read again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    tokens: Tokens
+    state: Any
+    size: int
+
+
+class Prefixes:
+    """The states last used, as many as fit ``limit`` bytes; pinned ones stay beside them.
+
+    ``size``: a state's bytes after so many tokens.
+    """
+
+    def __init__(self, limit: int, size: Callable[[int], int]) -> None:
+        self._limit, self._size = limit, size
+        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._pinned: dict[bytes, _Kept] = {}
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept) + len(self._pinned)
+
+    def pin(self, tokens: Sequence[int], state: Any) -> None:
+        """Keep a state for good."""
+        kept = self._entry(tokens, state)
+        self._pinned[kept.tokens.tobytes()] = kept
+
+    def put(self, tokens: Sequence[int], state: Any) -> None:
+        """Keep a state, and let those go that were not used for longest."""
+        kept = self._entry(tokens, state)
+        key = kept.tokens.tobytes()
+        if not key or key in self._pinned or kept.size > self._limit:
+            return
+        if (before := self._kept.pop(key, None)) is not None:
+            self.bytes -= before.size
+        self._kept[key] = kept
+        self.bytes += kept.size
+        while self.bytes > self._limit:
+            self.bytes -= self._kept.popitem(last=False)[1].size
+
+    def longest(self, ids: Sequence[int]) -> tuple[int, Any]:
+        """How many of ``ids`` some state has seen, and that state: 0 and None if there is none.
+
+        At least one token is left to predict from.
+        """
+        wanted = _array(ids)
+        fitting = [
+            kept
+            for kept in self._all()
+            if len(kept.tokens) < len(wanted) and _common(kept.tokens, wanted) == len(kept.tokens)
+        ]
+        if not fitting:
+            return 0, None
+        found = max(fitting, key=lambda kept: len(kept.tokens))
+        key = found.tokens.tobytes()
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return len(found.tokens), found.state
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many first tokens ``ids`` has in common with whatever was kept.
+
+        A state there would serve both, and what else begins like them.
+        """
+        wanted = _array(ids)
+        return max((_common(kept.tokens, wanted) for kept in self._all()), default=0)
+
+    def _entry(self, tokens: Sequence[int], state: Any) -> _Kept:
+        return _Kept(_array(tokens), state, self._size(len(tokens)))
+
+    def _all(self) -> list[_Kept]:
+        return [*self._pinned.values(), *self._kept.values()]
+
+
+def _array(tokens: Sequence[int]) -> Tokens:
+    return np.array(tokens, dtype=np.int64)
+
+
+def _common(one: Tokens, other: Tokens) -> int:
+    """The number of first tokens that are the same."""
+    length = min(len(one), len(other))
+    different = one[:length] != other[:length]
+    return int(different.argmax()) if different.any() else length

@@ -1,0 +1,282 @@
+"""Many requests to one model: prompts are read in pieces between the steps of what is spoken.
+
+One thread owns the model. It reads the oldest waiting prompt, a piece at a time, from the longest
+state that is kept of it, and after each piece everything that is being spoken gets one token. So
+a long prompt delays others by one piece, and nobody waits for an answer to end.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from supra_core.batch import Batch, Finish, Spoken
+from supra_core.conversation import Engine, HeldBack
+from supra_core.errors import SupraError
+from supra_core.generate import REPETITION_CONTEXT, Sampling
+from supra_core.prefixes import Prefixes
+from supra_core.progress import silent
+
+# Prompt tokens between two steps of what is spoken.
+PIECE = 512
+
+
+class Busy(SupraError):
+    """More requests than may wait."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How much of the prompt the model has seen."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer: tokens of the prompt, those of it that were known, and tokens said.
+
+    ``read_seconds`` and ``said_seconds`` are what it took, others' steps included.
+    """
+
+    finish: Finish
+    prompt_tokens: int
+    known_tokens: int
+    said_tokens: int
+    read_seconds: float
+    said_seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An answer that ends here because of ``error``."""
+
+    error: Exception
+
+
+Event = Reading | Piece | Finished | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way; ``deliver`` is called from the model's thread and must not block."""
+
+    ids: list[int]
+    sampling: Sampling
+    stop: tuple[str, ...]
+    deliver: Callable[[Event], None]
+    cancelled: bool = False
+    state: Any = None
+    known: int = 0
+    fed: int = 0
+    said: list[int] = field(default_factory=list)
+    started: float = 0.0
+    spoke: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.held = HeldBack(self.stop)
+
+    def cancel(self) -> None:
+        """Nobody listens any more; the model stops at its next step."""
+        self.cancelled = True
+
+
+class Scheduler:
+    """The thread that owns a model, which ``load`` opens in it, and the states kept.
+
+    At most ``parallel`` answers are spoken at a time, ``waiting`` more requests may wait.
+    """
+
+    def __init__(
+        self, load: Callable[[], tuple[Engine, Prefixes]], *, parallel: int, waiting: int
+    ) -> None:
+        self._load, self._parallel, self._places = load, parallel, parallel + waiting
+        self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._reading: Job | None = None
+        self._speaking: dict[int, Job] = {}
+        self._taken = 0
+        self._lock = threading.Lock()
+        self._closing = False
+        self._ready = threading.Event()
+        self._load_error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+
+    def start(self) -> Engine:
+        """Load the model and begin; raises whatever loading it raised."""
+        self._thread.start()
+        self._ready.wait()
+        if self._load_error is not None:
+            raise self._load_error
+        return self._engine
+
+    def submit(self, job: Job) -> None:
+        """Line a request up; :class:`Busy` when too many wait. Any thread may call it."""
+        with self._lock:
+            if self._taken >= self._places:
+                raise Busy(f"{self._taken} requests are under way or wait: try again later")
+            self._taken += 1
+        self._incoming.put(job)
+
+    @property
+    def taken(self) -> int:
+        """Requests under way or waiting."""
+        return self._taken
+
+    def close(self) -> None:
+        """End every answer and the thread."""
+        self._closing = True
+        self._incoming.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._engine, self._prefixes = self._load()
+            self._batch: Batch = self._engine.batch(self._parallel)
+        # Whoever started the thread is told.
+        except Exception as error:
+            self._load_error = error
+            return
+        finally:
+            self._ready.set()
+        while not self._closing:
+            self._take_in()
+            self._drop_cancelled()
+            self._read_on()
+            self._speak()
+        for job in self._jobs():
+            self._end(job, Failed(SupraError("the server is stopping")))
+
+    def _jobs(self) -> list[Job]:
+        reading = [] if self._reading is None else [self._reading]
+        return [*self._waiting, *reading, *self._speaking.values()]
+
+    def _take_in(self) -> None:
+        """Every request that came; waits for one when there is nothing else to do."""
+        try:
+            while True:
+                job = self._incoming.get(block=not self._jobs())
+                if job is None:
+                    return
+                self._waiting.append(job)
+        except queue.Empty:
+            return
+
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in self._waiting if job.cancelled]:
+            self._waiting.remove(job)
+            self._leave(job)
+        if self._reading is not None and self._reading.cancelled:
+            self._leave(self._reading)
+            self._reading = None
+        for key in [key for key, job in self._speaking.items() if job.cancelled]:
+            self._batch.take(key)
+            self._leave(self._speaking.pop(key))
+
+    def _read_on(self) -> None:
+        """One more piece of the oldest prompt, all but its last token, which is spoken after."""
+        if self._reading is None:
+            if not self._waiting or len(self._speaking) >= self._parallel:
+                return
+            self._reading = self._waiting.popleft()
+            self._begin(self._reading)
+        job = self._reading
+        try:
+            self._feed(job)
+            if job.fed < len(job.ids) - 1:
+                return
+            seen = job.ids[max(0, job.fed - REPETITION_CONTEXT) : job.fed]
+            key = self._batch.add(job.ids[job.fed :], job.state, job.sampling, seen)
+        # Of the one request, whatever is wrong: the others go on.
+        except Exception as error:
+            self._reading = None
+            self._end(job, Failed(error))
+            return
+        self._reading, job.state, job.spoke = None, None, time.monotonic()
+        self._speaking[key] = job
+
+    def _begin(self, job: Job) -> None:
+        job.started = time.monotonic()
+        job.known, state = self._prefixes.longest(job.ids)
+        job.fed = job.known
+        job.state = self._engine.fresh() if state is None else self._engine.copy(state)
+
+    def _feed(self, job: Job) -> None:
+        last = len(job.ids) - 1
+        # Where the prompt leaves what was read before, a state is worth keeping.
+        shared = min(self._prefixes.shared(job.ids), last)
+        ends = [end for end in (shared, last) if end > job.fed]
+        if not ends:
+            return
+        end = min(*ends, job.fed + PIECE)
+        self._engine.feed(job.ids[job.fed : end], job.state, silent)
+        job.fed = end
+        if end in ends:
+            self._prefixes.put(job.ids[:end], self._engine.copy(job.state))
+        job.deliver(Reading(end, len(job.ids)))
+
+    def _speak(self) -> None:
+        if not self._speaking:
+            return
+        try:
+            spoken = self._batch.step()
+        # The batch is of no more use, nor is anything in it.
+        except Exception as error:
+            self._batch = self._engine.batch(self._parallel)
+            jobs, self._speaking = self._speaking, {}
+            for job in jobs.values():
+                self._end(job, Failed(error))
+            return
+        for piece in spoken:
+            self._say(piece)
+
+    def _say(self, piece: Spoken) -> None:
+        job, finish = self._speaking[piece.key], piece.finish
+        if piece.token is not None:
+            job.said.append(piece.token)
+        text = job.held.take(piece.text)
+        if job.held.stopped:
+            finish = "stop"
+        if finish is not None:
+            text += job.held.rest()
+        if text:
+            job.deliver(Piece(text))
+        if finish is None:
+            return
+        del self._speaking[piece.key]
+        self._prefixes.put([*job.ids, *job.said], self._batch.take(piece.key))
+        now = time.monotonic()
+        self._end(
+            job,
+            Finished(
+                finish=finish,
+                prompt_tokens=len(job.ids),
+                known_tokens=job.known,
+                said_tokens=len(job.said),
+                read_seconds=job.spoke - job.started,
+                said_seconds=now - job.spoke,
+            ),
+        )
+
+    def _end(self, job: Job, event: Finished | Failed) -> None:
+        self._leave(job)
+        job.deliver(event)
+
+    def _leave(self, job: Job) -> None:
+        job.state = None
+        with self._lock:
+            self._taken -= 1

@@ -1,0 +1,314 @@
+"""Many requests to one engine: what each gets, what is read once, and who waits for whom."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supra_core.generate import Sampling
+from supra_core.prefixes import Prefixes
+from supra_core.progress import Progress, silent
+from supra_core.scheduler import (
+    PIECE,
+    Busy,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    Piece,
+    Reading,
+    Scheduler,
+)
+from tests.core.echo import Echo
+
+SAMPLING = Sampling(max_tokens=6)
+TEXT = "A state has one size, whatever the length of the text that it has seen. "
+
+
+class Client:
+    """A request and what came of it."""
+
+    def __init__(
+        self, text: str, sampling: Sampling = SAMPLING, stop: tuple[str, ...] = ()
+    ) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.job = Job([ord(c) for c in text], sampling, stop, self.events.put)
+
+    def until_the_end(self) -> tuple[str, Finished]:
+        """The text and the end."""
+        text = ""
+        while True:
+            event = self.events.get(timeout=20)
+            if isinstance(event, Piece):
+                text += event.text
+            elif isinstance(event, Failed):
+                raise event.error
+            elif isinstance(event, Finished):
+                return text, event
+
+    def first_piece(self) -> str:
+        """Waits for the first text."""
+        while True:
+            event = self.events.get(timeout=20)
+            if isinstance(event, Piece):
+                return event.text
+
+
+class Gated(Echo):
+    """Speaks a token whenever it is let; breaks on what it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Semaphore(0)
+        self.order: list[str] = []
+        self.broken: int | None = None
+
+    def feed(self, ids: Sequence[int], state: list[int], progress: Progress = silent) -> None:
+        self.order.append(f"feed {len(ids)}")
+        if self.broken in ids:
+            raise RuntimeError("broken")
+        super().feed(ids, state, progress)
+
+    def speak(
+        self,
+        ids: Sequence[int],
+        state: list[int],
+        sampling: Sampling,
+        progress: Progress,
+        seen: Sequence[int] = (),
+    ) -> Generator[tuple[int, str]]:
+        for token, piece in super().speak(ids, state, sampling, progress, seen):
+            self.gate.acquire()
+            self.order.append("say")
+            yield token, piece
+
+
+def expected(text: str, count: int = 6) -> str:
+    engine = Echo()
+    pieces = engine.speak(engine.encode(text), [], Sampling(max_tokens=count), silent)
+    return "".join(piece for _, piece in pieces)
+
+
+def running(
+    engine: Echo, *, parallel: int = 4, waiting: int = 100, limit: int = 10**6
+) -> tuple[Scheduler, Prefixes]:
+    prefixes = Prefixes(limit, lambda tokens: 1)
+    scheduler = Scheduler(lambda: (engine, prefixes), parallel=parallel, waiting=waiting)
+    scheduler.start()
+    return scheduler, prefixes
+
+
+@pytest.fixture
+def gated() -> Iterator[tuple[Scheduler, Gated]]:
+    engine = Gated()
+    scheduler, _ = running(engine)
+    yield scheduler, engine
+    engine.gate.release(10**6)
+    scheduler.close()
+
+
+def test_everyone_gets_the_answer_of_one_alone() -> None:
+    scheduler, _ = running(Echo())
+    texts = [f"{'and so on ' * (i * 37 % 11)}{i}" for i in range(40)]
+    clients = [Client(text, Sampling(max_tokens=1 + i % 7)) for i, text in enumerate(texts)]
+    for client in clients:
+        scheduler.submit(client.job)
+    for i, (text, client) in enumerate(zip(texts, clients, strict=True)):
+        said, end = client.until_the_end()
+        assert said == expected(text, 1 + i % 7)
+        assert (end.finish, end.prompt_tokens, end.said_tokens) == ("length", len(text), 1 + i % 7)
+    assert scheduler.taken == 0
+    scheduler.close()
+
+
+def test_what_was_read_is_not_read_again() -> None:
+    engine = Echo()
+    scheduler, _ = running(engine)
+
+    def ask(text: str) -> tuple[str, Finished]:
+        client = Client(text)
+        scheduler.submit(client.job)
+        return client.until_the_end()
+
+    first, _ = ask("one question")
+    # The conversation goes on after the answer, or with another answer after the question.
+    assert ask(f"one question{first} and more")[1].known_tokens == len("one question") + 6
+    assert ask("one question, changed")[1].known_tokens == len("one question") - 1
+    # Two that begin alike leave a state where they part, for the third.
+    ask("shared beginning: left")
+    ask("shared beginning: right")
+    fed = engine.fed
+    said, end = ask("shared beginning: middle")
+    assert end.known_tokens == len("shared beginning: ")
+    assert engine.fed - fed == len("middle")
+    assert said == expected("shared beginning: middle")
+    scheduler.close()
+
+
+def test_a_long_prompt_delays_others_by_one_piece(gated: tuple[Scheduler, Gated]) -> None:
+    scheduler, engine = gated
+    short, long = Client("hello"), Client("x" * (4 * PIECE + 5))
+    scheduler.submit(short.job)
+    engine.gate.release()
+    short.first_piece()
+    scheduler.submit(long.job)
+    engine.gate.release(100)
+    short.until_the_end()
+    long.until_the_end()
+    order = "".join({"say": "s"}.get(step, "f") for step in engine.order)
+    # No two pieces of the long prompt without a token for the other in between.
+    begun = order.index("s")
+    assert "ff" not in order[begun : begun + 9]
+
+
+def drain(client: Client) -> list[Event]:
+    events = []
+    while not client.events.empty():
+        events.append(client.events.get())
+    return events
+
+
+def test_progress_is_told() -> None:
+    scheduler, _ = running(Echo())
+    client = Client("y" * (2 * PIECE + 3))
+    scheduler.submit(client.job)
+    events = []
+    while not events or not isinstance(events[-1], Finished):
+        events.append(client.events.get(timeout=20))
+    total = 2 * PIECE + 3
+    assert [e for e in events if isinstance(e, Reading)] == [
+        Reading(PIECE, total), Reading(2 * PIECE, total), Reading(total - 1, total),
+    ]  # fmt: skip
+    scheduler.close()
+
+
+def test_who_leaves_makes_room(gated: tuple[Scheduler, Gated]) -> None:
+    scheduler, engine = gated
+    clients = [Client(f"request {i}") for i in range(6)]
+    for client in clients:
+        scheduler.submit(client.job)
+    # One prompt is read a round: 1 + 2 + 3 + 4 tokens until all four have begun.
+    engine.gate.release(10)
+    for client in clients[:4]:
+        client.first_piece()
+    # One that is spoken, and one that waits for a place.
+    clients[1].job.cancel()
+    clients[4].job.cancel()
+    engine.gate.release(10**6)
+    for i in (0, 2, 3, 5):
+        clients[i].until_the_end()
+    assert all(isinstance(event, Piece | Reading) for event in drain(clients[1]))
+    assert not drain(clients[4])
+    assert scheduler.taken == 0
+
+
+def test_too_many_are_turned_away(gated: tuple[Scheduler, Gated]) -> None:
+    engine = Gated()
+    scheduler, _ = running(engine, parallel=2, waiting=3)
+    clients = [Client(f"request {i}") for i in range(6)]
+    for client in clients[:5]:
+        scheduler.submit(client.job)
+    with pytest.raises(Busy, match="5 requests"):
+        scheduler.submit(clients[5].job)
+    engine.gate.release(10**6)
+    for client in clients[:5]:
+        client.until_the_end()
+    scheduler.submit(clients[5].job)
+    clients[5].until_the_end()
+    scheduler.close()
+
+
+def test_a_failure_is_one_requests_own(gated: tuple[Scheduler, Gated]) -> None:
+    scheduler, engine = gated
+    engine.broken = ord("!")
+    good, bad = Client("good"), Client("ba!d")
+    scheduler.submit(good.job)
+    scheduler.submit(bad.job)
+    engine.gate.release(10**6)
+    assert good.until_the_end()[0] == expected("good")
+    with pytest.raises(RuntimeError, match="broken"):
+        bad.until_the_end()
+    # In the step that all share nobody is left, but the next may come.
+    engine.broken = ord("?")
+    lost = Client("lost?")
+    scheduler.submit(lost.job)
+    with pytest.raises(RuntimeError, match="broken"):
+        lost.until_the_end()
+    again = Client("again")
+    scheduler.submit(again.job)
+    assert again.until_the_end()[0] == expected("again")
+
+
+def test_a_stop_string_ends_the_answer() -> None:
+    scheduler, _ = running(Echo())
+    whole = expected("stop here", 30)
+    client = Client("stop here", Sampling(max_tokens=30), stop=(whole[5:7], "no such text"))
+    scheduler.submit(client.job)
+    said, end = client.until_the_end()
+    assert said == whole[: whole.index(whole[5:7])]
+    assert end.finish == "stop"
+    assert end.said_tokens == len(said) + 2
+    scheduler.close()
+
+
+def test_closing_tells_everyone() -> None:
+    engine = Gated()
+    scheduler, _ = running(engine, parallel=1)
+    clients = [Client(f"request {i}") for i in range(3)]
+    for client in clients:
+        scheduler.submit(client.job)
+    engine.gate.release()
+    clients[0].first_piece()
+    threading.Timer(0.2, engine.gate.release, [10**6]).start()
+    scheduler.close()
+    for client in clients[1:]:
+        assert isinstance(client.events.get(timeout=20), Failed)
+
+
+def test_what_loading_raises_is_raised() -> None:
+    def load() -> tuple[Echo, Prefixes]:
+        raise ValueError("no model")
+
+    scheduler = Scheduler(load, parallel=1, waiting=1)
+    with pytest.raises(ValueError, match="no model"):
+        scheduler.start()
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=6), max_size=30), st.text("ab", max_size=8))
+def test_the_longest_prefix(kept: list[str], asked: str) -> None:
+    prefixes = Prefixes(10**6, lambda tokens: tokens)
+    prefixes.pin([ord("a")], "a")
+    for text in kept:
+        prefixes.put([ord(c) for c in text], text)
+    known, state = prefixes.longest([ord(c) for c in asked])
+    fitting = [text for text in ["a", *kept] if asked.startswith(text) and text != asked]
+    assert known == max(map(len, fitting), default=0)
+    assert state == (asked[:known] or None)
+    shared = prefixes.shared([ord(c) for c in asked])
+    assert shared == max(
+        sum(asked[: i + 1] == text[: i + 1] for i in range(min(len(asked), len(text))))
+        for text in ["a", *kept]
+    )
+
+
+def test_memory_is_bounded() -> None:
+    prefixes = Prefixes(100, lambda tokens: 10 * tokens)
+    prefixes.pin([1, 2], "pinned")
+    for i in range(50):
+        prefixes.put([5, i], i)
+        assert prefixes.bytes <= 100
+    assert len(prefixes) == 6
+    # Used ones stay, others go.
+    assert prefixes.longest([5, 45, 0]) == (2, 45)
+    prefixes.put([6, 6], "new")
+    assert prefixes.longest([5, 45, 0]) == (2, 45)
+    assert prefixes.longest([5, 46, 0]) == (0, None)
+    assert prefixes.longest([1, 2, 3]) == (2, "pinned")
+    # One that cannot fit pushes nothing out.
+    prefixes.put(list(range(11)), "too large")
+    assert prefixes.longest([6, 6, 1]) == (2, "new")
