@@ -1,0 +1,328 @@
+"""The server by a real client: what it answers, whom it turns away, and what does not disturb."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+pytest.importorskip("torch")
+pytest.importorskip("mlx.core")
+
+import httpx2  # noqa: E402
+
+from supra_cli.speech import load_speaker  # noqa: E402
+from supra_core.generate import Sampling  # noqa: E402
+from tests.mlx.chat import write_chat_model  # noqa: E402
+from tests.mlx.models import SPECS  # noqa: E402
+
+KEY = "a secret"
+DOCUMENT = "The handbook says that every state has one size. " * 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("models") / "tiny", SPECS["windowed"])
+
+
+class Server:
+    """``supra serve`` in a process of its own."""
+
+    def __init__(self, *arguments: str, log: Path) -> None:
+        self.log = log
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "supra_cli", "serve", *arguments, "--port", "0"],
+                stderr=file, env=os.environ | {"SUPRA_API_KEY": KEY},
+            )  # fmt: skip
+        self.url = self._address()
+
+    def _address(self) -> str:
+        for _ in range(600):
+            if found := re.search(r" at (http://\S+)/v1", self.log.read_text()):
+                return found[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def client(self, key: str = KEY) -> Any:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def post(self, path: str, content: bytes, **headers: str) -> Any:
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
+        return httpx2.post(self.url + path, content=content, headers=headers)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(20)
+
+
+@pytest.fixture(scope="module", params=["mlx", "torch"])
+def server(
+    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    place = tmp_path_factory.mktemp("serve")
+    speaker = load_speaker(str(folder), request.param)
+    conversation = speaker.conversation(None)
+    conversation.read(DOCUMENT)
+    speaker.save(conversation, place / "book.state")
+    server = Server(
+        str(folder), "--backend", request.param, "--context", f"book={place / 'book.state'}",
+        "--max-prompt", "1000", "--max-tokens", "400", "--waiting", "30",
+        log=place / "log",
+    )  # fmt: skip
+    server.backend = request.param
+    yield server
+    assert server.stop() == 130
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server, folder: Path) -> Callable[..., str]:
+    """What the model says when nobody else asks."""
+    speaker = load_speaker(str(folder), server.backend)
+
+    def answer(*messages: dict[str, str], tokens: int = 12) -> str:
+        engine = speaker.engine
+        ids = engine.render(messages)
+        sampling = Sampling(max_tokens=tokens)
+        pieces = engine.speak(ids, engine.fresh(), sampling, lambda *_, **__: None)
+        return "".join(piece for _, piece in pieces)
+
+    return answer
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def ask(client: Any, *messages: dict[str, str], tokens: int = 12, **more: Any) -> Any:
+    return client.chat.completions.create(
+        model=more.pop("model", "tiny"), messages=list(messages), max_tokens=tokens, **more
+    )
+
+
+def streamed(client: Any, *messages: dict[str, str], tokens: int = 12) -> tuple[str, str]:
+    """Text and finish reason, from chunks."""
+    text, finish = "", ""
+    for chunk in ask(client, *messages, tokens=tokens, stream=True):
+        text += chunk.choices[0].delta.content or ""
+        finish = chunk.choices[0].finish_reason or finish
+    return text, finish
+
+
+def test_models(server: Server) -> None:
+    client = server.client()
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny:book"]
+    assert client.models.retrieve("tiny:book").id == "tiny:book"
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.models.retrieve("other")
+
+
+def test_chat_whole_and_in_a_stream(server: Server, expected: Callable[..., str]) -> None:
+    client = server.client()
+    system = {"role": "developer", "content": "Be brief."}
+    plain = {"role": "system", "content": "Be brief."}
+    answer = ask(client, system, user("Hello"))
+    assert answer.choices[0].message.content == expected(plain, user("Hello"))
+    assert answer.usage.completion_tokens <= 12
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    same = ask(client, {"role": "user", "content": parts})
+    assert same.choices[0].message.content == expected(user("Hel\nlo"))
+    assert streamed(client, user("Why?"))[0] == expected(user("Why?"))
+
+
+def test_usage_in_a_stream(server: Server) -> None:
+    chunks = list(
+        ask(server.client(), user("Count"), stream=True, stream_options={"include_usage": True})
+    )
+    whole = ask(server.client(), user("Count"))
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_a_conversation_goes_on_from_its_state(
+    server: Server, expected: Callable[..., str]
+) -> None:
+    client = server.client()
+    messages = [user("A question of some length, so that it shows")]
+    for turn in range(3):
+        answer = ask(client, *messages)
+        text = answer.choices[0].message.content
+        assert text == expected(*messages)
+        known = answer.usage.prompt_tokens_details.cached_tokens
+        # What is new: the end of the answer, the question, and two lines of roles.
+        assert not turn or answer.usage.prompt_tokens - known < 60
+        messages += [{"role": "assistant", "content": text}, user("And then?")]
+
+
+def test_a_context_is_read_already(server: Server, expected: Callable[..., str]) -> None:
+    client = server.client()
+    answer = ask(client, user("What does it say?"), model="tiny:book")
+    system = {"role": "system", "content": DOCUMENT}
+    assert answer.choices[0].message.content == expected(system, user("What does it say?"))
+    assert answer.usage.prompt_tokens_details.cached_tokens >= len(DOCUMENT)
+    with pytest.raises(openai.BadRequestError, match="leave out yours"):
+        ask(client, {"role": "system", "content": "x"}, user("y"), model="tiny:book")
+
+
+def test_several_answers(server: Server) -> None:
+    client = server.client()
+    sampled = {"temperature": 1.0, "seed": 7, "n": 3}
+    first, again = (ask(client, user("Say"), tokens=16, **sampled) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) == 3
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+
+
+def test_completions_of_texts_and_ids(server: Server, folder: Path) -> None:
+    client = server.client()
+    made = client.completions.create(model="tiny", prompt=["abc", "hello"], max_tokens=8, n=2)
+    texts = [choice.text for choice in made.choices]
+    assert texts[0] == texts[1]
+    assert made.usage.prompt_tokens == 8
+    engine = load_speaker(str(folder), server.backend).engine
+    ids = engine.encode("hello")
+    given = client.completions.create(model="tiny", prompt=ids, max_tokens=8)
+    assert given.choices[0].text == texts[2] == texts[3]
+    with pytest.raises(openai.BadRequestError, match="no token"):
+        client.completions.create(model="tiny", prompt=[10**6], max_tokens=8)
+
+
+def test_stop_strings(server: Server, expected: Callable[..., str]) -> None:
+    whole = expected(user("Go on"), tokens=40)
+    stop = whole[10:12]
+    answer = ask(server.client(), user("Go on"), tokens=40, stop=[stop])
+    assert answer.choices[0].message.content == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_sixteen_at_a_time_and_one_leaves(server: Server, expected: Callable[..., str]) -> None:
+    questions = [f"Question {i} {'of some length ' * (i % 5)}" for i in range(16)]
+    barrier = threading.Barrier(17)
+
+    def one(question: str) -> tuple[str, str]:
+        barrier.wait()
+        return streamed(server.client(), user(question), tokens=30)
+
+    def leaver() -> None:
+        """Takes a few chunks, then its connection is cut."""
+        barrier.wait()
+        body = json.dumps({"messages": [user("x")], "stream": True, "max_tokens": 400}).encode()
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        url = f"{server.url}/v1/chat/completions"
+        with httpx2.stream("POST", url, content=body, headers=headers) as response:
+            for _, line in zip(range(6), response.iter_lines(), strict=False):
+                assert isinstance(line, str)
+
+    def nuisance() -> None:
+        """Malformed, oversized, unknown and unauthorised, while the others are served."""
+        for _ in range(4):
+            assert server.post("/v1/chat/completions", b"{").status_code == 400
+            assert server.post("/v1/chat/completions", b" " * 10**6).status_code == 413
+            wrong = server.post("/v1/chat/completions", b"{}", Authorization="Bearer x")
+            assert wrong.status_code == 401
+
+    with ThreadPoolExecutor(18) as pool:
+        answers = [pool.submit(one, question) for question in questions]
+        others = [pool.submit(leaver), pool.submit(nuisance)]
+        for question, answer in zip(questions, answers, strict=True):
+            assert answer.result(60)[0] == expected(user(question), tokens=30)
+        for other in others:
+            other.result(60)
+    for _ in range(100):
+        if httpx2.get(f"{server.url}/health").json()["requests"] == 0:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the one who left is still served")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b"{", 400, "JSON"),
+        (b"[]", 400, "object"),
+        (b"{}", 400, "messages"),
+        (b'{"messages": []}', 400, "messages"),
+        (b'{"messages": [{"role": "user"}]}', 400, "content"),
+        (b'{"messages": [{"role": "king", "content": "x"}]}', 400, "role"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": "9"}', 400, "max_tokens"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', 400, "max_tokens"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 999}', 400, "400"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400, "temperatur"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', 400, "tools"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": 99}', 400, "n: "),
+        (b'{"messages": [{"role": "user", "content": "x"}], "model": "y"}', 404, "tiny"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, ""),
+        (json.dumps({"messages": [user("long " * 300)]}).encode(), 400, "1,000"),
+        (b'{"messages": "' + b"x" * 70_000 + b'"}', 413, "shorten"),
+    ],
+)  # fmt: skip
+def test_malformed_requests(server: Server, body: bytes, status: int, says: str) -> None:
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert says in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_others_are_turned_away(server: Server) -> None:
+    with pytest.raises(openai.AuthenticationError, match="key"):
+        server.client("wrong").models.list()
+    assert (
+        server.post("/v1/chat/completions", b"{}", **{"Content-Type": "text/plain"}).status_code
+        == 415
+    )  # noqa: E501
+    assert server.post("/v1/chat/completions", b"{}", Host="evil.example").status_code == 403
+    assert server.post("/v1/nothing", b"{}").json()["error"]["message"].startswith("POST /v1/no")
+    assert httpx2.get(f"{server.url}/v1/chat/completions").status_code == 405
+
+
+def test_more_than_may_wait(server: Server) -> None:
+    # 16 are spoken, 30 wait; each of these is three.
+    with ThreadPoolExecutor(24) as pool:
+        body = json.dumps({"messages": [user("x")], "n": 3, "max_tokens": 100}).encode()
+        asked = [pool.submit(server.post, "/v1/chat/completions", body) for _ in range(24)]
+        codes = [one.result(100).status_code for one in asked]
+    assert set(codes) <= {200, 429}
+    assert codes.count(200) >= 10
+    busy = [one.result() for one in asked if one.result().status_code == 429]
+    assert all(one.headers["retry-after"] == "1" for one in busy)
+
+
+def test_bad_settings(folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments, says in (
+            (("--port", port), f"127.0.0.1:{port}"),
+            (("--context", "book"), "NAME=FILE"),
+            (("--context", f"book={tmp_path / 'none'}"), "does not exist"),
+            (("--parallel", "0"), "--parallel"),
+            (("--top-p", "2"), "top_p"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "supra_cli", "serve", str(folder), "--port", "0",
+                 *arguments],
+                capture_output=True, text=True, timeout=100, check=False,
+            )  # fmt: skip
+            assert done.returncode == 2, done.stderr
+            assert says in done.stderr
+            assert "Traceback" not in done.stderr

@@ -1,0 +1,141 @@
+"""Sequences spoken together against the same ones alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from supra_core.errors import SupraError  # noqa: E402
+from supra_core.generate import Sampling  # noqa: E402
+from supra_mlx.engine import MLXEngine  # noqa: E402
+from supra_mlx.generate import load_model  # noqa: E402
+from tests.mlx.chat import write_chat_model  # noqa: E402
+from tests.mlx.models import SPECS  # noqa: E402
+
+PROMPTS = [list(range(5, 5 + length)) for length in (1, 2, 7, 19, 33)]
+
+
+@pytest.fixture(scope="module", params=["paper", "windowed", "hybrid"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MLXEngine:
+    folder = tmp_path_factory.mktemp("models") / request.param
+    return MLXEngine(*load_model(write_chat_model(folder, SPECS[request.param])))
+
+
+def alone(engine: MLXEngine, prompt: list[int], sampling: Sampling) -> list[int]:
+    return [token for token, _ in engine.speak(prompt, engine.fresh(), sampling)]
+
+
+def begun(engine: MLXEngine, prompt: list[int]) -> Any:
+    """The state before the prompt's last token."""
+    state = engine.fresh()
+    engine.feed(prompt[:-1], state, lambda *_, **__: None)
+    return state
+
+
+def finished(batch: Any, keys: list[int], said: dict[int, list[int]]) -> dict[int, Any]:
+    """Steps until the sequences have ended; why each did."""
+    ends: dict[int, Any] = {}
+    while len(ends) < len(keys):
+        for spoken in batch.step():
+            said.setdefault(spoken.key, []).append(spoken.token)
+            if spoken.finish:
+                ends[spoken.key] = spoken.finish
+    return ends
+
+
+def test_together_as_alone_coming_and_going(engine: MLXEngine) -> None:
+    batch = engine.batch(8)
+    samplings = [Sampling(max_tokens=4 + 3 * i) for i in range(len(PROMPTS))]
+    said: dict[int, list[int]] = {}
+    keys = []
+    for prompt, sampling in zip(PROMPTS, samplings, strict=True):
+        keys.append(batch.add(prompt[-1:], begun(engine, prompt), sampling, prompt[:-1]))
+        for spoken in batch.step():
+            said.setdefault(spoken.key, []).append(spoken.token)
+    # One leaves in the middle, with a state that knows what it said.
+    left = keys.pop(3)
+    state, before = batch.take(left), said[left]
+    finished(batch, [key for key in keys if len(said.get(key, ())) < samplings[key].max_tokens],
+             said)  # fmt: skip
+    for key in keys:
+        assert said[key] == alone(engine, PROMPTS[key], samplings[key])
+    prompt = [*PROMPTS[3], *before, 9]
+    following = [token for token, _ in engine.speak([9], state, Sampling(max_tokens=5))]
+    assert following == alone(engine, prompt, Sampling(max_tokens=5))
+    with pytest.raises(KeyError):
+        batch.take(left)
+
+
+def test_the_state_at_the_end(engine: MLXEngine) -> None:
+    batch, said = engine.batch(2), {}
+    key = batch.add(PROMPTS[2], engine.fresh(), Sampling(max_tokens=6))
+    assert finished(batch, [key], said) == {key: "length"}
+    state = batch.take(key)
+    following = [token for token, _ in engine.speak([9], state, Sampling(max_tokens=5))]
+    expected = alone(engine, [*PROMPTS[2], *said[key], 9], Sampling(max_tokens=5))
+    assert following == expected
+    # The batch is empty now and takes up new ones.
+    again = batch.add(PROMPTS[3], engine.fresh(), Sampling(max_tokens=6))
+    finished(batch, [again], said)
+    assert said[again] == alone(engine, PROMPTS[3], Sampling(max_tokens=6))
+
+
+def test_the_state_given_stays_as_it_was(engine: MLXEngine) -> None:
+    state = begun(engine, PROMPTS[4])
+    arrays = {name: array.copy() for name, array in engine.arrays(state).items()}
+    batch, said = engine.batch(4), {}
+    keys = [batch.add(PROMPTS[4][-1:], state, Sampling(max_tokens=5)) for _ in range(3)]
+    finished(batch, keys, said)
+    assert said[keys[0]] == said[keys[1]] == said[keys[2]]
+    after = engine.arrays(state)
+    assert arrays.keys() == after.keys()
+    assert all((arrays[name] == after[name]).all() for name in arrays)
+
+
+def test_each_has_its_own_sampling(engine: MLXEngine) -> None:
+    samplings = [
+        Sampling(1.0, 1.0, 9, 3),
+        Sampling(0.7, 0.9, 9, 4),
+        Sampling(1.0, 1.0, 9, 5, 0.02),
+        Sampling(max_tokens=9, repetition_penalty=1.5),
+        Sampling(1.0, 1.0, 9, 3, repetition_penalty=1.2),
+    ]
+    batch, said = engine.batch(8), {}
+    keys = [
+        batch.add(prompt, engine.fresh(), sampling)
+        for prompt, sampling in zip(PROMPTS, samplings, strict=True)
+    ]
+    finished(batch, keys, said)
+    for key, prompt, sampling in zip(keys, PROMPTS, samplings, strict=True):
+        assert said[key] == alone(engine, prompt, sampling)
+
+
+def test_a_penalty_knows_what_was_fed_before(engine: MLXEngine) -> None:
+    sampling = Sampling(max_tokens=9, repetition_penalty=1.5)
+    batch, said = engine.batch(8), {}
+    prompt = PROMPTS[4]
+    key = batch.add(prompt[-1:], begun(engine, prompt), sampling, prompt[:-1])
+    finished(batch, [key], said)
+    assert said[key] == alone(engine, prompt, sampling)
+
+
+def test_nothing_to_go_on_from(engine: MLXEngine) -> None:
+    with pytest.raises(SupraError, match="empty"):
+        engine.batch(1).add([], engine.fresh(), Sampling())
+
+
+def test_it_ends_at_the_end_of_a_turn(engine: MLXEngine, tmp_path: Path) -> None:
+    likely = alone(engine, PROMPTS[3], Sampling(max_tokens=6))
+    kept = engine.tokenizer.eos_token_ids
+    engine.tokenizer.eos_token_ids = [likely[3]]
+    try:
+        batch, said = engine.batch(2), {}
+        key = batch.add(PROMPTS[3], engine.fresh(), Sampling(max_tokens=40))
+        assert finished(batch, [key], said) == {key: "stop"}
+    finally:
+        engine.tokenizer.eos_token_ids = kept
+    assert said[key] == likely[: likely.index(likely[3]) + 1]
