@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from supra_core.errors import SupraError
+from supra_core.tables import Table, milliseconds, origin
 from supra_torch.backend import load
-from supra_torch.benchmark.report import Table, milliseconds, origin
 from supra_torch.benchmark.timing import copy_bandwidth, environment, median_seconds
 from supra_torch.decode import Decoder, has_fixed_state
 from supra_torch.model import ModelState, SupraModel

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from supra_core.machine import processor_name, today, versions
 
 # More than any GPU's L2 cache holds (H100: 50 MB, B200: 126 MB).
 _FLUSH_BYTES = 256 * 2**20
@@ -60,17 +59,12 @@ def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The device, how many threads a CPU had, the versions, and the date (UTC)."""
-    versions = {"python": platform.python_version()}
-    for package in ("supra-lm", "torch", "transformers", "triton", "flash-linear-attention"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    packages = ("torch", "transformers", "triton", "flash-linear-attention")
     return {
         "device": device_name(device),
         "threads": None if device.type == "cuda" else torch.get_num_threads(),
-        "versions": versions,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": versions(*packages),
+        "date": today(),
     }
 
 
@@ -78,10 +72,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return processor_name()
 
 
 def _host_seconds(run: Callable[[], object]) -> float:

@@ -20,7 +20,7 @@ import torch
 
 from supra_core.errors import SupraError
 from supra_core.sources import Source, open_source
-from supra_torch.benchmark.report import Table, origin
+from supra_core.tables import Table, origin
 from supra_torch.benchmark.timing import environment
 from supra_torch.benchmark.trainer import Training, serve
 from supra_torch.uptrain.config import DEFAULT_RECIPE, UptrainConfig, recipe_named, validate

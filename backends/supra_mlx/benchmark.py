@@ -1,0 +1,219 @@
+"""Prefill and decode of a model beside the transformer it came from, at growing contexts.
+
+Both run in one process, by mlx-lm's own generator, on the same tokens. The transformer is mlx-lm's
+own Llama in float32 or whatever type is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from supra_core.errors import SupraError
+from supra_core.machine import processor_name, today, versions
+from supra_core.sources import open_source
+from supra_core.tables import Table, milliseconds, origin
+from supra_mlx.generate import PREFILL_STEP
+from supra_mlx.model import Model
+from supra_mlx.stock_backend import load as load_stock
+from supra_mlx.weights import load_source
+
+_ROUNDS = 5
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One context: seconds to read it from the first token, seconds a step after it, and bytes.
+
+    ``read`` None: not read but filled with random keys and values.
+    """
+
+    context: int
+    read: float | None
+    stock_read: float | None
+    step: float
+    stock_step: float
+    cache_bytes: int
+    stock_cache_bytes: int
+
+
+class _Side:
+    """A model with its caches, which have seen ``context`` tokens."""
+
+    def __init__(self, model: Any, caches: list[Any]) -> None:
+        self.model, self.caches = model, caches
+        self.context = 0
+        self.seconds: float | None = 0.0
+
+    def read(self, ids: mx.array) -> None:
+        """Feed what of ``ids`` is new, as mlx-lm's generator feeds a prompt."""
+        start = time.perf_counter()
+        for first in range(self.context, len(ids), PREFILL_STEP):
+            self.model(ids[None, first : min(first + PREFILL_STEP, len(ids))], cache=self.caches)
+            mx.eval([cache.state for cache in self.caches])
+            mx.clear_cache()
+        self.context = len(ids)
+        if self.seconds is not None:
+            self.seconds += time.perf_counter() - start
+
+    def fill(self, context: int) -> None:
+        """Random keys and values up to ``context``; only for mlx-lm's growing caches."""
+        for cache in self.caches:
+            keys, values = cache.state
+            shape = (*keys.shape[:2], context - self.context)
+            cache.update_and_fetch(
+                mx.random.normal((*shape, keys.shape[3])).astype(keys.dtype),
+                mx.random.normal((*shape, values.shape[3])).astype(values.dtype),
+            )
+            mx.eval(cache.state)
+        self.context, self.seconds = context, None
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of ``count`` steps by mlx-lm's generator; the caches stay as they were."""
+        caches = copy.deepcopy(self.caches)
+        seconds = []
+        tokens = generate_step(mx.array([1]), self.model, max_tokens=count + 2, prompt_cache=caches)
+        # The first two pay for compiling, and for room in a growing cache.
+        next(tokens), next(tokens)
+        for _ in range(count):
+            start = time.perf_counter()
+            next(tokens)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of what was written; a growing cache's spare room is left out."""
+        return sum(array.nbytes for cache in self.caches for array in _arrays(cache.state))
+
+
+def benchmark(
+    model: str,
+    against: str,
+    *,
+    contexts: Sequence[int] = (0, 2048, 16384, 65536),
+    read_up_to: int = 16384,
+    steps: int = 40,
+    dtype: str = "float32",
+    log: Log = print,
+) -> dict[str, Any]:
+    """Rows (:class:`Row`) for growing ``contexts`` of random tokens, and how they were measured.
+
+    The transformer reads contexts up to ``read_up_to`` tokens, and gets random keys and values
+    for longer ones. Steps of both are timed in turns. Raises SupraError for bad input.
+    """
+    if sorted(set(contexts)) != list(contexts) or contexts[0] < 0:
+        raise SupraError(f"contexts {list(contexts)} do not grow: give each once, smallest first")
+    if steps < 1:
+        raise SupraError(f"--steps must be at least 1, not {steps}")
+    ours = _ours(model, dtype)
+    stock = load_stock(against, dtype=dtype)
+    theirs = _Side(stock.model, make_prompt_cache(stock.model))
+    ids = np.random.default_rng(0).integers(100, stock.spec.vocab_size, max(contexts))
+    tokens = mx.array(ids.astype(np.int32))
+    rows = []
+    for context in contexts:
+        log(f"context {context:,}")
+        ours.read(tokens[:context])
+        if context <= read_up_to:
+            theirs.read(tokens[:context])
+        else:
+            theirs.fill(context)
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_ROUNDS):
+            for side, seconds in zip((ours, theirs), times, strict=True):
+                seconds += side.steps(-(-steps // _ROUNDS))
+        rows.append(
+            Row(
+                context,
+                ours.seconds,
+                theirs.seconds,
+                statistics.median(times[0]),
+                statistics.median(times[1]),
+                ours.cache_bytes,
+                theirs.cache_bytes,
+            )
+        )
+    return {
+        "benchmark": "context",
+        "model": model,
+        "against": against,
+        "dtype": dtype,
+        "steps": steps,
+        "device": device_name(),
+        "threads": None,
+        "versions": versions("mlx", "mlx-lm"),
+        "date": today(),
+        "rows": [asdict(row) for row in rows],
+        "notes": [],
+    }
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    if mx.default_device() == mx.gpu:
+        return str(mx.device_info().get("device_name", "GPU"))
+    return processor_name()
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for people."""
+    rows = []
+    for row in result["rows"]:
+        read, stock_read = row["read"], row["stock_read"]
+        known = stock_read is not None and row["context"] > 0
+        rows.append(
+            (
+                f"{row['context']:,}",
+                f"{row['context'] / read:,.0f}" if row["context"] else "-",
+                f"{row['context'] / stock_read:,.0f}" if known else "-",
+                f"{stock_read / read:.2f} x" if known else "-",
+                milliseconds(row["step"]),
+                milliseconds(row["stock_step"]),
+                f"{row['stock_step'] / row['step']:.2f} x",
+                f"{row['cache_bytes'] / 1e6:,.1f}",
+                f"{row['stock_cache_bytes'] / 1e6:,.1f}",
+            )
+        )
+    ours, theirs = Path(result["model"]).name, Path(result["against"]).name
+    return Table(
+        title=f"{ours} beside {theirs} in stock mlx-lm, {result['dtype']}: {origin(result)}",
+        columns=(
+            "context", "read, tokens/s", "transformer", "ratio", "a step, ms", "transformer",
+            "ratio", "cache, MB", "transformer",
+        ),
+        rows=rows,
+        notes=(
+            *result["notes"],
+            f"steps are medians of {result['steps']}, both models' in turns, by mlx-lm's generator",
+            "contexts are random tokens, read from the first one; where the transformer's speed "
+            "of reading is missing, its cache was filled with random keys and values",
+            "ratios above 1 are for the recurrent model",
+        ),
+    )  # fmt: skip
+
+
+def _ours(path: str, dtype: str) -> _Side:
+    model: Model = load_source(open_source(path), dtype=dtype)
+    return _Side(model, list(model.make_cache()))
+
+
+def _arrays(state: Any) -> list[mx.array]:
+    """The arrays in a cache's state, however they are nested."""
+    if isinstance(state, mx.array):
+        return [state]
+    if isinstance(state, list | tuple):
+        return [array for item in state for array in _arrays(item)]
+    return []
