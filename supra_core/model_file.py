@@ -28,6 +28,7 @@ MODULES = (
     "supra_core.layout",
     "supra_mlx.rotary",
     "supra_mlx.ops",
+    "supra_mlx.window",
     "supra_mlx.model",
 )
 _OURS = ("supra_core", "supra_mlx", "pydantic")

@@ -30,13 +30,14 @@ from supra_core.spec import (
     SoftmaxAttention,
     SumNormaliser,
 )
-from supra_mlx.ops import WindowMemory, linear_attention, windowed_attention
+from supra_mlx.ops import linear_attention
 from supra_mlx.rotary import Rotary, Rotate
+from supra_mlx.window import WindowMemory, windowed_attention
 
 Shapes = dict[str, tuple[int, ...]]
 
 # Slots of a linear layer's ArraysCache; windowed layers use all of them.
-LINEAR_SLOTS = ("state", "positions", "keys", "values", "features", "valid")
+LINEAR_SLOTS = ("state", "positions", "keys", "values", "features")
 
 
 @dataclass
@@ -58,7 +59,8 @@ class _Context:
 
     rotate: Rotate
     mask: mx.array | None  # (B, T) valid new tokens, for linear layers
-    positions_after: mx.array  # (B,) int32 tokens seen after this pass
+    seen: mx.array  # (B,) int32 tokens before this pass
+    positions_after: mx.array  # (B,) int32 tokens seen after it
     history: mx.array | None  # (B, S) valid cached and new tokens, for softmax layers
     length: int
     softmax_masks: dict[int | None, Any] = field(default_factory=dict)
@@ -183,9 +185,10 @@ class LinearMixer(nn.Module):
             memory = None if cache[0] is None else WindowMemory(cache[0], *buffers)
             out, memory = windowed_attention(
                 z_q, z_k, v, phi_q, phi_k, self._decay(), self.log_far_gain,
-                mixer.window, log_sink=log_sink, memory=memory, mask=context.mask,
+                mixer.window, log_sink=log_sink, memory=memory, seen=context.seen,
+                mask=context.mask,
             )  # fmt: skip
-            for slot, array in zip((0, 2, 3, 4, 5), memory, strict=True):
+            for slot, array in zip((0, 2, 3, 4), memory, strict=True):
                 cache[slot] = array
         cache[1] = context.positions_after
         if isinstance(mixer.normaliser, GroupNorm):
@@ -339,6 +342,7 @@ class Model(nn.Module):
         return _Context(
             rotate=self._rotary.at(seen[:, None] + positions),
             mask=valid,
+            seen=seen,
             positions_after=(seen + added).astype(mx.int32),
             history=history,
             length=T,

@@ -1,4 +1,4 @@
-"""Linear attention in MLX: chunked prefill, the decode step, and the windowed form.
+"""Linear attention in MLX: chunked prefill and the decode step.
 
 Everything is computed and kept in float32. Only powers gamma^n with n >= 0 are formed, so that no
 decay and no length overflows.
@@ -9,9 +9,6 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
-
-# Scores of keys that a query must not see; finite, so that a row without any key stays finite.
-_MASKED = -1e30
 
 
 def linear_attention(
@@ -41,106 +38,17 @@ def linear_attention(
     if sink is not None and normaliser != "sum":
         raise ValueError("a sink is added to the sum: it needs normaliser='sum'")
     if normaliser == "sum":
-        v = _with_ones(v)
-    output, state = _weighted_sum(q, k, v, decay, initial_state, mask, chunk_size)
+        v = with_ones(v)
+    output, state = weighted_sum(q, k, v, decay, initial_state, mask, chunk_size)
     if normaliser == "sum":
         output = _divide(output, sink)
     return output.astype(q.dtype), state
 
 
-class WindowMemory(NamedTuple):
-    """What a windowed layer remembers; all zeros before the first token.
-
-    state (B, H, Dk, Dv + 1) float32: the tokens that have left the window; keys (B, W, K, d),
-    values (B, W, K, Dv), features (B, W, K, Dk), valid (B, W) bool: the last W tokens, newest
-    last.
-    """
-
-    state: mx.array
-    keys: mx.array
-    values: mx.array
-    features: mx.array
-    valid: mx.array
-
-
-def windowed_attention(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    phi_q: mx.array,
-    phi_k: mx.array,
-    decay: mx.array,
-    log_far_gain: mx.array,
-    window: int,
-    *,
-    log_sink: mx.array | None = None,
-    memory: WindowMemory | None = None,
-    mask: mx.array | None = None,
-    chunk_size: int = 64,
-) -> tuple[mx.array, WindowMemory]:
-    """Softmax weights for the last W tokens, linear weights before them, one sum for both::
-
-        w_tj = exp(q_t . k_j / sqrt(d))                                   t - W < j <= t
-        w_tj = exp(log_far_gain) gamma^(t - W - j) (phi(q_t) . phi(k_j))  j <= t - W
-        o_t  = sum_j w_tj v_j / (sink_t + sum_j w_tj)
-
-    sink_t is exp(log_sink) where any token before the window has a weight, else 0.
-
-    q (B, T, H, d) and k (B, T, K, d) are what the activation receives; v (B, T, K, Dv), phi_q
-    (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay, log_far_gain and log_sink (H,), None for
-    no sink; mask (B, T) bool: False tokens are left out, and their output means nothing. Returns
-    the output (B, T, H, Dv) in q's type and the memory. Memory use is linear in T.
-    """
-    B, T, H, _ = q.shape
-    if memory is None:
-        memory = empty_window(window, k, v, phi_k, H)
-    order = None
-    if mask is not None:
-        order = _valid_last(mask)
-        q, phi_q = _take(q, order), _take(phi_q, order)
-        # What is not valid may stay in the window's unused slots and must never write.
-        phi_k = mx.where(mask[:, :, None, None], phi_k, mx.zeros_like(phi_k))
-    new = mx.ones((B, T), dtype=mx.bool_) if mask is None else mask
-    valid = mx.concatenate([memory.valid, new], axis=1)
-    k, v, phi_k = (
-        mx.concatenate([old.astype(x.dtype), x], axis=1)
-        for old, x in ((memory.keys, k), (memory.values, v), (memory.features, phi_k))
-    )
-    if mask is not None:
-        together = _valid_last(valid)
-        k, v, phi_k = (_take(x, together) for x in (k, v, phi_k))
-        valid = mx.take_along_axis(valid, together, axis=1)
-    # Query i stands at slot W + i and sees slots i + 1 ... W + i: slot i has just left.
-    far, state = _weighted_sum(
-        phi_q, phi_k[:, :T], _with_ones(v[:, :T]), decay, memory.state,
-        None if mask is None else valid[:, :T], chunk_size,
-    )  # fmt: skip
-    near, top = _window_sums(q, k, _with_ones(v), valid, window, chunk_size)
-    output = _join(near, top, far, log_far_gain, log_sink)
-    if order is not None:
-        output = _take(output, mx.argsort(order, axis=1))
-    after = WindowMemory(state, k[:, T:], v[:, T:], phi_k[:, T:], valid[:, T:])
-    return output.astype(q.dtype), after
-
-
-def empty_window(
-    window: int, k: mx.array, v: mx.array, phi_k: mx.array, heads: int
-) -> WindowMemory:
-    """The memory before the first token, for keys, values and features like these."""
-    B, _, K, Dv = v.shape
-
-    def buffer(x: mx.array) -> mx.array:
-        return mx.zeros((B, window, K, x.shape[-1]), dtype=x.dtype)
-
-    state = mx.zeros((B, heads, phi_k.shape[-1], Dv + 1))
-    valid = mx.zeros((B, window), dtype=mx.bool_)
-    return WindowMemory(state, buffer(k), buffer(v), buffer(phi_k), valid)
-
-
 # --- the linear part ------------------------------------------------------------------------
 
 
-def _weighted_sum(
+def weighted_sum(
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -264,78 +172,11 @@ def _chunks(
     return mx.concatenate(outputs, axis=3), state
 
 
-# --- the window -----------------------------------------------------------------------------
-
-
-def _window_sums(
-    q: mx.array, k: mx.array, v: mx.array, valid: mx.array, window: int, chunk_size: int
-) -> tuple[mx.array, mx.array]:
-    """sum_j exp(s_ij - top_i) v_j over the window, and top_i the largest score s_ij.
-
-    q (B, T, H, d); k, v (B, W + T, K, D) and valid (B, W + T), query i being slot W + i.
-    Returns (B, T, H, Dv) and (B, T, H, 1), float32.
-    """
-    B, T, H, d = q.shape
-    K = k.shape[2]
-    G = H // K
-    q = (q.astype(mx.float32) * d**-0.5).reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4)
-    k = k.astype(mx.float32).transpose(0, 2, 3, 1)
-    v = v.astype(mx.float32).transpose(0, 2, 1, 3)
-    # A chunk of C queries reads W + C - 1 slots: C near W wastes least.
-    size = max(chunk_size, min(window, 512))
-    sums, tops = [], []
-    for start in range(0, T, size):
-        C = min(size, T - start)
-        slots = slice(start + 1, start + window + C)
-        offset = mx.arange(window + C - 1) - mx.arange(C)[:, None]
-        inside = (offset >= 0) & (offset < window)
-        seen = (inside & valid[:, None, slots])[:, None, None]
-        queries = q[..., start : start + C, :].reshape(B, K, G * C, d)
-        scores = (queries @ k[..., slots]).reshape(B, K, G, C, -1)
-        scores = mx.where(seen, scores, _MASKED)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = mx.exp(scores - top).reshape(B, K, G * C, -1)
-        sums.append((weights @ v[:, :, slots]).reshape(B, K, G, C, -1))
-        tops.append(top)
-    total, top = (
-        mx.concatenate(x, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
-        for x in (sums, tops)
-    )
-    return total, top
-
-
-def _join(
-    near: mx.array,
-    top: mx.array,
-    far: mx.array,
-    log_far_gain: mx.array,
-    log_sink: mx.array | None,
-) -> mx.array:
-    """One normalised output of both parts, each (B, T, H, Dv + 1) with its sum last.
-
-    The near part is scaled by exp(-top); the far part joins through the logarithm of its sum,
-    so that neither over- nor underflows.
-    """
-    mass = far[..., -1:]
-    written = mass > 0.0
-    safe = mx.where(written, mass, 1.0)
-    log_far = mx.where(written, mx.log(safe) + log_far_gain[:, None], _MASKED)
-    shift = mx.maximum(top, log_far)
-    sink = None if log_sink is None else mx.where(written, log_sink[:, None], _MASKED)
-    if sink is not None:
-        shift = mx.maximum(shift, sink)
-    near_scale = mx.exp(top - shift)
-    far_weight = mx.where(written, mx.exp(log_far - shift), 0.0)
-    total = near[..., -1:] * near_scale + far_weight
-    if sink is not None:
-        total = total + mx.exp(sink - shift)
-    return (near[..., :-1] * near_scale + far[..., :-1] / safe * far_weight) / total
-
-
 # --- small pieces ---------------------------------------------------------------------------
 
 
-def _with_ones(v: mx.array) -> mx.array:
+def with_ones(v: mx.array) -> mx.array:
+    """A column of ones after the values, whose weighted sum is the sum of the weights."""
     return mx.concatenate([v, mx.ones_like(v[..., :1])], axis=-1)
 
 
@@ -345,16 +186,6 @@ def _divide(output: mx.array, sink: mx.array | None) -> mx.array:
     if sink is not None:
         total = total + sink[:, None]
     return output[..., :-1] / mx.where(total == 0.0, 1.0, total)
-
-
-def _valid_last(mask: mx.array) -> mx.array:
-    """(B, S) indices that bring the valid slots to the right, otherwise in order."""
-    S = mask.shape[1]
-    return mx.argsort(mask.astype(mx.int32) * S + mx.arange(S), axis=1)
-
-
-def _take(x: mx.array, indices: mx.array) -> mx.array:
-    return mx.take_along_axis(x, indices[:, :, None, None], axis=1)
 
 
 def _check(

@@ -13,6 +13,7 @@ mx = pytest.importorskip("mlx.core")
 
 from supra_core import reference  # noqa: E402
 from supra_mlx import ops  # noqa: E402
+from supra_mlx.window import in_order, windowed_attention  # noqa: E402
 
 # Rounding of float32, 2^-24, times the few dozen roundings that one term passes through, times
 # the sum of the terms' sizes, which the operator itself gives for absolute values.
@@ -144,15 +145,19 @@ def test_windowed_attention_is_the_reference(
     log_sink = rng.normal(size=H).astype(np.float32) if sinks else None
     mask = _mask(seed, B, T, mask_kind)
     memory, parts = None, []
+    seen = np.zeros(B, dtype=np.int32)
     for piece in (slice(0, int(cut * T)), slice(int(cut * T), T)):
         if piece.start == piece.stop:
             continue
-        out, memory = ops.windowed_attention(
+        out, memory = windowed_attention(
             *(mx.array(x[:, piece]) for x in (q, k, v, phi_q, phi_k)), mx.array(gamma),
-            mx.array(log_gain), window, log_sink=_mlx(log_sink), memory=memory,
+            mx.array(log_gain), window, log_sink=_mlx(log_sink), memory=memory, seen=mx.array(seen),
             mask=None if mask is None else mx.array(mask[:, piece]),
         )  # fmt: skip
         parts.append(np.array(out))
+        length = piece.stop - piece.start
+        seen += np.int32(length) if mask is None else mask[:, piece].sum(axis=1, dtype=np.int32)
+    keys, _, _, held = in_order(memory, mx.array(seen))
     found = np.concatenate(parts, axis=1)
     assert np.isfinite(found).all()
     for row in range(B):
@@ -170,7 +175,37 @@ def test_windowed_attention_is_the_reference(
         scale = np.abs(last["state"]).max() + 1
         np.testing.assert_allclose(state, last["state"], rtol=0, atol=_ROUNDINGS * scale)
         kept = min(int(valid.sum()), window)
-        assert np.array(memory.valid[row]).sum() == kept
+        assert np.array(held[row]).sum() == kept
         np.testing.assert_array_equal(
-            np.array(memory.keys[row])[window - kept :], last["keys"].astype(np.float32)
+            np.array(keys[row])[window - kept :], last["keys"].astype(np.float32)
         )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("window", [1, 7, 16])
+def test_windowed_steps_are_the_whole(rows: int, window: int) -> None:
+    T, H, K, d, Dk, Dv = 50, 6, 2, 4, 5, 3
+    phi_q, phi_k, v, gamma = _inputs(8, rows, T, H, K, Dk, Dv)
+    rng = np.random.default_rng(9)
+    q, k = ((3 * rng.normal(size=(rows, T, heads, d))).astype(np.float32) for heads in (H, K))
+    tokens = [mx.array(x) for x in (q, k, v, phi_q, phi_k)]
+    rest = (mx.array(gamma), mx.array(rng.normal(size=H).astype(np.float32)), window)
+    sink = mx.array(rng.normal(size=H).astype(np.float32))
+    expected, last = windowed_attention(*tokens, *rest, log_sink=sink)
+    for begun in (0, 5, 29):
+        memory, seen, parts = None, mx.zeros((rows,), dtype=mx.int32), []
+        pieces = [slice(0, begun), *(slice(t, t + 1) for t in range(begun, T))]
+        for piece in pieces:
+            if piece.start == piece.stop:
+                continue
+            out, memory = windowed_attention(
+                *(x[:, piece] for x in tokens), *rest, log_sink=sink, memory=memory, seen=seen
+            )
+            seen = seen + out.shape[1]
+            parts.append(out)
+        found = np.array(mx.concatenate(parts, axis=1))
+        np.testing.assert_allclose(found, np.array(expected), rtol=0, atol=2.0**-24 * 2**8)
+        for mine, theirs in zip(memory[1:], last[1:], strict=True):
+            np.testing.assert_array_equal(np.array(mine), np.array(theirs))
+        scale = np.abs(np.array(last.state)).max() + 1
+        np.testing.assert_allclose(memory.state, last.state, rtol=0, atol=_ROUNDINGS * scale)
