@@ -88,10 +88,18 @@ def _step(
     mask: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """One token: q (B, K, G, 1, Dk), k and v (B, K, 1, D), state (B, K, G, Dk, Dv)."""
-    written = decay[..., None, None] * state + k[:, :, None].swapaxes(-1, -2) * v[:, :, None]
+    written = written_state(
+        state, decay[..., None, None], k[:, :, None].swapaxes(-1, -2), v[:, :, None]
+    )
     if mask is not None:
         written = mx.where(mask.reshape(-1, 1, 1, 1, 1), written, state)
     return q @ written, written
+
+
+@mx.compile
+def written_state(state: mx.array, decay: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """gamma S + k^T v, in one pass over the state: k (..., Dk, 1), v (..., 1, Dv)."""
+    return decay * state + k * v
 
 
 class _Weights(NamedTuple):
@@ -182,10 +190,14 @@ def with_ones(v: mx.array) -> mx.array:
 
 def _divide(output: mx.array, sink: mx.array | None) -> mx.array:
     """Divide by the last column plus the sink; nothing written yet is 0 / 0 and becomes 0."""
-    total = output[..., -1:]
-    if sink is not None:
-        total = total + sink[:, None]
-    return output[..., :-1] / mx.where(total == 0.0, 1.0, total)
+    added = mx.array(0.0) if sink is None else sink[:, None]
+    return _quotient(output[..., :-1], output[..., -1:], added)
+
+
+@mx.compile
+def _quotient(sums: mx.array, total: mx.array, sink: mx.array) -> mx.array:
+    total = total + sink
+    return sums / mx.where(total == 0.0, 1.0, total)
 
 
 def _check(

@@ -41,8 +41,10 @@ class Rotary:
             if channels not in tables:
                 phase = ((wrapped * self._frequencies(channels)) >> 32).astype(mx.uint32)
                 angle = phase.view(mx.int32).astype(mx.float32) * _RADIANS
-                tables[channels] = mx.cos(angle)[:, :, None], mx.sin(angle)[:, :, None]
-            return self._apply(x, *tables[channels])
+                cos, sin = (f(angle)[:, :, None] for f in (mx.cos, mx.sin))
+                tables[channels] = self._paired(cos, cos), self._paired(-sin, sin)
+            first, second = self._pairs(x)
+            return _turned(x, self._paired(second, first), *tables[channels])
 
         return rotate
 
@@ -54,13 +56,21 @@ class Rotary:
             self._turns[channels] = mx.array(np.array(counts, dtype=np.uint64))
         return self._turns[channels]
 
-    def _apply(self, x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-        half = x.shape[-1] // 2
+    def _pairs(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Both members of each pair of channels."""
         if self._rope.pairing == "half":
-            first, second = x[..., :half], x[..., half:]
-        else:
-            first, second = x[..., 0::2], x[..., 1::2]
-        turned = [first * cos - second * sin, second * cos + first * sin]
+            half = x.shape[-1] // 2
+            return x[..., :half], x[..., half:]
+        return x[..., 0::2], x[..., 1::2]
+
+    def _paired(self, first: mx.array, second: mx.array) -> mx.array:
+        """The inverse of :meth:`_pairs`."""
         if self._rope.pairing == "half":
-            return mx.concatenate(turned, axis=-1).astype(x.dtype)
-        return mx.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)
+            return mx.concatenate([first, second], axis=-1)
+        return mx.stack([first, second], axis=-1).flatten(-2)
+
+
+@mx.compile
+def _turned(x: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Each pair (a, b) -> (a cos - b sin, b cos + a sin), in x's type."""
+    return (x * cos + swapped * sin).astype(x.dtype)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from supra_mlx.ops import weighted_sum, with_ones
+from supra_mlx.ops import weighted_sum, with_ones, written_state
 
 # Scores of keys that a query must not see; finite, so that a row without any key stays finite.
 _MASKED = -1e30
@@ -123,7 +123,7 @@ def _step(
     slot = seen % window
     # Before W tokens have been seen, zeros leave: they write nothing.
     v_left, phi_left = (_at(x, slot).astype(mx.float32) for x in memory[2:])
-    state = _written(
+    state = written_state(
         memory.state.reshape(*heads, -1, Dv + 1),
         decay.astype(mx.float32).reshape(1, *heads[1:], 1, 1),
         phi_left[:, :, None].swapaxes(-1, -2),
@@ -143,11 +143,6 @@ def _step(
     output = _join(near, total, top, far[..., :-1], far[..., -1:], *gains)
     after = WindowMemory(state.reshape(memory.state.shape), keys, values, features)
     return output.reshape(B, 1, H, Dv), after
-
-
-@mx.compile
-def _written(state: mx.array, decay: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    return decay * state + k * v
 
 
 @mx.compile
