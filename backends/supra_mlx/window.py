@@ -67,7 +67,7 @@ def windowed_attention(
     if log_sink is None:
         log_sink = mx.full((H,), _MASKED)
     if T == 1 and mask is None:
-        output, memory = _step(
+        output, memory = _one_token(
             q, k, v, phi_q, phi_k, decay, log_far_gain, log_sink, memory, seen, window
         )
     else:
@@ -103,7 +103,7 @@ def in_order(memory: WindowMemory, seen: mx.array) -> tuple[mx.array, ...]:
 # --- one token ------------------------------------------------------------------------------
 
 
-def _step(
+def _one_token(
     q: mx.array,
     k: mx.array,
     v: mx.array,
