@@ -27,6 +27,7 @@ MODULES = (
     "supra_core.rotary",
     "supra_core.layout",
     "supra_mlx.rotary",
+    "supra_mlx.metal",
     "supra_mlx.ops",
     "supra_mlx.window",
     "supra_mlx.model",

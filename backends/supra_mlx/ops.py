@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
+from supra_mlx.metal import metal_enabled, metal_recurrence
+
 
 def linear_attention(
     q: mx.array,
@@ -60,6 +62,9 @@ def weighted_sum(
     """The operator without its normaliser: (B, T, H, Dv) and (B, H, Dk, Dv), float32."""
     B, T, H, Dk = q.shape
     K, Dv = v.shape[2:]
+    if T == 1 and metal_enabled():
+        before = mx.zeros((B, H, Dk, Dv)) if initial_state is None else initial_state
+        return metal_recurrence(q, k, v, decay, before, mask)
     G = H // K
     # Heads of a group share a dimension, so that k and v are never repeated in memory.
     q = q.astype(mx.float32).reshape(B, T, K, G, Dk).transpose(0, 2, 3, 1, 4)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from supra_mlx.ops import weighted_sum, with_ones, written_state
+from supra_mlx.ops import weighted_sum, with_ones
 
 # Scores of keys that a query must not see; finite, so that a row without any key stays finite.
 _MASKED = -1e30
@@ -122,14 +122,9 @@ def _one_token(
     heads = (B, K, H // K)
     slot = seen % window
     # Before W tokens have been seen, zeros leave: they write nothing.
-    v_left, phi_left = (_at(x, slot).astype(mx.float32) for x in memory[2:])
-    state = written_state(
-        memory.state.reshape(*heads, -1, Dv + 1),
-        decay.astype(mx.float32).reshape(1, *heads[1:], 1, 1),
-        phi_left[:, :, None].swapaxes(-1, -2),
-        with_ones(v_left)[:, :, None],
-    )
-    far = (phi_q.astype(mx.float32).reshape(*heads, 1, -1) @ state).squeeze(3)
+    v_left, phi_left = (_at(x, slot).swapaxes(1, 2) for x in memory[2:])
+    far, state = weighted_sum(phi_q, phi_left, with_ones(v_left), decay, memory.state, None, 1)
+    far = far.reshape(*heads, Dv + 1)
     keys, values, features = (
         _put(buffer, slot, x.swapaxes(1, 2).astype(buffer.dtype))
         for buffer, x in zip(memory[1:], (k, v, phi_k), strict=True)
@@ -141,7 +136,7 @@ def _one_token(
     near = near @ values.astype(mx.float32)
     gains = (x.astype(mx.float32).reshape(*heads[1:], 1) for x in (log_far_gain, log_sink))
     output = _join(near, total, top, far[..., :-1], far[..., -1:], *gains)
-    after = WindowMemory(state.reshape(memory.state.shape), keys, values, features)
+    after = WindowMemory(state, keys, values, features)
     return output.reshape(B, 1, H, Dv), after
 
 

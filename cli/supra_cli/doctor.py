@@ -64,6 +64,15 @@ def advice(facts: dict[str, Any]) -> list[str]:
     return hints or ["Everything is there."]
 
 
+def kernels() -> list[dict[str, Any]] | None:
+    """MLX's kernel beside what it replaces, shape by shape; None without Metal."""
+    if _mlx_facts()["mlx_device"] != "metal":
+        return None
+    from supra_mlx.selftest import as_records, compare_metal
+
+    return as_records(compare_metal())
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
