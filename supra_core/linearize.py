@@ -7,7 +7,7 @@ Three presets:
 - ``windowed``: starts close to the transformer: each head's own [softmax(W z), softmax(-W z)]
   (Hedgehog, arXiv 2402.04347) with W the identity and b zero, RoPE between W and softmax, so
   that W folds away, a normaliser by the sum with a learned sink, a decay that is learned, and a
-  gain for each head that begins as 1. The last 64 tokens keep their softmax weights.
+  gain for each head that begins as 1. The last 128 tokens keep their softmax weights.
 - ``pure``: ``windowed`` without that window: no softmax anywhere.
 """
 
@@ -43,7 +43,7 @@ from supra_core.tensors import LazyTensor, TensorSource
 
 Preset = Literal["paper", "windowed", "pure"]
 
-DEFAULT_WINDOW = 64
+DEFAULT_WINDOW = 128
 _INITIAL_LOG_SINK = -3.0
 FeatureMapName = Literal["relu", "signed_relu", "signed_softmax", "none"]
 DecayName = Literal["lightning", "retnet", "none", "learned"]
