@@ -103,6 +103,8 @@ def convert(
     stored = dtype or found.dtype
     # Noticed before the minutes that calibrating takes.
     dtype_named(stored)
+    if quantise is not None:
+        quantise(spec, tensors, stored)
     check_replaceable(out, force)
     originals: dict[str, LazyTensor] = {}
     if calibrate is not None:

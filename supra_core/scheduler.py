@@ -30,6 +30,10 @@ class Busy(SupraError):
     """More requests than may wait."""
 
 
+class Stopping(SupraError):
+    """The model's thread ends."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How much of the prompt the model has seen."""
@@ -159,7 +163,7 @@ class Scheduler:
             self._read_on()
             self._speak()
         for job in self._jobs():
-            self._end(job, Failed(SupraError("the server is stopping")))
+            self._end(job, Failed(Stopping("the server is stopping: ask again later")))
 
     def _jobs(self) -> list[Job]:
         reading = [] if self._reading is None else [self._reading]
@@ -193,9 +197,10 @@ class Scheduler:
             if not self._waiting or len(self._speaking) >= self._parallel:
                 return
             self._reading = self._waiting.popleft()
-            self._begin(self._reading)
         job = self._reading
         try:
+            if job.state is None:
+                self._begin(job)
             self._feed(job)
             if job.fed < len(job.ids) - 1:
                 return

@@ -292,6 +292,7 @@ def test_others_are_turned_away(server: Server) -> None:
         == 415
     )  # noqa: E501
     assert server.post("/v1/chat/completions", b"{}", Host="evil.example").status_code == 403
+    assert server.post("/v1/chat/completions", b"{}", Host="[").status_code == 403
     assert server.post("/v1/nothing", b"{}").json()["error"]["message"].startswith("POST /v1/no")
     assert httpx2.get(f"{server.url}/v1/chat/completions").status_code == 405
 

@@ -70,7 +70,7 @@ def command(
             model=model,
             backend=backend,
             dtype=dtype,
-            name=name or Path(model).resolve().stem,
+            name=name or Path(model).resolve().name.removesuffix(".gguf"),
             host=host,
             port=port,
             key=api_key,

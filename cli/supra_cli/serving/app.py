@@ -127,7 +127,7 @@ class Routes:
         )
 
     def _check(self, request: Request) -> None:
-        host = urlsplit("//" + request.headers.get("host", "")).hostname
+        host = _host(request)
         if self.service.hosts is not None and host not in self.service.hosts:
             # A page elsewhere may have its own name point here.
             raise ApiError(403, f"this server does not answer for {host}")
@@ -152,6 +152,14 @@ class Routes:
 
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.service.started, "owned_by": "supra"}
+
+
+def _host(request: Request) -> str | None:
+    """What the client calls this server, without the port."""
+    try:
+        return urlsplit("//" + request.headers.get("host", "")).hostname
+    except ValueError:
+        return None
 
 
 async def _stream(exchange: Exchange, answers: Answers, usage: bool) -> AsyncIterator[str]:

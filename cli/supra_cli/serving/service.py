@@ -6,13 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from supra_cli.serving.schema import ApiError
 from supra_core.conversation import Engine, Message
 from supra_core.errors import SupraError
 from supra_core.generate import Sampling
-from supra_core.scheduler import Busy, Event, Failed, Finished, Job, Scheduler
+from supra_core.scheduler import Busy, Event, Failed, Finished, Job, Scheduler, Stopping
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ class Exchange:
 
     def _listener(self, index: int) -> Callable[[Event], None]:
         def listen(event: Event) -> None:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            # The loop may be gone when the server is told to stop twice.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         return listen
 
@@ -146,6 +149,8 @@ def failure(error: Exception) -> ApiError:
     """What a client is told of an error: all of it only when it is one of its own making."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, Stopping):
+        return ApiError(503, str(error), kind="server_error")
     if isinstance(error, SupraError):
         return ApiError(400, str(error))
     return ApiError(500, "the server failed at this request: see its log", kind="server_error")
