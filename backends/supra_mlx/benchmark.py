@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from supra_core.errors import SupraError
 from supra_core.machine import processor_name, today, versions
@@ -59,6 +59,8 @@ class _Side:
 
     def read(self, ids: mx.array) -> None:
         """Feed what of ``ids`` is new, as mlx-lm's generator feeds a prompt."""
+        if len(ids) <= self.context:
+            return
         start = time.perf_counter()
         for first in range(self.context, len(ids), PREFILL_STEP):
             self.model(ids[None, first : min(first + PREFILL_STEP, len(ids))], cache=self.caches)
@@ -69,9 +71,9 @@ class _Side:
             self.seconds += time.perf_counter() - start
 
     def fill(self, context: int) -> None:
-        """Random keys and values up to ``context``; only for mlx-lm's growing caches."""
+        """Random keys and values up to ``context``, in growing caches that have begun."""
         for cache in self.caches:
-            keys, values = cache.state
+            keys, values = cache.keys_and_values()
             shape = (*keys.shape[:2], context - self.context)
             cache.update_and_fetch(
                 mx.random.normal((*shape, keys.shape[3])).astype(keys.dtype),
@@ -96,7 +98,7 @@ class _Side:
     @property
     def cache_bytes(self) -> int:
         """Of what was written; a growing cache's spare room is left out."""
-        return sum(array.nbytes for cache in self.caches for array in _arrays(cache.state))
+        return sum(array.nbytes for cache in self.caches for array in _written(cache))
 
 
 def benchmark(
@@ -116,8 +118,9 @@ def benchmark(
     """
     if sorted(set(contexts)) != list(contexts) or contexts[0] < 0:
         raise SupraError(f"contexts {list(contexts)} do not grow: give each once, smallest first")
-    if steps < 1:
-        raise SupraError(f"--steps must be at least 1, not {steps}")
+    for name, value in (("--steps", steps), ("--read-up-to", read_up_to)):
+        if value < 1:
+            raise SupraError(f"{name} must be at least 1, not {value}")
     ours = _ours(model, dtype)
     stock = load_stock(against, dtype=dtype)
     theirs = _Side(stock.model, make_prompt_cache(stock.model))
@@ -127,9 +130,8 @@ def benchmark(
     for context in contexts:
         log(f"context {context:,}")
         ours.read(tokens[:context])
-        if context <= read_up_to:
-            theirs.read(tokens[:context])
-        else:
+        theirs.read(tokens[: min(context, read_up_to)])
+        if context > read_up_to:
             theirs.fill(context)
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(_ROUNDS):
@@ -208,6 +210,12 @@ def table(result: dict[str, Any]) -> Table:
 def _ours(path: str, dtype: str) -> _Side:
     model: Model = load_source(open_source(path), dtype=dtype)
     return _Side(model, list(model.make_cache()))
+
+
+def _written(cache: Any) -> list[mx.array]:
+    if cache.empty():
+        return []
+    return _arrays(cache.keys_and_values() if isinstance(cache, KVCache) else cache.state)
 
 
 def _arrays(state: Any) -> list[mx.array]:

@@ -223,3 +223,11 @@ def test_doctor() -> None:
     found = result("doctor")
     assert found["python"]
     assert found["advice"]
+
+
+def test_doctor_compares_the_kernel_where_there_is_one() -> None:
+    found = result("doctor", "--deep")
+    if found["mlx_device"] == "metal":
+        assert all(row["passed"] for row in found["kernels"])
+    else:
+        assert found["kernels"] is None
