@@ -48,6 +48,10 @@ class Batch(Protocol):
         """The state after a sequence's last token; it leaves the batch, ended or not."""
         ...
 
+    def close(self) -> None:
+        """Leave everything that is under way."""
+        ...
+
 
 @dataclass
 class _Sequence:
@@ -85,6 +89,11 @@ class InTurns:
         sequence = self._sequences.pop(key)
         sequence.pieces.close()
         return sequence.state
+
+    def close(self) -> None:
+        """No sequence is left."""
+        for key in list(self._sequences):
+            self.take(key)
 
     def _spoken(self, key: int) -> Spoken:
         sequence = self._sequences[key]

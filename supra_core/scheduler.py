@@ -162,6 +162,7 @@ class Scheduler:
             self._drop_cancelled()
             self._read_on()
             self._speak()
+        self._batch.close()
         for job in self._jobs():
             self._end(job, Failed(Stopping("the server is stopping: ask again later")))
 

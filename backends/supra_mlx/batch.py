@@ -84,6 +84,13 @@ class MLXBatch:
         caches: list[Any] = self._generator.remove([key], return_prompt_caches=True)[key][0]
         return caches
 
+    def close(self) -> None:
+        """Wait for the step that was begun ahead: a process must not end in the middle of it."""
+        self._generator.remove(list(self._texts))
+        self._generator.close()
+        self._texts.clear()
+        mx.synchronize()
+
 
 def _sampler(sampling: Sampling) -> Sampler:
     if sampling.seed is not None and sampling.temperature:
