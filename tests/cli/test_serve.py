@@ -88,7 +88,7 @@ def server(
     )  # fmt: skip
     server.backend = request.param
     yield server
-    assert server.stop() == 130
+    assert server.stop() == 130, server.log.read_text()
 
 
 @pytest.fixture(scope="module")
