@@ -65,7 +65,7 @@ class Server:
 
     def post(self, path: str, content: bytes, **headers: str) -> Any:
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
-        return httpx2.post(self.url + path, content=content, headers=headers)
+        return httpx2.post(self.url + path, content=content, headers=headers, timeout=60)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
