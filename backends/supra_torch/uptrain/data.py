@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from supra_core.corpus.documents import source_files
+from supra_core.corpus.prepare import Settings, listing, prepare
+from supra_core.corpus.store import TokenStore, tokenizer_hash
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress
+from supra_core.spec import ModelSpec
+from supra_core.text import TOKENIZER
 from supra_torch.uptrain.config import DataPart
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+Tokens = TokenStore | npt.NDArray[Any]
 
-Tokens = npt.NDArray[np.uint32]
+# Where a run keeps the tokens of a text that was not prepared before.
+_TOKENS = "tokens"
 
-# Characters tokenised at once; pieces end where a line ends.
-_PIECE = 200_000
 # Sequences set aside for evaluation, never trained on: one in 50, at most this many.
 _HELD_OUT = 16
 
@@ -161,103 +163,62 @@ def refuse_too_little(data: Mixture, parts: Sequence[DataPart], tokens: int, epo
             )
 
 
-def all_tokens(
+def refuse_unfit(parts: Sequence[DataPart], assets: Mapping[str, bytes]) -> None:
+    """Raise SupraError when a part cannot be read, or was prepared with another tokenizer."""
+    for part in parts:
+        if not TokenStore.is_at(Path(part.path)):
+            source_files(part.path)
+        elif TokenStore(Path(part.path)).tokenizer_hash != tokenizer_hash(assets[TOKENIZER]):
+            raise SupraError(
+                f"{part.path} was prepared with another tokenizer than the model's: prepare the "
+                "text again with supra data prepare --tokenizer MODEL"
+            )
+
+
+def stored(
     parts: Sequence[DataPart],
-    tokenizer: Tokenizer,
-    separator: int | None,
+    assets: Mapping[str, bytes],
+    spec: ModelSpec,
     folder: Path,
     progress: Progress,
     *,
     begun: bool = True,
-) -> list[Tokens]:
-    """:func:`tokenised` for every part; several have a numbered folder each."""
+) -> list[TokenStore]:
+    """The tokens of every part: those of a prepared text, or of any other, prepared in ``folder``.
+
+    Several parts have a numbered folder each. Raises SupraError when there is no text or, in a
+    run that has ``begun`` to train, the data has changed.
+    """
     folders = [folder] if len(parts) == 1 else [folder / str(i) for i in range(len(parts))]
     return [
-        tokenised(Path(part.path), tokenizer, separator, own, progress, begun=begun)
+        _stored(part.path, assets, spec, own, progress, begun)
         for part, own in zip(parts, folders, strict=True)
     ]
 
 
-def tokenised(
-    path: Path,
-    tokenizer: Tokenizer,
-    separator: int | None,
+def _stored(
+    path: str,
+    assets: Mapping[str, bytes],
+    spec: ModelSpec,
     folder: Path,
     progress: Progress,
-    *,
-    begun: bool = True,
-) -> Tokens:
-    """The tokens of a text file or a folder of .txt files, kept as ``folder``/tokens.npy.
-
-    ``separator``: the token between files. Raises SupraError when there is no text, or, in a run
-    that has ``begun`` to train, the data has changed since.
-    """
-    files = text_files(path)
-    listing = {"files": [[file.name, file.stat().st_size] for file in files]}
-    store, note = folder / "tokens.npy", folder / "tokens.json"
-    if store.exists() and note.exists():
-        if read_object(note) == listing:
-            return np.load(store, mmap_mode="r")  # type: ignore[no-any-return]
-        if begun:
-            raise SupraError(
-                f"{path} is not the data this run began with: use another run folder, or restore it"
-            )
-    tokens = _tokenise(files, tokenizer, separator, progress)
-    if not len(tokens):
-        raise SupraError(f"{path} is empty: name a file with text in it")
+    begun: bool,
+) -> TokenStore:
+    ends = spec.eos_token_id
+    settings = Settings((path,), ends[0] if ends else None, spec.vocab_size)
+    prepared = TokenStore(Path(path)) if TokenStore.is_at(Path(path)) else None
+    note = folder / "data.json"
+    stated = {"files": listing(settings.sources)} if prepared is None else {"name": prepared.name}
+    if note.is_file() and read_object(note) == stated:
+        return prepared or TokenStore(folder / _TOKENS)
+    if begun:
+        raise SupraError(
+            f"{path} is not the data this run began with: use another run folder, or restore it"
+        )
+    found = prepared or prepare(
+        settings, assets, folder / _TOKENS, where="the model", force=True, progress=progress
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(store) as beside, open(beside, "wb") as stream:
-        np.save(stream, tokens)
     with atomic_file(note) as beside:
-        beside.write_text(json.dumps(listing), encoding="utf-8")
-    return tokens
-
-
-def text_files(path: Path) -> list[Path]:
-    """The text file itself, or the .txt files of a folder in order of name."""
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix == ".txt" and file.is_file())
-        if not files:
-            raise SupraError(f"{path} holds no .txt file: name a text file or a folder of them")
-        return files
-    if not path.is_file():
-        raise SupraError(f"{path} does not exist: name a text file or a folder of .txt files")
-    return [path]
-
-
-def _tokenise(
-    files: list[Path], tokenizer: Tokenizer, separator: int | None, progress: Progress
-) -> Tokens:
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    total, done, parts = sum(file.stat().st_size for file in files), 0, []
-    for file in files:
-        # A batch is encoded on all cores.
-        for pieces in _batches(_pieces(file), 16):
-            for encoded in tokenizer.encode_batch(pieces, add_special_tokens=False):
-                parts.append(np.asarray(encoded.ids, dtype=np.uint32))
-            done += sum(len(piece.encode("utf-8")) for piece in pieces)
-            progress("tokenise", done, total)
-        if separator is not None:
-            parts.append(np.asarray([separator], dtype=np.uint32))
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
-
-
-def _batches(pieces: Iterator[str], size: int) -> Iterator[list[str]]:
-    while batch := list(islice(pieces, size)):
-        yield batch
-
-
-def _pieces(file: Path) -> Iterator[str]:
-    try:
-        text = file.read_text("utf-8")
-    except OSError as error:
-        raise SupraError(f"{file} cannot be read ({error.strerror}): name a text file") from None
-    except UnicodeDecodeError as error:
-        raise SupraError(f"{file} is not UTF-8 text (byte {error.start}): convert it") from None
-    start = 0
-    while start < len(text):
-        end = text.find("\n", min(start + _PIECE, len(text)))
-        end = len(text) if end < 0 else end + 1
-        yield text[start:end]
-        start = end
+        beside.write_text(json.dumps(stated), encoding="utf-8")
+    return found

@@ -35,13 +35,7 @@ from supra_torch.model import SupraModel, build, lazy_tensors
 from supra_torch.uptrain import checkpoint, lora
 from supra_torch.uptrain.checkpoint import Place
 from supra_torch.uptrain.config import UptrainConfig
-from supra_torch.uptrain.data import (
-    Mixture,
-    all_tokens,
-    mixture,
-    refuse_too_little,
-    text_files,
-)
+from supra_torch.uptrain.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
 from supra_torch.uptrain.guard import LossGuard
 from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.interrupts import deferred_interrupts
@@ -65,15 +59,12 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     inputs = open_inputs(config)
     _refuse_another_recipe(config, inputs.student_spec)
     assets = inputs.student_assets
-    tokenizer = load_tokenizer(assets, config.model)
-    for part in config.data_parts:
-        text_files(Path(part.path))
+    load_tokenizer(assets, config.model)
+    refuse_unfit(config.data_parts, assets)
     _claim(run, config, precision)
-    end = inputs.student_spec.eos_token_id
-    separator = end[0] if end else None
     parts = config.data_parts
     begun = (run / "metrics.jsonl").is_file()
-    tokens = all_tokens(parts, tokenizer, separator, run / "data", progress, begun=begun)
+    tokens = stored(parts, assets, inputs.student_spec, run / "data", progress, begun=begun)
     data = mixture(parts, tokens, config.sequence_length, config.seed)
     refuse_too_little(data, parts, config.tokens, config.epochs)
     session = _Session(

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from supra_cli.commands.data import synthesize
+from supra_cli.commands.data import prepare, synthesize
 
-app = typer.Typer(no_args_is_help=True, help="Make text to train on.")
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps the subcommand's name, as long as there is only one."""
-
-
+app = typer.Typer(no_args_is_help=True, help="Make text to train on, or tokens of it.")
+app.command("prepare")(prepare.command)
 app.command("synthesize")(synthesize.command)

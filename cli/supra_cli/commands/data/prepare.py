@@ -1,0 +1,70 @@
+"""``supra data prepare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supra_cli import options
+
+
+def command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Files (.txt, .jsonl, .parquet, .tar; .gz, .zst), folders of them, hub:ORG/NAME.",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option("--tokenizer", help="The model to train: anything supra convert reads.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the shards; supra uptrain --data OUT.")],
+    field: Annotated[
+        str | None,
+        typer.Option(help="A record's field; default: text, messages, tokens or input_ids."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out records that are no documents.")
+    ] = False,
+    shard_tokens: Annotated[
+        int, typer.Option(help="A shard ends with the document that reaches so many tokens.")
+    ] = 100_000_000,
+    force: options.Force = False,
+    json_output: options.Json = False,
+) -> None:
+    """Tokenise documents once, into shards that uptrain maps into memory; resumes."""
+    from supra_cli.output import log, print_json
+    from supra_cli.progress import ProgressReporter
+    from supra_core.corpus.prepare import Settings, prepare
+    from supra_core.sources import open_source
+
+    source = open_source(model)
+    ends = source.spec.eos_token_id
+    settings = Settings(
+        sources=tuple(sources),
+        separator=ends[0] if ends else None,
+        vocab_size=source.spec.vocab_size,
+        field=field,
+        split=split,
+        skip_bad=skip_bad,
+        shard_tokens=shard_tokens,
+    )
+    with ProgressReporter() as progress:
+        store = prepare(settings, source.assets(), out, where=model, force=force, progress=progress)
+    index = store.index
+    if json_output:
+        print_json({"out": str(out), **index})
+        return
+    for problem in index["skipped_first"]:
+        log(f"left out: {problem}")
+    more = index["skipped"] - len(index["skipped_first"])
+    if more > 0:
+        log(f"left out: {more:,} more")
+    log(
+        f"{index['tokens']:,} tokens in {index['documents']:,} documents: "
+        f"supra uptrain {model} --data {out} --out RUN"
+    )

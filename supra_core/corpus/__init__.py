@@ -1,0 +1,1 @@
+"""Text to train on: documents from many formats, tokenised once into shards."""

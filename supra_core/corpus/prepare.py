@@ -1,0 +1,265 @@
+"""Documents to shards of tokens: in parallel, and from where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from supra_core.chat_template import named_tokens, read_template, render
+from supra_core.corpus.documents import BadRecord, Reading, Record, Render, records, source_files
+from supra_core.corpus.store import (
+    INDEX,
+    Ids,
+    Shard,
+    ShardWriter,
+    TokenStore,
+    tokenizer_hash,
+    type_for,
+    write_index,
+)
+from supra_core.errors import SupraError
+from supra_core.formats.atomic import atomic_file, check_replaceable
+from supra_core.formats.jsonfile import read_object
+from supra_core.progress import Progress, silent
+from supra_core.text import TOKENIZER, load_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Pieces tokenised together, on all cores, and their characters at most.
+_BATCH, _BATCH_CHARACTERS = 1024, 4_000_000
+_POSITION = "position.json"
+# Bad records named in the log; all are counted.
+_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is prepared and how; the same settings go on where they were interrupted.
+
+    ``sources``: files, folders, and data sets of the hub; ``separator``: the token after every
+    document, None for none; ``skip_bad``: leave out records that are no documents.
+    """
+
+    sources: tuple[str, ...]
+    separator: int | None
+    vocab_size: int
+    field: str | None = None
+    split: str = "train"
+    skip_bad: bool = False
+    shard_tokens: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise SupraError("there is no text to prepare: name a file or a folder")
+        if self.shard_tokens < 1:
+            raise SupraError("a shard needs at least one token")
+
+
+@dataclass
+class _Position:
+    """What is complete: shards, and the records in them and before."""
+
+    shards: list[Shard] = field(default_factory=list)
+    records: int = 0
+    skipped: list[str] = field(default_factory=list)
+    skipped_count: int = 0
+
+
+def prepare(
+    settings: Settings,
+    assets: Mapping[str, bytes],
+    out: Path,
+    *,
+    where: str = "the model",
+    force: bool = False,
+    progress: Progress = silent,
+) -> TokenStore:
+    """Tokenise every document into ``out``; what an interrupted call completed is kept.
+
+    ``assets`` hold the tokenizer of ``where``, and its chat template for messages. Raises
+    SupraError for a source that cannot be read, no text at all, or a record that is no document
+    unless those are skipped.
+    """
+    check_replaceable(out, force, holds=INDEX)
+    tokenizer = load_tokenizer(assets, where)
+    facts: dict[str, Any] = {
+        "dtype": type_for(settings.vocab_size),
+        "tokenizer": tokenizer_hash(assets[TOKENIZER]),
+        **asdict(settings),
+        "files": listing(settings.sources),
+    }
+    work = out.with_name(f".{out.name}.preparing")
+    position = _begun(work, facts)
+    reading = Reading(settings.field, settings.split, _renderer(assets, where), settings.vocab_size)
+    _write_shards(settings, tokenizer, reading, work, position, facts, progress)
+    if not position.shards:
+        shutil.rmtree(work)
+        raise SupraError(f"{', '.join(settings.sources)} has no text: name a file with some in it")
+    facts |= {"skipped": position.skipped_count, "skipped_first": position.skipped}
+    write_index(work, position.shards, facts)
+    (work / _POSITION).unlink(missing_ok=True)
+    if out.exists():
+        shutil.rmtree(out)
+    os.rename(work, out)
+    return TokenStore(out)
+
+
+def listing(sources: Sequence[str]) -> list[list[Any]]:
+    """Name and size of every file that the sources are made of."""
+    return [[file.name, file.stat().st_size] for source in sources for file in source_files(source)]
+
+
+def _begun(work: Path, facts: dict[str, Any]) -> _Position:
+    """Where an interrupted call with the same facts stands; anything else is begun anew."""
+    file = work / _POSITION
+    if file.is_file():
+        before = read_object(file)
+        # As JSON has it: tuples are lists there.
+        if before.pop("facts") == json.loads(json.dumps(facts)):
+            shards = [Shard(**shard) for shard in before.pop("shards")]
+            return _Position(shards=shards, **before)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    return _Position()
+
+
+def _write_shards(
+    settings: Settings,
+    tokenizer: Tokenizer,
+    reading: Reading,
+    work: Path,
+    position: _Position,
+    facts: dict[str, Any],
+    progress: Progress,
+) -> None:
+    end = np.array([] if settings.separator is None else [settings.separator], dtype=np.int64)
+    total = sum(size for _, size in facts["files"])
+    found = (record for source in settings.sources for record in records(source, reading))
+    shard = ShardWriter(work, len(position.shards), facts["dtype"])
+    taken = position.records
+    try:
+        for batch in _encoded(islice(found, taken, None), tokenizer):
+            for entry in batch:
+                if isinstance(entry, BadRecord):
+                    _leave_out(entry, settings, position)
+                    taken += 1
+                    continue
+                if entry.begins and shard.tokens >= settings.shard_tokens:
+                    _complete(shard, work, position, taken, facts)
+                    shard = ShardWriter(work, len(position.shards), facts["dtype"])
+                if entry.begins and len(entry.ids):
+                    shard.begin_document()
+                shard.add(entry.ids)
+                if entry.ends and len(entry.ids) and not entry.is_closed:
+                    shard.add(end)
+                taken += entry.ends
+            if total:
+                progress("tokenise", reading.bytes_read, total)
+        if shard.tokens:
+            _complete(shard, work, position, taken, facts)
+    finally:
+        shard.abandon()
+
+
+def _leave_out(error: BadRecord, settings: Settings, position: _Position) -> None:
+    if not settings.skip_bad:
+        raise SupraError(f"{error}, or leave such records out with --skip-bad")
+    position.skipped_count += 1
+    if len(position.skipped) < _NAMED:
+        position.skipped.append(str(error))
+
+
+def _complete(
+    shard: ShardWriter, work: Path, position: _Position, taken: int, facts: dict[str, Any]
+) -> None:
+    position.shards.append(shard.finish())
+    position.records = taken
+    with atomic_file(work / _POSITION) as beside:
+        content = {"facts": facts, **asdict(position)}
+        beside.write_text(json.dumps(content), encoding="utf-8")
+
+
+# --- tokenising -------------------------------------------------------------------------------
+
+_NONE: Ids = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a document: the whole one when it ``begins`` and ``ends`` it."""
+
+    ids: Ids
+    begins: bool
+    ends: bool
+    is_closed: bool
+
+
+# A piece, and its text as long as it has no ids.
+_Unencoded = tuple[_Piece, str | None]
+
+
+def _encoded(found: Iterator[Record], tokenizer: Tokenizer) -> Iterator[list[_Piece | BadRecord]]:
+    """Every piece with its ids, in order; the library encodes a batch on all cores."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for batch in _batches(_pieces(found)):
+        texts = [e[1] for e in batch if not isinstance(e, BadRecord) and e[1] is not None]
+        encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        yield [_with_ids(entry, encoded) for entry in batch]
+
+
+def _with_ids(entry: _Unencoded | BadRecord, encoded: Iterator[Any]) -> _Piece | BadRecord:
+    if isinstance(entry, BadRecord):
+        return entry
+    piece, text = entry
+    return piece if text is None else replace(piece, ids=np.array(next(encoded).ids, np.int64))
+
+
+def _pieces(found: Iterator[Record]) -> Iterator[_Unencoded | BadRecord]:
+    for record in found:
+        if isinstance(record, BadRecord):
+            yield record
+        elif record.ids is not None:
+            yield _Piece(record.ids, True, True, record.is_closed), None
+        else:
+            begins, waiting = True, ""
+            for text in record.pieces:
+                if waiting:
+                    yield _Piece(_NONE, begins, False, record.is_closed), waiting
+                    begins = False
+                waiting = text
+            yield _Piece(_NONE, begins, True, record.is_closed), waiting
+
+
+def _batches(
+    entries: Iterator[_Unencoded | BadRecord],
+) -> Iterator[list[_Unencoded | BadRecord]]:
+    batch: list[_Unencoded | BadRecord] = []
+    size = 0
+    for entry in entries:
+        batch.append(entry)
+        if not isinstance(entry, BadRecord):
+            piece, text = entry
+            size += len(piece.ids if text is None else text)
+        if len(batch) >= _BATCH or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _renderer(assets: Mapping[str, bytes], where: str) -> Render | None:
+    """What writes messages as text by the chat template; None when there is none."""
+    template, tokens = read_template(assets, where), named_tokens(assets, where)
+    if template is None:
+        return None
+    return lambda messages: render(template, messages, answer_next=False, tokens=tokens)

@@ -1,0 +1,419 @@
+"""Text to train on: every format the same tokens, nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+from supra_core.corpus import documents, prepare
+from supra_core.corpus.prepare import Settings
+from supra_core.corpus.store import ShardWriter, TokenStore, type_for, write_index
+from supra_core.errors import FormatError, SupraError
+from supra_core.progress import silent
+from supra_core.sources import open_source
+from supra_core.text import load_tokenizer
+
+END = 1
+TEXTS = [
+    "Hello there.\nHow are you?",
+    "x",
+    "Zwei Zeilen,\n\nund noch eine: ä ö ü 😀\n",
+    "a b " * 50,
+]
+CHARACTERS = sorted(set("".join(TEXTS)) | set("useranti:|\n"))
+CHATML = "{% for m in messages %}{{ m.role }}:{{ m.content }}|\n{% endfor %}"
+
+
+def character_assets() -> dict[str, bytes]:
+    """A tokenizer whose tokens are characters, unknown ones 0, and a template."""
+    ids = {"<unk>": 0, "<end>": END} | {c: i + 2 for i, c in enumerate(CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps({"chat_template": CHATML}).encode(),
+    }
+
+
+ASSETS = character_assets()
+VOCABULARY = len(CHARACTERS) + 2
+
+
+def ids_of(text: str, *, end: bool = True) -> list[int]:
+    ids = [CHARACTERS.index(c) + 2 if c in CHARACTERS else 0 for c in text]
+    return [*ids, END] if end else ids
+
+
+def prepared(*sources: str | Path, out: Path, **settings: Any) -> TokenStore:
+    force = settings.pop("force", False)
+    progress = settings.pop("progress", silent)
+    chosen = {"separator": END, "vocab_size": VOCABULARY, **settings}
+    told = Settings(tuple(map(str, sources)), **chosen)
+    return prepare.prepare(told, ASSETS, out, force=force, progress=progress)
+
+
+def split(store: TokenStore) -> list[list[int]]:
+    """Every document's ids."""
+    borders = [*store.documents.tolist(), len(store)]
+    return [store[a:b].tolist() for a, b in zip(borders, borders[1:], strict=False)]
+
+
+def lines(records: Sequence[Any]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def write_texts(folder: Path) -> Path:
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_lines(folder: Path) -> Path:
+    (folder / "d.jsonl").write_bytes(lines([{"text": text, "id": 3} for text in TEXTS]) + b"\n\n")
+    return folder / "d.jsonl"
+
+
+def write_gzip(folder: Path) -> Path:
+    content = write_lines(folder).read_bytes()
+    # Two members, as compressing in parallel makes them.
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(content[:70]) + gzip.compress(content[70:]))
+    return folder / "d.jsonl.gz"
+
+
+def write_zstandard(folder: Path) -> Path:
+    codec = pytest.importorskip("pyarrow").Codec("zstd")
+    content = write_lines(folder).read_bytes()
+    frames = [codec.compress(part, asbytes=True) for part in (content[:70], content[70:])]
+    (folder / "d.jsonl.zst").write_bytes(b"".join(frames))
+    return folder / "d.jsonl.zst"
+
+
+def write_parquet(folder: Path) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS})
+    parquet.write_table(table, folder / "d.parquet", row_group_size=3)
+    return folder / "d.parquet"
+
+
+def write_archive(folder: Path) -> Path:
+    with tarfile.open(folder / "d.tar", "w") as archive:
+        for number, text in enumerate(TEXTS):
+            name, content = f"{number}.txt", text.encode()
+            if number % 2:
+                name, content = f"{number}.json.gz", gzip.compress(lines([{"text": text}]))
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return folder / "d.tar"
+
+
+def write_compressed_archive(folder: Path) -> Path:
+    (folder / "d.tar.gz").write_bytes(gzip.compress(write_archive(folder).read_bytes()))
+    return folder / "d.tar.gz"
+
+
+WRITERS = (
+    write_texts, write_lines, write_gzip, write_zstandard, write_parquet, write_archive,
+    write_compressed_archive,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__[6:])
+def test_every_format_is_the_same_documents(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    store = prepared(write(given), out=tmp_path / "out")
+    assert split(store) == [ids_of(text) for text in TEXTS]
+    assert store.index["documents"] == len(TEXTS)
+    assert store.index["dtype"] == "uint16"
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
+    """The library takes a folder for one."""
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    write_lines(tmp_path / "set")
+    store = prepared(f"hub:{tmp_path / 'set'}", out=tmp_path / "out")
+    assert split(store) == [ids_of(text) for text in TEXTS]
+    with pytest.raises(SupraError, match="data set .*none cannot be read"):
+        prepared(f"hub:{tmp_path / 'none'}", out=tmp_path / "other")
+
+
+def test_several_sources_in_order(tmp_path: Path) -> None:
+    one, other = tmp_path / "1.jsonl", tmp_path / "0.txt"
+    one.write_bytes(lines([{"text": "x"}, {"text": ""}, {"text": "a"}]))
+    other.write_text("b")
+    store = prepared(one, other, out=tmp_path / "out")
+    # A document without text is none.
+    assert split(store) == [ids_of("x"), ids_of("a"), ids_of("b")]
+
+
+def test_conversations_and_token_ids_end_themselves(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "n"}]
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(lines([{"messages": talk}, {"tokens": [5, 6, 7]}, [3, 4]]))
+    expected = [ids_of("user:a?|\nassistant:n|\n", end=False), [5, 6, 7], [3, 4]]
+    assert split(prepared(file, out=tmp_path / "out")) == expected
+
+
+def test_another_field(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(lines([{"text": "no", "body": "x"}]))
+    assert split(prepared(file, out=tmp_path / "out", field="body")) == [ids_of("x")]
+
+
+BAD = {
+    '{"text": "x"': r"line 2 is no JSON",
+    '"text"': r"line 2 is no object",
+    '{"body": "x", "id": 1}': r"line 2 has no field text or .*, but body, id: name one with",
+    '{"text": 3}': r"line 2: text is neither text nor messages",
+    '{"messages": [{"role": "user"}]}': r"line 2: messages has a message without",
+    '{"messages": [{"role": "user", "content": "x"}, 3]}': r"line 2: messages has a message",
+    '{"tokens": [1, 100000]}': r"line 2: tokens is no list of token ids from 0 to \d+",
+    '{"tokens": [1, -1]}': r"line 2: tokens is no list",
+    '{"tokens": [1, true]}': r"line 2: tokens is no list",
+    "[" * 100_000: r"line 2 is no JSON .*nested too deeply",
+    b"\xff\xfe": r"line 2 is no JSON",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), list(BAD.items()), ids=range(len(BAD)))
+def test_a_bad_record_is_named_or_left_out(line: str | bytes, message: str, tmp_path: Path) -> None:
+    file, out = tmp_path / "d.jsonl", tmp_path / "out"
+    raw = line if isinstance(line, bytes) else line.encode()
+    file.write_bytes(b'{"text": "a"}\n' + raw + b'\n{"text": "b"}\n')
+    with pytest.raises(SupraError, match=message):
+        prepared(file, out=out)
+    assert not out.exists()
+    store = prepared(file, out=out, skip_bad=True)
+    assert split(store) == [ids_of("a"), ids_of("b")]
+    assert store.index["skipped"] == 1
+    assert len(store.index["skipped_first"]) == 1
+
+
+def damaged_parquet(folder: Path) -> Path:
+    file = write_parquet(folder)
+    file.write_bytes(file.read_bytes()[:-20])
+    return file
+
+
+def without_column(folder: Path) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table({"id": [1]}), folder / "d.parquet"
+    )
+    return folder / "d.parquet"
+
+
+def cut(write: Callable[[Path], Path], end: int) -> Callable[[Path], Path]:
+    def damaged(folder: Path) -> Path:
+        file = write(folder)
+        file.write_bytes(file.read_bytes()[:end])
+        return file
+
+    return damaged
+
+
+def no_text(folder: Path) -> Path:
+    (folder / "latin.txt").write_bytes(b"caf\xe9 ")
+    return folder / "latin.txt"
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (damaged_parquet, "d.parquet is no Parquet file"),
+        (without_column, "d.parquet has no column text or .*, but id: name one with --field"),
+        (cut(write_gzip, -15), "d.jsonl.gz is damaged"),
+        (cut(write_zstandard, -15), "d.jsonl.zst"),
+        (cut(write_archive, 700), "d.tar is damaged"),
+        (no_text, "latin.txt is not UTF-8 text"),
+        (lambda folder: folder / "none.txt", "none.txt does not exist"),
+        (lambda folder: folder, "holds no file that ends in"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    write: Callable[[Path], Path], message: str, tmp_path: Path
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    with pytest.raises(SupraError, match=message):
+        prepared(write(given), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_pieces_have_the_tokens_of_the_whole(
+    smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: bool
+) -> None:
+    monkeypatch.setattr(documents, "_PIECE", 300)
+    lines = [f"Line {i}: ä 😀,\n\n  and {'more ' * (i % 7)}\n of it.\nSo\n" for i in range(200)]
+    # At the end there are no lines: it is cut where a token may span the border.
+    text = "".join(lines) + "no end " * 1000
+    file = tmp_path / ("text.txt.gz" if compress else "text.txt")
+    file.write_bytes(gzip.compress(text.encode()) if compress else text.encode())
+    source = open_source(smollm2_gguf)
+    told = Settings((str(file),), None, source.spec.vocab_size)
+    store = prepare.prepare(told, source.assets(), tmp_path / "out")
+    tokenizer = load_tokenizer(source.assets(), "SmolLM2")
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(list(documents.pieces(text))) > 10
+    found = store[0 : len(store)].tolist()
+    before = len(tokenizer.encode("".join(lines), add_special_tokens=False))
+    assert found[: before - 1] == whole[: before - 1]
+    assert tokenizer.decode(found, skip_special_tokens=False) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_a_store_is_its_documents(
+    sizes: list[list[int]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    whole: list[int] = []
+    starts, shards = [], []
+    for number, own in enumerate(sizes):
+        writer = ShardWriter(folder, number, "uint32")
+        for size in own:
+            writer.begin_document()
+            starts.append(len(whole))
+            ids = np.arange(len(whole), len(whole) + size) * 70_000
+            writer.add(ids)
+            whole += ids.tolist()
+        shards.append(writer.finish())
+    write_index(folder, shards, {"dtype": "uint32", "tokenizer": "0"})
+    store = TokenStore(folder)
+    assert len(store) == len(whole)
+    assert store.documents.tolist() == starts
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    assert store[start:stop].tolist() == whole[start:stop]
+    if whole:
+        assert store[len(whole) - 1] == whole[-1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=25),
+    shard=st.integers(1, 60),
+    interrupted=st.lists(st.integers(1, 9), max_size=3),
+)
+def test_interrupted_and_resumed_is_the_same(
+    lengths: list[int],
+    shard: int,
+    interrupted: list[int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("prepare")
+    file = folder / "d.jsonl"
+    file.write_bytes(
+        lines([{"text": "x" * n} if n % 5 else {"bad": n} for n in lengths] + [{"text": "a"}])
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_BATCH", 2)
+        told = {"shard_tokens": shard, "skip_bad": True}
+        expected = prepared(file, out=folder / "whole", **told)
+        for calls in interrupted:
+            left = iter(range(calls))
+
+            def stop(*_: Any, left: Any = left, **__: Any) -> None:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+
+            try:
+                prepared(file, out=folder / "out", progress=stop, force=True, **told)
+            except KeyboardInterrupt:
+                assert not (folder / "out").exists()
+            else:
+                break
+        found = prepared(file, out=folder / "out", force=True, **told)
+    assert found.index == expected.index
+    assert all(shard.tokens <= shard_limit(shard, found) for shard in found.shards)
+    files = {path.name for path in expected.folder.iterdir()}
+    assert files == {path.name for path in found.folder.iterdir()}
+    for name in files:
+        assert (found.folder / name).read_bytes() == (expected.folder / name).read_bytes()
+    assert not list(folder.glob(".*preparing"))
+
+
+def shard_limit(shard: Any, store: TokenStore) -> int:
+    """The stated size, and one document over it."""
+    return int(store.index["shard_tokens"]) + 31
+
+
+def test_other_settings_begin_anew(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(lines([{"text": "a"}, {"text": "b"}]))
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(file, out=tmp_path / "out", shard_tokens=1, progress=stop)
+    file.write_bytes(lines([{"text": "x"}]))
+    assert split(prepared(file, out=tmp_path / "out", shard_tokens=1)) == [ids_of("x")]
+
+
+def test_existing_output_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("a")
+    prepared(file, out=tmp_path / "out")
+    file.write_text("b")
+    with pytest.raises(SupraError, match="exists already"):
+        prepared(file, out=tmp_path / "out")
+    assert split(TokenStore(tmp_path / "out")) == [ids_of("a")]
+    assert split(prepared(file, out=tmp_path / "out", force=True)) == [ids_of("b")]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").write_text("dear")
+    with pytest.raises(SupraError, match="not replaced even by force"):
+        prepared(file, out=tmp_path / "mine", force=True)
+
+
+def test_a_damaged_store_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("abc")
+    whole = prepared(file, out=tmp_path / "whole").folder
+    index = json.loads((whole / "index.json").read_text())
+
+    def damaged(name: str, change: Callable[[Path], Any]) -> Path:
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        shutil.copytree(whole, tmp_path / "damaged")
+        change(tmp_path / "damaged" / name)
+        return tmp_path / "damaged"
+
+    def said(**changes: Any) -> Callable[[Path], Any]:
+        return lambda file: file.write_text(json.dumps({**index, **changes}))
+
+    cases: list[tuple[str, Callable[[Path], Any], str]] = [
+        ("tokens-00000.bin", lambda file: file.write_bytes(b"x"), "has 1 bytes, not 8"),
+        ("documents-00000.bin", Path.unlink, "is missing"),
+        ("index.json", lambda file: file.write_text("{"), "is not valid JSON"),
+        ("index.json", said(format="other"), "is of no prepared text"),
+        ("index.json", said(version=9), "version 9 is not known"),
+        ("index.json", said(dtype="int8"), "int8"),
+        ("index.json", said(shards=[{"tokens": 1}]), "prepare the text again"),
+    ]
+    for name, change, message in cases:
+        with pytest.raises(FormatError, match=message):
+            TokenStore(damaged(name, change))
+
+
+@pytest.mark.parametrize(("size", "name"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_the_smaller_type(size: int, name: str) -> None:
+    assert type_for(size) == name
