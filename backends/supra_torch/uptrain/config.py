@@ -32,7 +32,7 @@ class _Strict(BaseModel):
 
 
 class DataPart(_Strict):
-    """One of several texts: a text file or a folder of .txt files.
+    """One of several texts: whatever ``supra data prepare`` reads, or what it wrote.
 
     ``share``: of the run's tokens; None: what the stated shares leave, in proportion to size.
     """
@@ -110,8 +110,8 @@ class UptrainConfig(_Strict):
     """A whole run.
 
     ``model``: a transformer or a converted model; ``teacher``: the transformer to learn from,
-    when it is not ``model`` itself; ``data``: a text file or a folder of .txt files, or several
-    with their shares. No text is read more than ``epochs`` times: four are nearly as good as new
+    when it is not ``model`` itself; ``data``: a text, as a :class:`DataPart` is, or several with
+    their shares. No text is read more than ``epochs`` times: four are nearly as good as new
     text (arXiv 2305.16264). ``tokens`` in all stages; ``sequence_length`` and ``batch_tokens`` in
     tokens; ``checkpoint_every`` and ``evaluate_every`` in steps (0: only at the end of a stage).
     ``activation_checkpointing`` computes every layer's forward again in backward: less memory,

@@ -21,8 +21,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="PATH[:SHARE]",
-            help="A text file or a folder of .txt files; repeatable, each with its share of the "
-            "tokens.",
+            help="Text in any form that data prepare reads, or what it wrote; repeatable, each "
+            "with its share of the tokens.",
         ),
     ] = None,
     out: Annotated[
