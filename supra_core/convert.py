@@ -87,6 +87,9 @@ def convert(
         )
     if quantise is not None and to != "supra":
         raise SupraError(f"--quantize goes with --to supra only: leave it out for --to {to}")
+    check_replaceable(out, force)
+    if dtype is not None:
+        dtype_named(dtype)
     found = open_source(source, config=config)
     spec, tensors = found.spec, dict(found.tensors)
     wanted = linearize
@@ -101,11 +104,9 @@ def convert(
         new_spec, new_tensors = linearizing.linearize(spec, tensors, options or LinearizeOptions())
         spec, tensors = new_spec, dict(new_tensors)
     stored = dtype or found.dtype
-    # Noticed before the minutes that calibrating takes.
-    dtype_named(stored)
     if quantise is not None:
+        # What cannot be packed is noticed before the minutes that calibrating takes.
         quantise(spec, tensors, stored)
-    check_replaceable(out, force)
     originals: dict[str, LazyTensor] = {}
     if calibrate is not None:
         used, changed = calibrate(found, spec, tensors, progress)

@@ -25,6 +25,8 @@ from supra_core.progress import silent
 # Prompt tokens between two steps of what is spoken.
 PIECE = 512
 
+_STOPPING = "the server is stopping: ask again later"
+
 
 class Busy(SupraError):
     """More requests than may wait."""
@@ -102,12 +104,19 @@ class Scheduler:
     """The thread that owns a model, which ``load`` opens in it, and the states kept.
 
     At most ``parallel`` answers are spoken at a time, ``waiting`` more requests may wait.
+    ``release`` is called in the thread before it ends, however that comes.
     """
 
     def __init__(
-        self, load: Callable[[], tuple[Engine, Prefixes]], *, parallel: int, waiting: int
+        self,
+        load: Callable[[], tuple[Engine, Prefixes]],
+        *,
+        parallel: int,
+        waiting: int,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
-        self._load, self._parallel, self._places = load, parallel, parallel + waiting
+        self._load, self._parallel, self._release = load, parallel, release
+        self.places = parallel + waiting
         self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._reading: Job | None = None
@@ -122,32 +131,53 @@ class Scheduler:
     def start(self) -> Engine:
         """Load the model and begin; raises whatever loading it raised."""
         self._thread.start()
-        self._ready.wait()
+        try:
+            self._ready.wait()
+        except BaseException:
+            # A process must not end in the middle of what the thread does.
+            self.close()
+            raise
         if self._load_error is not None:
+            self._thread.join()
             raise self._load_error
         return self._engine
 
     def submit(self, job: Job) -> None:
-        """Line a request up; :class:`Busy` when too many wait. Any thread may call it."""
+        """Line a request up, from any thread.
+
+        :class:`Busy` when too many wait, :class:`Stopping` when the end has begun.
+        """
         with self._lock:
-            if self._taken >= self._places:
-                raise Busy(f"{self._taken} requests are under way or wait: try again later")
+            if self._closing:
+                raise Stopping(_STOPPING)
+            if self._taken >= self.places:
+                raise Busy(f"all {self.places} places for requests are taken: try again later")
             self._taken += 1
-        self._incoming.put(job)
+            self._incoming.put(job)
 
     @property
     def taken(self) -> int:
         """Requests under way or waiting."""
         return self._taken
 
-    def close(self) -> None:
-        """End every answer and the thread."""
+    def stop(self) -> None:
+        """Have every answer end with :class:`Stopping`, and the thread after them; at once."""
         self._closing = True
         self._incoming.put(None)
+
+    def close(self) -> None:
+        """Stop, and wait for the thread."""
+        self.stop()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._release()
+
+    def _work(self) -> None:
         try:
             self._engine, self._prefixes = self._load()
             self._batch: Batch = self._engine.batch(self._parallel)
@@ -163,8 +193,11 @@ class Scheduler:
             self._read_on()
             self._speak()
         self._batch.close()
+        # From here on none is lined up any more.
+        with self._lock:
+            self._take_in()
         for job in self._jobs():
-            self._end(job, Failed(Stopping("the server is stopping: ask again later")))
+            self._end(job, Failed(Stopping(_STOPPING)))
 
     def _jobs(self) -> list[Job]:
         reading = [] if self._reading is None else [self._reading]
@@ -174,10 +207,10 @@ class Scheduler:
         """Every request that came; waits for one when there is nothing else to do."""
         try:
             while True:
-                job = self._incoming.get(block=not self._jobs())
-                if job is None:
-                    return
-                self._waiting.append(job)
+                job = self._incoming.get(block=not self._closing and not self._jobs())
+                # None only wakes the thread.
+                if job is not None:
+                    self._waiting.append(job)
         except queue.Empty:
             return
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,18 +85,20 @@ class MLXBatch:
         return caches
 
     def close(self) -> None:
-        """Wait for the step that was begun ahead: a process must not end in the middle of it.
-
-        In a thread of its own, the last use of MLX: what it compiled there is let go.
-        """
+        """Wait for the step that was begun ahead: a process must not end in the middle of it."""
         self._generator.remove(list(self._texts))
         self._generator.close()
         self._texts.clear()
         mx.synchronize()
-        # A thread's compiled functions hold Python objects, and MLX frees them as the thread
-        # ends: when that is after Python's own end, the process aborts.
-        if threading.current_thread() is not threading.main_thread():
-            mx.clear_streams()
+
+
+def release_thread() -> None:
+    """The last use of MLX in a thread that is not the main one: it lets go what it keeps for it.
+
+    A thread's compiled functions hold Python objects, and MLX frees them as the thread ends: when
+    that is after Python's own end, the process aborts.
+    """
+    mx.clear_streams()
 
 
 def _sampler(sampling: Sampling) -> Sampler:

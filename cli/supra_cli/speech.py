@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -119,6 +120,14 @@ def _mlx_engine(source: Source, dtype: str | None) -> Engine:
 def _backend_engine(backend: str, source: Source, dtype: str | None) -> Engine:
     tokenizer = chat_tokenizer(source)
     return BackendEngine(load(backend, source.path, dtype=dtype), tokenizer)
+
+
+def release_thread() -> None:
+    """Before a thread that loaded a model ends, whether it could or not."""
+    if "mlx.core" in sys.modules:
+        from supra_mlx.batch import release_thread
+
+        release_thread()
 
 
 def check_text(text: str | None, what: str) -> None:

@@ -274,6 +274,10 @@ def test_sixteen_at_a_time_and_one_leaves(server: Server, expected: Callable[...
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, ""),
         (json.dumps({"messages": [user("long " * 300)]}).encode(), 400, "1,000"),
         (b'{"messages": "' + b"x" * 70_000 + b'"}', 413, "shorten"),
+        (b'{"messages": [{"role": "user", "content": null}]}', 400, "content: must be text, or"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "type text"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "top_k": 5}', 400, "top_k"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "logprobs": true}', 400, "logprobs"),
     ],
 )  # fmt: skip
 def test_malformed_requests(server: Server, body: bytes, status: int, says: str) -> None:
@@ -282,6 +286,38 @@ def test_malformed_requests(server: Server, body: bytes, status: int, says: str)
     error = answer.json()["error"]
     assert says in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("prompt", 5, "prompt"), ("prompt", [], "prompt"), ("prompt", ["a", 5], "prompt"),
+        ("prompt", [[]], "prompt"), ("prompt", [3, 10**9], "prompt"), ("best_of", 2, "best_of"),
+        ("logprobs", 0, "logprobs"), ("top_p", 0, "top_p"), ("temperature", 1e9, "temperature"),
+        ("prompt", ["x"] * 47, None),
+    ],
+)  # fmt: skip
+def test_malformed_completions(server: Server, field: str, value: Any, param: str | None) -> None:
+    answer = server.post(
+        "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 1, field: value}).encode()
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_what_is_null_or_changes_nothing_is_let_pass(server: Server) -> None:
+    nothing = dict.fromkeys(
+        ("n", "stream", "temperature", "top_p", "stop", "seed", "tools", "logprobs", "model",
+         "stream_options", "response_format", "max_tokens", "frequency_penalty")
+    )  # fmt: skip
+    neutral = {"frequency_penalty": 0.0, "best_of": 1, "top_k": -1, "echo": False, "user": "me"}
+    for fields in (nothing, neutral):
+        body = {"prompt": "x", **fields, "max_completion_tokens": 2}
+        answer = server.post(
+            "/v1/completions", json.dumps(body).encode(), **{"Content-Type": "Application/JSON"}
+        )
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] <= 2
 
 
 def test_others_are_turned_away(server: Server) -> None:
@@ -294,7 +330,8 @@ def test_others_are_turned_away(server: Server) -> None:
     assert server.post("/v1/chat/completions", b"{}", Host="evil.example").status_code == 403
     assert server.post("/v1/chat/completions", b"{}", Host="[").status_code == 403
     assert server.post("/v1/nothing", b"{}").json()["error"]["message"].startswith("POST /v1/no")
-    assert httpx2.get(f"{server.url}/v1/chat/completions").status_code == 405
+    wrong = httpx2.get(f"{server.url}/v1/chat/completions")
+    assert (wrong.status_code, wrong.headers["Allow"]) == (405, "POST")
 
 
 def test_more_than_may_wait(server: Server) -> None:
@@ -307,6 +344,28 @@ def test_more_than_may_wait(server: Server) -> None:
     assert codes.count(200) >= 10
     busy = [one.result() for one in asked if one.result().status_code == 429]
     assert all(one.headers["retry-after"] == "1" for one in busy)
+
+
+def test_ctrl_c_ends_what_is_being_said(folder: Path, tmp_path: Path) -> None:
+    server = Server(str(folder), "--backend", "torch", log=tmp_path / "log")
+    body = {"messages": [user("x" * 20)], "max_tokens": 4000, "stream": True}
+    lines: list[str] = []
+    with httpx2.stream(
+        "POST", f"{server.url}/v1/chat/completions", json=body, timeout=60,
+        headers={"Authorization": f"Bearer {KEY}"},
+    ) as answer:  # fmt: skip
+        for line in answer.iter_lines():
+            lines.append(line)
+            if len(lines) == 8:
+                server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(20) == 130
+    told = server.log.read_text()
+    assert "Traceback" not in told
+    assert "ERROR" not in told
+    # Unless the model had ended by itself, the stream says why it ends.
+    events = [line for line in lines if line.startswith("data: ")]
+    if events[-1] != "data: [DONE]":
+        assert json.loads(events[-1][6:])["error"]["message"].startswith("the server is stopping")
 
 
 def test_bad_settings(folder: Path, tmp_path: Path) -> None:

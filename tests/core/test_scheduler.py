@@ -23,6 +23,7 @@ from supra_core.scheduler import (
     Piece,
     Reading,
     Scheduler,
+    Stopping,
 )
 from tests.core.echo import Echo
 
@@ -213,7 +214,7 @@ def test_too_many_are_turned_away(gated: tuple[Scheduler, Gated]) -> None:
     clients = [Client(f"request {i}") for i in range(6)]
     for client in clients[:5]:
         scheduler.submit(client.job)
-    with pytest.raises(Busy, match="5 requests"):
+    with pytest.raises(Busy, match="all 5 places"):
         scheduler.submit(clients[5].job)
     engine.gate.release(10**6)
     for client in clients[:5]:
@@ -268,15 +269,22 @@ def test_closing_tells_everyone() -> None:
     scheduler.close()
     for client in clients[1:]:
         assert isinstance(client.events.get(timeout=20), Failed)
+    with pytest.raises(Stopping):
+        scheduler.submit(clients[0].job)
 
 
 def test_what_loading_raises_is_raised() -> None:
     def load() -> tuple[Echo, Prefixes]:
         raise ValueError("no model")
 
-    scheduler = Scheduler(load, parallel=1, waiting=1)
+    released: list[str] = []
+    scheduler = Scheduler(
+        load, parallel=1, waiting=1,
+        release=lambda: released.append(threading.current_thread().name),
+    )  # fmt: skip
     with pytest.raises(ValueError, match="no model"):
         scheduler.start()
+    assert released == ["model"]
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=6), max_size=30), st.text("ab", max_size=8))

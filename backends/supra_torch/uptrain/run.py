@@ -11,7 +11,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -43,9 +43,16 @@ from supra_torch.uptrain.stages import gradients, next_token_loss, optimiser_for
 from supra_torch.uptrain.step import autocast, resolved_precision, training_step
 
 
-def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) -> dict[str, Any]:
+def uptrain(
+    config: UptrainConfig,
+    run: Path,
+    *,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Train, or go on training, and write ``run``/model; returns a summary.
 
+    ``say`` is told, in a line, what progress does not show.
     Raises SupraError when ``run`` belongs to another config, the inputs do not fit, or the loss
     is no longer finite (the last checkpoint stays). On Ctrl-C a checkpoint is written first.
     The process keeps the memory that it frees (:func:`keep_freed_memory`).
@@ -61,12 +68,15 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
     assets = inputs.student_assets
     load_tokenizer(assets, config.model)
     refuse_unfit(config.data_parts, assets)
+    existed = run.is_dir()
     _claim(run, config, precision)
-    parts = config.data_parts
     begun = (run / "metrics.jsonl").is_file()
-    tokens = stored(parts, assets, inputs.student_spec, run / "data", progress, begun=begun)
-    data = mixture(parts, tokens, config.sequence_length, config.seed)
-    refuse_too_little(data, parts, config.tokens, config.epochs)
+    try:
+        data = _data(config, run, inputs, progress, begun)
+    except SupraError:
+        if not begun:
+            _unclaim(run, existed)
+        raise
     session = _Session(
         config=config,
         run=run,
@@ -76,11 +86,14 @@ def uptrain(config: UptrainConfig, run: Path, *, progress: Progress = silent) ->
         teacher=inputs.teacher and frozen_teacher(*inputs.teacher, precision, device),
         assets=assets,
         progress=progress,
+        say=say,
     )
     keep_freed_memory()
     place, student, spec = _starting_point(config, run, inputs, device)
     _trim_metrics(run / "metrics.jsonl", place)
-    if place.step == 0:
+    if place.step:
+        say(f"{run} goes on after step {place.step} of {sum(config.stage_steps())}")
+    else:
         _calibrate(session, student, spec)
     summary = _train(session, place, student, spec)
     with atomic_file(summary_file) as beside:
@@ -113,6 +126,7 @@ class _Session:
     teacher: SupraModel | None
     assets: Mapping[str, bytes]
     progress: Progress
+    say: Callable[[str], None]
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.precision)
@@ -134,15 +148,25 @@ def _refuse_another_run(run: Path, config: UptrainConfig) -> None:
     defaults = {key: field.default for key, field in UptrainConfig.model_fields.items()}
     different = [key for key in stated if before.get(key, defaults[key]) != stated[key]]
     if different and (run / "metrics.jsonl").is_file():
+        key = different[0]
+        values = (before.get(key, defaults[key]), stated[key])
+        plain = all(isinstance(value, str | int | float) for value in values)
+        said = f" ({key} was {values[0]} and is {values[1]} now)" if plain else ""
         raise SupraError(
-            f"{run} was begun with another {different[0]}: resume with the same settings, "
+            f"{run} was begun with another setting of {key}{said}: resume with the same settings, "
             "or name another run folder"
         )
     if different:
-        # It never took a step: a corrected setting may begin it again. Only what a run makes
-        # is removed, never the folder.
-        file.unlink()
-        shutil.rmtree(run / "data", ignore_errors=True)
+        # It never took a step: a corrected setting may begin it again.
+        _unclaim(run, existed=True)
+
+
+def _unclaim(run: Path, existed: bool) -> None:
+    """Remove what a run that never took a step has made; only an ``existed`` folder stays."""
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "data", ignore_errors=True)
+    if not existed:
+        run.rmdir()
 
 
 def _claim(run: Path, config: UptrainConfig, precision: str) -> None:
@@ -162,6 +186,19 @@ def _claim(run: Path, config: UptrainConfig, precision: str) -> None:
     }
     with atomic_file(file) as beside:
         beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _data(
+    config: UptrainConfig, run: Path, inputs: Inputs, progress: Progress, begun: bool
+) -> Mixture:
+    """The run's text in tokens; SupraError when it is not enough, or has changed."""
+    parts = config.data_parts
+    tokens = stored(
+        parts, inputs.student_assets, inputs.student_spec, run / "data", progress, begun=begun
+    )
+    data = mixture(parts, tokens, config.sequence_length, config.seed)
+    refuse_too_little(data, parts, config.tokens, config.epochs)
+    return data
 
 
 def open_inputs(config: UptrainConfig) -> Inputs:
@@ -341,7 +378,7 @@ def _run_stage(
     try:
         while place.stage_step < steps:
             # Weights, place and metrics move together, or a checkpoint would mix two steps.
-            with deferred_interrupts():
+            with deferred_interrupts(_stopping(session)):
                 record = _step(session, place, student, optimiser, steps)
                 place = replace(
                     place,
@@ -373,6 +410,10 @@ def _run_stage(
     place = replace(place, stage=place.stage + 1, stage_step=0)
     save(None)
     return place, perplexity
+
+
+def _stopping(session: _Session) -> Callable[[], None]:
+    return lambda: session.say("stopping after this step, with a checkpoint of it")
 
 
 def _losses(metrics: Path, place: Place) -> list[float]:

@@ -36,7 +36,7 @@ def command(
     decay: Annotated[str | None, typer.Option(help="lightning, retnet, none or learned.")] = None,
     output_norm: Annotated[str | None, typer.Option(help="group_norm, sum or sum_sink.")] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens that keep softmax weights; windowed: 64.")
+        int | None, typer.Option(help="Tokens that keep softmax weights; windowed: 128.")
     ] = None,
     keep_softmax: Annotated[
         str | None, typer.Option(help="Layers that stay as they are, as in 0,15.")
@@ -73,15 +73,21 @@ def command(
     from supra_cli.output import log, print_json
     from supra_cli.progress import ProgressReporter
     from supra_core.convert import convert
+    from supra_core.formats.atomic import check_replaceable
     from supra_core.layout import parameter_count
+    from supra_core.tensors import dtype_named
 
     chosen = _linearize_options(seed, recipe, feature_map, decay, output_norm, window, keep_softmax)
     start = time.monotonic()
+    # Before the source is opened, which for some takes a while.
+    check_replaceable(out, force)
+    if dtype is not None:
+        dtype_named(dtype)
+    pack = None if quantize is None else _quantisation(quantize)
     possible = to == "supra" and recipe != "paper" and linearize is not False
     fit = _calibration(
         source, config, calibrate, possible, fold, calibration_text, calibration_tokens
     )
-    pack = None if quantize is None else _quantisation(quantize)
     with ProgressReporter() as progress:
         done = convert(
             source, out, to=to, linearize=linearize, options=chosen, calibrate=fit, fold=fold,
@@ -109,7 +115,8 @@ def command(
         )
         return
     kinds = ", ".join(f"{layer_types.count(kind)} {kind}" for kind in dict.fromkeys(layer_types))
-    log(f"{out}: {parameter_count(done.spec):,} parameters in {done.dtype}, layers: {kinds}")
+    stored = done.dtype if quantize is None else f"{quantize} bits and what stays {done.dtype}"
+    log(f"{out}: {parameter_count(done.spec):,} parameters in {stored}, layers: {kinds}")
 
 
 def _quantisation(bits: int) -> Quantise:

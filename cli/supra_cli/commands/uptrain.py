@@ -60,7 +60,7 @@ def command(
             raise SupraError(f"--data {data[0]}: a share needs a second --data to share with")
     folder = out or Path("runs") / Path(start).stem
     with ProgressReporter() as progress:
-        summary = uptrain(config, folder, progress=progress)
+        summary = uptrain(config, folder, progress=progress, say=log)
     if json_output:
         print_json({"run": str(folder), "model": str(folder / "model"), **summary})
     else:

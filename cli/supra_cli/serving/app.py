@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -138,7 +138,7 @@ class Routes:
             raise ApiError(401, "the API key is wrong or missing", code="invalid_api_key")
 
     async def _body(self, request: Request) -> bytes:
-        kind = request.headers.get("content-type", "").split(";")[0].strip()
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             # What a page of another origin may send unasked has other types.
             raise ApiError(415, "send JSON with the header Content-Type: application/json")
@@ -216,9 +216,9 @@ def _event(chunk: dict[str, Any]) -> str:
     return f"data: {json.dumps(chunk)}\n\n"
 
 
-def _error(error: ApiError) -> JSONResponse:
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
-    return JSONResponse(error.body(), error.status, headers.get(error.status))
+def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    usual = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+    return JSONResponse(error.body(), error.status, headers or usual.get(error.status))
 
 
 def _told(error: Exception) -> ApiError:
@@ -232,7 +232,8 @@ def _told(error: Exception) -> ApiError:
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return _error(ApiError(error.status_code, message))
+    # Those of 405 say what is allowed.
+    return _error(ApiError(error.status_code, message), error.headers)
 
 
 def _log(answers: Answers) -> None:

@@ -9,17 +9,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from supra_core.conversation import Message
+from supra_core.errors import SupraError
 from supra_core.generate import Sampling
 
 # An answer's tokens when the client names no number.
 USUAL_TOKENS = 512
-_UNSUPPORTED = (
-    "tools", "functions", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty",
-    "presence_penalty", "suffix", "echo", "audio", "prediction",
-)  # fmt: skip
+# What would change the answer, OpenAI's and others', with the values that would not.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,),
+    "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,), "suffix": ("",),
+    "echo": (False,), "audio": (), "prediction": (), "best_of": (1,), "top_k": (0, -1),
+    "min_tokens": (0,), "ignore_eos": (False,), "web_search_options": (),
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -61,6 +65,14 @@ class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        parts = content if isinstance(content, list) else []
+        if isinstance(content, str) or (parts and all(_is_text_part(part) for part in parts)):
+            return content
+        raise ValueError("must be text, or parts of type text, of which there is at least one")
+
     def plain(self) -> Message:
         """As a chat template takes it."""
         role = "system" if self.role == "developer" else self.role
@@ -79,6 +91,7 @@ class StreamOptions(_Strict):
 class _Request(_Strict):
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     min_p: float | None = None
@@ -94,8 +107,10 @@ class _Request(_Strict):
     def _supported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        for name in _UNSUPPORTED:
-            if data.get(name):
+        # What is null is not there.
+        data = {name: value for name, value in data.items() if value is not None}
+        for name in _UNSUPPORTED.keys() & data.keys():
+            if not any(_is_same(data[name], neutral) for neutral in _UNSUPPORTED[name]):
                 raise ApiError(400, f"{name} is not supported: leave it out", param=name)
         form = data.get("response_format") or {"type": "text"}
         if not isinstance(form, dict) or form.get("type") != "text":
@@ -111,7 +126,7 @@ class _Request(_Strict):
         return tuple(text for text in texts if text)
 
     def sampling(self, usual: Sampling, most_tokens: int) -> Sampling:
-        """The server's own where the request names none; SupraError when out of range."""
+        """The server's own where the request names none; ApiError when out of range."""
         names = ("temperature", "top_p", "min_p", "repetition_penalty")
         named = {name: getattr(self, name) for name in names}
         given = {name: value for name, value in named.items() if value is not None}
@@ -124,30 +139,41 @@ class _Request(_Strict):
             )
         if self.seed is not None:
             given["seed"] = self.seed % 2**32
-        return replace(usual, **given, max_tokens=tokens or min(USUAL_TOKENS, most_tokens))
+        try:
+            return replace(usual, **given, max_tokens=tokens or min(USUAL_TOKENS, most_tokens))
+        except SupraError as error:
+            # It begins with the setting that is out of range.
+            raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from None
 
     @property
     def tokens_asked(self) -> int | None:
-        """The most that the answer may have."""
-        return self.max_tokens
+        """The most that the answer may have, by the newer name or the older."""
+        return self.max_completion_tokens or self.max_tokens
 
 
 class ChatRequest(_Request):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-
-    @property
-    def tokens_asked(self) -> int | None:
-        """By the newer name, or the older."""
-        return self.max_completion_tokens or self.max_tokens
 
 
 class CompletionRequest(_Request):
     """``POST /v1/completions``: texts, or token ids, to go on from."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _is_prompt(cls, prompt: Any) -> Any:
+        # In words of its own: those of a union are its first member's.
+        parts = prompt if isinstance(prompt, list) else []
+        several = [part for part in parts if isinstance(part, list) and part]
+        lists_of_ids = len(several) == len(parts) and all(_all_of(ids, int) for ids in several)
+        if isinstance(prompt, str) or (
+            parts and (_all_of(parts, str) or _all_of(parts, int) or lists_of_ids)
+        ):
+            return prompt
+        raise ValueError("must be a text, texts, token ids, or lists of token ids, and not empty")
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -157,6 +183,19 @@ class CompletionRequest(_Request):
         if self.prompt and isinstance(self.prompt[0], int):
             return [[int(token) for token in self.prompt]]  # type: ignore[arg-type]
         return list(self.prompt)  # type: ignore[arg-type]
+
+
+def _all_of(values: list[Any], kind: type) -> bool:
+    return all(type(value) is kind for value in values)
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and type(part.get("text")) is str
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """As JSON has it: there, true is not 1."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
 R = TypeVar("R", bound=_Request)
@@ -170,7 +209,8 @@ def parsed(kind: type[R], body: bytes) -> R:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"] if not _is_type(part))
         where = f"{field}: " if field else ""
-        raise ApiError(400, f"{where}{first['msg']}", param=field or None) from None
+        problem = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{where}{problem}", param=field or None) from None
 
 
 def _is_type(part: int | str) -> bool:

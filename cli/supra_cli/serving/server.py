@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -16,9 +17,10 @@ from starlette.applications import Starlette
 from supra_cli.output import log
 from supra_cli.serving.app import build
 from supra_cli.serving.service import Limits, Service
-from supra_cli.speech import load_speaker
+from supra_cli.speech import load_speaker, release_thread
 from supra_core.conversation import Engine, Message
 from supra_core.errors import SupraError
+from supra_core.formats.state_file import read_state
 from supra_core.generate import Sampling
 from supra_core.prefixes import Prefixes
 from supra_core.scheduler import Scheduler
@@ -50,12 +52,16 @@ class Settings:
 
 def serve(settings: Settings) -> None:
     """Serve until Ctrl-C or SIGTERM; SupraError when model, context or address will not do."""
+    for path in settings.contexts.values():
+        # Before the model is loaded, which takes longer.
+        read_state(path)
     with _bound(settings.host, settings.port) as listening:
         messages: dict[str, tuple[Message, ...]] = {}
         scheduler = Scheduler(
             partial(_loaded, settings, messages),
             parallel=settings.parallel,
             waiting=settings.waiting,
+            release=release_thread,
         )
         engine = scheduler.start()
         loopback = settings.host in _LOOPBACK
@@ -84,7 +90,20 @@ def _serve(service: Service, listening: socket.socket) -> None:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    _Server(config, service.scheduler).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Answers under way are told to end before their connections are."""
+
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler) -> None:
+        super().__init__(config)
+        self._scheduler = scheduler
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """At Ctrl-C or SIGTERM."""
+        self._scheduler.stop()
+        super().handle_exit(sig, frame)
 
 
 @asynccontextmanager

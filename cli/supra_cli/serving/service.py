@@ -106,6 +106,13 @@ class Exchange:
         sampling: Callable[[int], Sampling],
         stop: tuple[str, ...],
     ) -> None:
+        places = service.scheduler.places
+        if len(prompts) > places:
+            raise ApiError(
+                400,
+                f"the request asks for {len(prompts):,} answers, and this server has places for "
+                f"{places:,}: ask for fewer",
+            )
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._jobs: list[Job] = []
@@ -118,6 +125,9 @@ class Exchange:
                 raise ApiError(
                     429, str(error), kind="rate_limit_error", code="rate_limit_exceeded"
                 ) from None
+            except Stopping:
+                self.cancel()
+                raise
             self._jobs.append(job)
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
