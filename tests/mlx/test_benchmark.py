@@ -39,8 +39,10 @@ def test_rows(linear: Path, tiny_transformer: Path) -> None:
     ]
     assert rows[0]["cache_bytes"] == 0
     assert rows[1]["cache_bytes"] == rows[2]["cache_bytes"] == rows[3]["cache_bytes"] > 0
-    assert all(row["step"] > 0 and row["stock_step"] > 0 for row in rows)
+    for name in ("step", "stock_step", "step_in_turns"):
+        assert all(row[name] > 0 for row in rows)
     shown = table(result).rows
+    assert shown[0][7] == "1.000 x"
     assert shown[0][1:4] == ("-", "-", "-")
     assert shown[3][2:4] == ("-", "-")
 
