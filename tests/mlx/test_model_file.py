@@ -200,7 +200,8 @@ def test_stock_lora_and_fuse(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     # A fused folder is ours again.
     told = generated(fused)
-    assert answers(fused, "Hello")[0].strip("\n") == told
+    # mlx-lm leaves out a space that an answer begins with.
+    assert answers(fused, "Hello")[0].strip() == told.strip()
     if not folder.name.endswith("4bit"):
         # What is fused into four bits is rounded to them.
         assert told == generated(folder, "--adapter-path", str(adapters))

@@ -58,9 +58,12 @@ class Routes:
                 self._check(request)
                 return await endpoint(request)
             except ClientDisconnect:
+                log("a client left before its answer")
                 return Response(status_code=499)
             except Exception as error:
-                return _error(_told(error))
+                told = _told(error)
+                log(f"{request.method} {request.url.path}: {told.status}, {told}")
+                return _error(told)
 
         return answer
 
