@@ -23,13 +23,21 @@ from supra_core.sources import Source, open_source
 from supra_core.tables import Table, origin
 from supra_torch.benchmark.timing import environment
 from supra_torch.benchmark.trainer import Training, serve
-from supra_torch.uptrain.config import DEFAULT_RECIPE, UptrainConfig, recipe_named, validate
+from supra_torch.uptrain.compilation import compiles
+from supra_torch.uptrain.config import (
+    DEFAULT_RECIPE,
+    UptrainConfig,
+    recipe_named,
+    validate,
+)
 from supra_torch.uptrain.step import resolved_precision
 
 ORIGINAL = "original (transformers, SDPA)"
 _LOADABLE_BY_TRANSFORMERS = ("gguf", "hf")
-# The first steps allocate memory and the optimiser's state, and touch new pages.
+# The first steps compile, allocate memory and the optimiser's state, and touch new pages.
 _WARMUP = 3
+# Dense bfloat16 products a second, from the makers' data sheets, by what is in the device's name.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ def benchmark(
     steps: int,
     precision: str = "auto",
     activation_checkpointing: bool = False,
+    compile: str = "auto",
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Median seconds of a training step for every kind, recipe and length, and of the original's.
@@ -68,12 +77,17 @@ def benchmark(
             model, source, recipes, kinds,
             settings={
                 "sequence_length": length, "batch_tokens": batch_tokens, "precision": precision,
-                "activation_checkpointing": activation_checkpointing,
+                "activation_checkpointing": activation_checkpointing, "compile": compile,
             },
             device=device,
         )  # fmt: skip
         log(f"length {length}: {', '.join(row.name for row in plan)}")
         rows.extend(_measure(plan, steps, log))
+    where = environment(device)
+    peak = next((f for name, f in _PEAK_FLOPS.items() if name in where["device"]), None)
+    for row in rows:
+        flops, speed = row["flops_per_token"], row["tokens_per_second"]
+        row["mfu"] = None if peak is None or flops is None else flops * speed / peak
     return {
         "benchmark": "train",
         "model": model,
@@ -81,7 +95,9 @@ def benchmark(
         "steps": steps,
         "precision": resolved_precision(precision, device),
         "activation_checkpointing": activation_checkpointing,
-        **environment(device),
+        "compile": compiles(compile, device),
+        "peak_flops": peak,
+        **where,
         "rows": rows,
         "notes": notes,
     }
@@ -98,6 +114,7 @@ def table(result: dict[str, Any]) -> Table:
             f"{row['seconds_least']:.2f}",
             f"{row['seconds_most']:.2f}",
             f"{row['peak_memory_bytes'] / 1e9:,.2f}",
+            "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
             "-" if row["speed_ratio"] is None else f"{row['speed_ratio']:.2f} x",
         )
         for row in result["rows"]
@@ -106,15 +123,28 @@ def table(result: dict[str, Any]) -> Table:
         title=f"Training {Path(result['model']).name}, {result['precision']}: {origin(result)}",
         columns=(
             "training step", "length", "tokens/s", "a step, s", "least", "most", "peak, GB",
-            "against the original",
+            "MFU", "against the original",
         ),
         rows=rows,
         notes=(
             *result["notes"],
             f"a step has {result['batch_tokens']:,} random tokens: forward, backward, clip, AdamW; "
             f"times are medians of {result['steps']} steps, taken in turns",
+            *_about(result),
         ),
     )  # fmt: skip
+
+
+def _about(result: dict[str, Any]) -> list[str]:
+    notes = []
+    if result["compile"]:
+        notes.append("ours are compiled layer by layer, the original is not, as in transformers")
+    if result["peak_flops"] is not None:
+        notes.append(
+            "MFU: 6 operations a token and weight that is multiplied, and 2 for the teacher's "
+            f"forward, of {result['peak_flops'] / 1e12:,.0f} TFLOP/s; attention is left out"
+        )
+    return notes
 
 
 def _notes(model: str, source: Source, lengths: Sequence[int], batch_tokens: int) -> list[str]:
@@ -224,10 +254,10 @@ def _measure(plan: Sequence[_Row], steps: int, log: Callable[[str], None]) -> li
                 measured.append(trainer.ask(number))
             spent = ", ".join(f"{measured[-1]:.2f}" for measured in seconds)
             log(f"  step {number + 1} of {_WARMUP + steps}: {spent} s")
-        peaks = [trainer.ask(None) for trainer in trainers]
+        ends = [trainer.ask(None) for trainer in trainers]
     rows = [
-        _result(row, measured[_WARMUP:], peak)
-        for row, measured, peak in zip(plan, seconds, peaks, strict=True)
+        _result(row, measured[_WARMUP:], *end)
+        for row, measured, end in zip(plan, seconds, ends, strict=True)
     ]
     base = rows[0]["tokens_per_second"] if plan[0].training.original else None
     return [
@@ -236,7 +266,7 @@ def _measure(plan: Sequence[_Row], steps: int, log: Callable[[str], None]) -> li
     ]
 
 
-def _result(row: _Row, seconds: Sequence[float], peak: int) -> dict[str, Any]:
+def _result(row: _Row, seconds: Sequence[float], peak: int, flops: int | None) -> dict[str, Any]:
     config = row.training.config
     tokens, median = math.prod(config.batch_shape(config.stages[0])), statistics.median(seconds)
     return {
@@ -250,4 +280,5 @@ def _result(row: _Row, seconds: Sequence[float], peak: int) -> dict[str, Any]:
         "seconds_most": max(seconds),
         "tokens_per_second": tokens / median,
         "peak_memory_bytes": peak,
+        "flops_per_token": flops,
     }

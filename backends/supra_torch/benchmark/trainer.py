@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from supra_core.errors import SupraError
 from supra_core.sources import open_source
 from supra_torch.model import build
 from supra_torch.uptrain import lora
+from supra_torch.uptrain.compilation import compile_layers, compiles
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.run import frozen_teacher, open_inputs
@@ -39,14 +40,15 @@ class Training:
 
 
 def serve(training: Training, pipe: Connection) -> None:
-    """Answer ``ready``, then each step's number with its seconds, then None with peak bytes.
+    """Answer ``ready``, then each step's number with its seconds, then None with two numbers:
+    peak bytes, and floating-point operations a token (None for mixers alone).
 
     A SupraError is answered with its message as a string, and ends the process.
     """
     torch.set_num_threads(training.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        accumulate, optimiser, vocabulary = (_original if training.original else _ours)(
+        accumulate, optimiser, vocabulary, flops = (_original if training.original else _ours)(
             training, device
         )
     except SupraError as error:
@@ -70,12 +72,12 @@ def serve(training: Training, pipe: Connection) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         pipe.send(time.perf_counter() - began)
-    pipe.send(peak_memory(device))
+    pipe.send((peak_memory(device), flops))
 
 
 def _ours(
     training: Training, device: torch.device
-) -> tuple[Accumulate, torch.optim.Optimizer, int]:
+) -> tuple[Accumulate, torch.optim.Optimizer, int, int | None]:
     config, stage = training.config, training.config.stages[0]
     inputs = open_inputs(config)
     student = build(inputs.student_spec, inputs.student_tensors, dtype=torch.float32)
@@ -88,16 +90,27 @@ def _ours(
         assert inputs.teacher is not None
         teacher = frozen_teacher(*inputs.teacher, training.precision, device)
 
+    if compiles(config.compile, device):
+        compile_layers(stage.kind, student, teacher)
+
     def accumulate(ids: Tensor) -> float:
         with autocast(device, training.precision):
             return gradients(stage.kind, student, teacher, ids)
 
-    return accumulate, optimiser_for(student, stage), student.spec.vocab_size
+    flops = 6 * _multiplied(student, student.spec.tie_word_embeddings)
+    if teacher is not None:
+        flops += 2 * _multiplied(teacher, teacher.spec.tie_word_embeddings)
+    return (
+        accumulate,
+        optimiser_for(student, stage),
+        student.spec.vocab_size,
+        None if stage.kind == "transfer" else flops,
+    )
 
 
 def _original(
     training: Training, device: torch.device
-) -> tuple[Accumulate, torch.optim.Optimizer, int]:
+) -> tuple[Accumulate, torch.optim.Optimizer, int, int | None]:
     from supra_torch.transformers_backend import causal_language_model
 
     stage = training.config.stages[0]
@@ -119,7 +132,15 @@ def _original(
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
-    return accumulate, optimiser, model.config.vocab_size
+    tied = model.config.tie_word_embeddings
+    return accumulate, optimiser, model.config.vocab_size, 6 * _multiplied(model, tied)
+
+
+def _multiplied(model: nn.Module, tied: bool) -> int:
+    """Weights that every token is multiplied by: all but an embedding that is no head too."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    looked_up = sum(x.weight.numel() for x in model.modules() if isinstance(x, nn.Embedding))
+    return count if tied else count - looked_up
 
 
 def reset_peak(device: torch.device) -> None:

@@ -4,29 +4,39 @@ For each chunk of tokens the gradient by the logits is turned into the gradients
 states and the head at once, as in Liger-Kernel's and cut-cross-entropy's fused losses; so peak
 memory is a chunk's logits, and nothing is computed twice. Ours, since those two are Triton alone
 and the logits are the largest memory on a CPU too, and since torch's own
-``F.linear_cross_entropy`` trades that memory for several times the time.
+``F.linear_cross_entropy`` trades that memory for several times the time. On a GPU what happens
+between the products is one function for torch.compile, which passes over the logits thrice
+instead of a dozen times.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 IGNORED = -100
+# Tokens whose logits stay in a CPU's reach; logits that fill a GPU: 512 MiB in float32.
+_CPU_CHUNK = 512
+_GPU_LOGITS = 2**27
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
 ) -> Tensor:
     """Mean over tokens of -log softmax(hidden weight^T)[target], in nats.
 
     hidden (tokens, D); weight (V, D); targets (tokens,) int64, where -100 marks a token that does
     not count. Products are taken in the type of ``hidden``, everything else is float32 (float64
-    for float64). ``chunk``: tokens whose logits are held at once. NaN when no token counts, as
-    torch's own. Raises ValueError when the shapes do not fit together.
+    for float64). ``chunk``: tokens whose logits are held at once (None: as many as suit the
+    device). NaN when no token counts, as torch's own. Raises ValueError when the shapes do not fit
+    together.
     """
+    chunk = chunk or _chunk(hidden, weight)
     _check(hidden, weight, chunk)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must have shape ({len(hidden)},), not {tuple(targets.shape)}")
@@ -37,7 +47,11 @@ def linear_cross_entropy(
 
 
 def linear_kl_divergence(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk: int = 512
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    chunk: int | None = None,
 ) -> Tensor:
     """Mean over tokens of KL(teacher || student), in nats.
 
@@ -45,6 +59,7 @@ def linear_kl_divergence(
     differ; types and ``chunk`` as in :func:`linear_cross_entropy`. Gradients reach ``hidden`` and
     ``weight`` only. Raises ValueError when the shapes do not fit together.
     """
+    chunk = chunk or _chunk(hidden, weight)
     _check(hidden, weight, chunk)
     _check(teacher_hidden, teacher_weight, chunk)
     if len(hidden) != len(teacher_hidden) or len(weight) != len(teacher_weight):
@@ -56,6 +71,14 @@ def linear_kl_divergence(
         hidden, weight, teacher_hidden, teacher_weight, chunk, _needed(hidden), _needed(weight)
     )
     return loss
+
+
+def _chunk(hidden: Tensor, weight: Tensor) -> int:
+    """Tokens whose logits are held at once; as many in every chunk, where that can be."""
+    if hidden.device.type == "cpu":
+        return _CPU_CHUNK
+    chunks = -(-max(1, len(hidden)) * len(weight) // _GPU_LOGITS)
+    return -(-max(1, len(hidden)) // chunks)
 
 
 def _check(hidden: Tensor, weight: Tensor, chunk: int) -> None:
@@ -84,13 +107,13 @@ def _cross_entropy(
     gradients = _Gradients(hidden, weight, for_hidden, for_weight)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for rows in _chunks(len(hidden), chunk):
-        place = targets[rows, None]
-        log_probability = _log_softmax(hidden[rows], gradients.head)
-        losses = log_probability.gather(1, place).where(counted[rows, None], 0.0)
-        total -= losses.sum(dtype=torch.float64)
-        if for_hidden or for_weight:
-            minus_one = log_probability.new_full((1, 1), -1.0).expand(place.shape)
-            gradients.add(rows, log_probability.exp_().scatter_add_(1, place, minus_one))
+        rowwise = gradients.rowwise(_cross_entropy_rows)
+        loss, by_logits = rowwise(
+            _logits(hidden[rows], gradients.head), targets[rows], counted[rows], gradients.wanted
+        )
+        total += loss
+        if by_logits is not None:
+            gradients.add(rows, by_logits)
     gradients.hidden.masked_fill_(~counted[: len(gradients.hidden), None], 0.0)
     count = counted.sum(dtype=torch.float64)
     return (total / count).to(_sums(hidden)), gradients.hidden, gradients.weight, count
@@ -105,15 +128,53 @@ def _kl_divergence(
     teacher_hidden, teacher_head = (x.to(hidden.dtype) for x in (teacher_hidden, teacher_weight))
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for rows in _chunks(len(hidden), chunk):
-        student = _log_softmax(hidden[rows], gradients.head)
-        teacher = _log_softmax(teacher_hidden[rows], teacher_head)
-        probability = teacher.exp()
-        losses = teacher.sub_(student).mul_(probability).sum(-1)
-        total += losses.sum(dtype=torch.float64)
-        if for_hidden or for_weight:
-            gradients.add(rows, student.exp_().sub_(probability))
+        rowwise = gradients.rowwise(_kl_divergence_rows)
+        loss, by_logits = rowwise(
+            _logits(hidden[rows], gradients.head),
+            _logits(teacher_hidden[rows], teacher_head),
+            gradients.wanted,
+        )
+        total += loss
+        if by_logits is not None:
+            gradients.add(rows, by_logits)
     count = torch.full_like(total, len(hidden))
     return (total / count).to(_sums(hidden)), gradients.hidden, gradients.weight, count
+
+
+def _cross_entropy_rows(
+    logits: Tensor, targets: Tensor, counted: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The losses' sum, float64, and where ``wanted`` its gradient by the logits, in their type."""
+    place = targets[:, None]
+    log_probability = torch.log_softmax(logits.to(_sums(logits)), dim=-1)
+    losses = log_probability.gather(1, place).where(counted[:, None], 0.0)
+    total = -losses.sum(dtype=torch.float64)
+    if not wanted:
+        return total, None
+    minus_one = log_probability.new_full((1, 1), -1.0).expand(place.shape)
+    return total, log_probability.exp_().scatter_add_(1, place, minus_one).to(logits.dtype)
+
+
+def _kl_divergence_rows(
+    logits: Tensor, teacher_logits: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`_cross_entropy_rows`."""
+    student = torch.log_softmax(logits.to(_sums(logits)), dim=-1)
+    teacher = torch.log_softmax(teacher_logits.to(_sums(logits)), dim=-1)
+    probability = teacher.exp()
+    total = teacher.sub_(student).mul_(probability).sum(-1).sum(dtype=torch.float64)
+    if not wanted:
+        return total, None
+    return total, student.exp_().sub_(probability).to(logits.dtype)
+
+
+Rows = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@functools.cache
+def _fused(function: Rows) -> Rows:
+    compiled: Rows = torch.compile(function, dynamic=False)
+    return compiled
 
 
 class _Gradients:
@@ -125,9 +186,18 @@ class _Gradients:
         self.weight = weight.new_zeros(weight.shape if for_weight else (0, 1), dtype=_sums(hidden))
         self.for_hidden, self.for_weight = for_hidden, for_weight
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anything asks for a gradient."""
+        return self.for_hidden or self.for_weight
+
+    def rowwise(self, function: Rows) -> Rows:
+        """``function``, compiled for a GPU that trains: evaluation has rows of many lengths."""
+        compiles = self.wanted and self.head.is_cuda and importlib.util.find_spec("triton")
+        return _fused(function) if compiles else function
+
     def add(self, rows: slice, by_logits: Tensor) -> None:
         """The share of a chunk, from the gradient by its logits (rows, V)."""
-        by_logits = by_logits.to(self.head.dtype)
         with torch.autocast(by_logits.device.type, enabled=False):
             if self.for_hidden:
                 torch.mm(by_logits, self.head, out=self.hidden[rows])
@@ -135,9 +205,9 @@ class _Gradients:
                 self.weight += by_logits.T @ self.states[rows]
 
 
-def _log_softmax(hidden: Tensor, head: Tensor) -> Tensor:
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        return torch.log_softmax((hidden @ head.T).to(_sums(hidden)), dim=-1)
+        return hidden @ head.T
 
 
 def _sums(x: Tensor) -> torch.dtype:

@@ -44,4 +44,5 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
         torch.addcmul(second * cos, first, sin),
     )
     out = torch.cat(turned, -1) if half else torch.stack(turned, -1).flatten(-2)
-    return out.to(x.dtype)
+    # No alias of what is returned: torch.compile 2.11 loses its gradients (pytorch#180642).
+    return out if out.dtype == x.dtype else out.to(x.dtype)

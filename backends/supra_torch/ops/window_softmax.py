@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 # W of the C + W scores of a row are used: smaller blocks waste fewer, larger products run faster.
-BLOCK = 32
-# Queries times heads worked on at once: their buffers stay in the caches.
-SEGMENT_ROWS = 9216
+BLOCK = {"cpu": 32, "cuda": 64}
+# Queries times heads worked on at once: on a CPU their buffers stay in the caches, a GPU is to be
+# filled by few launches.
+SEGMENT_ROWS = {"cpu": 9216, "cuda": 2**19}
 # Finite, since a row of minus infinities would be NaN.
 NEVER = -1e30
 
@@ -212,13 +213,14 @@ def _parts(
     window: int,
 ) -> Iterator[_Part]:
     B, T, H, _ = q.shape
-    whole, rest = divmod(T, BLOCK)
-    at_once = max(1, SEGMENT_ROWS // (BLOCK * B * H))
+    block, rows = (sizes.get(q.device.type, sizes["cpu"]) for sizes in (BLOCK, SEGMENT_ROWS))
+    whole, rest = divmod(T, block)
+    at_once = max(1, rows // (block * B * H))
     for first in range(0, whole, at_once):
         n = min(at_once, whole - first)
-        yield _part(q, k, v, valid, far_mass, window, first * BLOCK, n, BLOCK)
+        yield _part(q, k, v, valid, far_mass, window, first * block, n, block)
     if rest:
-        yield _part(q, k, v, valid, far_mass, window, whole * BLOCK, 1, rest)
+        yield _part(q, k, v, valid, far_mass, window, whole * block, 1, rest)
 
 
 def _part(

@@ -24,6 +24,7 @@ from supra_core.sources import open_source
 
 DEFAULT_RECIPE = "windowed"
 StageKind = Literal["transfer", "distill", "uptrain"]
+Compile = Literal["auto", "always", "never"]
 ModelPart = Literal["embeddings", "feed_forward", "norms"]
 
 
@@ -114,6 +115,8 @@ class UptrainConfig(_Strict):
     their shares. No text is read more than ``epochs`` times: four are nearly as good as new
     text (arXiv 2305.16264). ``tokens`` in all stages; ``sequence_length`` and ``batch_tokens`` in
     tokens; ``checkpoint_every`` and ``evaluate_every`` in steps (0: only at the end of a stage).
+    ``compile``: every layer's step by torch.compile; ``auto`` does so on a GPU, where compiling
+    takes a minute and every step then half the time.
     ``activation_checkpointing`` computes every layer's forward again in backward: less memory,
     more time. ``divergence``: a stage whose mean loss of 16 steps exceeds its lowest so many times
     stops.
@@ -134,6 +137,7 @@ class UptrainConfig(_Strict):
     checkpoint_every: int = Field(default=50, ge=1)
     evaluate_every: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "float32"] = "auto"
+    compile: Compile = "auto"
     activation_checkpointing: bool = False
     divergence: float = Field(default=3.0, gt=1)
     calibrate: Literal["none", "heads", "all"] = "heads"

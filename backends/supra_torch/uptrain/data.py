@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,20 @@ class Sequences:
         """The ``number``-th sequence of the run, (length,): once an epoch each, shuffled anew."""
         trained = self.count - self.held_out_count
         epoch, index = divmod(number, trained)
-        return self._row(self._order(epoch, trained)[index])
+        return self._row(_order(self.seed, epoch, trained)[index])
 
     def held_out(self) -> npt.NDArray[np.int64]:
         """The sequences that are never trained on, (held_out_count, length)."""
         return np.stack([self._row(i) for i in range(self.count - self.held_out_count, self.count)])
 
-    def _order(self, epoch: int, trained: int) -> npt.NDArray[np.int64]:
-        return np.random.default_rng([self.seed, epoch]).permutation(trained)
-
     def _row(self, index: int) -> npt.NDArray[np.int64]:
         return self.tokens[index * self.length : (index + 1) * self.length].astype(np.int64)
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, trained: int) -> npt.NDArray[np.int64]:
+    """Which sequence comes when in an epoch; kept, since every row of a step asks for it."""
+    return np.random.default_rng([seed, epoch]).permutation(trained)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +35,8 @@ from supra_torch.calibrate import calibrate
 from supra_torch.model import SupraModel, build, lazy_tensors
 from supra_torch.uptrain import checkpoint, lora
 from supra_torch.uptrain.checkpoint import Place
-from supra_torch.uptrain.config import UptrainConfig
+from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
+from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
 from supra_torch.uptrain.guard import LossGuard
 from supra_torch.uptrain.host_memory import keep_freed_memory
@@ -130,6 +132,12 @@ class _Session:
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.precision)
+
+    def compiled(self, stage: Stage, student: SupraModel) -> AbstractContextManager[object]:
+        """Inside, the stage's steps are compiled if the run compiles."""
+        if not compiles(self.config.compile, self.device):
+            return eagerly(self.device)
+        return compiled_layers(stage.kind, student, self.teacher)
 
 
 def _refuse_another_run(run: Path, config: UptrainConfig) -> None:
@@ -330,7 +338,8 @@ def _train(session: _Session, place: Place, student: SupraModel, spec: ModelSpec
         _evaluate(session, place, student)
     steps, final = config.stage_steps(), None
     while place.stage < len(steps):
-        place, final = _run_stage(session, place, student, spec, steps[place.stage])
+        with session.compiled(config.stages[place.stage], student):
+            place, final = _run_stage(session, place, student, spec, steps[place.stage])
     if final is None:
         final = _perplexity(session, student)
     finished = _trained(spec, place)
@@ -497,7 +506,7 @@ def _perplexity(session: _Session, model: SupraModel) -> float:
     losses = []
     for row in session.data.held_out():
         ids = torch.from_numpy(row)[None].to(session.device)
-        with session.autocast():
+        with session.autocast(), eagerly(session.device):
             losses.append(next_token_loss(model, ids).item())
     # Far from a language model the mean loss can exceed what exp can hold.
     return math.exp(min(sum(losses) / len(losses), 700.0))

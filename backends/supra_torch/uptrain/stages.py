@@ -44,15 +44,16 @@ def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
     mean square, so that all layers count alike (stage 1 of LoLCATs, arXiv 2410.10254). Returns
     its mean over linear layers.
     """
-    total, linear = 0.0, 0
+    total, linear = torch.zeros((), dtype=torch.float64, device=ids.device), 0
     for ours, x, target, positions in teacher_forced(student, teacher, ids):
         if is_linear(ours):
             output, _ = ours.self_attn(x, positions, None, None)
             scale = target.float().square().mean().clamp(min=1e-12)
             loss = (output.float() - target.float()).square().mean() / scale
             loss.backward()  # type: ignore[no-untyped-call]
-            total, linear = total + loss.item(), linear + 1
-    return total / max(linear, 1)
+            # A number read here would make a GPU wait for the host in every layer.
+            total, linear = total + loss.detach(), linear + 1
+    return total.item() / max(linear, 1)
 
 
 def teacher_forced(

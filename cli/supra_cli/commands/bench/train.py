@@ -28,6 +28,9 @@ def command(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Less memory, more time; for all.")
     ] = False,
+    compile: Annotated[
+        str, typer.Option(help="auto (on a GPU), always or never; for ours alone.")
+    ] = "auto",
     out: options.ReportFolder = None,
     force: options.Force = False,
     json_output: options.Json = False,
@@ -50,6 +53,7 @@ def command(
         steps=steps,
         precision=precision,
         activation_checkpointing=activation_checkpointing,
+        compile=compile,
         log=log,
     )
     show("train", result, table(result), out=out, force=force, json_output=json_output)

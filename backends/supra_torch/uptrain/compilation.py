@@ -1,0 +1,67 @@
+"""torch.compile, layer by layer: one compilation serves all layers that are alike.
+
+Whole models would compile for as many times longer as they have layers, for no faster step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from supra_torch.model import Layer, SupraModel
+from supra_torch.uptrain.config import StageKind
+
+
+def compiles(setting: str, device: torch.device) -> bool:
+    """Whether a run compiles: ``auto`` does on a GPU with Triton, which the compiler needs."""
+    if setting != "auto":
+        return setting == "always"
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def compile_layers(
+    kind: StageKind, student: SupraModel, teacher: SupraModel | None
+) -> list[nn.Module]:
+    """Have compiled what a stage calls of each layer: mixers in transfer, else whole layers.
+
+    Names and weights stay as they are; compilation itself happens at the first call.
+    """
+    modules = [part for model in (student, teacher) if model for part in _called(kind, model)]
+    for module in modules:
+        module.compile(dynamic=False)
+    return modules
+
+
+@contextmanager
+def compiled_layers(
+    kind: StageKind, student: SupraModel, teacher: SupraModel | None
+) -> Iterator[None]:
+    """:func:`compile_layers`, undone at the end."""
+    modules = compile_layers(kind, student, teacher)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+
+
+def _called(kind: StageKind, model: SupraModel) -> Iterator[nn.Module]:
+    for layer in model.model.layers:
+        assert isinstance(layer, Layer)
+        if kind == "transfer":
+            yield from (layer.self_attn, layer.mlp)
+        else:
+            yield layer
+
+
+def eagerly(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, nothing is compiled: for what is computed once, or in many shapes."""
+    if device.type == "cpu" and "torch._dynamo" not in sys.modules:
+        # There is nothing compiled, and the compiler takes seconds to import.
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

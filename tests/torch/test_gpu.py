@@ -1,0 +1,181 @@
+"""What only a GPU can show: kernels, models and training steps on the device against float64."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from supra_core.reference import ReferenceModel  # noqa: E402
+from supra_torch.backend import TorchBackend  # noqa: E402
+from supra_torch.model import build  # noqa: E402
+from supra_torch.ops import linear_cross_entropy, linear_kl_divergence  # noqa: E402
+from supra_torch.ops.dense import linear_attention_dense  # noqa: E402
+from supra_torch.ops.losses import _chunk  # noqa: E402
+from supra_torch.ops.step import linear_attention_step_with_sums  # noqa: E402
+from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
+from tests.torch import test_losses, test_windowed_attention  # noqa: E402
+from tests.torch.uptraining import logged_losses  # noqa: E402
+
+if TYPE_CHECKING:
+    from supra_torch.uptrain.config import UptrainConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+]
+
+# Relative to the largest value. Operands are rounded at 2^-9 (bfloat16), 2^-12 (float16) and, as
+# TF32, 2^-11 (float32); positive terms add up without loss, and gradients chain three products.
+SCAN_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 4e-3}
+
+
+def _scan_cases() -> list[Any]:
+    from tests.torch.triton_scan_cases import CASES, MORE, Case
+
+    long = (
+        Case(2, 1000, 3, 3, 64, 64, True), Case(1, 4096, 1, 2, 128, 64, True, started=True),
+        Case(1, 1537, 2, 1, 64, 64, False, True, True, (0, 700, 701, 1537)),
+    )  # fmt: skip
+    return [*CASES, *MORE, *long]
+
+
+@pytest.mark.parametrize("dtype", SCAN_TOLERANCE, ids=str)
+@pytest.mark.parametrize("index", range(len(_scan_cases())))
+def test_the_scan_kernel_is_the_definition(index: int, dtype: Any) -> None:
+    from supra_torch.ops import triton_linear_attention as triton_form
+    from tests.torch.triton_scan_cases import compare, exact, forced, make_inputs, nan_memory, run
+
+    case = replace(_scan_cases()[index], dtype=dtype)
+    inputs = make_inputs(case, index)
+    expected = run(linear_attention_dense, case, [exact(x) for x in inputs])
+    given = [x.cuda() if isinstance(x, torch.Tensor) else x for x in inputs]
+    with patch.object(triton_form, "segments_for", forced(case.segments)), nan_memory():
+        found = run(triton_form.linear_attention_triton, case, given)
+    compare(case, inputs, expected, found, SCAN_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 3, 64, 64), (1, 2, 1, 20, 7), (3, 1, 8, 96, 150)])
+def test_the_step_kernel_is_the_definition(shape: Any, normalise: bool, dtype: Any) -> None:
+    from tests.torch.triton_step_cases import inputs
+
+    torch.manual_seed(0)
+    q, k, v, slope, state, mask = inputs(*shape, normalise, True, dtype)
+    assert mask is not None
+    expected = linear_attention_step_with_sums(
+        q.double(), k.double(), v.double(), slope.double(), state.double(), normalise, mask=mask
+    )
+    found = linear_attention_step_with_sums(
+        q.cuda(), k.cuda(), v.cuda(), slope.cuda(), state.cuda(), normalise, mask=mask.cuda(),
+        implementation="triton",
+    )  # fmt: skip
+    # Sums of Dk float32 products; a bfloat16 output is rounded once, at 2^-9.
+    for ours, theirs in zip(found, expected, strict=True):
+        rounded = 2.0**-9 if ours.dtype == torch.bfloat16 else 0.0
+        if theirs.numel():
+            error = (ours.cpu().double() - theirs).abs().max()
+            assert error <= (2e-6 + rounded) * theirs.abs().max()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("T", "window"), [(1, 4), (77, 20), (300, 64), (257, 128)])
+def test_windowed_attention_is_its_formula(T: int, window: int, masked: bool) -> None:
+    """Forward and every gradient, float32; the far part's products are TF32."""
+    exact = test_windowed_attention._inputs(T, 2, T, 2, 3, 20, 16, 12, torch.float64)
+    mask = torch.rand(2, T, generator=torch.Generator().manual_seed(1)) > 0.2
+    mask = mask if masked else torch.ones_like(mask)
+    expected = test_windowed_attention._formula(*exact, window=window, mask=mask)
+    given = [
+        x.detach().to("cuda", torch.float32 if i < 5 else torch.float64).requires_grad_()
+        for i, x in enumerate(exact)
+    ]
+    found, _ = test_windowed_attention._attend(
+        given, window, mask=mask.cuda() if masked else None
+    )  # fmt: skip
+    weight = torch.randn(expected.shape, dtype=torch.float64) * mask[..., None, None]
+    (expected * weight).nan_to_num().sum().backward()
+    (found.double().cpu() * weight).sum().backward()
+    valid = mask[..., None, None].expand_as(expected)
+    error = (found.cpu().double() - expected)[valid].abs().max()
+    assert error <= SCAN_TOLERANCE[torch.float32] * expected[valid].abs().max()
+    for ours, theirs in zip(given, exact, strict=True):
+        if theirs.grad is not None:
+            error = (ours.grad.cpu().double() - theirs.grad).abs().max()
+            # Its gradients are differences of like sums.
+            assert error <= 5 * SCAN_TOLERANCE[torch.float32] * max(1.0, theirs.grad.abs().max())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl_divergence"])
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, test_losses.TOLERANCE), (torch.bfloat16, test_losses.TOLERANCE_BF16)],
+    ids=str,
+)
+def test_a_compiled_loss_is_the_dense_one(
+    loss: str, chunk: int | None, dtype: Any, tolerance: float
+) -> None:
+    ours, dense, inputs = test_losses._case(loss, 64, 33, 77)
+    rounded = [x.to(dtype).double() if x.is_floating_point() else x for x in inputs]
+    expected = test_losses._results(dense, rounded, torch.float64)
+    found = test_losses._results(ours, [x.cuda() for x in inputs], dtype, chunk)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.cpu().double() - other).abs().max() <= tolerance * other.abs().max()
+
+
+def test_a_chunk_of_the_loss_divides_the_tokens() -> None:
+    hidden, weight = torch.empty(16384, 1, device="cuda"), torch.empty(49152, 1, device="cuda")
+    chunk = _chunk(hidden, weight)
+    assert 16384 % chunk == 0
+    assert chunk * 49152 <= 2**27
+    for function in (linear_cross_entropy, linear_kl_divergence):
+        assert callable(function)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_model_is_the_reference(name: str) -> None:
+    spec = SPECS[name]
+    weights = lazy_weights(spec)
+    reference = ReferenceModel(spec, {key: x.read() for key, x in weights.items()})
+    backend = TorchBackend(build(spec, weights, dtype=torch.float32), torch.device("cuda"))
+    ids = np.random.default_rng(0).integers(0, spec.vocab_size, (2, 75))
+    expected = reference.logits(ids)
+    for form in ("parallel", "recurrent"):
+        found = backend.logits(ids, form=form)
+        # TF32 products in every layer, and a GroupNorm that magnifies them.
+        assert np.abs(found - expected).max() <= 2e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("recipe", ["windowed", "pure", "paper"])
+def test_compiled_layers_train_as_eager_ones(
+    recipe: str, settings: UptrainConfig, tmp_path: Path
+) -> None:
+    """The same steps up to the order of float32 sums, and the loss falls."""
+    from supra_torch.uptrain.config import resolve
+    from supra_torch.uptrain.run import uptrain
+
+    window = {"linearize.window": "8"} if recipe == "windowed" else {}
+    losses = {}
+    for compile in ("never", "always"):
+        config = resolve(
+            config=None, model=settings.model, recipe=recipe, data=str(settings.data),
+            overrides={
+                "tokens": "2560", "sequence_length": "32", "batch_tokens": "64", "epochs": "100",
+                "precision": "float32", "calibrate": "none", "compile": compile, **window,
+            },
+        )  # fmt: skip
+        uptrain(config, tmp_path / compile)
+        losses[compile] = logged_losses(tmp_path / compile)
+    assert len(losses["always"]) == len(losses["never"])
+    np.testing.assert_allclose(losses["always"][:10], losses["never"][:10], rtol=2e-3)
+    assert losses["always"][-1] < losses["always"][0]
