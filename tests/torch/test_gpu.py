@@ -16,7 +16,6 @@ torch = pytest.importorskip("torch")
 from supra_core.reference import ReferenceModel  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.model import build  # noqa: E402
-from supra_torch.ops import linear_cross_entropy, linear_kl_divergence  # noqa: E402
 from supra_torch.ops.dense import linear_attention_dense  # noqa: E402
 from supra_torch.ops.losses import _chunk  # noqa: E402
 from supra_torch.ops.step import linear_attention_step_with_sums  # noqa: E402
@@ -79,9 +78,9 @@ def test_the_step_kernel_is_the_definition(shape: Any, normalise: bool, dtype: A
         q.cuda(), k.cuda(), v.cuda(), slope.cuda(), state.cuda(), normalise, mask=mask.cuda(),
         implementation="triton",
     )  # fmt: skip
-    # Sums of Dk float32 products; a bfloat16 output is rounded once, at 2^-9.
+    # Sums of Dk float32 products; a bfloat16 output is rounded once, to eight binary digits.
     for ours, theirs in zip(found, expected, strict=True):
-        rounded = 2.0**-9 if ours.dtype == torch.bfloat16 else 0.0
+        rounded = 2.0**-8 if ours.dtype == torch.bfloat16 else 0.0
         if theirs.numel():
             error = (ours.cpu().double() - theirs).abs().max()
             assert error <= (2e-6 + rounded) * theirs.abs().max()
@@ -138,8 +137,6 @@ def test_a_chunk_of_the_loss_divides_the_tokens() -> None:
     chunk = _chunk(hidden, weight)
     assert 16384 % chunk == 0
     assert chunk * 49152 <= 2**27
-    for function in (linear_cross_entropy, linear_kl_divergence):
-        assert callable(function)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -160,7 +157,7 @@ def test_every_model_is_the_reference(name: str) -> None:
 def test_compiled_layers_train_as_eager_ones(
     recipe: str, settings: UptrainConfig, tmp_path: Path
 ) -> None:
-    """The same steps up to the order of float32 sums, and the loss falls."""
+    """In a CUDA graph too: the same steps up to the order of sums, and the loss falls."""
     from supra_torch.uptrain.config import resolve
     from supra_torch.uptrain.run import uptrain
 
@@ -174,7 +171,9 @@ def test_compiled_layers_train_as_eager_ones(
                 "precision": "float32", "calibrate": "none", "compile": compile, **window,
             },
         )  # fmt: skip
-        uptrain(config, tmp_path / compile)
+        said: list[str] = []
+        uptrain(config, tmp_path / compile, say=said.append)
+        assert not said
         losses[compile] = logged_losses(tmp_path / compile)
     assert len(losses["always"]) == len(losses["never"])
     np.testing.assert_allclose(losses["always"][:10], losses["never"][:10], rtol=2e-3)

@@ -31,7 +31,7 @@ def test_it_is_what_transfer_trains_on() -> None:
     student, teacher = _pair()
     found = layer_errors(student, teacher, IDS[:1])
     assert [one.layer for one in found] == [0, 1]
-    loss = transfer(student, teacher, torch.from_numpy(IDS[:1]))
+    loss = transfer(student, teacher, torch.from_numpy(IDS[:1])).item()
     assert np.mean([one.error for one in found]) == pytest.approx(loss, rel=1e-5)
     assert found[0].error > 1e-3
 

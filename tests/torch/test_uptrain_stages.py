@@ -182,3 +182,23 @@ def test_a_perplexity_is_measured_once(
     uptrain(paper.model_copy(update={"tokens": 128, "evaluate_every": 1}), run)
     # The teacher's, the untrained model's, and one after each of two steps.
     assert len(counted) == 4
+
+
+def test_what_cannot_be_captured_is_computed_anyway() -> None:
+    from supra_torch.uptrain.capture import CapturedGradients
+
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device captures it")
+    weight, said = torch.nn.Parameter(torch.ones(3)), list[str]()
+
+    def compute(ids: Any) -> Any:
+        loss = (weight * ids).sum()
+        loss.backward()
+        return loss.detach()
+
+    captured = CapturedGradients(compute, [weight], said.append)
+    for _ in range(2):
+        assert captured(torch.arange(3.0)) == 3.0
+        assert weight.grad is not None and weight.grad.tolist() == [0.0, 1.0, 2.0]
+        weight.grad = None
+    assert len(said) == 1 and "CUDA graph" in said[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,14 +18,13 @@ from supra_core.errors import SupraError
 from supra_core.sources import open_source
 from supra_torch.model import build
 from supra_torch.uptrain import lora
+from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.compilation import compile_layers, compiles
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.run import frozen_teacher, open_inputs
 from supra_torch.uptrain.stages import gradients, optimiser_for
-from supra_torch.uptrain.step import adamw, autocast, training_step
-
-Accumulate = Callable[[Tensor], float]
+from supra_torch.uptrain.step import adamw, autocast, trained_parameters, training_step
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def serve(training: Training, pipe: Connection) -> None:
 
 def _ours(
     training: Training, device: torch.device
-) -> tuple[Accumulate, torch.optim.Optimizer, int, int | None]:
+) -> tuple[Gradients, torch.optim.Optimizer, int, int | None]:
     config, stage = training.config, training.config.stages[0]
     inputs = open_inputs(config)
     student = build(inputs.student_spec, inputs.student_tensors, dtype=torch.float32)
@@ -90,19 +88,22 @@ def _ours(
         assert inputs.teacher is not None
         teacher = frozen_teacher(*inputs.teacher, training.precision, device)
 
-    if compiles(config.compile, device):
-        compile_layers(stage.kind, student, teacher)
-
-    def accumulate(ids: Tensor) -> float:
+    def compute(ids: Tensor) -> Tensor:
         with autocast(device, training.precision):
             return gradients(stage.kind, student, teacher, ids)
 
     flops = 6 * _multiplied(student, student.spec.tie_word_embeddings)
     if teacher is not None:
         flops += 2 * _multiplied(teacher, teacher.spec.tie_word_embeddings)
+    optimiser = optimiser_for(student, stage)
+    accumulate: Gradients = compute
+    if compiles(config.compile, device):
+        compile_layers(stage.kind, student, teacher)
+        if device.type == "cuda":
+            accumulate = CapturedGradients(compute, list(trained_parameters(optimiser)), _log)
     return (
         accumulate,
-        optimiser_for(student, stage),
+        optimiser,
         student.spec.vocab_size,
         None if stage.kind == "transfer" else flops,
     )
@@ -110,7 +111,7 @@ def _ours(
 
 def _original(
     training: Training, device: torch.device
-) -> tuple[Accumulate, torch.optim.Optimizer, int, int | None]:
+) -> tuple[Gradients, torch.optim.Optimizer, int, int | None]:
     from supra_torch.transformers_backend import causal_language_model
 
     stage = training.config.stages[0]
@@ -126,14 +127,18 @@ def _original(
         stage,
     )
 
-    def accumulate(ids: Tensor) -> float:
+    def accumulate(ids: Tensor) -> Tensor:
         with autocast(device, training.precision):
             loss: Tensor = model(ids, labels=ids, use_cache=False).loss
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss.item()
+        return loss.detach()
 
     tied = model.config.tie_word_embeddings
     return accumulate, optimiser, model.config.vocab_size, 6 * _multiplied(model, tied)
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _multiplied(model: nn.Module, tied: bool) -> int:

@@ -77,7 +77,8 @@ def _chunk(hidden: Tensor, weight: Tensor) -> int:
     """Tokens whose logits are held at once; as many in every chunk, where that can be."""
     if hidden.device.type == "cpu":
         return _CPU_CHUNK
-    chunks = -(-max(1, len(hidden)) * len(weight) // _GPU_LOGITS)
+    needed = -(-max(1, len(hidden)) * len(weight) // _GPU_LOGITS)
+    chunks = 1 << (needed - 1).bit_length()
     return -(-max(1, len(hidden)) // chunks)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from supra_core import artifact
 from supra_core.errors import SupraError
@@ -34,6 +35,7 @@ from supra_core.text import load_tokenizer
 from supra_torch.calibrate import calibrate
 from supra_torch.model import SupraModel, build, lazy_tensors
 from supra_torch.uptrain import checkpoint, lora
+from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.checkpoint import Place
 from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
 from supra_torch.uptrain.config import Stage, UptrainConfig
@@ -42,7 +44,7 @@ from supra_torch.uptrain.guard import LossGuard
 from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.interrupts import deferred_interrupts
 from supra_torch.uptrain.stages import gradients, next_token_loss, optimiser_for
-from supra_torch.uptrain.step import autocast, resolved_precision, training_step
+from supra_torch.uptrain.step import autocast, resolved_precision, trained_parameters, training_step
 
 
 def uptrain(
@@ -133,11 +135,29 @@ class _Session:
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.precision)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether steps are compiled, and on a GPU captured."""
+        return compiles(self.config.compile, self.device)
+
     def compiled(self, stage: Stage, student: SupraModel) -> AbstractContextManager[object]:
         """Inside, the stage's steps are compiled if the run compiles."""
-        if not compiles(self.config.compile, self.device):
+        if not self.compiles:
             return eagerly(self.device)
         return compiled_layers(stage.kind, student, self.teacher)
+
+    def gradients(
+        self, stage: Stage, student: SupraModel, optimiser: torch.optim.Optimizer
+    ) -> Gradients:
+        """What a step of the stage computes of a batch."""
+
+        def compute(ids: Tensor) -> Tensor:
+            with self.autocast():
+                return gradients(stage.kind, student, self.teacher, ids)
+
+        if not self.compiles or self.device.type != "cuda":
+            return compute
+        return CapturedGradients(compute, list(trained_parameters(optimiser)), self.say)
 
 
 def _refuse_another_run(run: Path, config: UptrainConfig) -> None:
@@ -377,6 +397,7 @@ def _run_stage(
         if stage.lora_rank is not None:
             lora.load_adapters(student, checkpoint.read_adapters(newest))
         checkpoint.load_optimiser(newest, optimiser, names)
+    compute = session.gradients(stage, student, optimiser)
     guard = LossGuard(config.divergence, _losses(session.run / "metrics.jsonl", place))
     saved = place
 
@@ -388,7 +409,7 @@ def _run_stage(
         while place.stage_step < steps:
             # Weights, place and metrics move together, or a checkpoint would mix two steps.
             with deferred_interrupts(_stopping(session)):
-                record = _step(session, place, student, optimiser, steps)
+                record = _step(session, place, compute, optimiser, steps)
                 place = replace(
                     place,
                     stage_step=place.stage_step + 1,
@@ -445,7 +466,7 @@ def _diverged(session: _Session, place: Place, guard: LossGuard) -> SupraError:
 def _step(
     session: _Session,
     place: Place,
-    student: SupraModel,
+    compute: Gradients,
     optimiser: torch.optim.Optimizer,
     steps: int,
 ) -> dict[str, Any]:
@@ -455,14 +476,9 @@ def _step(
     batch = session.data.batch(place.tokens, rows, stage.cut)
     ids = torch.from_numpy(batch).to(session.device)
     factor = learning_rate_factor(place.stage_step, steps, stage.warmup, stage.final_learning_rate)
-
-    def accumulate() -> float:
-        with session.autocast():
-            return gradients(stage.kind, student, session.teacher, ids)
-
     try:
         loss, norm = training_step(
-            accumulate, optimiser, learning_rate_factor=factor, clip=stage.clip
+            lambda: compute(ids), optimiser, learning_rate_factor=factor, clip=stage.clip
         )
     except FloatingPointError as error:
         raise SupraError(

@@ -26,8 +26,11 @@ from supra_torch.uptrain.step import adamw
 
 def gradients(
     kind: StageKind, student: SupraModel, teacher: SupraModel | None, ids: Tensor
-) -> float:
-    """Accumulate the gradients of a stage's loss on ids (B, T); returns the loss."""
+) -> Tensor:
+    """Accumulate the gradients of a stage's loss on ids (B, T); returns the loss.
+
+    Nothing here waits for the device.
+    """
     if kind == "uptrain":
         return uptrain(student, ids)
     if teacher is None:
@@ -37,7 +40,7 @@ def gradients(
     return distill(student, teacher, ids)
 
 
-def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
+def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> Tensor:
     """Accumulate gradients of every linear mixer's error; ids (B, T).
 
     The error of a layer is the squared difference of the mixers' outputs over the teacher's
@@ -51,9 +54,8 @@ def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
             scale = target.float().square().mean().clamp(min=1e-12)
             loss = (output.float() - target.float()).square().mean() / scale
             loss.backward()  # type: ignore[no-untyped-call]
-            # A number read here would make a GPU wait for the host in every layer.
             total, linear = total + loss.detach(), linear + 1
-    return total.item() / max(linear, 1)
+    return total / max(linear, 1)
 
 
 def teacher_forced(
@@ -78,7 +80,7 @@ def teacher_forced(
             h = h + theirs.feed_forward(h)
 
 
-def distill(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
+def distill(student: SupraModel, teacher: SupraModel, ids: Tensor) -> Tensor:
     """Accumulate gradients of KL(teacher || student), the mean over tokens in nats; ids (B, T)."""
     with torch.no_grad():
         target, _ = teacher.hidden(ids)
@@ -90,14 +92,14 @@ def distill(student: SupraModel, teacher: SupraModel, ids: Tensor) -> float:
         teacher.head_weight,
     )
     loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item()
+    return loss.detach()
 
 
-def uptrain(student: SupraModel, ids: Tensor) -> float:
+def uptrain(student: SupraModel, ids: Tensor) -> Tensor:
     """Accumulate gradients of :func:`next_token_loss`; ids (B, T)."""
     loss = next_token_loss(student, ids)
     loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item()
+    return loss.detach()
 
 
 def next_token_loss(model: SupraModel, ids: Tensor) -> Tensor:

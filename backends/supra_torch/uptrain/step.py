@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from supra_torch.uptrain.config import Stage
 
@@ -50,7 +50,7 @@ def trained_parameters(optimiser: torch.optim.Optimizer) -> Iterator[nn.Paramete
 
 
 def training_step(
-    accumulate: Callable[[], float],
+    accumulate: Callable[[], Tensor],
     optimiser: torch.optim.Optimizer,
     *,
     learning_rate_factor: float,
@@ -62,7 +62,7 @@ def training_step(
     """
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * learning_rate_factor
-    loss = accumulate()
+    loss = accumulate().item()
     norm = nn.utils.clip_grad_norm_(list(trained_parameters(optimiser)), clip).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")

@@ -1,0 +1,84 @@
+"""A stage's forward and backward as one CUDA graph: one launch instead of thousands.
+
+A step of a small model launches more kernels than a host can keep up with. What the graph reads
+and writes stays in its place, so every batch is copied to where the first one was, and gradients
+are found where the first ones were:
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Gradients = Callable[[Tensor], Tensor]
+"""ids (B, T) -> the loss; leaves its gradients on the parameters."""
+
+# Compilers and libraries set themselves up in a few steps before.
+_WARMUP = 3
+
+
+class CapturedGradients:
+    """``compute`` as a graph, captured at the first call, for batches of the first one's shape.
+
+    Where it cannot be captured, ``say`` is told why, and every call computes it anew.
+    """
+
+    def __init__(
+        self, compute: Gradients, parameters: Sequence[nn.Parameter], say: Callable[[str], None]
+    ) -> None:
+        self._compute, self._parameters, self._say = compute, parameters, say
+        self._captured: _Captured | None = None
+        self._possible = True
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if self._captured is None and self._possible:
+            try:
+                self._captured = self._capture(ids)
+            except RuntimeError as error:
+                self._possible = False
+                self._clear()
+                self._say(f"every kernel is launched by the host, since a CUDA graph of a step "
+                          f"is not possible here: {str(error).splitlines()[0]}")  # fmt: skip
+        if self._captured is None:
+            return self._compute(ids)
+        return self._captured.replay(ids, self._parameters)
+
+    def _capture(self, ids: Tensor) -> _Captured:
+        place = ids.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUP):
+                self._compute(place)
+                self._clear()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self._compute(place)
+        return _Captured(graph, place, loss, [parameter.grad for parameter in self._parameters])
+
+    def _clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, where it reads its batch, and where it writes the loss and the gradients."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    loss: Tensor
+    gradients: list[Tensor | None]
+
+    def replay(self, ids: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        self.ids.copy_(ids)
+        self.graph.replay()
+        # The optimiser lets go of them after each step.
+        for parameter, gradient in zip(parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.loss
