@@ -185,7 +185,8 @@ class LinearMixer(Mixer):
         if mixer.window is not None:
             out, memory = self._windowed(q, k, v, state, mask)
         else:
-            phi_q, phi_k = self._features(q, k, positions)
+            # Under autocast a softmax is float32, which a GPU's products would take slowly.
+            phi_q, phi_k = (z.to(v.dtype) for z in self._features(q, k, positions))
             if mixer.qk_norm:
                 v = v.repeat_interleave(self.heads // v.shape[2], dim=2)
             out, final = self._attend(phi_q, phi_k, v, state, mask)

@@ -102,3 +102,26 @@ def test_loading_is_strict() -> None:
     del weights["model.norm.weight"]
     with pytest.raises(LayoutError, match=r"missing model\.norm\.weight"):
         build(spec, weights)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_products_are_taken_in_the_type_of_autocast(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A softmax is float32 under autocast; on a GPU its products would miss the fast kernel."""
+    from supra_torch import mixers
+    from supra_torch.ops import linear_attention
+
+    seen: list[Any] = []
+
+    def recorded(q: Any, k: Any, v: Any, *others: Any, **named: Any) -> Any:
+        seen.extend((q.dtype, k.dtype, v.dtype))
+        return linear_attention(q, k, v, *others, **named)
+
+    monkeypatch.setattr(mixers, "linear_attention", recorded)
+    spec = SPECS[name]
+    model = build(spec, lazy_weights(spec), dtype=torch.float32)
+    ids = torch.zeros(1, 20, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids)
+    assert set(seen) <= {torch.bfloat16}

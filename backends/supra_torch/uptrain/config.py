@@ -115,8 +115,8 @@ class UptrainConfig(_Strict):
     their shares. No text is read more than ``epochs`` times: four are nearly as good as new
     text (arXiv 2305.16264). ``tokens`` in all stages; ``sequence_length`` and ``batch_tokens`` in
     tokens; ``checkpoint_every`` and ``evaluate_every`` in steps (0: only at the end of a stage).
-    ``compile``: every layer's step by torch.compile; ``auto`` does so on a GPU, where compiling
-    takes a minute and every step then half the time.
+    ``compile``: every layer by torch.compile and, on a GPU, a step's forward and backward as one
+    CUDA graph; ``auto`` does so on a GPU, where it takes half a minute a stage.
     ``activation_checkpointing`` computes every layer's forward again in backward: less memory,
     more time. ``divergence``: a stage whose mean loss of 16 steps exceeds its lowest so many times
     stops.
