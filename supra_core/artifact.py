@@ -18,7 +18,7 @@ from supra_core import model_file
 from supra_core.config import config_to_spec, spec_to_config
 from supra_core.errors import FormatError
 from supra_core.families.fields import Fields
-from supra_core.formats import safetensors
+from supra_core.formats import distributed, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
@@ -61,7 +61,7 @@ def read(folder: str | Path) -> Artifact:
     dtype = fields.text("torch_dtype", "dtype")
     if dtype not in DTYPES:
         raise fields.error(f"field torch_dtype is '{dtype}': known are {', '.join(DTYPES)}")
-    tensors, packed = safetensors.read_folder(folder), None
+    tensors, packed = _stored(folder), None
     if config.get("quantization") is not None:
         packed = read_packed(tensors, config["quantization"], str(config_path))
         tensors = unpacked(packed)
@@ -97,19 +97,38 @@ def write(
     by one; ``progress`` is called with the bytes written and the bytes in all. An existing
     ``out`` is refused unless ``force``, and then replaced once the new folder is complete.
     """
-    config = {**spec_to_config(spec, dtype), "model_file": model_file.NAME}
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
-    stored = _converted(tensors, dtype)
-    if packed is not None:
-        stored, config["quantization"] = packed.tensors, packed.config()
+    stored = _converted(tensors, dtype) if packed is None else packed.tensors
     with atomic_folder(out, force, holds=CONFIG) as folder:
-        write_object(folder / CONFIG, config)
-        (folder / model_file.NAME).write_text(model_file.text(), encoding="utf-8")
         safetensors.write_folder(folder, stored, progress=progress)
         if originals:
             safetensors.write_file(folder / ORIGINAL, _converted(originals, dtype))
-        (folder / "README.md").write_text(model_card(spec, dtype), encoding="utf-8")
-        write_assets(folder, assets)
+        write_without_weights(folder, spec, assets, dtype=dtype, packed=packed)
+
+
+def write_without_weights(
+    folder: Path,
+    spec: ModelSpec,
+    assets: Mapping[str, bytes],
+    *,
+    dtype: str,
+    packed: Packed | None = None,
+) -> None:
+    """Everything but the weights, into an existing folder; see :func:`write`."""
+    config = {**spec_to_config(spec, dtype), "model_file": model_file.NAME}
+    if packed is not None:
+        config["quantization"] = packed.config()
+    write_object(folder / CONFIG, config)
+    (folder / model_file.NAME).write_text(model_file.text(), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(spec, dtype), encoding="utf-8")
+    write_assets(folder, assets)
+
+
+def _stored(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors as files hold them; a run's checkpoint has its processes' parts."""
+    if distributed.holds_shards(folder):
+        return distributed.read_folder(folder)
+    return safetensors.read_folder(folder)
 
 
 def _converted(tensors: TensorSource, dtype: str) -> dict[str, LazyTensor]:

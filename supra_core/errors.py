@@ -19,3 +19,7 @@ class LayoutError(SupraError):
 
 class MissingDependencyError(SupraError):
     """An optional package is needed and absent; the message says what to install."""
+
+
+class Preempted(Exception):  # noqa: N818 - like KeyboardInterrupt, no error
+    """The process was told to end (SIGTERM), and saved what it had: start it again."""

@@ -33,7 +33,7 @@ Kind = Literal["hf", "gguf", "openlm", "supra", "run"]
 CONFIG = artifact.CONFIG
 RUN_FILE = "run.json"
 # In a checkpoint inside a stage that trains adapters.
-ADAPTERS = "adapters.safetensors"
+ADAPTERS = "adapters"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -188,7 +188,7 @@ def _open_run(folder: Path) -> Source:
             f"{folder} is an uptraining run without a model or checkpoint yet: let it run on"
         )
     newest = max(checkpoints)[1]
-    if (newest.parent / ADAPTERS).is_file():
+    if any(newest.parent.glob(ADAPTERS + "*")):
         raise FormatError(
             f"{folder} stopped inside a stage that trains adapters, without which its model is not "
             "what was trained: give supra uptrain again to finish it"

@@ -25,16 +25,26 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Shape and type now, numbers on :meth:`read`. ``read`` may return a read-only memory map."""
+    """Shape and type now, numbers on :meth:`read`. ``read`` may return a read-only memory map.
+
+    ``read_rows``: a part of the first axis, where that takes less than reading everything.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
     read: Callable[[], Array]
+    read_rows: Callable[[int, int], Array] | None = None
 
     @staticmethod
     def of(array: Array) -> LazyTensor:
         """An array that is already in memory."""
         return LazyTensor(tuple(array.shape), array.dtype, lambda: array)
+
+    def rows(self, start: int, stop: int) -> Array:
+        """The numbers of rows ``start`` to ``stop`` of the first axis."""
+        if self.read_rows is not None:
+            return self.read_rows(start, stop)
+        return self.read()[start:stop]
 
     def astype(self, dtype: np.dtype[np.generic]) -> LazyTensor:
         """The same numbers in another type, converted when read."""

@@ -44,7 +44,8 @@ class TextCalibration:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ids = self._sequences(teacher).to(device)
         precision = resolved_precision("auto", device)
-        found, _ = calibrated_tensors(teacher, spec, tensors, ids, precision, progress=progress)
+        original = (teacher.spec, teacher.tensors)
+        found, _ = calibrated_tensors(original, spec, tensors, ids, precision, progress=progress)
         return ids.numel(), found
 
     def _sequences(self, teacher: Source) -> Tensor:
@@ -65,12 +66,13 @@ class TextCalibration:
 
 
 def calibrated_tensors(
-    teacher: Source,
+    teacher: tuple[ModelSpec, TensorSource],
     spec: ModelSpec,
     tensors: TensorSource,
     ids: Tensor,
     precision: str,
     *,
+    outputs: bool = True,
     progress: Progress = silent,
 ) -> tuple[dict[str, LazyTensor], list[LayerFit]]:
     """What :func:`supra_torch.calibrate.calibrate` on ids (N, T) changes, in float32.
@@ -82,7 +84,7 @@ def calibrated_tensors(
 
     def pairs() -> Iterator[tuple[Layer, Layer]]:
         for index in range(spec.num_hidden_layers):
-            theirs = build_layer(teacher.spec, teacher.tensors, index, dtype=dtype)
+            theirs = build_layer(*teacher, index, dtype=dtype)
             ours = build_layer(spec, tensors, index, dtype=torch.float32)
             ours = ours.to(ids.device)
             before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
@@ -92,17 +94,18 @@ def calibrated_tensors(
                     found[layer_prefix(index) + name] = LazyTensor.of(tensor.cpu().numpy())
 
     with autocast(ids.device, precision):
-        embedding = _embedding(teacher, dtype).to(ids.device)
-        fits = calibrate_layers(pairs(), spec.num_hidden_layers, embedding, ids, True, progress)
+        embedding = _embedding(*teacher, dtype).to(ids.device)
+        layers = spec.num_hidden_layers
+        fits = calibrate_layers(pairs(), layers, embedding, ids, outputs, progress)
     return found, fits
 
 
-def _embedding(teacher: Source, dtype: torch.dtype) -> SupraModel:
+def _embedding(spec: ModelSpec, tensors: TensorSource, dtype: torch.dtype) -> SupraModel:
     """The teacher's module with nothing loaded but what the first layer's input needs."""
     with torch.device("meta"):
-        model = SupraModel(teacher.spec)
+        model = SupraModel(spec)
     names = ("model.embed_tokens.weight", "model.embed_norm.weight")
-    weights = {n: to_torch(teacher.tensors[n]).to(dtype) for n in names if n in teacher.tensors}
+    weights = {n: to_torch(tensors[n]).to(dtype) for n in names if n in tensors}
     model.load_state_dict(weights, assign=True, strict=False)
     # Nothing may stay on the meta device, which has no numbers to move.
     model.model.layers = nn.ModuleList()

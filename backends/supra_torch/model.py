@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm residual block."""
+    """A pre-norm residual block; ``remember`` False lets go of the mixer's new state."""
 
     def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> None:
         super().__init__()
@@ -60,11 +61,21 @@ class Layer(nn.Module):
         self.mlp = FeedForward(spec)
 
     def forward(
-        self, h: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
+        self,
+        h: Tensor,
+        positions: Positions,
+        state: LayerState | None,
+        mask: Tensor | None,
+        remember: bool = True,
     ) -> tuple[Tensor, LayerState]:
         mixed, memory = self.self_attn(self.mixer_input(h), positions, state, mask)
         h = h + mixed
-        return h + self.feed_forward(h), memory
+        return h + self.feed_forward(h), memory if remember else {}
+
+    def mix(self, x: Tensor, positions: Positions) -> Tensor:
+        """The mixer alone, from its normed input x (B, T, D): its output (B, T, D)."""
+        mixed: Tensor = self.self_attn(x, positions, None, None)[0]
+        return mixed
 
     def mixer_input(self, h: Tensor) -> Tensor:
         """The normed h (B, T, D), cast once for all projections of it."""
@@ -160,18 +171,23 @@ class SupraModel(nn.Module):
         ids: Tensor,
         state: ModelState | None = None,
         mask: Tensor | None = None,
+        remember: bool = True,
     ) -> tuple[Tensor, ModelState]:
-        """The normed last hidden states (B, T, D) and the state after ids (B, T)."""
+        """The normed last hidden states (B, T, D) and the state after ids (B, T).
+
+        ``remember`` False leaves the layers' states empty, for who goes no further.
+        """
         positions = self.positions(ids, state, mask)
         h, memories = self.embed(ids), []
         for index, layer in enumerate(self.model.layers):
             before = None if state is None else state.layers[index]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h, memory = checkpoint(
-                    layer, h, positions, before, mask, use_reentrant=False, preserve_rng_state=False
-                )
+                    layer, h, positions, before, mask, remember,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             else:
-                h, memory = layer(h, positions, before, mask)
+                h, memory = layer(h, positions, before, mask, remember)
             memories.append(memory)
         new = ids.new_full(ids.shape[:1], ids.shape[1]) if mask is None else mask.long().sum(1)
         tokens = new if state is None else state.tokens + new
@@ -187,7 +203,12 @@ class SupraModel(nn.Module):
 
 def to_torch(tensor: LazyTensor) -> Tensor:
     """A lazy tensor's numbers in torch, in their own type, owned by torch."""
-    array = np.ascontiguousarray(tensor.read())
+    return numbers(tensor.read())
+
+
+def numbers(array: npt.NDArray[np.generic]) -> Tensor:
+    """An array in torch, in its own type, owned by torch."""
+    array = np.ascontiguousarray(array)
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())

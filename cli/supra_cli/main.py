@@ -31,13 +31,16 @@ from supra_cli.commands import (
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again.
+EXIT_START_AGAIN = 75
 
 
 class SupraGroup(TyperGroup):
-    """Bad input ends in one sentence and exit code 2, Ctrl-C in 130, neither in a traceback."""
+    """Bad input ends in one sentence and exit code 2, Ctrl-C in 130, SIGTERM with
+    everything saved in 75, none in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        from supra_core.errors import SupraError
+        from supra_core.errors import Preempted, SupraError
 
         try:
             return super().invoke(ctx)
@@ -47,6 +50,9 @@ class SupraGroup(TyperGroup):
         except KeyboardInterrupt:
             print("\nsupra: interrupted", file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Preempted:
+            print("supra: told to end, with a checkpoint: start it again", file=sys.stderr)
+            raise typer.Exit(EXIT_START_AGAIN) from None
 
 
 app = typer.Typer(

@@ -67,6 +67,12 @@ def read_file(path: str | Path) -> dict[str, LazyTensor]:
     }
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a file states beside its tensors."""
+    stated = _header(path)[1].get("__metadata__", {})
+    return {str(key): str(value) for key, value in stated.items()}
+
+
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
     """The tensors of ``model.safetensors``, or of all shards its index lists."""
     folder = Path(folder)

@@ -25,7 +25,8 @@ from supra_torch.calibrate import _moments, _ridge, calibrate  # noqa: E402
 from supra_torch.conversion import TextCalibration, calibrated_tensors  # noqa: E402
 from supra_torch.model import SupraModel, build  # noqa: E402
 from supra_torch.uptrain.config import resolve  # noqa: E402
-from supra_torch.uptrain.run import open_inputs, uptrain  # noqa: E402
+from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
+from supra_torch.uptrain.run import uptrain  # noqa: E402
 from supra_torch.uptrain.stages import transfer  # noqa: E402
 
 
@@ -148,7 +149,7 @@ def test_a_file_is_calibrated_as_a_model_is(tiny_transformer: Path, text_file: P
     ids = torch.from_numpy(
         encode(load_tokenizer(source.assets(), "tiny"), read_text(text_file)).ids[:600]
     ).view(10, 60)
-    found, fits = calibrated_tensors(source, spec, tensors, ids, "float32")
+    found, fits = calibrated_tensors((source.spec, source.tensors), spec, tensors, ids, "float32")
     student = build(spec, tensors, dtype=torch.float32)
     teacher = build(source.spec, source.tensors, dtype=torch.float32)
     assert calibrate(student, teacher, ids) == fits

@@ -21,10 +21,10 @@ from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
-from supra_torch.uptrain import run as run_module  # noqa: E402
+from supra_torch.uptrain import train as train_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain.guard import LossGuard  # noqa: E402
-from supra_torch.uptrain.interrupts import deferred_interrupts  # noqa: E402
+from supra_torch.uptrain.interrupts import Stop  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     complete_lines,
@@ -205,8 +205,8 @@ def test_a_diverging_loss_stops(
         loss, steps = computed(*arguments, **options), steps + 1
         return loss * 1.5 ** max(0, steps - 20)
 
-    computed = run_module.gradients
-    monkeypatch.setattr(run_module, "gradients", gradients)
+    computed = train_module.gradients
+    monkeypatch.setattr(train_module, "gradients", gradients)
     # One stage of 60 steps.
     config = settings.model_copy(update={"stages": settings.stages[:1], "tokens": 60 * 64})
     run = tmp_path / "run"
@@ -261,7 +261,7 @@ def test_interrupts_elsewhere_than_in_the_main_thread_are_left_alone() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def work() -> None:
-        with deferred_interrupts():
+        with Stop():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

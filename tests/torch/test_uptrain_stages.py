@@ -16,9 +16,10 @@ torch = pytest.importorskip("torch")
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
-from supra_torch.uptrain import run as run_module  # noqa: E402
+from supra_torch.uptrain import train as train_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
-from supra_torch.uptrain.run import learning_rate_factor, uptrain  # noqa: E402
+from supra_torch.uptrain.run import uptrain  # noqa: E402
+from supra_torch.uptrain.train import learning_rate_factor  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     SETTINGS,
     complete_lines,
@@ -75,7 +76,7 @@ def test_adapters_resume_to_the_last_bit(low_rank: UptrainConfig, tmp_path: Path
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (checkpoint.checkpoints(killed)[-1] / "adapters.safetensors").is_file()
+    assert (checkpoint.checkpoints(killed)[-1] / "adapters").is_dir()
     assert run_in_process(low_rank, killed).wait() == 0
     assert logged_losses(killed) == logged_losses(whole)
     ours, theirs = weights_in(killed / "model"), weights_in(whole / "model")
@@ -176,8 +177,8 @@ def test_a_perplexity_is_measured_once(
         counted.append(model)
         return measured(session, model)
 
-    measured = run_module._perplexity
-    monkeypatch.setattr(run_module, "_perplexity", count)
+    measured = train_module._perplexity
+    monkeypatch.setattr(train_module, "_perplexity", count)
     run = tmp_path / "run"
     uptrain(paper.model_copy(update={"tokens": 128, "evaluate_every": 1}), run)
     # The teacher's, the untrained model's, and one after each of two steps.

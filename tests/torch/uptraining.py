@@ -42,16 +42,45 @@ def weights_in(folder: Path) -> dict[str, Any]:
 
 def run_in_process(settings: UptrainConfig, run: Path, pause: float = 0.0) -> Any:
     """The run in a process of its own, on one thread; ``pause`` seconds after every step."""
-    script = (
+    return subprocess.Popen(
+        [sys.executable, "-c", _script(pause), *_arguments(settings, run)], env=_environment()
+    )
+
+
+def run_in_processes(
+    settings: UptrainConfig, run: Path, count: int, *, pause: float = 0.0, **options: str
+) -> Any:
+    """The same in ``count`` processes by torchrun, which is what is returned."""
+    script = run.with_name(f"{run.name}.py")
+    script.write_text(_script(pause))
+    given = {"nproc_per_node": str(count), **options}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags, str(script)]
+        + _arguments(settings, run),
+        env=_environment(),
+    )  # fmt: skip
+
+
+def _script(pause: float) -> str:
+    return (
         "import sys, time, torch\n"
         "torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
+        "from supra_core.errors import Preempted\n"
         "from supra_torch.uptrain.config import UptrainConfig\n"
         "from supra_torch.uptrain.run import uptrain\n"
-        f"uptrain(UptrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]),\n"
-        f"        progress=lambda *a, **k: time.sleep({pause}))\n"
+        "try:\n"
+        "    uptrain(UptrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]),\n"
+        f"            progress=lambda *a, **k: time.sleep({pause}))\n"
+        "except Preempted:\n"
+        "    sys.exit(75)\n"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", script, settings.model_dump_json(), str(run)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+
+
+def _arguments(settings: UptrainConfig, run: Path) -> list[str]:
+    return [settings.model_dump_json(), str(run)]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

@@ -1,69 +1,189 @@
-"""Checkpoints: the model as an artifact folder, the optimiser beside it, written whole or not.
+"""Checkpoints, written by all processes while training goes on, whole or not at all.
 
-``RUN/checkpoints/step_00000050/`` holds ``model/`` (an artifact), ``optimiser.safetensors`` and
-``state.json``; in a stage that trains adapters the model is without them, and they stand in
-``adapters.safetensors``. The newest two are kept, so that one bad disk block loses little.
+``RUN/checkpoints/step_00000050/`` holds ``model/`` (an artifact), ``optimiser/``, in a stage that
+trains adapters ``adapters/`` (``model/`` is then without them), and ``state.json``. Weights are
+safetensors by torch.distributed.checkpoint, each process's parts in a file of its own, so that a
+run goes on with any number of processes and no pickle is ever read.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from supra_core import artifact
-from supra_core.formats.atomic import atomic_folder
+from supra_core.errors import SupraError
+from supra_core.formats import distributed, safetensors
 from supra_core.formats.jsonfile import read_object
 from supra_core.sources import ADAPTERS
 from supra_core.spec import ModelSpec
+from supra_core.tensors import LazyTensor
 from supra_torch.model import SupraModel
-from supra_torch.uptrain.lora import adapters, frozen_tensors
+from supra_torch.uptrain import lora
+from supra_torch.uptrain.processes import Processes
+from supra_torch.uptrain.sharding import fill, release
 
-_KEPT = 2
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands: the stage, the steps done in it, and in all."""
+    """Where a run stands: the stage, the steps done in it, and in all.
+
+    ``perplexity``: the held-out one, where it was measured here.
+    """
 
     stage: int = 0
     stage_step: int = 0
     step: int = 0
     tokens: int = 0
+    perplexity: float | None = None
 
 
-def save(
-    run: Path,
-    place: Place,
-    model: SupraModel,
-    spec: ModelSpec,
-    assets: Mapping[str, bytes],
-    optimiser: torch.optim.Optimizer | None,
-    names: Mapping[nn.Parameter, str],
-) -> Path:
-    """Write a checkpoint and drop the oldest ones.
+@dataclass(frozen=True)
+class _Parts:
+    """What a checkpoint is made of, copied to the host: folder name -> tensors."""
 
-    ``optimiser`` None: between two stages, of which each has its own.
+    place: Place
+    spec: ModelSpec
+    tensors: dict[str, dict[str, Tensor]]
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, one at a time, beside the training.
+
+    ``kept``: how many of the newest stay, beside the one of the lowest held-out perplexity.
     """
-    out = run / "checkpoints" / f"step_{place.step:08d}"
-    with atomic_folder(out, force=True) as folder:
-        artifact.write(
-            folder / "model", spec, frozen_tensors(model), assets, force=False, dtype="float32"
+
+    def __init__(
+        self, run: Path, processes: Processes, assets: Mapping[str, bytes], kept: int
+    ) -> None:
+        self._run, self._processes, self._assets, self._kept = run, processes, assets, kept
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self.saved = Place()
+
+    def save(
+        self,
+        place: Place,
+        spec: ModelSpec,
+        model: SupraModel,
+        optimiser: torch.optim.Optimizer | None,
+        names: Mapping[nn.Parameter, str],
+    ) -> None:
+        """Begin to write one, of the weights as they are now; called by every process.
+
+        ``optimiser`` None: between two stages, of which each has its own, and adapters are added
+        to their weights. Waits for the one before; raises SupraError when that failed.
+        """
+        self.wait()
+        release(model)
+        if optimiser is None:
+            tensors = {"model": lora.merged(model)}
+        else:
+            own: dict[str, Tensor] = dict(model.named_parameters())
+            tensors = {
+                "model": {lora.canonical(n): p for n, p in own.items() if not lora.is_adapter(n)},
+                ADAPTERS: {n: p for n, p in own.items() if lora.is_adapter(n)},
+                "optimiser": _optimiser_tensors(optimiser, names),
+            }
+        copied = {kind: _copied(found) for kind, found in tensors.items() if found}
+        self._writing = self._thread.submit(self._write, _Parts(place, spec, copied))
+        self.saved = place
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint under way is known to have failed, here."""
+        return (
+            self._writing is not None
+            and self._writing.done()
+            and self._writing.exception() is not None
         )
-        if added := adapters(model):
-            save_file(added, folder / ADAPTERS)
-        if optimiser is not None:
-            save_file(_optimiser_tensors(optimiser, names), folder / "optimiser.safetensors")
-        (folder / "state.json").write_text(json.dumps(asdict(place)), encoding="utf-8")
-    for old in checkpoints(run)[:-_KEPT]:
-        shutil.rmtree(old)
-    return out
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is on disk; raises SupraError when it failed."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except (OSError, CheckpointException) as error:
+            raise SupraError(
+                f"{self._run}: a checkpoint could not be written ({_reason(error)}): make room "
+                "and start the run again; it goes on after the checkpoint before"
+            ) from None
+
+    def _write(self, parts: _Parts) -> None:
+        out = folder_of(self._run, parts.place.step)
+        beside = out.with_name(f".{out.name}.partial")
+        try:
+            for kind, tensors in parts.tensors.items():
+                self._write_tensors(beside / kind, tensors)
+            if self._processes.is_first:
+                artifact.write_without_weights(
+                    beside / "model", parts.spec, self._assets, dtype="float32"
+                )
+                (beside / "state.json").write_text(json.dumps(asdict(parts.place)), "utf-8")
+                _put(beside, out)
+                self._drop_old()
+        except BaseException:
+            if self._processes.is_first:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+    def _write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        with warnings.catch_warnings():
+            # A single process is told that it is one.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            save(tensors, storage_writer=writer, process_group=self._processes.saving)  # type: ignore[arg-type]
+
+    def _drop_old(self) -> None:
+        found = checkpoints(self._run)
+        measured = [c for c in found if read_place(c).perplexity is not None]
+        best = min(measured, key=lambda c: read_place(c).perplexity or 0.0, default=None)
+        for old in found[: -self._kept]:
+            if old != best:
+                shutil.rmtree(old)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the host, where training does not change them."""
+    stager = BlockingAsyncStager(cache_staged_state_dict=False)
+    copied: dict[str, Tensor] = stager.stage({name: t.detach() for name, t in tensors.items()})
+    return copied
+
+
+def _put(beside: Path, out: Path) -> None:
+    if out.exists():
+        # From a run that was killed after it, and has come here again.
+        shutil.rmtree(out)
+    os.rename(beside, out)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        failures = [failure for failure, _ in error.failures.values()]
+        error = failures[0] if failures else error
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps is."""
+    return run / "checkpoints" / f"step_{step:08d}"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -75,36 +195,52 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in found if (path / "state.json").is_file())
 
 
+def clear_partial(run: Path) -> None:
+    """Remove what a killed run had not finished writing."""
+    for path in (run / "checkpoints").glob(".step_*.partial"):
+        shutil.rmtree(path)
+
+
 def read_place(checkpoint: Path) -> Place:
     """Where the run stood at a checkpoint."""
     return Place(**read_object(checkpoint / "state.json"))
 
 
 def load_optimiser(
-    checkpoint: Path, optimiser: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+    checkpoint: Path,
+    optimiser: torch.optim.Optimizer,
+    names: Mapping[nn.Parameter, str],
+    steps: int,
 ) -> None:
-    """Put a checkpoint's optimiser state into ``optimiser``, parameter by parameter."""
-    stored = load_file(checkpoint / "optimiser.safetensors")
+    """Put a checkpoint's optimiser state into ``optimiser``, which took so many steps."""
+    stored = _read(checkpoint / "optimiser")
     for group in optimiser.param_groups:
         for parameter in group["params"]:
-            prefix = names[parameter] + "/"
-            state = {key: stored[prefix + key] for key in ("step", "exp_avg", "exp_avg_sq")}
-            optimiser.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device)
-                for key, value in state.items()
-            }
+            moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+            for moment, tensor in moments.items():
+                fill(tensor, stored[f"{names[parameter]}/{moment}"])
+            count = torch.tensor(float(steps), device=parameter.device)
+            optimiser.state[parameter] = {"step": count, **moments}
 
 
-def read_adapters(checkpoint: Path) -> dict[str, Tensor]:
+def read_adapters(checkpoint: Path) -> dict[str, LazyTensor]:
     """The adapters of a checkpoint inside a stage that trains them."""
-    return load_file(checkpoint / ADAPTERS)
+    return _read(checkpoint / ADAPTERS)
+
+
+def _read(place: Path) -> dict[str, LazyTensor]:
+    if place.is_dir():
+        return distributed.read_folder(place)
+    # Runs that began before checkpoints were written by several processes.
+    return safetensors.read_file(place.with_name(place.name + ".safetensors"))
 
 
 def _optimiser_tensors(
     optimiser: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
 ) -> dict[str, Tensor]:
-    tensors = {}
-    for parameter in (p for group in optimiser.param_groups for p in group["params"]):
-        for key, value in optimiser.state[parameter].items():
-            tensors[f"{names[parameter]}/{key}"] = value.detach().cpu().contiguous()
-    return tensors
+    return {
+        f"{names[parameter]}/{moment}": optimiser.state[parameter][moment]
+        for group in optimiser.param_groups
+        for parameter in group["params"]
+        for moment in _MOMENTS
+    }

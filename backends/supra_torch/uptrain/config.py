@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -115,6 +115,10 @@ class UptrainConfig(_Strict):
     their shares. No text is read more than ``epochs`` times: four are nearly as good as new
     text (arXiv 2305.16264). ``tokens`` in all stages; ``sequence_length`` and ``batch_tokens`` in
     tokens; ``checkpoint_every`` and ``evaluate_every`` in steps (0: only at the end of a stage).
+    ``keep_checkpoints``: how many of the newest stay, beside the best.
+    ``device_rows``: a device computes so many rows of a batch at a time (0: all of its share).
+    ``devices_together``: models are sharded over so many devices, and replicated over as many
+    groups of them (0: over a node's where there are several nodes, else over all).
     ``compile``: every layer by torch.compile and, on a GPU, a step's forward and backward as one
     CUDA graph; ``auto`` does so on a GPU, where it takes half a minute a stage.
     ``activation_checkpointing`` computes every layer's forward again in backward: less memory,
@@ -125,6 +129,11 @@ class UptrainConfig(_Strict):
     better at once but learns more slowly, since it plays down heads that were still to learn.
     """
 
+    # What may be changed while a run goes on: no result depends on it but by rounding.
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"device_rows", "devices_together", "keep_checkpoints"}
+    )
+
     model: str
     data: str | tuple[DataPart, ...]
     teacher: str | None = None
@@ -134,7 +143,10 @@ class UptrainConfig(_Strict):
     seed: int = Field(default=0, ge=0)
     sequence_length: int = Field(default=512, ge=2)
     batch_tokens: int = Field(default=2048, ge=2)
+    device_rows: int = Field(default=0, ge=0)
+    devices_together: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=50, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     evaluate_every: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "float32"] = "auto"
     compile: Compile = "auto"
@@ -196,6 +208,18 @@ class UptrainConfig(_Strict):
         """Rows a step of the stage, and tokens in a row."""
         length = self.sequence_length // stage.cut
         return max(1, int(self.batch_tokens * stage.batch_share) // length), length
+
+    def refuse_uneven(self, processes: int) -> None:
+        """Raise SupraError when a batch cannot be shared evenly by so many processes."""
+        for index, stage in enumerate(self.stages):
+            rows, length = self.batch_shape(stage)
+            if rows % processes:
+                wanted = math.ceil(processes * length / stage.batch_share)
+                raise SupraError(
+                    f"stage {index} ({stage.kind}) has {rows} rows of {length} tokens a step, "
+                    f"which {processes} processes cannot share evenly: set batch_tokens to a "
+                    f"multiple of {wanted}"
+                )
 
     def stage_steps(self) -> list[int]:
         """Optimiser steps of each stage; every stage gets at least one."""

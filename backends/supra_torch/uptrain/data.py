@@ -101,18 +101,20 @@ class Mixture:
         """Tokens in a sequence, of every part alike."""
         return self.parts[0].length
 
-    def batch(self, seen: int, size: int, cut: int = 1) -> npt.NDArray[np.int64]:
-        """The rows after ``seen`` tokens, (size, length / cut).
+    def batch(
+        self, seen: int, size: int, cut: int = 1, part: slice = slice(None)
+    ) -> npt.NDArray[np.int64]:
+        """The rows after ``seen`` tokens, (size, length / cut), or ``part`` of them.
 
         Every sequence is cut into ``cut`` rows; ``seen`` is rounded up to whole rows.
         """
         row_length = self.length // cut
         first = -(-seen // row_length)
         rows = []
-        for place in range(first, first + size):
+        for place in range(first, first + size)[part]:
             number, piece = divmod(place, cut)
-            part, index = self.source(number)
-            sequence = self.parts[part].sequence(index)
+            text, index = self.source(number)
+            sequence = self.parts[text].sequence(index)
             rows.append(sequence[piece * row_length : (piece + 1) * row_length])
         return np.stack(rows)
 

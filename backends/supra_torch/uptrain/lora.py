@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from supra_core import layout
+from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.mixers import Mixer
-from supra_torch.model import SupraModel, lazy_tensors
+from supra_torch.model import SupraModel
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # What torch's parametrizations call the frozen weight and what is added to it.
@@ -23,17 +26,23 @@ _FROZEN = "parametrizations.weight.original"
 _ADDED = "parametrizations.weight.0."
 
 
-class LowRank(nn.Module):
-    """weight + alpha / rank B A; A (rank, in) at random, B (out, rank) zero at first."""
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters' tensors by their names in the module; what is added has the factor alpha / rank."""
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> None:
+    rank: int
+    alpha: float
+    tensors: Mapping[str, LazyTensor]
+
+
+class LowRank(nn.Module):
+    """weight + alpha / rank B A; A (rank, in), B (out, rank)."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
         outputs, inputs = weight.shape
-        # Kaiming's uniform with a = sqrt(5), as LoRA's own code draws it.
-        bound = 1.0 / math.sqrt(inputs)
-        drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
-        self.A = nn.Parameter(drawn.to(weight.device))
-        self.B = nn.Parameter(torch.zeros(outputs, rank, device=weight.device))
+        self.A = nn.Parameter(torch.empty(rank, inputs, device=weight.device))
+        self.B = nn.Parameter(torch.empty(outputs, rank, device=weight.device))
         self.scale = alpha / rank
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -42,19 +51,28 @@ class LowRank(nn.Module):
             return weight + self.scale * (self.B @ self.A)
 
 
-def attach(model: SupraModel, rank: int, alpha: float, seed: int) -> None:
-    """Give every mixer's four projections an adapter, which changes nothing yet."""
+def begun(spec: ModelSpec, rank: int, alpha: float, seed: int) -> Adapters:
+    """Adapters that change nothing yet: A at random, B zero."""
     generator = torch.Generator().manual_seed(seed)
-    for projection in _projections(model):
-        adapter = LowRank(projection.weight, rank, alpha, generator)
-        parametrize.register_parametrization(projection, "weight", adapter)
+    shapes, tensors = layout.tensor_shapes(spec), {}
+    for index in range(spec.num_hidden_layers):
+        for target in _TARGETS:
+            name = f"{layout.layer_prefix(index)}self_attn.{target}."
+            outputs, inputs = shapes[name + "weight"]
+            # Kaiming's uniform with a = sqrt(5), as LoRA's own code draws it.
+            bound = 1.0 / math.sqrt(inputs)
+            drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+            tensors[name + _ADDED + "A"] = LazyTensor.of(drawn.numpy())
+            tensors[name + _ADDED + "B"] = LazyTensor.of(torch.zeros(outputs, rank).numpy())
+    return Adapters(rank, alpha, tensors)
 
 
-def merge(model: SupraModel) -> None:
-    """Add the adapters, if there are any, to their weights and take them away."""
+def attach(model: SupraModel, adapters: Adapters) -> None:
+    """Give every mixer's four projections an adapter, whose numbers are still to be filled in."""
     for projection in _projections(model):
-        if parametrize.is_parametrized(projection, "weight"):
-            parametrize.remove_parametrizations(projection, "weight", leave_parametrized=True)
+        adapter = LowRank(projection.weight, adapters.rank, adapters.alpha)
+        # Unsafe leaves out a trial call, which a weight without numbers cannot have.
+        parametrize.register_parametrization(projection, "weight", adapter, unsafe=True)
 
 
 def is_adapter(name: str) -> bool:
@@ -62,32 +80,21 @@ def is_adapter(name: str) -> bool:
     return _ADDED in name
 
 
-def frozen_tensors(model: SupraModel) -> dict[str, LazyTensor]:
-    """The weights without their adapters under their canonical names, for a writer."""
-    return {
-        name.replace(_FROZEN, "weight"): tensor
-        for name, tensor in lazy_tensors(model).items()
-        if not is_adapter(name)
+def canonical(name: str) -> str:
+    """The name of a parameter in the layout; adapters, which have none there, keep theirs."""
+    return name.replace(_FROZEN, "weight")
+
+
+@torch.no_grad()
+def merged(model: SupraModel) -> dict[str, Tensor]:
+    """The weights under their canonical names, with the adapters, if there are any, added."""
+    weights: dict[str, Tensor] = {
+        canonical(n): p for n, p in model.named_parameters() if not is_adapter(n)
     }
-
-
-def adapters(model: SupraModel) -> dict[str, Tensor]:
-    """The adapters' tensors by name; none outside a stage that trains them."""
-    return {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-        if is_adapter(name)
-    }
-
-
-def load_adapters(model: SupraModel, stored: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`adapters` gave; the names must be the same."""
-    own = {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
-    if own.keys() != stored.keys():
-        raise ValueError("these are the adapters of another stage")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(stored[name])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
+            weights[name + ".weight"] = module.weight
+    return weights
 
 
 def _projections(model: SupraModel) -> Iterator[nn.Linear]:

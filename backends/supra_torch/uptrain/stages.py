@@ -21,38 +21,44 @@ from supra_torch.model import Layer, SupraModel
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
 from supra_torch.uptrain.config import ModelPart, Stage, StageKind
 from supra_torch.uptrain.lora import is_adapter
+from supra_torch.uptrain.sharding import gathered
 from supra_torch.uptrain.step import adamw
 
 
 def gradients(
-    kind: StageKind, student: SupraModel, teacher: SupraModel | None, ids: Tensor
+    kind: StageKind,
+    student: SupraModel,
+    teacher: SupraModel | None,
+    ids: Tensor,
+    share: float = 1.0,
 ) -> Tensor:
-    """Accumulate the gradients of a stage's loss on ids (B, T); returns the loss.
+    """Accumulate the gradients of a stage's loss on ids (B, T), times ``share``; returns both.
 
-    Nothing here waits for the device.
+    ``share``: of the batch that these rows are; every loss is a mean over rows. Nothing here
+    waits for the device.
     """
     if kind == "uptrain":
-        return uptrain(student, ids)
+        return uptrain(student, ids, share)
     if teacher is None:
         raise ValueError(f"a {kind} stage needs a teacher")
     if kind == "transfer":
-        return transfer(student, teacher, ids)
-    return distill(student, teacher, ids)
+        return transfer(student, teacher, ids, share)
+    return distill(student, teacher, ids, share)
 
 
-def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor) -> Tensor:
+def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor, share: float = 1.0) -> Tensor:
     """Accumulate gradients of every linear mixer's error; ids (B, T).
 
     The error of a layer is the squared difference of the mixers' outputs over the teacher's
-    mean square, so that all layers count alike (stage 1 of LoLCATs, arXiv 2410.10254). Returns
-    its mean over linear layers.
+    mean square in the row, so that all layers count alike (stage 1 of LoLCATs, arXiv 2410.10254).
+    Returns its mean over linear layers.
     """
     total, linear = torch.zeros((), dtype=torch.float64, device=ids.device), 0
     for ours, x, target, positions in teacher_forced(student, teacher, ids):
         if is_linear(ours):
-            output, _ = ours.self_attn(x, positions, None, None)
-            scale = target.float().square().mean().clamp(min=1e-12)
-            loss = (output.float() - target.float()).square().mean() / scale
+            output = ours.mix(x, positions)
+            scale = target.float().square().mean((1, 2), keepdim=True).clamp(min=1e-12)
+            loss = ((output.float() - target.float()).square() / scale).mean() * share
             loss.backward()  # type: ignore[no-untyped-call]
             total, linear = total + loss.detach(), linear + 1
     return total / max(linear, 1)
@@ -67,44 +73,44 @@ def teacher_forced(
     the positions. Errors of one layer do not reach the next.
     """
     positions = teacher.positions(ids)
-    with torch.no_grad():
+    with torch.no_grad(), gathered(teacher):
         h = teacher.embed(ids)
     for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
         assert isinstance(ours, Layer) and isinstance(theirs, Layer)
-        with torch.no_grad():
+        with torch.no_grad(), gathered(theirs):
             x = theirs.mixer_input(h)
             target, _ = theirs.self_attn(x, positions, None, None)
-        yield ours, x, target, positions
-        with torch.no_grad():
             h = h + target
             h = h + theirs.feed_forward(h)
+        yield ours, x, target, positions
 
 
-def distill(student: SupraModel, teacher: SupraModel, ids: Tensor) -> Tensor:
+def distill(student: SupraModel, teacher: SupraModel, ids: Tensor, share: float = 1.0) -> Tensor:
     """Accumulate gradients of KL(teacher || student), the mean over tokens in nats; ids (B, T)."""
     with torch.no_grad():
-        target, _ = teacher.hidden(ids)
-    hidden, _ = student.hidden(ids)
+        target, _ = teacher.hidden(ids, remember=False)
+    hidden, _ = student.hidden(ids, remember=False)
     loss = linear_kl_divergence(
         for_products(hidden).flatten(0, 1),
         student.head_weight,
         target.flatten(0, 1),
         teacher.head_weight,
     )
+    loss = loss * share
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
-def uptrain(student: SupraModel, ids: Tensor) -> Tensor:
+def uptrain(student: SupraModel, ids: Tensor, share: float = 1.0) -> Tensor:
     """Accumulate gradients of :func:`next_token_loss`; ids (B, T)."""
-    loss = next_token_loss(student, ids)
+    loss = next_token_loss(student, ids) * share
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
 def next_token_loss(model: SupraModel, ids: Tensor) -> Tensor:
     """Mean over ids (B, T), their first tokens left out, of -log p(token | before), in nats."""
-    hidden, _ = model.hidden(ids)
+    hidden, _ = model.hidden(ids, remember=False)
     hidden = for_products(hidden)[:, :-1].flatten(0, 1)
     return linear_cross_entropy(hidden, model.head_weight, ids[:, 1:].flatten())
 

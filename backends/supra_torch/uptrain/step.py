@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from supra_torch.uptrain.config import Stage
 
@@ -55,15 +56,18 @@ def training_step(
     *,
     learning_rate_factor: float,
     clip: float,
+    mean: Callable[[float], float] = lambda loss: loss,
 ) -> tuple[float, float]:
     """Gradients by ``accumulate``, which returns the loss; clip; optimiser. Loss, gradient norm.
 
-    Raises FloatingPointError, with no weight moved, when either is not finite.
+    ``mean``: of the losses of all processes that share the step. Raises FloatingPointError, with
+    no weight moved, when either is not finite.
     """
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * learning_rate_factor
-    loss = accumulate().item()
-    norm = nn.utils.clip_grad_norm_(list(trained_parameters(optimiser)), clip).item()
+    loss = mean(accumulate().item())
+    total = nn.utils.clip_grad_norm_(list(trained_parameters(optimiser)), clip)
+    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
     optimiser.step()

@@ -1,0 +1,133 @@
+"""A run's folder: whose it is, and its log.
+
+``RUN/run.json`` resolved config and versions; ``metrics.jsonl`` one object a step;
+``data/`` the tokenised text; ``checkpoints/``; ``model/`` the finished artifact.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from supra_core.errors import SupraError
+from supra_core.formats.atomic import atomic_file
+from supra_core.formats.jsonfile import read_object
+from supra_torch.uptrain.checkpoint import Place
+from supra_torch.uptrain.config import UptrainConfig
+
+
+def metrics_of(run: Path) -> Path:
+    """The log; it exists from the first step on."""
+    return run / "metrics.jsonl"
+
+
+def refuse_another_run(run: Path, config: UptrainConfig) -> None:
+    """Raise SupraError when ``run`` is no run, or one that trained with other settings."""
+    if run.exists() and not run.is_dir():
+        raise SupraError(f"{run} is a file: name a folder for the run")
+    file = run / "run.json"
+    if not file.is_file():
+        if run.is_dir() and any(run.iterdir()):
+            raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
+        return
+    before, stated = read_object(file).get("config"), config.model_dump(mode="json")
+    if not isinstance(before, dict):
+        raise SupraError(f"{file} has no config: name another run folder")
+    # A setting that is younger than the run had its default then.
+    defaults = {key: field.default for key, field in UptrainConfig.model_fields.items()}
+    different = [
+        key
+        for key in stated
+        if key not in config.FREE and before.get(key, defaults[key]) != stated[key]
+    ]
+    if different and metrics_of(run).is_file():
+        key = different[0]
+        values = (before.get(key, defaults[key]), stated[key])
+        plain = all(isinstance(value, str | int | float) for value in values)
+        said = f" ({key} was {values[0]} and is {values[1]} now)" if plain else ""
+        raise SupraError(
+            f"{run} was begun with another setting of {key}{said}: resume with the same settings, "
+            "or name another run folder"
+        )
+    if different:
+        # It never took a step: a corrected setting may begin it again.
+        unclaim(run, existed=True)
+
+
+def claim(run: Path, config: UptrainConfig, precision: str, processes: int) -> None:
+    """Write run.json, unless the run has one already."""
+    file = run / "run.json"
+    if file.is_file():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    packages = ("supra-lm", "torch", "numpy", "safetensors", "tokenizers")
+    record = {
+        "config": config.model_dump(mode="json"),
+        "teacher": _absolute(config.teacher or config.model),
+        "precision": precision,
+        "processes": processes,
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "machine": platform.machine(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    with atomic_file(file) as beside:
+        beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def unclaim(run: Path, existed: bool) -> None:
+    """Remove what a run that never took a step has made; only an ``existed`` folder stays."""
+    (run / "run.json").unlink()
+    (run / "calibrated.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(run / "data", ignore_errors=True)
+    if not existed:
+        run.rmdir()
+
+
+def log(run: Path, record: Mapping[str, Any]) -> None:
+    """Append one line to the log."""
+    with open(metrics_of(run), "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def trim_log(run: Path, place: Place) -> None:
+    """Drop what was logged after the checkpoint that the run goes on from."""
+    file = metrics_of(run)
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text("utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # A line cut off by a kill.
+        if record["step"] <= place.step and (place.step or "calibration" in record):
+            kept.append(line + "\n")
+    with atomic_file(file) as beside:
+        beside.write_text("".join(kept), encoding="utf-8")
+
+
+def logged_losses(run: Path, place: Place) -> list[float]:
+    """The losses of the stage under way up to ``place``, as they were logged."""
+    if not place.stage_step:
+        return []
+    records = [json.loads(line) for line in metrics_of(run).read_text("utf-8").splitlines()]
+    first = place.step - place.stage_step
+    return [record["loss"] for record in records if "loss" in record and record["step"] > first]
+
+
+def _absolute(model: str) -> str:
+    """The model's path from wherever it is looked for; a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

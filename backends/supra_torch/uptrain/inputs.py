@@ -1,0 +1,94 @@
+"""What a run begins with: its student, and the transformer that it learns from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from supra_core.errors import SupraError
+from supra_core.linearize import LinearizeOptions, linear_spec, linearize
+from supra_core.sources import Source, open_source
+from supra_core.spec import ModelSpec
+from supra_core.teacher import holds_original, original, original_spec
+from supra_core.tensors import TensorSource
+from supra_torch.uptrain.config import UptrainConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The student as it begins, and the transformer to learn from where there is one."""
+
+    student_spec: ModelSpec
+    student_tensors: TensorSource
+    student_assets: dict[str, bytes]
+    teacher: tuple[ModelSpec, TensorSource] | None
+
+
+def open_inputs(config: UptrainConfig) -> Inputs:
+    """What ``config`` names; a transformer is linearized. Raises SupraError without a teacher."""
+    model = open_source(config.model)
+    teacher = _teacher_of(config, model)
+    if model.spec.is_transformer:
+        spec, tensors = linearize(model.spec, model.tensors, _linearize_options(config))
+        return Inputs(spec, tensors, model.assets(), teacher)
+    begins: TensorSource = model.tensors
+    if config.calibrate == "heads" and holds_original(model):
+        # Fitted output projections learn more slowly than the transformer's own.
+        begins = {**begins, **model.originals}
+    return Inputs(model.spec, begins, model.assets(), teacher)
+
+
+def _linearize_options(config: UptrainConfig) -> LinearizeOptions:
+    return LinearizeOptions(**config.linearize.model_dump(), seed=config.seed)
+
+
+def refuse_another_recipe(config: UptrainConfig, spec: ModelSpec) -> None:
+    """Raise SupraError when the recipe describes other mixers than the student has.
+
+    Only one that was converted before can have others.
+    """
+    made, preset = spec.provenance.recipe, config.linearize.preset
+    if not made:
+        return
+    if made != preset:
+        raise SupraError(
+            f"{config.model} was converted by recipe {made}, and {config.recipe} begins with "
+            f"{preset}: uptrain it with --recipe {made}, or name the transformer as the model"
+        )
+    # A conversion may have chosen otherwise than its preset: only what is stated must agree.
+    if not config.linearize.model_dump(exclude_defaults=True, exclude={"preset"}):
+        return
+    expected = linear_spec(original_spec(spec), _linearize_options(config))
+    if [layer.mixer for layer in expected.layers] != [layer.mixer for layer in spec.layers]:
+        raise SupraError(
+            f"{config.model} was converted to other mixers than {config.recipe} and the settings "
+            "of linearize describe: leave those out, or name the transformer as the model"
+        )
+
+
+def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, TensorSource] | None:
+    """The transformer to learn from: named, the model itself, inside it, or not needed."""
+    if config.teacher is not None:
+        teacher = open_source(config.teacher)
+        _check_teacher(config, model.spec, teacher)
+        return teacher.spec, teacher.tensors
+    if model.spec.is_transformer:
+        return model.spec, model.tensors
+    if holds_original(model):
+        return original(model)
+    if config.needs_teacher:
+        raise SupraError(
+            f"{config.model} no longer holds the transformer to learn from: name it with "
+            "--set teacher=PATH"
+        )
+    return None
+
+
+def _check_teacher(config: UptrainConfig, student: ModelSpec, teacher: Source) -> None:
+    if not teacher.spec.is_transformer:
+        raise SupraError(f"{config.teacher} is no transformer: name the original as teacher")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if getattr(teacher.spec, name) != getattr(student, name):
+            raise SupraError(
+                f"{config.teacher} has another {name} than {config.model}: name the transformer "
+                "it was converted from as teacher"
+            )

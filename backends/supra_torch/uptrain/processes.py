@@ -1,0 +1,129 @@
+"""The processes of a run: one, or as many as torchrun started, one a device.
+
+What torchrun sets in the environment decides: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from supra_core.errors import SupraError
+
+# The first process may tokenise a large text while the others wait.
+_PATIENCE = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """All processes of a run, seen from one of them.
+
+    ``mesh``: over which models are sharded, and along its first axis, if it has two, replicated;
+    None for a process that was not started by torchrun. ``control``: a group for the CPU, for
+    waiting and for what is decided together; ``saving``: another, for checkpoints that are
+    written meanwhile.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    control: dist.ProcessGroup | None = None
+    saving: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and talks."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.mesh is not None:
+            dist.barrier(self.control)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process runs the block before the others do."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+    def share(self, rows: int) -> slice:
+        """This process's part of a batch's rows; they are a multiple of the processes."""
+        own = rows // self.size
+        return slice(self.rank * own, (self.rank + 1) * own)
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Each value summed over all processes, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def maxima(self, values: list[float]) -> list[float]:
+        """Each value's largest over all processes."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.mesh is None:
+            return values
+        reduced = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(reduced, operation, self.control)
+        return reduced.tolist()
+
+
+def alone() -> Processes:
+    """A single process, on the GPU if there is one."""
+    return Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def processes(devices_together: int = 0) -> Iterator[Processes]:
+    """Join the others, where torchrun started this process; leave them at the end.
+
+    Models are sharded over ``devices_together`` devices (0: over all of a node if there are
+    several nodes, else over all), and replicated over as many groups of them. Raises SupraError
+    when that does not divide the number of processes.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield alone()
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    together = devices_together or local_size
+    if size % together:
+        raise SupraError(
+            f"devices_together: {size} processes are no multiple of {together}: set a divisor of "
+            "them, or start as many on every node"
+        )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise SupraError(
+                f"{local_size} processes on {socket.gethostname()}, which has "
+                f"{torch.cuda.device_count()} GPUs: start one process a GPU (--nproc-per-node)"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    try:
+        shape, names = (size,), ("shard",)
+        if together < size:
+            shape, names = (size // together, together), ("replicate", "shard")  # type: ignore[assignment]
+        yield Processes(
+            rank,
+            size,
+            device,
+            init_device_mesh(device.type, shape, mesh_dim_names=names),
+            dist.new_group(backend="gloo", timeout=_PATIENCE),
+            dist.new_group(backend="gloo", timeout=_PATIENCE),
+        )
+    finally:
+        dist.destroy_process_group()

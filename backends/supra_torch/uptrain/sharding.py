@@ -1,0 +1,112 @@
+"""Models that no process holds whole: FSDP2 over the processes, each reading its own rows.
+
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+
+Weights are gathered in their own type and products taken by autocast, so that one process and
+many compute the same; gradients are reduced in float32, the type of trained weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from supra_core import layout
+from supra_core.spec import ModelSpec
+from supra_core.tensors import LazyTensor
+from supra_torch.model import Layer, SupraModel, numbers, to_torch
+from supra_torch.uptrain import lora
+from supra_torch.uptrain.processes import Processes
+
+
+def load_model(
+    spec: ModelSpec,
+    tensors: Mapping[str, LazyTensor],
+    processes: Processes,
+    *,
+    dtype: torch.dtype,
+    adapters: lora.Adapters | None = None,
+) -> SupraModel:
+    """The module on its device, with this process's part of the weights.
+
+    ``adapters``: of a stage that trains them, by their names in the module. Raises LayoutError
+    when names or shapes differ from the spec's.
+    """
+    layout.check_tensors(spec, {name: t.shape for name, t in tensors.items()}, "the model")
+    with torch.device("meta"):
+        model = SupraModel(spec)
+        if adapters is not None:
+            lora.attach(model, adapters)
+    for name, parameter in model.named_parameters():
+        keep = name.endswith(layout.FLOAT32_SUFFIXES) or lora.is_adapter(name)
+        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+    if processes.mesh is not None:
+        _shard(model, processes.mesh)
+    model.to_empty(device=processes.device)
+    named = {**tensors, **(adapters.tensors if adapters else {})}
+    for name, parameter in model.named_parameters():
+        fill(parameter, named[lora.canonical(name)])
+    if processes.mesh is not None:
+        _settle(model, processes.device)
+    return model
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, source: LazyTensor) -> None:
+    """Copy ``source`` into a tensor, or into the part of it that this process holds."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(to_torch(source))
+        return
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    if 0 not in shape:
+        tensor.to_local().copy_(numbers(source.rows(offset[0], offset[0] + shape[0])))
+
+
+def _shard(model: SupraModel, mesh: DeviceMesh) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+        register_fsdp_forward_method(layer, "mix")
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def _settle(model: SupraModel, device: torch.device) -> None:
+    """Let FSDP know its root, before a layer is called by itself."""
+    with torch.no_grad():
+        model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device), remember=False)
+    release(model)
+
+
+def release(model: nn.Module) -> None:
+    """Let go of weights that were gathered for a forward without a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered(module: SupraModel | Layer) -> Iterator[None]:
+    """The module's own weights are whole inside, for forwards that are not its own method's."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def synchronise(model: nn.Module, wanted: bool) -> None:
+    """Whether backward reduces gradients over processes, or only adds them up here."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)

@@ -1,0 +1,107 @@
+"""Many processes are one: the same losses, the same weights, and either goes on from the other."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from supra_core.errors import SupraError  # noqa: E402
+from supra_torch.uptrain import checkpoint  # noqa: E402
+from supra_torch.uptrain.config import UptrainConfig  # noqa: E402
+from tests.torch.uptraining import (  # noqa: E402
+    complete_lines,
+    logged_losses,
+    run_in_process,
+    run_in_processes,
+    weights_in,
+)
+
+# Float32 sums over rows in another order. A divergence near zero is the difference of two cross
+# entropies, each about ln V, and has their error.
+RELATIVE, ABSOLUTE = 1e-6, 1e-6 * math.log(300)
+
+
+@pytest.fixture(scope="module")
+def shared(settings: UptrainConfig) -> UptrainConfig:
+    """Eight steps of four rows in each kind of stage."""
+    stages = (*settings.stages, settings.stages[1].model_copy(update={"kind": "uptrain"}))
+    return settings.model_copy(update={"batch_tokens": 128, "tokens": 24 * 128, "stages": stages})
+
+
+@pytest.fixture(scope="module")
+def alone(shared: UptrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "alone"
+    assert run_in_process(shared, run).wait() == 0
+    return run
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_as_many_losses_as_one(
+    shared: UptrainConfig, alone: Path, tmp_path: Path, count: int
+) -> None:
+    run = tmp_path / "run"
+    assert run_in_processes(shared, run, count).wait() == 0
+    expected = logged_losses(alone)
+    assert len(expected) == 24
+    np.testing.assert_allclose(logged_losses(run), expected, rtol=RELATIVE, atol=ABSOLUTE)
+    ours, theirs = weights_in(run / "model"), weights_in(alone / "model")
+    for name, expected_weight in theirs.items():
+        # AdamW's first steps have the size of the learning rate, whatever the gradient's.
+        np.testing.assert_allclose(ours[name], expected_weight, rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_it_goes_on_with_another_number_of_processes(
+    shared: UptrainConfig, alone: Path, tmp_path: Path
+) -> None:
+    """Terminated in the stage of one count, it ends with another; the logs are one run's."""
+    run = tmp_path / "run"
+    _terminate(run_in_processes(shared, run, 2, pause=0.05), run, after=11)
+    saved = checkpoint.read_place(checkpoint.checkpoints(run)[-1])
+    assert 0 < saved.stage_step < 8
+    assert run_in_process(shared, run).wait() == 0
+    np.testing.assert_allclose(
+        logged_losses(run), logged_losses(alone), rtol=RELATIVE, atol=ABSOLUTE
+    )
+
+
+def test_terminated_and_resumed_ends_the_same(shared: UptrainConfig, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert run_in_processes(shared, whole, 2).wait() == 0
+    _terminate(run_in_processes(shared, run, 2, pause=0.05), run, after=5)
+    assert run_in_processes(shared, run, 2).wait() == 0
+    assert logged_losses(run) == logged_losses(whole)
+    ours, theirs = weights_in(run / "model"), weights_in(whole / "model")
+    for name, expected in theirs.items():
+        np.testing.assert_array_equal(ours[name], expected)
+
+
+def test_sigterm_says_start_again(shared: UptrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _terminate(run_in_process(shared, run, pause=0.05), run, after=5) == 75
+    assert checkpoint.read_place(checkpoint.checkpoints(run)[-1]).step == len(logged_losses(run))
+
+
+def test_an_uneven_share_is_refused(shared: UptrainConfig) -> None:
+    with pytest.raises(SupraError, match=r"4 rows of 32 .* 3 processes .* multiple of 96"):
+        shared.refuse_uneven(3)
+
+
+def _terminate(process: Any, run: Path, after: int) -> int:
+    """SIGTERM when so many steps are logged; the exit code."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").is_file() and len(complete_lines(run)) >= after:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    code: int = process.wait()
+    assert code != 0
+    return code
