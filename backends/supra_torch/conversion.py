@@ -18,7 +18,7 @@ from supra_core.tensors import LazyTensor, TensorSource
 from supra_core.text import encode, load_tokenizer
 from supra_torch.calibrate import LayerFit, calibrate_layers
 from supra_torch.model import Layer, SupraModel, build_layer, to_torch
-from supra_torch.uptrain.step import autocast, resolved_precision
+from supra_torch.uptrain.step import autocast, product_type, resolved_precision
 
 DEFAULT_TOKENS = 16_384
 _LENGTH = 512
@@ -79,7 +79,7 @@ def calibrated_tensors(
 
     One layer of each model is in memory at a time, on the device of ids.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = product_type(precision)
     found: dict[str, LazyTensor] = {}
 
     def pairs() -> Iterator[tuple[Layer, Layer]]:

@@ -83,6 +83,8 @@ def _joined(folder: Path, name: str, parts: list[_Part]) -> LazyTensor:
             f"{folder}: the parts of {name} do not make one tensor: a file is missing or belongs "
             "to another checkpoint"
         )
+    if len(parts) == 1:
+        return parts[0].tensor
     dtype = dtypes.pop()
 
     def rows(start: int, stop: int) -> Array:
@@ -95,8 +97,6 @@ def _joined(folder: Path, name: str, parts: list[_Part]) -> LazyTensor:
                 out[place] = part.tensor.rows(first - part.offsets[0], last - part.offsets[0])
         return out
 
-    if len(parts) == 1:
-        return parts[0].tensor
     return LazyTensor(shape, dtype, lambda: rows(0, shape[0]), rows)
 
 

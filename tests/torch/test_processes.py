@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
-    complete_lines,
+    end_by,
     logged_losses,
     run_in_process,
     run_in_processes,
@@ -63,7 +61,7 @@ def test_it_goes_on_with_another_number_of_processes(
 ) -> None:
     """Terminated in the stage of one count, it ends with another; the logs are one run's."""
     run = tmp_path / "run"
-    _terminate(run_in_processes(shared, run, 2, pause=0.05), run, after=11)
+    assert end_by(signal.SIGTERM, run_in_processes(shared, run, 2, pause=0.05), run, 11) != 0
     saved = checkpoint.read_place(checkpoint.checkpoints(run)[-1])
     assert 0 < saved.stage_step < 8
     assert run_in_process(shared, run).wait() == 0
@@ -75,7 +73,7 @@ def test_it_goes_on_with_another_number_of_processes(
 def test_terminated_and_resumed_ends_the_same(shared: UptrainConfig, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert run_in_processes(shared, whole, 2).wait() == 0
-    _terminate(run_in_processes(shared, run, 2, pause=0.05), run, after=5)
+    assert end_by(signal.SIGTERM, run_in_processes(shared, run, 2, pause=0.05), run, 5) != 0
     assert run_in_processes(shared, run, 2).wait() == 0
     assert logged_losses(run) == logged_losses(whole)
     ours, theirs = weights_in(run / "model"), weights_in(whole / "model")
@@ -85,23 +83,10 @@ def test_terminated_and_resumed_ends_the_same(shared: UptrainConfig, tmp_path: P
 
 def test_sigterm_says_start_again(shared: UptrainConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert _terminate(run_in_process(shared, run, pause=0.05), run, after=5) == 75
+    assert end_by(signal.SIGTERM, run_in_process(shared, run, pause=0.05), run, 5) == 75
     assert checkpoint.read_place(checkpoint.checkpoints(run)[-1]).step == len(logged_losses(run))
 
 
 def test_an_uneven_share_is_refused(shared: UptrainConfig) -> None:
     with pytest.raises(SupraError, match=r"4 rows of 32 .* 3 processes .* multiple of 96"):
         shared.refuse_uneven(3)
-
-
-def _terminate(process: Any, run: Path, after: int) -> int:
-    """SIGTERM when so many steps are logged; the exit code."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").is_file() and len(complete_lines(run)) >= after:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    code: int = process.wait()
-    assert code != 0
-    return code

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import Stop  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
-    complete_lines,
+    end_by,
     logged_losses,
     run_in_process,
     weights_in,
@@ -60,13 +59,7 @@ def test_killed_and_resumed_ends_the_same(
     run = tmp_path / "killed"
     for wanted in (5, 14):
         process = run_in_process(settings, run, pause=0.05)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (run / "metrics.jsonl").is_file() and len(complete_lines(run)) >= wanted:
-                break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        assert end_by(signal.SIGKILL, process, run, wanted) == -signal.SIGKILL
     assert run_in_process(settings, run).wait() == 0
     assert logged_losses(run) == logged_losses(finished)
     ours, theirs = weights_in(run / "model"), weights_in(finished / "model")

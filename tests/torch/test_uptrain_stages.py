@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from supra_torch.uptrain.run import uptrain  # noqa: E402
 from supra_torch.uptrain.train import learning_rate_factor  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     SETTINGS,
-    complete_lines,
+    end_by,
     logged_losses,
     run_in_process,
     weights_in,
@@ -68,14 +67,8 @@ def test_adapters_resume_to_the_last_bit(low_rank: UptrainConfig, tmp_path: Path
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_in_process(low_rank, whole).wait() == 0
     process = run_in_process(low_rank, killed, pause=0.05)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        # In the second stage, after a checkpoint with adapters.
-        if (killed / "metrics.jsonl").is_file() and len(complete_lines(killed)) >= 16:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    # In the second stage, after a checkpoint with adapters.
+    end_by(signal.SIGKILL, process, killed, 16)
     assert (checkpoint.checkpoints(killed)[-1] / "adapters").is_dir()
     assert run_in_process(low_rank, killed).wait() == 0
     assert logged_losses(killed) == logged_losses(whole)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,19 +49,26 @@ def run_in_process(settings: UptrainConfig, run: Path, pause: float = 0.0) -> An
     )
 
 
-def run_in_processes(
-    settings: UptrainConfig, run: Path, count: int, *, pause: float = 0.0, **options: str
-) -> Any:
+def run_in_processes(settings: UptrainConfig, run: Path, count: int, pause: float = 0.0) -> Any:
     """The same in ``count`` processes by torchrun, which is what is returned."""
     script = run.with_name(f"{run.name}.py")
     script.write_text(_script(pause))
-    given = {"nproc_per_node": str(count), **options}
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags, str(script)]
-        + _arguments(settings, run),
-        env=_environment(),
-    )  # fmt: skip
+        [sys.executable, *torchrun, str(script), *_arguments(settings, run)], env=_environment()
+    )
+
+
+def end_by(number: signal.Signals, process: Any, run: Path, after: int) -> int:
+    """Send a signal when so many steps are logged; the exit code."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").is_file() and len(complete_lines(run)) >= after:
+            break
+        time.sleep(0.02)
+    process.send_signal(number)
+    code: int = process.wait()
+    return code
 
 
 def _script(pause: float) -> str:

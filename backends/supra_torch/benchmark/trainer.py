@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from supra_core.errors import SupraError
 from supra_core.sources import open_source
-from supra_torch.uptrain import lora
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.compilation import compile_layers, compiles
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.inputs import open_inputs
 from supra_torch.uptrain.processes import Processes
-from supra_torch.uptrain.sharding import load_model
+from supra_torch.uptrain.sharding import frozen_teacher, trained_student
 from supra_torch.uptrain.stages import gradients, optimiser_for
 from supra_torch.uptrain.step import adamw, autocast, trained_parameters, training_step
 
@@ -79,19 +78,12 @@ def _ours(
 ) -> tuple[Gradients, torch.optim.Optimizer, int, int | None]:
     config, stage = training.config, training.config.stages[0]
     inputs = open_inputs(config)
-    spec, adapters = inputs.student_spec, None
-    if stage.lora_rank is not None:
-        adapters = lora.begun(spec, stage.lora_rank, stage.lora_alpha, config.seed)
     one = Processes(0, 1, device)
-    student = load_model(
-        spec, inputs.student_tensors, one, dtype=torch.float32, adapters=adapters
-    ).train()
-    student.activation_checkpointing = config.activation_checkpointing
+    student = trained_student(config, stage, inputs.student_spec, inputs.student_tensors, one)
     teacher = None
     if config.needs_teacher:
         assert inputs.teacher is not None
-        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        teacher = load_model(*inputs.teacher, one, dtype=dtype).eval().requires_grad_(False)
+        teacher = frozen_teacher(*inputs.teacher, training.precision, one)
 
     def compute(ids: Tensor) -> Tensor:
         with autocast(device, training.precision):

@@ -66,15 +66,21 @@ class Checkpoints:
     """Writes a run's checkpoints, one at a time, beside the training.
 
     ``kept``: how many of the newest stay, beside the one of the lowest held-out perplexity.
+    ``saved``: the place of the newest one.
     """
 
     def __init__(
-        self, run: Path, processes: Processes, assets: Mapping[str, bytes], kept: int
+        self,
+        run: Path,
+        processes: Processes,
+        assets: Mapping[str, bytes],
+        kept: int,
+        saved: Place,
     ) -> None:
         self._run, self._processes, self._assets, self._kept = run, processes, assets, kept
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self.saved = Place()
+        self.saved = saved
 
     def save(
         self,
@@ -153,8 +159,8 @@ class Checkpoints:
 
     def _drop_old(self) -> None:
         found = checkpoints(self._run)
-        measured = [c for c in found if read_place(c).perplexity is not None]
-        best = min(measured, key=lambda c: read_place(c).perplexity or 0.0, default=None)
+        measured = [(place.perplexity, c) for c in found if (place := read_place(c)).perplexity]
+        best = min(measured, default=(None, None))[1]
         for old in found[: -self._kept]:
             if old != best:
                 shutil.rmtree(old)
@@ -193,6 +199,11 @@ def checkpoints(run: Path) -> list[Path]:
         return []
     found = (path for path in folder.iterdir() if path.name.startswith("step_"))
     return sorted(path for path in found if (path / "state.json").is_file())
+
+
+def newest(run: Path) -> Path | None:
+    """The last complete checkpoint, if there is one."""
+    return next(reversed(checkpoints(run)), None)
 
 
 def clear_partial(run: Path) -> None:

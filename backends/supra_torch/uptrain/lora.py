@@ -51,8 +51,8 @@ class LowRank(nn.Module):
             return weight + self.scale * (self.B @ self.A)
 
 
-def begun(spec: ModelSpec, rank: int, alpha: float, seed: int) -> Adapters:
-    """Adapters that change nothing yet: A at random, B zero."""
+def begun(spec: ModelSpec, rank: int, seed: int) -> dict[str, LazyTensor]:
+    """The tensors of adapters that change nothing yet: A at random, B zero."""
     generator = torch.Generator().manual_seed(seed)
     shapes, tensors = layout.tensor_shapes(spec), {}
     for index in range(spec.num_hidden_layers):
@@ -64,7 +64,7 @@ def begun(spec: ModelSpec, rank: int, alpha: float, seed: int) -> Adapters:
             drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
             tensors[name + _ADDED + "A"] = LazyTensor.of(drawn.numpy())
             tensors[name + _ADDED + "B"] = LazyTensor.of(torch.zeros(outputs, rank).numpy())
-    return Adapters(rank, alpha, tensors)
+    return tensors
 
 
 def attach(model: SupraModel, adapters: Adapters) -> None:

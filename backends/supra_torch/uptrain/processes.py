@@ -65,23 +65,11 @@ class Processes:
 
     def sums(self, values: list[float]) -> list[float]:
         """Each value summed over all processes, in float64."""
-        return self._reduced(values, dist.ReduceOp.SUM)
-
-    def maxima(self, values: list[float]) -> list[float]:
-        """Each value's largest over all processes."""
-        return self._reduced(values, dist.ReduceOp.MAX)
-
-    def _reduced(self, values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self.mesh is None:
             return values
         reduced = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(reduced, operation, self.control)
+        dist.all_reduce(reduced, group=self.control)
         return reduced.tolist()
-
-
-def alone() -> Processes:
-    """A single process, on the GPU if there is one."""
-    return Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager
@@ -93,7 +81,7 @@ def processes(devices_together: int = 0) -> Iterator[Processes]:
     when that does not divide the number of processes.
     """
     if "WORLD_SIZE" not in os.environ:
-        yield alone()
+        yield Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])

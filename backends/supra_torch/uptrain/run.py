@@ -31,7 +31,7 @@ from supra_torch.uptrain.folder import claim, log, metrics_of, refuse_another_ru
 from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.inputs import Inputs, open_inputs, refuse_another_recipe
 from supra_torch.uptrain.processes import Processes, processes
-from supra_torch.uptrain.sharding import load_model
+from supra_torch.uptrain.sharding import frozen_teacher
 from supra_torch.uptrain.step import resolved_precision
 from supra_torch.uptrain.train import Session, train
 
@@ -79,12 +79,9 @@ def _uptrain(
             checkpoint.clear_partial(run)
         begins = _calibrated(config, run, inputs, data, every, precision, progress)
     keep_freed_memory()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    teacher = None
-    if inputs.teacher is not None:
-        teacher = load_model(*inputs.teacher, every, dtype=dtype).eval().requires_grad_(False)
-    found = checkpoint.checkpoints(run)
-    place = checkpoint.read_place(found[-1]) if found else checkpoint.Place()
+    teacher = inputs.teacher and frozen_teacher(*inputs.teacher, precision, every)
+    newest = checkpoint.newest(run)
+    place = checkpoint.read_place(newest) if newest else checkpoint.Place()
     every.wait()
     if every.is_first:
         trim_log(run, place)
@@ -164,7 +161,7 @@ def _calibrated(
     origin = inputs.student_spec.provenance
     before = origin.trained_tokens or origin.calibration_tokens
     wanted = config.calibrate != "none" and config.calibrate_tokens and not before
-    if inputs.teacher is None or not wanted or checkpoint.checkpoints(run):
+    if inputs.teacher is None or not wanted or checkpoint.newest(run):
         return inputs.student_tensors
     if not file.is_file() and every.is_first:
         rows = max(2, config.calibrate_tokens // config.sequence_length)
@@ -188,7 +185,9 @@ def _calibrated(
 
 def _write_model(session: Session, progress: Progress) -> None:
     """The finished model, tensor by tensor from the last checkpoint."""
-    last = artifact.read(checkpoint.checkpoints(session.run)[-1] / "model")
+    newest = checkpoint.newest(session.run)
+    assert newest is not None
+    last = artifact.read(newest / "model")
     artifact.write(
         session.run / "model",
         last.spec,

@@ -23,7 +23,9 @@ from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.model import Layer, SupraModel, numbers, to_torch
 from supra_torch.uptrain import lora
+from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.processes import Processes
+from supra_torch.uptrain.step import product_type
 
 
 def load_model(
@@ -56,6 +58,33 @@ def load_model(
     if processes.mesh is not None:
         _settle(model, processes.device)
     return model
+
+
+def trained_student(
+    config: UptrainConfig,
+    stage: Stage,
+    spec: ModelSpec,
+    tensors: Mapping[str, LazyTensor],
+    processes: Processes,
+    adapters: Mapping[str, LazyTensor] | None = None,
+) -> SupraModel:
+    """What a stage trains; ``adapters``: as they were saved, None where they begin."""
+    added = None
+    if stage.lora_rank is not None:
+        if adapters is None:
+            adapters = lora.begun(spec, stage.lora_rank, config.seed)
+        added = lora.Adapters(stage.lora_rank, stage.lora_alpha, adapters)
+    student = load_model(spec, tensors, processes, dtype=torch.float32, adapters=added).train()
+    student.activation_checkpointing = config.activation_checkpointing
+    return student
+
+
+def frozen_teacher(
+    spec: ModelSpec, tensors: Mapping[str, LazyTensor], precision: str, processes: Processes
+) -> SupraModel:
+    """The transformer to learn from, in the type its products are taken in."""
+    teacher = load_model(spec, tensors, processes, dtype=product_type(precision))
+    return teacher.eval().requires_grad_(False)
 
 
 @torch.no_grad()

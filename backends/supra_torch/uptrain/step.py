@@ -23,6 +23,11 @@ def resolved_precision(precision: str, device: torch.device) -> str:
     return "bf16" if native else "float32"
 
 
+def product_type(precision: str) -> torch.dtype:
+    """The type that a precision's products are taken in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Products in bfloat16 over float32 weights, for the precision ``bf16``."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -19,7 +19,7 @@ from supra_core.progress import Progress
 from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.model import SupraModel
-from supra_torch.uptrain import checkpoint, lora
+from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.checkpoint import Checkpoints, Place
 from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
@@ -29,7 +29,7 @@ from supra_torch.uptrain.folder import log, logged_losses
 from supra_torch.uptrain.guard import LossGuard
 from supra_torch.uptrain.interrupts import Stop, stop_if_asked
 from supra_torch.uptrain.processes import Processes
-from supra_torch.uptrain.sharding import load_model, release, synchronise
+from supra_torch.uptrain.sharding import release, synchronise, trained_student
 from supra_torch.uptrain.stages import gradients, next_token_loss, optimiser_for
 from supra_torch.uptrain.step import autocast, trained_parameters, training_step
 
@@ -106,8 +106,9 @@ def train(session: Session, place: Place) -> dict[str, Any]:
         session = replace(session, teacher=None)
     if place.step == 0:
         session.log({"evaluation": "held_out", "teacher_perplexity": held_out, "step": 0})
-    saver = Checkpoints(session.run, session.processes, session.assets, config.keep_checkpoints)
-    saver.saved = place
+    saver = Checkpoints(
+        session.run, session.processes, session.assets, config.keep_checkpoints, place
+    )
     steps = config.stage_steps()
     while place.stage < len(steps):
         place = _run_stage(session, saver, place, steps[place.stage])
@@ -124,37 +125,25 @@ def train(session: Session, place: Place) -> dict[str, Any]:
     }
 
 
-def _student(session: Session, place: Place) -> SupraModel:
-    """The student at ``place``: of the newest checkpoint, or as the run begins."""
-    stage, tensors, adapters = session.config.stages[place.stage], session.begins, None
-    if place.step:
-        newest = checkpoint.checkpoints(session.run)[-1]
-        tensors = artifact.read(newest / "model").tensors
-    if stage.lora_rank is not None:
-        rank, alpha = stage.lora_rank, stage.lora_alpha
-        adapters = lora.begun(session.spec, rank, alpha, session.config.seed)
-        if place.stage_step:
-            adapters = replace(adapters, tensors=checkpoint.read_adapters(newest))
-    student = load_model(
-        session.spec, tensors, session.processes, dtype=torch.float32, adapters=adapters
-    ).train()
-    student.activation_checkpointing = session.config.activation_checkpointing
-    return student
-
-
 def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -> Place:
     """Train from ``place`` to the end of its stage: the beginning of the next one."""
     config, stage = session.config, session.config.stages[place.stage]
     saver.wait()
     session.processes.wait()
-    student = _student(session, place)
+    newest = checkpoint.newest(session.run)
+    tensors = artifact.read(newest / "model").tensors if newest else session.begins
+    # Adapters and the optimiser are a stage's own: only one that goes on has any to read.
+    within = newest if place.stage_step else None
+    student = trained_student(
+        config, stage, session.spec, tensors, session.processes,
+        checkpoint.read_adapters(within) if within and stage.lora_rank else None,
+    )  # fmt: skip
     if place.step == 0:
         place = _evaluate(session, place, student)
     optimiser = optimiser_for(student, stage)
     names = {parameter: name for name, parameter in student.named_parameters()}
-    if place.stage_step:
-        newest = checkpoint.checkpoints(session.run)[-1]
-        checkpoint.load_optimiser(newest, optimiser, names, place.stage_step)
+    if within:
+        checkpoint.load_optimiser(within, optimiser, names, place.stage_step)
     compute = session.gradients(stage, student, optimiser)
     guard = LossGuard(config.divergence, logged_losses(session.run, place))
 
@@ -164,9 +153,8 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     try:
         with Stop(_noticed(session)) as stop, session.compiled(stage, student):
             while place.stage_step < steps:
-                record, failed, asked = _step(
-                    session, place, compute, optimiser, steps, stop, saver
-                )
+                record = _step(session, place, compute, optimiser, steps)
+                failed, *asked = session.processes.sums([float(saver.failed), *stop.flags()])
                 place = replace(
                     place,
                     stage_step=place.stage_step + 1,
@@ -221,41 +209,29 @@ def _step(
     compute: Gradients,
     optimiser: torch.optim.Optimizer,
     steps: int,
-    stop: Stop,
-    saver: Checkpoints,
-) -> tuple[dict[str, Any], bool, list[float]]:
-    """One optimiser step: its line of metrics, and what any process has to tell all.
-
-    That is whether a checkpoint failed, and the signals that came.
-    """
+) -> dict[str, Any]:
+    """One optimiser step; returns its line of metrics."""
     stage, began = session.config.stages[place.stage], time.perf_counter()
+    every = session.processes
     rows, _ = session.config.batch_shape(stage)
-    own = session.processes.share(rows)
-    batch = session.data.batch(place.tokens, rows, stage.cut, own)
+    batch = session.data.batch(place.tokens, rows, stage.cut, every.share(rows))
     ids = torch.from_numpy(batch).to(session.device)
     factor = learning_rate_factor(place.stage_step, steps, stage.warmup, stage.final_learning_rate)
-    told: list[float] = []
-
-    def mean(loss: float) -> float:
-        every = session.processes
-        total, *told[:] = every.sums([loss, float(saver.failed), *stop.flags()])
-        return total / every.size
-
     try:
         loss, norm = training_step(
-            lambda: compute(ids), optimiser, learning_rate_factor=factor, clip=stage.clip, mean=mean
+            lambda: compute(ids),
+            optimiser,
+            learning_rate_factor=factor,
+            clip=stage.clip,
+            mean=lambda loss: every.sums([loss])[0] / every.size,
         )
     except FloatingPointError as error:
         raise SupraError(
             f"{session.run}: the loss is no longer finite at step {place.step + 1} ({error}): "
             f"lower stages.{place.stage}.learning_rate; the last checkpoint is kept"
         ) from None
-    seconds, tokens = time.perf_counter() - began, ids.numel() * session.processes.size
-    failed, *asked = told
-    if session.processes.mesh is None:
-        # What came since the loss was known counts, too: nobody else has to agree.
-        asked = stop.flags()
-    record = {
+    seconds, tokens = time.perf_counter() - began, ids.numel() * every.size
+    return {
         "stage": stage.kind,
         "stage_index": place.stage,
         "step": place.step + 1,
@@ -265,7 +241,6 @@ def _step(
         "step_tokens": tokens,
         "tokens_per_second": tokens / seconds,
     }
-    return record, bool(failed), asked
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, final: float) -> float:
