@@ -12,6 +12,7 @@ from supra_core.errors import SupraError
 from supra_core.progress import Progress, silent
 from supra_core.spec import LinearAttention
 from supra_torch.model import SupraModel
+from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.stages import is_linear, teacher_forced
 
 
@@ -46,7 +47,7 @@ def layer_errors(
     for row in range(len(ids)):
         progress(stage, row, len(ids))
         tokens = torch.from_numpy(np.asarray(ids[row : row + 1], dtype=np.int64)).to(device)
-        walk = teacher_forced(student, teacher, tokens)
+        walk = teacher_forced(student, teacher, Batch(tokens))
         for index, (ours, x, target, positions) in enumerate(walk):
             if is_linear(ours):
                 output, _ = ours.self_attn(x, positions, None, None)

@@ -36,12 +36,15 @@ class Positions:
     """The tokens' positions (B, T), and their rotation.
 
     ``tables``: for each number of channels the angles' cosines and sines, (B, T, 1, channels / 2)
-    float32, computed once a forward.
+    float32, computed once a forward. ``cu_seqlens`` (N + 1,) and ``documents`` (B, T), where rows
+    are packed: where each document begins among all B T tokens, and which one each belongs to.
     """
 
     positions: Tensor
     tables: Mapping[int, tuple[Tensor, Tensor]]
     pairing: str
+    cu_seqlens: Tensor | None = None
+    documents: Tensor | None = None
 
     def rotate(self, x: Tensor) -> Tensor:
         """x (B, T, heads, channels) rotated in float32, returned in its own type."""

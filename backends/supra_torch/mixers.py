@@ -70,7 +70,8 @@ class SoftmaxMixer(Mixer):
         q, k = self.queries_and_keys(x)
         q, k, v = positions.rotate(q), positions.rotate(k), self.values(x)
         B, T = x.shape[:2]
-        if state is None and mask is None and (self.window is None or self.window >= T):
+        alike = state is None and mask is None and positions.documents is None
+        if alike and (self.window is None or self.window >= T):
             bias = None
         else:
             bias = self._mask(B, T, positions, state, mask)
@@ -106,6 +107,8 @@ class SoftmaxMixer(Mixer):
         S = valid.shape[1]
         slot = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
         seen = (slot >= 0) & valid[:, None]
+        if positions.documents is not None:
+            seen &= positions.documents[:, :, None] == positions.documents[:, None]
         if self.window is not None:
             seen &= place[:, :, None] - key_place[:, None] < self.window
         # A padding query sees itself: an empty row would be NaN.
@@ -183,13 +186,13 @@ class LinearMixer(Mixer):
         q, k = self._projected(x, positions)
         v = self.values(x)
         if mixer.window is not None:
-            out, memory = self._windowed(q, k, v, state, mask)
+            out, memory = self._windowed(q, k, v, positions, state, mask)
         else:
             # Under autocast a softmax is float32, which a GPU's products would take slowly.
             phi_q, phi_k = (z.to(v.dtype) for z in self._features(q, k, positions))
             if mixer.qk_norm:
                 v = v.repeat_interleave(self.heads // v.shape[2], dim=2)
-            out, final = self._attend(phi_q, phi_k, v, state, mask)
+            out, final = self._attend(phi_q, phi_k, v, positions, state, mask)
             memory = {"state": final}
         if isinstance(mixer.normaliser, GroupNorm):
             out = F.layer_norm(out.float(), out.shape[-1:], eps=mixer.normaliser.eps).to(v.dtype)
@@ -198,7 +201,13 @@ class LinearMixer(Mixer):
         return out.to(v.dtype), memory
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, mask: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Positions,
+        state: LayerState | None,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Linear attention: the output (B, T, H, Dv) and the final state."""
         normalise = isinstance(self.mixer.normaliser, SumNormaliser)
@@ -214,26 +223,33 @@ class LinearMixer(Mixer):
                 sink=sink,
             )  # fmt: skip
             return out[:, None], final
-        return linear_attention(
+        B, packed = q.shape[0], positions.cu_seqlens
+        q, k, v = (_as_packed(x, packed) for x in (q, k, v))
+        out, final = linear_attention(
             q,
             k,
             v,
             self.decay(),
             initial_state=None if state is None else state["state"],
             mask=mask,
+            cu_seqlens=packed,
             normaliser="sum" if normalise else None,
             sink=sink,
         )
+        return out.view(B, -1, *out.shape[2:]), final
 
     def _windowed(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        positions: Positions,
         state: LayerState | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, LayerState]:
         assert self.mixer.window is not None
+        B, packed = q.shape[0], positions.cu_seqlens
+        q, k, v = (_as_packed(x, packed) for x in (q, k, v))
         phi_q, phi_k = (activate(self.mixer.feature_map.activation, z) for z in (q, k))
         out, memory = windowed_attention(
             q,
@@ -247,7 +263,9 @@ class LinearMixer(Mixer):
             log_sink=self.log_sink,
             initial_state=None if state is None else WindowState(**state),
             mask=mask,
+            cu_seqlens=packed,
         )
+        out = out.view(B, -1, *out.shape[2:])
         return out, {field.name: getattr(memory, field.name) for field in fields(memory)}
 
     def _features(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -278,3 +296,8 @@ class LinearMixer(Mixer):
 
     def _scaled(self, k: Tensor) -> Tensor:
         return k if self.mixer.key_scale == 1.0 else k * self.mixer.key_scale
+
+
+def _as_packed(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x (B, T, heads, D) as one row of B T tokens, where documents are packed."""
+    return x if cu_seqlens is None else x.flatten(0, 1)[None]

@@ -21,6 +21,7 @@ from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 from supra_core.tensors import BFLOAT16, LazyTensor
 from supra_torch.layers import Exact, NormLayer, Positions, for_products
 from supra_torch.mixers import LayerState, LinearMixer, SoftmaxMixer
+from supra_torch.ops import document_numbers
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,22 @@ class SupraModel(nn.Module):
         return h if self.model.embed_norm is None else self.model.embed_norm(h)
 
     def positions(
-        self, ids: Tensor, state: ModelState | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        state: ModelState | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Positions:
-        """Where the tokens of ids (B, T) stand; padding does not count."""
-        if mask is not None:
+        """Where the tokens of ids (B, T) stand; padding does not count, documents begin at 0."""
+        documents = None
+        if cu_seqlens is not None:
+            if state is not None or mask is not None:
+                raise ValueError("packed documents take no state and no mask")
+            documents = document_numbers(cu_seqlens, ids.numel())
+            places = torch.arange(ids.numel(), device=ids.device)
+            steps = (places - cu_seqlens.long()[documents]).view(ids.shape)
+            documents = documents.view(ids.shape)
+        elif mask is not None:
             steps = (mask.long().cumsum(1) - 1).clamp(min=0)
         else:
             steps = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -164,7 +177,7 @@ class SupraModel(nn.Module):
             # float64: a float32 angle is off by 4e-3 at position 65,536.
             angles = steps.double()[..., None, None] * theta.values
             tables[int(channels)] = (angles.cos().float(), angles.sin().float())
-        return Positions(steps, tables, self.spec.rope.pairing)
+        return Positions(steps, tables, self.spec.rope.pairing, cu_seqlens, documents)
 
     def hidden(
         self,
@@ -172,12 +185,16 @@ class SupraModel(nn.Module):
         state: ModelState | None = None,
         mask: Tensor | None = None,
         remember: bool = True,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
         """The normed last hidden states (B, T, D) and the state after ids (B, T).
 
         ``remember`` False leaves the layers' states empty, for who goes no further.
+        ``cu_seqlens`` (N + 1,) integers: rows are packed with N documents, none of which sees
+        another; the n-th is tokens cu_seqlens[n] to cu_seqlens[n + 1] of all B T, row by row, and
+        lies in one row. Nothing can go on from there.
         """
-        positions = self.positions(ids, state, mask)
+        positions = self.positions(ids, state, mask, cu_seqlens)
         h, memories = self.embed(ids), []
         for index, layer in enumerate(self.model.layers):
             before = None if state is None else state.layers[index]

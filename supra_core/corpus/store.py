@@ -140,22 +140,47 @@ class TokenStore:
         index = range(len(self))[place]
         return int(self._between(index, index + 1)[0])
 
-    @cached_property
-    def documents(self) -> npt.NDArray[np.int64]:
-        """Where each document begins, (documents,), in the whole."""
-        starts, before = [], 0
-        for number, shard in enumerate(self.shards):
-            own = np.fromfile(_names(self.folder, number)[1], dtype=_STARTS)
-            starts.append(own.astype(np.int64) + before)
-            before += shard.tokens
-        return np.concatenate(starts) if starts else np.empty(0, dtype=np.int64)
+    def documents(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Where documents begin among the tokens from ``start`` to ``stop``, in the whole."""
+        found = [np.empty(0, dtype=np.int64)]
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while number < len(self.shards) and self._before(number) < stop:
+            before, own = self._before(number), self._starts[number]
+            first, last = np.searchsorted(own, [max(start - before, 0), stop - before])
+            found.append(own[first:last].astype(np.int64) + before)
+            number += 1
+        return np.concatenate(found)
+
+    def most_documents(self, length: int) -> int:
+        """The most documents that begin or go on in any of the rows of ``length`` tokens."""
+        most, row, begun = 1, -1, 0
+        for number, own in enumerate(self._starts):
+            # What begins a row is no further document in it.
+            places = own.astype(np.int64) + self._before(number)
+            rows, counts = np.unique(places[places % length > 0] // length, return_counts=True)
+            if not len(rows):
+                continue
+            if rows[0] == row:
+                counts[0] += begun
+            most = max(most, 1 + int(counts.max()))
+            row, begun = int(rows[-1]), int(counts[-1])
+        return most
+
+    def _before(self, number: int) -> int:
+        """Tokens in the shards before one."""
+        return int(self._ends[number - 1]) if number else 0
 
     @cached_property
     def _maps(self) -> list[Ids]:
         return [
-            np.memmap(_names(self.folder, number)[0], dtype=self._dtype, mode="r")
-            if shard.tokens
-            else np.empty(0, dtype=self._dtype)
+            _mapped(_names(self.folder, number)[0], self._dtype, shard.tokens)
+            for number, shard in enumerate(self.shards)
+        ]
+
+    @cached_property
+    def _starts(self) -> list[Ids]:
+        return [
+            _mapped(_names(self.folder, number)[1], _STARTS, shard.documents)
             for number, shard in enumerate(self.shards)
         ]
 
@@ -163,7 +188,7 @@ class TokenStore:
         parts = []
         number = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
-            before = int(self._ends[number - 1]) if number else 0
+            before = self._before(number)
             end = min(stop, int(self._ends[number]))
             parts.append(self._maps[number][start - before : end - before])
             start, number = end, number + 1
@@ -179,6 +204,11 @@ class TokenStore:
                 if found != size:
                     said = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
                     raise FormatError(f"{file} {said}: prepare the text again")
+
+
+def _mapped(file: Path, dtype: np.dtype[Any], count: int) -> Ids:
+    # An empty file cannot be mapped.
+    return np.memmap(file, dtype=dtype, mode="r") if count else np.empty(0, dtype=dtype)
 
 
 def write_index(folder: Path, shards: list[Shard], facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,16 @@ from tests.torch.uptraining import EVEN_STAGES, SETTINGS
 
 if TYPE_CHECKING:
     from supra_torch.uptrain.config import UptrainConfig
+
+
+@pytest.fixture(scope="session")
+def documents(text_file: Path) -> Path:
+    """The text as documents of some dozen tokens each."""
+    text = text_file.read_text()
+    path = text_file.with_name("documents.jsonl")
+    pieces = (text[first : first + 60] for first in range(0, len(text), 60))
+    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def _case(loss: str, tokens: int, words: int, width: int) -> tuple[Any, Callable
 
 
 def _results(function: Callable[..., Any], inputs: Any, dtype: Any, *more: Any) -> list[Any]:
-    first = [x.to(dtype).requires_grad_() for x in inputs[:2]]
+    first = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs[:2]]
     others = [x.to(dtype) if x.is_floating_point() else x for x in inputs[2:]]
     loss = function(*first, *others, *more)
     (2 * loss).backward()
@@ -115,6 +115,23 @@ def test_an_ignored_token_changes_nothing_whatever_it_holds() -> None:
     torch.testing.assert_close(found[2], expected[2])
 
 
+def test_the_sum_is_divided_by_what_is_asked_for() -> None:
+    hidden, weight, targets = _inputs(20, 11, 6)
+    counted = int((targets != -100).sum())
+    assert 0 < counted < 20
+    expected = _results(linear_cross_entropy, (hidden, weight, targets), torch.float64)
+
+    def divided(*inputs: Any) -> Any:
+        return linear_cross_entropy(*inputs, divisor=20)
+
+    for ours, theirs in zip(
+        _results(divided, (hidden, weight, targets), torch.float64), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs * counted / 20)
+    none = torch.full_like(targets, -100)
+    assert linear_cross_entropy(hidden, weight, none, divisor=20) == 0
+
+
 def test_no_token_that_counts_is_nan_as_in_torch() -> None:
     hidden, weight, targets = _inputs(3, 5, 4)
     assert linear_cross_entropy(hidden, weight, torch.full_like(targets, -100)).isnan()
@@ -138,4 +155,5 @@ def test_the_operators_keep_torchs_rules(loss: str, trained: tuple[bool, bool]) 
     for x, needed in zip(given, trained, strict=False):
         x.requires_grad_(needed)
     operator = getattr(torch.ops.supra, f"linear_{loss}").default
-    torch.library.opcheck(operator, (*given, 4, *trained))
+    divisor = (None,) if loss == "cross_entropy" else ()
+    torch.library.opcheck(operator, (*given, *divisor, 4, *trained))

@@ -28,10 +28,14 @@ RELATIVE, ABSOLUTE = 1e-6, 1e-6 * math.log(300)
 
 
 @pytest.fixture(scope="module")
-def shared(settings: UptrainConfig) -> UptrainConfig:
-    """Eight steps of four rows in each kind of stage."""
+def shared(settings: UptrainConfig, documents: Path) -> UptrainConfig:
+    """Eight steps of four rows in each kind of stage, several documents in most rows."""
     stages = (*settings.stages, settings.stages[1].model_copy(update={"kind": "uptrain"}))
-    return settings.model_copy(update={"batch_tokens": 128, "tokens": 24 * 128, "stages": stages})
+    return settings.model_copy(
+        update={
+            "batch_tokens": 128, "tokens": 24 * 128, "stages": stages, "data": str(documents),
+        }
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from supra_core.corpus.store import ShardWriter, TokenStore, write_index  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.uptrain.config import DataPart, UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain.data import Mixture, Sequences, mixture  # noqa: E402
@@ -20,9 +25,9 @@ def test_every_sequence_once_an_epoch() -> None:
     tokens = np.arange(1030, dtype=np.uint32)
     sequences = Sequences(tokens, length=10, seed=5)
     trained = sequences.count - sequences.held_out_count
-    first = [int(sequences.sequence(number)[0]) for number in range(trained)]
-    second = [int(sequences.sequence(number)[0]) for number in range(trained, 2 * trained)]
-    held_out = {int(row[0]) for row in sequences.held_out()}
+    first = [int(sequences.sequence(number).ids[0, 0]) for number in range(trained)]
+    second = [int(sequences.sequence(number).ids[0, 0]) for number in range(trained, 2 * trained)]
+    held_out = {int(row[0]) for row in sequences.held_out().ids}
     assert sorted(first) == sorted(second)
     assert first != second
     assert len(set(first)) == trained
@@ -31,10 +36,85 @@ def test_every_sequence_once_an_epoch() -> None:
 
 def test_cut_sequences_are_the_same_tokens() -> None:
     data = _mixture([None], 1030)
-    whole = data.batch(20, 3)
-    np.testing.assert_array_equal(data.batch(20, 6, cut=2).reshape(3, 10), whole)
+    whole = data.batch(20, 3).ids
+    np.testing.assert_array_equal(data.batch(20, 6, cut=2).ids.reshape(3, 10), whole)
     # 21 tokens were seen: the row that begins within them is left out.
-    np.testing.assert_array_equal(data.batch(21, 1, cut=2), whole[:1, 5:])
+    np.testing.assert_array_equal(data.batch(21, 1, cut=2).ids, whole[:1, 5:])
+
+
+def _store(folder: Path, lengths: list[int], shard_documents: int) -> TokenStore:
+    """Documents of these lengths; every token is its own place in the whole."""
+    shards, place = [], 0
+    for number, first in enumerate(range(0, len(lengths), shard_documents)):
+        writer = ShardWriter(folder, number, "uint32")
+        for length in lengths[first : first + shard_documents]:
+            writer.begin_document()
+            writer.add(np.arange(place, place + length))
+            place += length
+        shards.append(writer.finish())
+    write_index(folder, shards, {"dtype": "uint32", "tokenizer": ""})
+    return TokenStore(folder)
+
+
+@settings_(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 25), min_size=12, max_size=60),
+    shard_documents=st.integers(1, 30),
+    length=st.sampled_from([6, 12]),
+    cut=st.sampled_from([1, 2, 3]),
+    steps_by_process=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=4),
+    seed=st.integers(0, 9),
+)
+def test_every_token_once_an_epoch_for_any_processes_and_resumes(
+    lengths: list[int], shard_documents: int, length: int, cut: int,
+    steps_by_process: list[tuple[int, int]], seed: int,
+) -> None:  # fmt: skip
+    """Begun, and three times or more resumed, each time with 1, 2 or 3 processes."""
+    lengths = [*lengths, 4 * length]
+    with tempfile.TemporaryDirectory() as folder:
+        store = _store(Path(folder), lengths, shard_documents)
+        data = mixture([DataPart(path="text")], [store], length, seed)
+        (text,) = data.parts
+        epoch = text.trained_tokens
+        # Six rows a step, which any of the three numbers of processes shares.
+        rows, row_length = 6, length // cut
+        taken: list[int] = []
+        begins: set[int] = set()
+        seen, resumes = 0, iter(steps_by_process)
+        while len(taken) < 2 * epoch:
+            # The last number of processes goes on to the end.
+            size, steps = next(resumes, (steps_by_process[-1][0], 10**9))
+            for _ in range(min(steps, -(-(2 * epoch - seen) // (rows * row_length)))):
+                own = rows // size
+                for rank in range(size):
+                    part = data.batch(seen, rows, cut, slice(rank * own, (rank + 1) * own))
+                    assert part.begins[:, 0].all()
+                    taken.extend(part.ids.flatten().tolist())
+                    begins.update(part.ids[part.begins].tolist())
+                seen += rows * row_length
+        assert sorted(taken[:epoch]) == list(range(epoch))
+        assert sorted(taken[epoch : 2 * epoch]) == list(range(epoch))
+        assert text.held_out().ids.min() >= epoch
+        # Documents begin where they were stored to begin, and where rows do.
+        starts = {int(x) for x in np.cumsum([0, *lengths[:-1]]) if x < epoch}
+        assert {x for x in begins if x < epoch} == starts | set(range(0, epoch, row_length))
+
+
+@settings_(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    shard_documents=st.integers(1, 10),
+    length=st.integers(1, 12),
+)
+def test_the_most_documents_of_a_row(lengths: list[int], shard_documents: int, length: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = _store(Path(folder), lengths, shard_documents)
+        starts = np.cumsum([0, *lengths[:-1]])
+        inside = [
+            1 + int(((starts > first) & (starts < first + length)).sum())
+            for first in range(0, len(store), length)
+        ]
+        assert store.most_documents(length) == max(inside)
 
 
 def _mixture(shares: list[float | None], *sizes: int) -> Mixture:
@@ -64,11 +144,11 @@ def test_a_mixture_keeps_its_shares(shares: list[float | None], expected: list[f
             assert abs(len(own) - share * (number + 1)) < 2.5
     assert all(own == list(range(len(own))) for own in taken)
     # Batches are slices of one order, whatever their size.
-    rows = np.concatenate([data.batch(0, 3), data.batch(30, 5)])
-    np.testing.assert_array_equal(rows, data.batch(0, 8))
-    held_out = {int(row[0]) for row in data.held_out()}
+    rows = np.concatenate([data.batch(0, 3).ids, data.batch(30, 5).ids])
+    np.testing.assert_array_equal(rows, data.batch(0, 8).ids)
+    held_out = {int(row[0]) for row in data.held_out().ids}
     assert {start // 10_000 for start in held_out} == {0, 1, 2}
-    assert not held_out & {int(row[0]) for row in data.batch(0, 900)}
+    assert not held_out & {int(row[0]) for row in data.batch(0, 900).ids}
 
 
 def test_several_texts_train_one_model(

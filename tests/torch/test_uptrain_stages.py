@@ -179,20 +179,21 @@ def test_a_perplexity_is_measured_once(
 
 
 def test_what_cannot_be_captured_is_computed_anyway() -> None:
+    from supra_torch.uptrain.batches import Batch
     from supra_torch.uptrain.capture import CapturedGradients
 
     if torch.cuda.is_available():
         pytest.skip("a CUDA device captures it")
     weight, said = torch.nn.Parameter(torch.ones(3)), list[str]()
 
-    def compute(ids: Any) -> Any:
-        loss = (weight * ids).sum()
+    def compute(batches: Any) -> Any:
+        loss = (weight * batches[0].ids).sum()
         loss.backward()
         return loss.detach()
 
     captured = CapturedGradients(compute, [weight], said.append)
     for _ in range(2):
-        assert captured(torch.arange(3.0)) == 3.0
+        assert captured([Batch(torch.arange(3.0), torch.tensor([0, 3]))]) == 3.0
         assert weight.grad is not None and weight.grad.tolist() == [0.0, 1.0, 2.0]
         weight.grad = None
     assert len(said) == 1 and "CUDA graph" in said[0]

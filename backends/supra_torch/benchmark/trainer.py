@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from supra_core.errors import SupraError
 from supra_core.sources import open_source
+from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.compilation import compile_layers, compiles
 from supra_torch.uptrain.config import UptrainConfig
@@ -62,7 +64,7 @@ def serve(training: Training, pipe: Connection) -> None:
         began = time.perf_counter()
         ids = torch.from_numpy(batch).to(device)
         training_step(
-            lambda ids=ids: accumulate(ids),  # type: ignore[misc]
+            lambda ids=ids: accumulate([Batch(ids)]),  # type: ignore[misc]
             optimiser,
             learning_rate_factor=1.0,
             clip=config.stages[0].clip,
@@ -85,9 +87,10 @@ def _ours(
         assert inputs.teacher is not None
         teacher = frozen_teacher(*inputs.teacher, training.precision, one)
 
-    def compute(ids: Tensor) -> Tensor:
+    def compute(batches: Sequence[Batch]) -> Tensor:
+        (batch,) = batches
         with autocast(device, training.precision):
-            return gradients(stage.kind, student, teacher, ids)
+            return gradients(stage.kind, student, teacher, batch)
 
     flops = 6 * _multiplied(student, student.spec.tie_word_embeddings)
     if teacher is not None:
@@ -124,7 +127,8 @@ def _original(
         stage,
     )
 
-    def accumulate(ids: Tensor) -> Tensor:
+    def accumulate(batches: Sequence[Batch]) -> Tensor:
+        ((ids, _),) = batches
         with autocast(device, training.precision):
             loss: Tensor = model(ids, labels=ids, use_cache=False).loss
         loss.backward()  # type: ignore[no-untyped-call]

@@ -104,6 +104,12 @@ def linear_attention_with_sums(
         )
 
 
+def document_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Which of the packed sequences each of so many tokens belongs to, (tokens,) int64."""
+    places = torch.arange(tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].long(), places, right=True)
+
+
 def _implementation(name: Implementation, q: Tensor, k: Tensor, v: Tensor) -> Operator:
     if name == "reference":
         return linear_attention_dense

@@ -26,22 +26,27 @@ _GPU_LOGITS = 2**27
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None = None,
+    divisor: int | None = None,
 ) -> Tensor:
     """Mean over tokens of -log softmax(hidden weight^T)[target], in nats.
 
     hidden (tokens, D); weight (V, D); targets (tokens,) int64, where -100 marks a token that does
-    not count. Products are taken in the type of ``hidden``, everything else is float32 (float64
-    for float64). ``chunk``: tokens whose logits are held at once (None: as many as suit the
-    device). NaN when no token counts, as torch's own. Raises ValueError when the shapes do not fit
-    together.
+    not count. ``divisor``: what the sum is divided by, instead of the tokens that count. Products
+    are taken in the type of ``hidden``, everything else is float32 (float64 for float64).
+    ``chunk``: tokens whose logits are held at once (None: as many as suit the device). NaN when no
+    token counts and there is no divisor, as torch's own. Raises ValueError when the shapes do not
+    fit together.
     """
     chunk = chunk or _chunk(hidden, weight)
     _check(hidden, weight, chunk)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must have shape ({len(hidden)},), not {tuple(targets.shape)}")
     loss, *_ = torch.ops.supra.linear_cross_entropy(
-        hidden, weight, targets, chunk, _needed(hidden), _needed(weight)
+        hidden, weight, targets, divisor, chunk, _needed(hidden), _needed(weight)
     )
     return loss
 
@@ -99,8 +104,9 @@ def _needed(x: Tensor) -> bool:
 
 @torch.library.custom_op("supra::linear_cross_entropy", mutates_args=())
 def _cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, for_hidden: bool, for_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, divisor: int | None, chunk: int,
+    for_hidden: bool, for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     counted = targets != IGNORED
     # With zero hidden states an ignored token's share of the head's gradient is zero.
     hidden = hidden.masked_fill(~counted[:, None], 0.0)
@@ -116,7 +122,10 @@ def _cross_entropy(
         if by_logits is not None:
             gradients.add(rows, by_logits)
     gradients.hidden.masked_fill_(~counted[: len(gradients.hidden), None], 0.0)
-    count = counted.sum(dtype=torch.float64)
+    if divisor is None:
+        count = counted.sum(dtype=torch.float64)
+    else:
+        count = torch.full_like(total, divisor)
     return (total / count).to(_sums(hidden)), gradients.hidden, gradients.weight, count
 
 
@@ -225,8 +234,9 @@ def _chunks(tokens: int, chunk: int) -> list[slice]:
 
 @_cross_entropy.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, for_hidden: bool, for_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, divisor: int | None, chunk: int,
+    for_hidden: bool, for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _fake(hidden, weight, for_hidden, for_weight)
 
 

@@ -34,18 +34,19 @@ def window_softmax(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
+    documents: Tensor | None,
     far: Tensor,
     far_mass: Tensor,
     window: int,
 ) -> Tensor:
     """q (B, T, H, d); k (B, W + T, K, d) and v (B, W + T, K, Dv), W tokens before the first query.
 
-    valid (B, W + T) bool, None where all are tokens but the W in front; far (B, T, H, Dv);
-    far_mass (B, T, H), at least -1e30. Returns (B, T, H, Dv) in q's type; a query that sees
-    nothing gets some average.
+    documents (B, W + T) integers: the document that each token belongs to, negative for none; a
+    query sees its own alone. None where all are tokens of one but the W in front. far
+    (B, T, H, Dv); far_mass (B, T, H), at least -1e30. Returns (B, T, H, Dv) in q's type; what no
+    token asks gets some average.
     """
-    output: Tensor = _forward_op(q, k, v, valid, far, far_mass, window)
+    output: Tensor = _forward_op(q, k, v, documents, far, far_mass, window)
     return output
 
 
@@ -54,13 +55,13 @@ def _forward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
+    documents: Tensor | None,
     far: Tensor,
     far_mass: Tensor,
     window: int,
 ) -> Tensor:
-    output = _forward_fake(q, k, v, valid, far, far_mass, window)
-    for part in _parts(q, k, v, valid, far, far_mass, window):
+    output = _forward_fake(q, k, v, documents, far, far_mass, window)
+    for part in _parts(q, k, v, documents, far, far_mass, window):
         weights = part.weights()
         rows = part.split(torch.bmm(weights.to(part.q.dtype), part.v))
         far_weight = part.split(weights)[..., :1].to(rows.dtype)
@@ -73,7 +74,7 @@ def _forward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
+    documents: Tensor | None,
     far: Tensor,
     far_mass: Tensor,
     window: int,
@@ -87,16 +88,16 @@ def _backward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
+    documents: Tensor | None,
     far: Tensor,
     far_mass: Tensor,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, far and far_mass."""
-    dq, dk, dv, d_far, d_mass = _backward_fake(d_output, q, k, v, valid, far, far_mass, window)
+    dq, dk, dv, d_far, d_mass = _backward_fake(d_output, q, k, v, documents, far, far_mass, window)
     wide = _wide(q.dtype)
     dk_sum, dv_sum = (torch.zeros_like(x, dtype=wide) for x in (dk, dv))
-    for part in _parts(q, k, v, valid, far, far_mass, window):
+    for part in _parts(q, k, v, documents, far, far_mass, window):
         weights = part.weights()
         narrow = weights.to(part.q.dtype)
         do = part.load(d_output)
@@ -125,7 +126,7 @@ def _backward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
+    documents: Tensor | None,
     far: Tensor,
     far_mass: Tensor,
     window: int,
@@ -207,7 +208,7 @@ def _parts(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
+    documents: Tensor | None,
     far: Tensor,
     far_mass: Tensor,
     window: int,
@@ -218,16 +219,16 @@ def _parts(
     at_once = max(1, rows // (block * B * H))
     for first in range(0, whole, at_once):
         n = min(at_once, whole - first)
-        yield _part(q, k, v, valid, far_mass, window, first * block, n, block)
+        yield _part(q, k, v, documents, far_mass, window, first * block, n, block)
     if rest:
-        yield _part(q, k, v, valid, far_mass, window, whole * block, 1, rest)
+        yield _part(q, k, v, documents, far_mass, window, whole * block, 1, rest)
 
 
 def _part(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
+    documents: Tensor | None,
     far_mass: Tensor,
     window: int,
     start: int,
@@ -254,13 +255,13 @@ def _part(
         rows.view(n * B * K, G * C, d),
         windows(k),
         windows(v),
-        _bias(valid, window, start, sizes, q.device, _wide(q.dtype)),
+        _bias(documents, window, start, sizes, q.device, _wide(q.dtype)),
         _rows_of(far_mass, start, sizes),
     )
 
 
 def _bias(
-    valid: Tensor | None,
+    documents: Tensor | None,
     window: int,
     start: int,
     sizes: tuple[int, int, int, int, int],
@@ -273,19 +274,21 @@ def _bias(
     j = torch.arange(S, device=device)
     seen = (j > i) & (j <= i + window)
     slots = slice(start, start + (n - 1) * C + S)
-    if valid is not None:
-        seen = _and_blocks(seen, valid[:, slots])
+    if documents is not None:
+        queries = documents[:, window + start : window + start + n * C].unflatten(1, (n, C))
+        seen = _and_blocks(seen, documents[:, slots], queries)
     elif start < window:
         place = torch.arange(slots.start, slots.stop, device=device)
-        seen = _and_blocks(seen, (place >= window)[None])
+        inside = (place >= window).int()[None]
+        seen = _and_blocks(seen, inside, inside.new_ones(1, n, C))
     return torch.zeros(seen.shape, device=device, dtype=dtype).masked_fill_(~seen, NEVER)
 
 
-def _and_blocks(band: Tensor, slots: Tensor) -> Tensor:
-    """band (C, S) where slots (b, (n - 1) C + S) hold a token: (n, b, 1, 1, C, S)."""
+def _and_blocks(band: Tensor, slots: Tensor, queries: Tensor) -> Tensor:
+    """band (C, S) where slots (b, (n - 1) C + S) equal queries (b, n, C): (n, b, 1, 1, C, S)."""
     C, S = band.shape
-    blocks = slots.unfold(1, S, C).transpose(0, 1)
-    return (band & blocks[:, :, None])[:, :, None, None]
+    same = slots.unfold(1, S, C)[:, :, None] == queries[..., None]
+    return (band & same).transpose(0, 1)[:, :, None, None]
 
 
 def _rows_of(x: Tensor, start: int, sizes: tuple[int, int, int, int, int]) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra_torch.ops.linear_attention import linear_attention_with_sums
+from supra_torch.ops.linear_attention import document_numbers, linear_attention_with_sums
 from supra_torch.ops.window_softmax import NEVER, window_softmax
 
 
@@ -64,14 +64,21 @@ def windowed_attention(
     log_sink: Tensor | None = None,
     initial_state: WindowState | None = None,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, WindowState]:
     """Windowed softmax attention over a linear state.
 
     q (B, T, H, d) and k (B, T, K, d) are what the activation receives; v (B, T, K, Dv), phi_q
     (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay, log_far_gain and log_sink (H,), None
-    for no sink; mask (B, T) bool.
-    Returns the output (B, T, H, Dv) in q's type and the state after the last token.
+    for no sink; mask (B, T) bool. With ``cu_seqlens`` (N + 1,) integers from 0 to T, B is 1 and
+    tokens cu_seqlens[n] to cu_seqlens[n + 1] are a sequence of their own, which begins without a
+    state.
+    Returns the output (B, T, H, Dv) in q's type and the state after the last token (none that
+    can be gone on from where sequences are packed). Raises ValueError for packed sequences with a
+    mask or a state.
     """
+    if cu_seqlens is not None and (mask is not None or initial_state is not None):
+        raise ValueError("packed sequences take no mask and no initial state")
     T, H = q.shape[1], q.shape[2]
     before = initial_state or WindowState.empty(window, k, v, phi_k, H)
     new = mask if mask is not None else torch.ones_like(q[:, :, 0, 0], dtype=torch.bool)
@@ -89,17 +96,23 @@ def windowed_attention(
         q, phi_q = (_gather(_in_front(x, window), order)[:, window:] for x in (q, phi_q))
     with torch.autocast(q.device.type, enabled=False):
         phi_q, phi_k = phi_q.to(v.dtype), phi_k.to(v.dtype)
-        # Without a mask chunks are alike, and an empty buffer's zeros write nothing.
-        known = None if mask is None and initial_state is None else valid
-        written = None if known is None else known[:, :T]
+        documents = written = None
+        if cu_seqlens is not None:
+            documents = F.pad(document_numbers(cu_seqlens, T)[None], (window, 0), value=-1)
+            # What lags behind a sequence's first tokens is another's.
+            written = documents[:, :T] == documents[:, window:]
+        elif mask is not None or initial_state is not None:
+            # Without either chunks are alike, and an empty buffer's zeros write nothing.
+            documents, written = valid.int() - 1, valid[:, :T]
         initial = None if initial_state is None else before.state
         far, total, state = linear_attention_with_sums(
-            phi_q, phi_k[:, :T], v[:, :T], decay, initial_state=initial, mask=written
-        )
+            phi_q, phi_k[:, :T], v[:, :T], decay,
+            initial_state=initial, mask=written, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
         mass = _log_mass(total, log_far_gain.float())
         if log_sink is not None:
             far, mass = _with_sink(far, mass, log_sink.float())
-        output = window_softmax(q, k, v, known, far, mass, window)
+        output = window_softmax(q, k, v, documents, far, mass, window)
     if order is not None:
         output = _gather(_in_front(output, window), torch.argsort(order, dim=1))[:, window:]
     after = WindowState(k[:, T:], v[:, T:], phi_k[:, T:], valid=valid[:, T:], state=state)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-Gradients = Callable[[Tensor], Tensor]
-"""ids (B, T) -> the loss; leaves its gradients on the parameters."""
+from supra_torch.uptrain.batches import Batch
+
+Gradients = Callable[[Sequence[Batch]], Tensor]
+"""Parts of a batch -> the loss; leaves its gradients on the parameters."""
 
 # Compilers and libraries set themselves up in a few steps before.
 _WARMUP = 3
@@ -34,21 +36,21 @@ class CapturedGradients:
         self._captured: _Captured | None = None
         self._possible = True
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    def __call__(self, batches: Sequence[Batch]) -> Tensor:
         if self._captured is None and self._possible:
             try:
-                self._captured = self._capture(ids)
+                self._captured = self._capture(batches)
             except RuntimeError as error:
                 self._possible = False
                 self._clear()
                 self._say(f"every kernel is launched by the host, since a CUDA graph of a step "
                           f"is not possible here: {str(error).splitlines()[0]}")  # fmt: skip
         if self._captured is None:
-            return self._compute(ids)
-        return self._captured.replay(ids, self._parameters)
+            return self._compute(batches)
+        return self._captured.replay(batches, self._parameters)
 
-    def _capture(self, ids: Tensor) -> _Captured:
-        place = ids.clone()
+    def _capture(self, batches: Sequence[Batch]) -> _Captured:
+        place = [Batch(ids.clone(), None if cu is None else cu.clone()) for ids, cu in batches]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -71,12 +73,15 @@ class _Captured:
     """A graph, where it reads its batch, and where it writes the loss and the gradients."""
 
     graph: torch.cuda.CUDAGraph
-    ids: Tensor
+    batches: list[Batch]
     loss: Tensor
     gradients: list[Tensor | None]
 
-    def replay(self, ids: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-        self.ids.copy_(ids)
+    def replay(self, batches: Sequence[Batch], parameters: Sequence[nn.Parameter]) -> Tensor:
+        for place, batch in zip(self.batches, batches, strict=True):
+            place.ids.copy_(batch.ids)
+            if place.cu_seqlens is not None and batch.cu_seqlens is not None:
+                place.cu_seqlens.copy_(batch.cu_seqlens)
         self.graph.replay()
         # The optimiser lets go of them after each step.
         for parameter, gradient in zip(parameters, self.gradients, strict=True):

@@ -127,6 +127,9 @@ class UptrainConfig(_Strict):
     ``calibrate``: fit a freshly converted model in closed form on ``calibrate_tokens`` before the
     first step, if there is a teacher: the heads, or output projections too (``all``), which is
     better at once but learns more slowly, since it plays down heads that were still to learn.
+    ``documents``: ``apart`` begins positions, attention and state anew with every document inside
+    a row, and none predicts the next one's first token; ``joined`` reads a row as one text, as
+    the published code does.
     """
 
     # What may be changed while a run goes on: no result depends on it but by rounding.
@@ -154,6 +157,7 @@ class UptrainConfig(_Strict):
     divergence: float = Field(default=3.0, gt=1)
     calibrate: Literal["none", "heads", "all"] = "heads"
     calibrate_tokens: int = Field(default=4_096, ge=0)
+    documents: Literal["apart", "joined"] = "apart"
     linearize: Linearize = Linearize()
     stages: tuple[Stage, ...] = Field(min_length=1)
 

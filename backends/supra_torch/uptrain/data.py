@@ -37,16 +37,62 @@ _HELD_OUT = 16
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows of tokens, and where documents begin in them: both (N, T), ids int64, begins bool.
+
+    A row begins one, whether or not its document began before it.
+    """
+
+    ids: npt.NDArray[np.int64]
+    begins: npt.NDArray[np.bool_]
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(self.ids[rows], self.begins[rows])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def cut(self, pieces: int) -> Rows:
+        """Every row cut into so many: (N pieces, T / pieces)."""
+        length = self.ids.shape[1] // pieces
+        begins = self.begins.reshape(-1, length).copy()
+        begins[:, 0] = True
+        return Rows(self.ids.reshape(-1, length), begins)
+
+    @property
+    def targets(self) -> int:
+        """Tokens that follow another of their document."""
+        return self.begins.size - int(self.begins.sum())
+
+    def cu_seqlens(self, documents: int) -> npt.NDArray[np.int32]:
+        """Where each document begins among all N T tokens, row by row, then their number.
+
+        (documents + 1,): those that are more than there are in these rows are empty.
+        """
+        starts = np.flatnonzero(self.begins)
+        borders = np.full(documents + 1, self.begins.size, dtype=np.int32)
+        borders[: len(starts)] = starts
+        return borders
+
+
+def joined(rows: Sequence[Rows]) -> Rows:
+    """Rows of one length, one after the other."""
+    return Rows(np.concatenate([r.ids for r in rows]), np.concatenate([r.begins for r in rows]))
+
+
+@dataclass(frozen=True)
 class Sequences:
     """Non-overlapping sequences of ``length`` tokens; the last few are held out.
 
-    ``name`` stands for the text in errors.
+    ``name`` stands for the text in errors. ``apart``: rows say where documents begin in them;
+    else, and where the text is not stored in documents, each row is one.
     """
 
     tokens: Tokens
     length: int
     seed: int
     name: str = "the data"
+    apart: bool = True
 
     def __post_init__(self) -> None:
         if self.count < 2:
@@ -69,18 +115,35 @@ class Sequences:
         """Tokens of an epoch: what is not held out, in whole sequences."""
         return (self.count - self.held_out_count) * self.length
 
-    def sequence(self, number: int) -> npt.NDArray[np.int64]:
-        """The ``number``-th sequence of the run, (length,): once an epoch each, shuffled anew."""
+    def sequence(self, number: int) -> Rows:
+        """The ``number``-th sequence of the run, a row: once an epoch each, shuffled anew."""
         trained = self.count - self.held_out_count
         epoch, index = divmod(number, trained)
-        return self._row(_order(self.seed, epoch, trained)[index])
+        return self._row(int(_order(self.seed, epoch, trained)[index]))
 
-    def held_out(self) -> npt.NDArray[np.int64]:
-        """The sequences that are never trained on, (held_out_count, length)."""
-        return np.stack([self._row(i) for i in range(self.count - self.held_out_count, self.count)])
+    def held_out(self) -> Rows:
+        """The sequences that are never trained on, held_out_count rows."""
+        return joined([self._row(i) for i in range(self.count - self.held_out_count, self.count)])
 
-    def _row(self, index: int) -> npt.NDArray[np.int64]:
-        return self.tokens[index * self.length : (index + 1) * self.length].astype(np.int64)
+    def most_documents(self, cut: int) -> int:
+        """The most documents in any row, where every sequence is cut into ``cut`` of them."""
+        if not self.apart or not isinstance(self.tokens, TokenStore):
+            return 1
+        return _most_documents(self.tokens, self.length // cut)
+
+    def _row(self, index: int) -> Rows:
+        start, stop = index * self.length, (index + 1) * self.length
+        begins = np.zeros((1, self.length), dtype=bool)
+        if self.apart and isinstance(self.tokens, TokenStore):
+            begins[0, self.tokens.documents(start, stop) - start] = True
+        begins[0, 0] = True
+        return Rows(self.tokens[start:stop].astype(np.int64)[None], begins)
+
+
+@lru_cache(maxsize=8)
+def _most_documents(tokens: TokenStore, length: int) -> int:
+    """The store's, found once for a length."""
+    return tokens.most_documents(length)
 
 
 @lru_cache(maxsize=8)
@@ -101,10 +164,8 @@ class Mixture:
         """Tokens in a sequence, of every part alike."""
         return self.parts[0].length
 
-    def batch(
-        self, seen: int, size: int, cut: int = 1, part: slice = slice(None)
-    ) -> npt.NDArray[np.int64]:
-        """The rows after ``seen`` tokens, (size, length / cut), or ``part`` of them.
+    def batch(self, seen: int, size: int, cut: int = 1, part: slice = slice(None)) -> Rows:
+        """The ``size`` rows of length / cut after ``seen`` tokens, or ``part`` of them.
 
         Every sequence is cut into ``cut`` rows; ``seen`` is rounded up to whole rows.
         """
@@ -115,8 +176,12 @@ class Mixture:
             number, piece = divmod(place, cut)
             text, index = self.source(number)
             sequence = self.parts[text].sequence(index)
-            rows.append(sequence[piece * row_length : (piece + 1) * row_length])
-        return np.stack(rows)
+            rows.append(sequence.cut(cut)[piece : piece + 1])
+        return joined(rows)
+
+    def most_documents(self, cut: int) -> int:
+        """The most documents in any row of a sequence that is cut into ``cut`` rows."""
+        return max(part.most_documents(cut) for part in self.parts)
 
     def source(self, number: int) -> tuple[int, int]:
         """Which part the ``number``-th sequence comes from, and which of its sequences it is.
@@ -132,19 +197,26 @@ class Mixture:
             number, left = number - before, left - share
         return len(self.shares) - 1, number
 
-    def held_out(self) -> npt.NDArray[np.int64]:
-        """Sequences that are never trained on, (N, length), of each part by its share."""
+    def held_out(self) -> Rows:
+        """Sequences that are never trained on, of each part by its share."""
         kept = []
         for part, share in zip(self.parts, self.shares, strict=True):
             rows = part.held_out()
             kept.append(rows[-max(1, round(share * len(rows))) :])
-        return np.concatenate(kept)
+        return joined(kept)
 
 
-def mixture(parts: Sequence[DataPart], tokens: Sequence[Tokens], length: int, seed: int) -> Mixture:
+def mixture(
+    parts: Sequence[DataPart],
+    tokens: Sequence[Tokens],
+    length: int,
+    seed: int,
+    apart: bool = True,
+) -> Mixture:
     """The texts as one source; what has no share divides the rest by size."""
     sequences = tuple(
-        Sequences(found, length, seed, part.path) for found, part in zip(tokens, parts, strict=True)
+        Sequences(found, length, seed, part.path, apart)
+        for found, part in zip(tokens, parts, strict=True)
     )
     stated = sum(part.share or 0.0 for part in parts)
     others = sum(s.trained_tokens for s, p in zip(sequences, parts, strict=True) if not p.share)

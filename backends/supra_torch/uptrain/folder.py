@@ -39,8 +39,9 @@ def refuse_another_run(run: Path, config: UptrainConfig) -> None:
     before, stated = read_object(file).get("config"), config.model_dump(mode="json")
     if not isinstance(before, dict):
         raise SupraError(f"{file} has no config: name another run folder")
-    # A setting that is younger than the run had its default then.
+    # A setting that is younger than the run had its default then, but for this one.
     defaults = {key: field.default for key, field in UptrainConfig.model_fields.items()}
+    defaults["documents"] = "joined"
     different = [
         key
         for key in stated

@@ -139,7 +139,8 @@ def _data(
     tokens = stored(
         parts, inputs.student_assets, inputs.student_spec, run / "data", progress, begun=begun
     )
-    data = mixture(parts, tokens, config.sequence_length, config.seed)
+    apart = config.documents == "apart"
+    data = mixture(parts, tokens, config.sequence_length, config.seed, apart)
     refuse_too_little(data, parts, config.tokens, config.epochs)
     return data
 
@@ -166,7 +167,7 @@ def _calibrated(
     if not file.is_file() and every.is_first:
         rows = max(2, config.calibrate_tokens // config.sequence_length)
         began = time.perf_counter()
-        ids = torch.from_numpy(data.batch(0, rows)).to(every.device)
+        ids = torch.from_numpy(data.batch(0, rows).ids).to(every.device)
         changed, fits = calibrated_tensors(
             inputs.teacher, inputs.student_spec, inputs.student_tensors, ids, precision,
             outputs=config.calibrate == "all", progress=progress,

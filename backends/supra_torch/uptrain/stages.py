@@ -19,6 +19,8 @@ from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 from supra_torch.layers import Positions, for_products
 from supra_torch.model import Layer, SupraModel
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
+from supra_torch.ops.losses import IGNORED
+from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.config import ModelPart, Stage, StageKind
 from supra_torch.uptrain.lora import is_adapter
 from supra_torch.uptrain.sharding import gathered
@@ -29,32 +31,32 @@ def gradients(
     kind: StageKind,
     student: SupraModel,
     teacher: SupraModel | None,
-    ids: Tensor,
+    batch: Batch,
     share: float = 1.0,
 ) -> Tensor:
-    """Accumulate the gradients of a stage's loss on ids (B, T), times ``share``; returns both.
+    """Accumulate the gradients of a stage's loss on a batch, times ``share``; returns both.
 
     ``share``: of the batch that these rows are; every loss is a mean over rows. Nothing here
     waits for the device.
     """
     if kind == "uptrain":
-        return uptrain(student, ids, share)
+        return uptrain(student, batch, share)
     if teacher is None:
         raise ValueError(f"a {kind} stage needs a teacher")
     if kind == "transfer":
-        return transfer(student, teacher, ids, share)
-    return distill(student, teacher, ids, share)
+        return transfer(student, teacher, batch, share)
+    return distill(student, teacher, batch, share)
 
 
-def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor, share: float = 1.0) -> Tensor:
-    """Accumulate gradients of every linear mixer's error; ids (B, T).
+def transfer(student: SupraModel, teacher: SupraModel, batch: Batch, share: float = 1.0) -> Tensor:
+    """Accumulate gradients of every linear mixer's error.
 
     The error of a layer is the squared difference of the mixers' outputs over the teacher's
     mean square in the row, so that all layers count alike (stage 1 of LoLCATs, arXiv 2410.10254).
     Returns its mean over linear layers.
     """
-    total, linear = torch.zeros((), dtype=torch.float64, device=ids.device), 0
-    for ours, x, target, positions in teacher_forced(student, teacher, ids):
+    total, linear = torch.zeros((), dtype=torch.float64, device=batch.ids.device), 0
+    for ours, x, target, positions in teacher_forced(student, teacher, batch):
         if is_linear(ours):
             output = ours.mix(x, positions)
             scale = target.float().square().mean((1, 2), keepdim=True).clamp(min=1e-12)
@@ -65,16 +67,16 @@ def transfer(student: SupraModel, teacher: SupraModel, ids: Tensor, share: float
 
 
 def teacher_forced(
-    student: SupraModel, teacher: SupraModel, ids: Tensor
+    student: SupraModel, teacher: SupraModel, batch: Batch
 ) -> Iterator[tuple[Layer, Tensor, Tensor, Positions]]:
-    """Layer by layer on ids (B, T): the student's layer and what its mixer is to do.
+    """Layer by layer on a batch: the student's layer and what its mixer is to do.
 
     That is the teacher's mixer input and its output, both (B, T, D) and without gradients, and
     the positions. Errors of one layer do not reach the next.
     """
-    positions = teacher.positions(ids)
+    positions = teacher.positions(batch.ids, cu_seqlens=batch.cu_seqlens)
     with torch.no_grad(), gathered(teacher):
-        h = teacher.embed(ids)
+        h = teacher.embed(batch.ids)
     for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
         assert isinstance(ours, Layer) and isinstance(theirs, Layer)
         with torch.no_grad(), gathered(theirs):
@@ -85,11 +87,11 @@ def teacher_forced(
         yield ours, x, target, positions
 
 
-def distill(student: SupraModel, teacher: SupraModel, ids: Tensor, share: float = 1.0) -> Tensor:
-    """Accumulate gradients of KL(teacher || student), the mean over tokens in nats; ids (B, T)."""
+def distill(student: SupraModel, teacher: SupraModel, batch: Batch, share: float = 1.0) -> Tensor:
+    """Accumulate gradients of KL(teacher || student), the mean over tokens in nats."""
     with torch.no_grad():
-        target, _ = teacher.hidden(ids, remember=False)
-    hidden, _ = student.hidden(ids, remember=False)
+        target = last_hidden(teacher, batch)
+    hidden = last_hidden(student, batch)
     loss = linear_kl_divergence(
         for_products(hidden).flatten(0, 1),
         student.head_weight,
@@ -101,18 +103,31 @@ def distill(student: SupraModel, teacher: SupraModel, ids: Tensor, share: float 
     return loss.detach()
 
 
-def uptrain(student: SupraModel, ids: Tensor, share: float = 1.0) -> Tensor:
-    """Accumulate gradients of :func:`next_token_loss`; ids (B, T)."""
-    loss = next_token_loss(student, ids) * share
+def uptrain(student: SupraModel, batch: Batch, share: float = 1.0) -> Tensor:
+    """Accumulate gradients of :func:`next_token_loss`."""
+    loss = next_token_loss(student, batch) * share
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
-def next_token_loss(model: SupraModel, ids: Tensor) -> Tensor:
-    """Mean over ids (B, T), their first tokens left out, of -log p(token | before), in nats."""
-    hidden, _ = model.hidden(ids, remember=False)
-    hidden = for_products(hidden)[:, :-1].flatten(0, 1)
-    return linear_cross_entropy(hidden, model.head_weight, ids[:, 1:].flatten())
+def next_token_loss(model: SupraModel, batch: Batch) -> Tensor:
+    """Mean over all tokens but each row's first of -log p(token | before), in nats.
+
+    What begins a document inside a row counts as 0: nothing before it is its own.
+    """
+    hidden = for_products(last_hidden(model, batch))[:, :-1].flatten(0, 1)
+    targets, borders = batch.ids, batch.cu_seqlens
+    if borders is not None:
+        flat = torch.cat([targets.flatten(), targets.new_zeros(1)])
+        # The last border is behind the last token.
+        targets = flat.index_fill(0, borders.long(), IGNORED)[:-1].view_as(targets)
+    targets = targets[:, 1:].flatten()
+    return linear_cross_entropy(hidden, model.head_weight, targets, divisor=len(targets))
+
+
+def last_hidden(model: SupraModel, batch: Batch) -> Tensor:
+    """The normed last hidden states, (B, T, D)."""
+    return model.hidden(batch.ids, remember=False, cu_seqlens=batch.cu_seqlens)[0]
 
 
 def is_linear(layer: Layer) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.model import SupraModel
 from supra_torch.uptrain import checkpoint
+from supra_torch.uptrain.batches import Batch, Batches
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.checkpoint import Checkpoints, Place
 from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
@@ -76,21 +77,24 @@ class Session:
     ) -> Gradients:
         """What a step of the stage computes of this process's part of a batch."""
 
-        def compute(ids: Tensor) -> Tensor:
-            together = self.config.device_rows or len(ids)
-            parts = ids.split(together)
-            total = torch.zeros((), dtype=torch.float64, device=ids.device)
-            for number, part in enumerate(parts, start=1):
-                synchronise(student, number == len(parts))
+        def compute(batches: Sequence[Batch]) -> Tensor:
+            rows = sum(len(batch.ids) for batch in batches)
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for number, batch in enumerate(batches, start=1):
+                synchronise(student, number == len(batches))
                 with self.autocast():
-                    share = len(part) / len(ids)
-                    total += gradients(stage.kind, student, self.teacher, part, share)
+                    share = len(batch.ids) / rows
+                    total += gradients(stage.kind, student, self.teacher, batch, share)
             return total
 
         alone = self.processes.mesh is None
         if not self.compiles or self.device.type != "cuda" or not alone:
             return compute
         return CapturedGradients(compute, list(trained_parameters(optimiser)), self.say)
+
+    def batches(self, cut: int) -> Batches:
+        """Puts rows on the device, for a stage that cuts sequences so."""
+        return Batches(self.data, cut, self.config.device_rows, self.device)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """One line in metrics.jsonl, by the first process."""
@@ -144,7 +148,7 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     names = {parameter: name for name, parameter in student.named_parameters()}
     if within:
         checkpoint.load_optimiser(within, optimiser, names, place.stage_step)
-    compute = session.gradients(stage, student, optimiser)
+    compute, batches = session.gradients(stage, student, optimiser), session.batches(stage.cut)
     guard = LossGuard(config.divergence, logged_losses(session.run, place))
 
     def save(optimiser: torch.optim.Optimizer | None) -> None:
@@ -153,7 +157,7 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     try:
         with Stop(_noticed(session)) as stop, session.compiled(stage, student):
             while place.stage_step < steps:
-                record = _step(session, place, compute, optimiser, steps)
+                record = _step(session, place, compute, batches, optimiser, steps)
                 failed, *asked = session.processes.sums([float(saver.failed), *stop.flags()])
                 place = replace(
                     place,
@@ -207,6 +211,7 @@ def _step(
     session: Session,
     place: Place,
     compute: Gradients,
+    batches: Batches,
     optimiser: torch.optim.Optimizer,
     steps: int,
 ) -> dict[str, Any]:
@@ -214,12 +219,12 @@ def _step(
     stage, began = session.config.stages[place.stage], time.perf_counter()
     every = session.processes
     rows, _ = session.config.batch_shape(stage)
-    batch = session.data.batch(place.tokens, rows, stage.cut, every.share(rows))
-    ids = torch.from_numpy(batch).to(session.device)
+    own = session.data.batch(place.tokens, rows, stage.cut, every.share(rows))
+    parts = batches.of(own)
     factor = learning_rate_factor(place.stage_step, steps, stage.warmup, stage.final_learning_rate)
     try:
         loss, norm = training_step(
-            lambda: compute(ids),
+            lambda: compute(parts),
             optimiser,
             learning_rate_factor=factor,
             clip=stage.clip,
@@ -230,7 +235,7 @@ def _step(
             f"{session.run}: the loss is no longer finite at step {place.step + 1} ({error}): "
             f"lower stages.{place.stage}.learning_rate; the last checkpoint is kept"
         ) from None
-    seconds, tokens = time.perf_counter() - began, ids.numel() * every.size
+    seconds, tokens = time.perf_counter() - began, own.ids.size * every.size
     return {
         "stage": stage.kind,
         "stage_index": place.stage,
@@ -263,22 +268,24 @@ def _evaluate(session: Session, place: Place, student: SupraModel) -> Place:
 
 @torch.no_grad()
 def _perplexity(session: Session, model: SupraModel) -> float:
-    """exp of the mean loss over the held-out sequences, which are all of one length.
+    """exp of the mean loss over what can be predicted of the held-out sequences.
 
     Processes share them; each takes as many, since a sharded model needs all of them to compute.
     """
     rows, every = session.data.held_out(), session.processes
-    total = 0.0
+    batches, total, targets = session.batches(1), 0.0, 0.0
     for first in range(0, len(rows), every.size):
-        number = first + every.rank
-        ids = torch.from_numpy(rows[min(number, len(rows) - 1)])[None].to(session.device)
+        number = min(first + every.rank, len(rows) - 1)
+        row = rows[number : number + 1]
+        (batch,) = batches.of(row)
         with session.autocast(), eagerly(session.device):
-            loss = next_token_loss(model, ids).item()
-        total += loss if number < len(rows) else 0.0
+            loss = next_token_loss(model, batch).item() * (batch.ids.numel() - 1)
+        if number == first + every.rank:
+            total, targets = total + loss, targets + row.targets
     release(model)
-    (total,) = every.sums([total])
+    total, targets = every.sums([total, targets])
     # Far from a language model the mean loss can exceed what exp can hold.
-    return math.exp(min(total / len(rows), 700.0))
+    return math.exp(min(total / targets, 700.0))
 
 
 def _trained(spec: ModelSpec, place: Place) -> ModelSpec:
