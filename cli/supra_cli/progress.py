@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from supra_core.progress import duration
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
@@ -22,6 +24,7 @@ class ProgressReporter:
         self._stage = ""
         self._printed_at = 0.0
         self._started_at = 0.0
+        self._started_with = 0
         self._finished = False
 
     def __enter__(self) -> ProgressReporter:
@@ -51,24 +54,37 @@ class ProgressReporter:
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._started_at, self._finished = stage, now, False
+            self._started_with = done
         elif self._finished or (done < total and now - self._printed_at < _SECONDS_BETWEEN_LINES):
             return
         self._printed_at = now
         self._finished = total > 0 and done >= total
         share = f"{100 * done / total:3.0f} %" if total else ""
-        line = f"{stage}  {share}  {now - self._started_at:.0f} s  {figures}"
+        spent, made = now - self._started_at, done - self._started_with
+        left = ""
+        if made > 0 and done < total:
+            left = f"  {duration(spent / made * (total - done))} left"
+        line = f"{stage}  {share}  {spent:.0f} s{left}  {figures}"
         print(line.rstrip(), file=sys.stderr, flush=True)
 
 
 def _bars() -> Bars:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=False),
         TextColumn("{task.fields[figures]}"),
         console=Console(stderr=True),
     )

@@ -26,6 +26,7 @@ DEFAULT_RECIPE = "windowed"
 StageKind = Literal["transfer", "distill", "uptrain"]
 Compile = Literal["auto", "always", "never"]
 ModelPart = Literal["embeddings", "feed_forward", "norms"]
+ReportTo = Literal["tensorboard", "wandb"]
 
 
 class _Strict(BaseModel):
@@ -123,7 +124,12 @@ class UptrainConfig(_Strict):
     CUDA graph; ``auto`` does so on a GPU, where it takes half a minute a stage.
     ``activation_checkpointing`` computes every layer's forward again in backward: less memory,
     more time. ``divergence``: a stage whose mean loss of 16 steps exceeds its lowest so many times
-    stops.
+    has diverged; it goes back to its last good checkpoint and on with other text ``rollbacks``
+    times, then it stops. ``spike``: a step is left out whose gradient norm exceeds the median of
+    the last 64 so many times (0: none is); so is one whose loss or gradient is not finite. More
+    than ``skips`` in a row stop the run.
+    ``report_to``: curves in TensorBoard or Weights & Biases too. ``profile_steps``: so many steps
+    of each stage are profiled.
     ``calibrate``: fit a freshly converted model in closed form on ``calibrate_tokens`` before the
     first step, if there is a teacher: the heads, or output projections too (``all``), which is
     better at once but learns more slowly, since it plays down heads that were still to learn.
@@ -134,7 +140,7 @@ class UptrainConfig(_Strict):
 
     # What may be changed while a run goes on: no result depends on it but by rounding.
     FREE: ClassVar[frozenset[str]] = frozenset(
-        {"device_rows", "devices_together", "keep_checkpoints"}
+        {"device_rows", "devices_together", "keep_checkpoints", "profile_steps", "report_to"}
     )
 
     model: str
@@ -155,6 +161,11 @@ class UptrainConfig(_Strict):
     compile: Compile = "auto"
     activation_checkpointing: bool = False
     divergence: float = Field(default=3.0, gt=1)
+    rollbacks: int = Field(default=0, ge=0)
+    spike: float = Field(default=0.0, ge=0)
+    skips: int = Field(default=5, ge=0)
+    report_to: tuple[ReportTo, ...] = ()
+    profile_steps: int = Field(default=0, ge=0)
     calibrate: Literal["none", "heads", "all"] = "heads"
     calibrate_tokens: int = Field(default=4_096, ge=0)
     documents: Literal["apart", "joined"] = "apart"

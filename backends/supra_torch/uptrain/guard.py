@@ -1,8 +1,9 @@
-"""Is the loss still falling, or has a run begun to diverge?"""
+"""Does a run go well: is the loss still falling, and is a step no worse than those before it?"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Iterable
 
@@ -10,6 +11,8 @@ from collections.abc import Iterable
 _STEPS = 16
 # Above this share of what stops the run, a checkpoint would no longer be a good one.
 _SUSPECT = 0.6
+# Steps whose gradients a spike is measured by.
+_NORMS = 64
 
 
 class LossGuard:
@@ -53,4 +56,37 @@ class LossGuard:
 
     def _ratio(self) -> float:
         # A loss of zero has nothing to grow from.
-        return self.mean / self._lowest if self._lowest > 0 else 1.0
+        return self.mean / self._lowest if self._last and self._lowest > 0 else 1.0
+
+
+class StepGuard:
+    """Which steps to leave out: gradients that are not finite, or far above those before them.
+
+    ``spike``: a step is left out whose gradient norm is so many times the median of the last 64
+    of the stage, once there are as many; 0 for none. ``in_a_row``: so many steps may be left out
+    one after the other. ``norms``: of the steps before, None where one was left out.
+    """
+
+    def __init__(self, spike: float, in_a_row: int, norms: Iterable[float | None] = ()) -> None:
+        self._spike, self._in_a_row = spike, in_a_row
+        self._last: deque[float] = deque(maxlen=_NORMS)
+        self._left_out = 0
+        for norm in norms:
+            self.add(norm)
+
+    def most(self) -> float:
+        """The largest gradient norm of a step that is taken."""
+        if self._spike == 0 or len(self._last) < _NORMS:
+            return math.inf
+        return self._spike * statistics.median(self._last)
+
+    def add(self, norm: float | None) -> None:
+        """One more step: the norm of its gradient, None if it was left out."""
+        self._left_out = self._left_out + 1 if norm is None else 0
+        if norm is not None:
+            self._last.append(norm)
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether too many were left out in a row."""
+        return self._left_out > self._in_a_row

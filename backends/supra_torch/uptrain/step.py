@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,14 @@ def trained_parameters(optimiser: torch.optim.Optimizer) -> Iterator[nn.Paramete
         yield from group["params"]
 
 
+class StepResult(NamedTuple):
+    """A step's loss and gradient norm, and whether the weights were moved."""
+
+    loss: float
+    norm: float
+    taken: bool
+
+
 def training_step(
     accumulate: Callable[[], Tensor],
     optimiser: torch.optim.Optimizer,
@@ -62,19 +71,20 @@ def training_step(
     learning_rate_factor: float,
     clip: float,
     mean: Callable[[float], float] = lambda loss: loss,
-) -> tuple[float, float]:
-    """Gradients by ``accumulate``, which returns the loss; clip; optimiser. Loss, gradient norm.
+    most: float = math.inf,
+) -> StepResult:
+    """Gradients by ``accumulate``, which returns the loss; clip; optimiser.
 
-    ``mean``: of the losses of all processes that share the step. Raises FloatingPointError, with
-    no weight moved, when either is not finite.
+    ``mean``: of the losses of all processes that share the step. No weight moves when loss or
+    gradient norm is not finite, or the norm is above ``most``.
     """
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * learning_rate_factor
     loss = mean(accumulate().item())
     total = nn.utils.clip_grad_norm_(list(trained_parameters(optimiser)), clip)
     norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-    optimiser.step()
+    taken = math.isfinite(loss) and math.isfinite(norm) and norm <= most
+    if taken:
+        optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return loss, norm
+    return StepResult(loss, norm, taken)

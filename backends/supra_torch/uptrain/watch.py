@@ -1,0 +1,104 @@
+"""Where a run's figures go beside ``metrics.jsonl``: TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from supra_core.errors import SupraError
+from supra_torch.uptrain.config import ReportTo
+
+
+class Sink(Protocol):
+    """Takes the figures of a step, by name."""
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def refuse_missing(report_to: Sequence[ReportTo]) -> None:
+    """Raise SupraError when a package that is asked for is not installed."""
+    for name in report_to:
+        if importlib.util.find_spec(name) is None:
+            raise SupraError(
+                f"report_to: {name} is not installed: pip install {name}, or leave it out"
+            )
+
+
+@contextmanager
+def sinks(
+    report_to: Sequence[ReportTo], run: Path, config: Mapping[str, Any], step: int
+) -> Iterator[list[Sink]]:
+    """Those that are asked for, for a run that goes on after ``step``; closed at the end."""
+    opened: list[Sink] = [_SINKS[name](run, config, step) for name in report_to]
+    try:
+        yield opened
+    finally:
+        for sink in opened:
+            sink.close()
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics that are worth a curve, by the names they get there."""
+    group = record.get("stage") or record.get("evaluation")
+    if group is None:
+        return {}
+    left_out = {"step", "stage_index", "step_tokens"}
+    return {
+        f"{group}/{name}": float(value)
+        for name, value in record.items()
+        if name not in left_out and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+class _TensorBoard:
+    """Event files in ``RUN/tensorboard``."""
+
+    def __init__(self, run: Path, config: Mapping[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What was written after the checkpoint that the run goes on from is taken back.
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """A run of Weights & Biases that every start of this run goes on with.
+
+    Project, entity and mode are those of its environment variables (WANDB_PROJECT, WANDB_MODE).
+    """
+
+    def __init__(self, run: Path, config: Mapping[str, Any], step: int) -> None:
+        import wandb
+
+        place = str(run.resolve())
+        self._run = wandb.init(
+            dir=place,
+            name=run.name,
+            id=hashlib.sha256(place.encode()).hexdigest()[:16],
+            resume="allow",
+            config=dict(config),
+        )
+        # Its own step only counts up; a run that goes on from a checkpoint takes steps again.
+        self._run.define_metric("*", step_metric="step")
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log({**figures, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_SINKS = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
