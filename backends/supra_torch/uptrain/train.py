@@ -5,97 +5,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from supra_core import artifact
-from supra_core.errors import Preempted, SupraError
-from supra_core.progress import Progress
+from supra_core.errors import EndedByAnother, Preempted, SupraError, WriteError
+from supra_core.formats.atomic import flush_to_disk
 from supra_core.spec import ModelSpec
-from supra_core.tensors import LazyTensor
 from supra_torch.model import SupraModel
 from supra_torch.uptrain import checkpoint
-from supra_torch.uptrain.capture import CapturedGradients, Gradients
+from supra_torch.uptrain.capture import Gradients
 from supra_torch.uptrain.checkpoint import Checkpoints, Place
-from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
-from supra_torch.uptrain.config import Stage, UptrainConfig
-from supra_torch.uptrain.data import Mixture
-from supra_torch.uptrain.folder import log, logged_losses
+from supra_torch.uptrain.compilation import eagerly
+from supra_torch.uptrain.config import UptrainConfig
+from supra_torch.uptrain.folder import logged_losses, metrics_of
 from supra_torch.uptrain.guard import LossGuard
-from supra_torch.uptrain.interrupts import Stop, stop_if_asked
-from supra_torch.uptrain.processes import Processes
-from supra_torch.uptrain.sharding import release, synchronise, trained_student
-from supra_torch.uptrain.stages import gradients, next_token_loss, optimiser_for
-from supra_torch.uptrain.step import autocast, trained_parameters, training_step
-
-
-@dataclass(frozen=True)
-class Session:
-    """Everything that does not change while a run goes on.
-
-    ``spec`` and ``begins``: the student as it begins, before any step.
-    """
-
-    config: UptrainConfig
-    run: Path
-    processes: Processes
-    precision: str
-    data: Mixture
-    teacher: SupraModel | None
-    spec: ModelSpec
-    begins: Mapping[str, LazyTensor]
-    assets: Mapping[str, bytes]
-    progress: Progress
-    say: Callable[[str], None]
-
-    @property
-    def device(self) -> torch.device:
-        return self.processes.device
-
-    def autocast(self) -> torch.autocast:
-        return autocast(self.device, self.precision)
-
-    @property
-    def compiles(self) -> bool:
-        """Whether steps are compiled, and on a single GPU captured."""
-        return compiles(self.config.compile, self.device)
-
-    def compiled(self, stage: Stage, student: SupraModel) -> AbstractContextManager[object]:
-        """Inside, the stage's steps are compiled if the run compiles."""
-        if not self.compiles:
-            return eagerly(self.device)
-        return compiled_layers(stage.kind, student, self.teacher)
-
-    def gradients(
-        self, stage: Stage, student: SupraModel, optimiser: torch.optim.Optimizer
-    ) -> Gradients:
-        """What a step of the stage computes of this process's part of a batch."""
-
-        def compute(ids: Tensor) -> Tensor:
-            together = self.config.device_rows or len(ids)
-            parts = ids.split(together)
-            total = torch.zeros((), dtype=torch.float64, device=ids.device)
-            for number, part in enumerate(parts, start=1):
-                synchronise(student, number == len(parts))
-                with self.autocast():
-                    share = len(part) / len(ids)
-                    total += gradients(stage.kind, student, self.teacher, part, share)
-            return total
-
-        alone = self.processes.mesh is None
-        if not self.compiles or self.device.type != "cuda" or not alone:
-            return compute
-        return CapturedGradients(compute, list(trained_parameters(optimiser)), self.say)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """One line in metrics.jsonl, by the first process."""
-        if self.processes.is_first:
-            log(self.run, record)
+from supra_torch.uptrain.interrupts import stop_if_asked
+from supra_torch.uptrain.session import Session
+from supra_torch.uptrain.sharding import release, trained_student
+from supra_torch.uptrain.stages import next_token_loss, optimiser_for
+from supra_torch.uptrain.step import training_step
 
 
 def train(session: Session, place: Place) -> dict[str, Any]:
@@ -110,9 +41,12 @@ def train(session: Session, place: Place) -> dict[str, Any]:
         session.run, session.processes, session.assets, config.keep_checkpoints, place
     )
     steps = config.stage_steps()
-    while place.stage < len(steps):
-        place = _run_stage(session, saver, place, steps[place.stage])
-    saver.wait()
+    try:
+        while place.stage < len(steps):
+            place = _run_stage(session, saver, place, steps[place.stage])
+        saver.wait()
+    finally:
+        saver.close()
     session.processes.wait()
     return {
         "run": str(session.run),
@@ -148,51 +82,81 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     guard = LossGuard(config.divergence, logged_losses(session.run, place))
 
     def save(optimiser: torch.optim.Optimizer | None) -> None:
+        if session.processes.is_first:
+            # A checkpoint is not to outlast the lines of its steps.
+            flush_to_disk(metrics_of(session.run))
         saver.save(place, _trained(session.spec, place), student, optimiser, names)
 
-    try:
-        with Stop(_noticed(session)) as stop, session.compiled(stage, student):
-            while place.stage_step < steps:
-                record = _step(session, place, compute, optimiser, steps)
-                failed, *asked = session.processes.sums([float(saver.failed), *stop.flags()])
-                place = replace(
-                    place,
-                    stage_step=place.stage_step + 1,
-                    step=place.step + 1,
-                    tokens=place.tokens + record["step_tokens"],
-                    perplexity=None,
-                )
-                session.log({**record, "tokens": place.tokens})
-                guard.add(record["loss"])
-                if failed:
-                    saver.wait()
-                    raise SupraError(f"{session.run}: another process could not save")
-                if guard.diverged:
-                    raise _diverged(session, place, guard)
-                session.progress(
-                    stage.kind, place.stage_step, steps,
-                    loss=record["loss"], tokens_per_second=record["tokens_per_second"],
-                )  # fmt: skip
-                stop_if_asked(asked)
-                if place.stage_step == steps:
-                    break
-                if config.evaluate_every and place.step % config.evaluate_every == 0:
+    with session.stop.held(_noticed(session)):
+        try:
+            with session.compiled(stage, student):
+                if within and place.perplexity is None and _evaluation_is_due(config, place, steps):
                     place = _evaluate(session, place, student)
-                if place.step % config.checkpoint_every == 0 and guard.healthy:
-                    save(optimiser)
-            place = _evaluate(session, place, student)
-    except (KeyboardInterrupt, Preempted):
-        if place.step != saver.saved.step and place.stage_step:
-            save(optimiser)
-        saver.wait()
-        raise
-    place = replace(place, stage=place.stage + 1, stage_step=0)
-    save(None)
+                while place.stage_step < steps:
+                    record = _step(session, place, compute, optimiser, steps)
+                    place = replace(
+                        place,
+                        stage_step=place.stage_step + 1,
+                        step=place.step + 1,
+                        tokens=place.tokens + record["step_tokens"],
+                        perplexity=None,
+                    )
+                    _conclude(session, saver, guard, place, record, steps)
+                    if place.stage_step == steps:
+                        break
+                    if _evaluation_is_due(config, place, steps):
+                        place = _evaluate(session, place, student)
+                    if place.step % config.checkpoint_every == 0 and guard.healthy:
+                        save(optimiser)
+                place = _evaluate(session, place, student)
+        except (KeyboardInterrupt, Preempted):
+            if place.step != saver.saved.step and place.stage_step and not session.stop.is_forced:
+                save(optimiser)
+            saver.wait()
+            raise
+        place = replace(place, stage=place.stage + 1, stage_step=0)
+        save(None)
     return place
 
 
+def _conclude(
+    session: Session,
+    saver: Checkpoints,
+    guard: LossGuard,
+    place: Place,
+    record: Mapping[str, Any],
+    steps: int,
+) -> None:
+    """After a step: log it, and raise, in all processes at once, what ends the run here."""
+    unlogged = None
+    try:
+        session.log({**record, "tokens": place.tokens})
+    except WriteError as error:
+        unlogged = error
+    failed, *asked = session.processes.sums(
+        [float(saver.failed or unlogged is not None), *session.stop.flags()]
+    )
+    if failed:
+        saver.wait()
+        raise unlogged or EndedByAnother(f"{session.run}: another process could not save")
+    guard.add(record["loss"])
+    if guard.diverged:
+        raise _diverged(session, place, guard)
+    session.progress(
+        record["stage"], place.stage_step, steps,
+        loss=record["loss"], tokens_per_second=record["tokens_per_second"],
+    )  # fmt: skip
+    stop_if_asked(asked)
+
+
 def _noticed(session: Session) -> Callable[[], None]:
-    return lambda: session.say("stopping after this step, with a checkpoint of it")
+    return lambda: session.say("stopping, with a checkpoint of the last whole step")
+
+
+def _evaluation_is_due(config: UptrainConfig, place: Place, steps: int) -> bool:
+    """Whether the held-out perplexity is measured here, inside a stage of so many steps."""
+    every = config.evaluate_every
+    return bool(every) and place.step % every == 0 and 0 < place.stage_step < steps
 
 
 def _diverged(session: Session, place: Place, guard: LossGuard) -> SupraError:
@@ -270,6 +234,7 @@ def _perplexity(session: Session, model: SupraModel) -> float:
     rows, every = session.data.held_out(), session.processes
     total = 0.0
     for first in range(0, len(rows), every.size):
+        session.stop_if_asked()
         number = first + every.rank
         ids = torch.from_numpy(rows[min(number, len(rows) - 1)])[None].to(session.device)
         with session.autocast(), eagerly(session.device):
