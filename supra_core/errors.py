@@ -21,5 +21,13 @@ class MissingDependencyError(SupraError):
     """An optional package is needed and absent; the message says what to install."""
 
 
-class Preempted(Exception):  # noqa: N818 - like KeyboardInterrupt, no error
+class WriteError(SupraError):
+    """An output that the system does not let be written: no room, or no permission."""
+
+
+class EndedByAnother(SupraError):  # noqa: N818 - the error is another process's
+    """Another process of the same run failed, and says why: this one has nothing to add."""
+
+
+class Preempted(BaseException):  # noqa: N818 - like KeyboardInterrupt, no error
     """The process was told to end (SIGTERM), and saved what it had: start it again."""

@@ -40,10 +40,12 @@ class SupraGroup(TyperGroup):
     everything saved in 75, none in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        from supra_core.errors import Preempted, SupraError
+        from supra_core.errors import EndedByAnother, Preempted, SupraError
 
         try:
             return super().invoke(ctx)
+        except EndedByAnother:
+            raise typer.Exit(EXIT_BAD_INPUT) from None
         except SupraError as error:
             print(f"supra: error: {error}", file=sys.stderr)
             raise typer.Exit(EXIT_BAD_INPUT) from None

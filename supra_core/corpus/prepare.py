@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,7 @@ from supra_core.corpus.store import (
     write_index,
 )
 from supra_core.errors import SupraError
-from supra_core.formats.atomic import atomic_file, check_replaceable
+from supra_core.formats.atomic import atomic_file, check_replaceable, put_folder, writing
 from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress, silent
 from supra_core.text import TOKENIZER, load_tokenizer
@@ -107,9 +106,8 @@ def prepare(
     facts |= {"skipped": position.skipped_count, "skipped_first": position.skipped}
     write_index(work, position.shards, facts)
     (work / _POSITION).unlink(missing_ok=True)
-    if out.exists():
-        shutil.rmtree(out)
-    os.rename(work, out)
+    with writing(out):
+        put_folder(work, out)
     return TokenStore(out)
 
 
@@ -127,8 +125,9 @@ def _begun(work: Path, facts: dict[str, Any]) -> _Position:
         if before.pop("facts") == json.loads(json.dumps(facts)):
             shards = [Shard(**shard) for shard in before.pop("shards")]
             return _Position(shards=shards, **before)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    with writing(work):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
     return _Position()
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import FormatError
+from supra_core.formats.atomic import atomic_file, flush_to_disk, writing
 from supra_core.formats.jsonfile import read_object
 
 INDEX = "index.json"
@@ -60,7 +62,8 @@ class ShardWriter:
     def __init__(self, folder: Path, number: int, dtype: str) -> None:
         self._dtype = _TYPES[dtype]
         self._tokens, self._documents = _names(folder, number)
-        self._file = open(self._tokens, "wb")  # noqa: SIM115 - closed with the shard
+        with writing(folder):
+            self._file = open(self._tokens, "wb")  # noqa: SIM115 - closed with the shard
         self._starts = array("Q")
         self._digest = hashlib.sha256()
         self.tokens = 0
@@ -72,19 +75,26 @@ class ShardWriter:
     def add(self, ids: Ids) -> None:
         """More tokens of the document."""
         data = np.ascontiguousarray(ids, dtype=self._dtype).tobytes()
-        self._file.write(data)
+        with writing(self._tokens):
+            self._file.write(data)
         self._digest.update(data)
         self.tokens += len(ids)
 
     def finish(self) -> Shard:
-        """Close the shard; it is complete."""
-        self._file.close()
-        np.array(self._starts, dtype=_STARTS).tofile(self._documents)
+        """Close the shard; it is complete, and on disk."""
+        with writing(self._tokens):
+            self._file.close()
+            flush_to_disk(self._tokens)
+            # Not by tofile, which does not see a disk that is full.
+            self._documents.write_bytes(np.array(self._starts, dtype=_STARTS).tobytes())
+            flush_to_disk(self._documents)
         return Shard(self.tokens, len(self._starts), self._digest.hexdigest())
 
     def abandon(self) -> None:
         """Close the shard without completing it."""
-        self._file.close()
+        # What could not be written raised when it was.
+        with suppress(OSError):
+            self._file.close()
 
 
 class TokenStore:
@@ -221,7 +231,8 @@ def write_index(folder: Path, shards: list[Shard], facts: Mapping[str, Any]) -> 
         "documents": sum(shard.documents for shard in shards),
         "shards": [asdict(shard) for shard in shards],
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with atomic_file(folder / INDEX) as beside:
+        beside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
 
 

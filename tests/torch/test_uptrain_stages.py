@@ -17,8 +17,8 @@ from supra_core.sources import open_source  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain import train as train_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
+from supra_torch.uptrain.one_step import learning_rate_factor  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
-from supra_torch.uptrain.train import learning_rate_factor  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     SETTINGS,
     end_by,

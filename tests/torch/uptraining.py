@@ -29,9 +29,13 @@ EVEN_STAGES = {
 }  # fmt: skip
 
 
+def records(run: Path) -> list[dict[str, Any]]:
+    """The run's log."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def logged_losses(run: Path) -> list[float]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
+    return [record["loss"] for record in records(run) if "loss" in record]
 
 
 def complete_lines(run: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -21,8 +20,8 @@ from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.compilation import compile_layers, compiles
 from supra_torch.uptrain.config import UptrainConfig
-from supra_torch.uptrain.host_memory import keep_freed_memory
 from supra_torch.uptrain.inputs import open_inputs
+from supra_torch.uptrain.memory import keep_freed_memory, peak_memory, reset_peak
 from supra_torch.uptrain.processes import Processes
 from supra_torch.uptrain.sharding import frozen_teacher, trained_student
 from supra_torch.uptrain.stages import gradients, optimiser_for
@@ -147,23 +146,3 @@ def _multiplied(model: nn.Module, tied: bool) -> int:
     count = sum(parameter.numel() for parameter in model.parameters())
     looked_up = sum(x.weight.numel() for x in model.modules() if isinstance(x, nn.Embedding))
     return count if tied else count - looked_up
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget what loading the weights needed, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocations, or the most that was resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text("ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -9,11 +9,11 @@ run goes on with any number of processes and no pickle is ever read.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from supra_core import artifact
-from supra_core.errors import SupraError
+from supra_core.errors import WriteError
 from supra_core.formats import distributed, safetensors
+from supra_core.formats.atomic import put_folder, reason, remedy, remove_folder
 from supra_core.formats.jsonfile import read_object
 from supra_core.sources import ADAPTERS
 from supra_core.spec import ModelSpec
@@ -43,7 +44,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Place:
     """Where a run stands: the stage, the steps done in it, and in all.
 
-    ``perplexity``: the held-out one, where it was measured here.
+    ``perplexity``: the held-out one, where it was measured here. ``left_out``: steps of the stage
+    that moved no weight. ``passed_over``: tokens that the run diverged on and never came back to,
+    in ``rollbacks`` places.
     """
 
     stage: int = 0
@@ -51,6 +54,9 @@ class Place:
     step: int = 0
     tokens: int = 0
     perplexity: float | None = None
+    left_out: int = 0
+    passed_over: int = 0
+    rollbacks: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Checkpoints:
         """Begin to write one, of the weights as they are now; called by every process.
 
         ``optimiser`` None: between two stages, of which each has its own, and adapters are added
-        to their weights. Waits for the one before; raises SupraError when that failed.
+        to their weights. Waits for the one before; raises WriteError when that failed.
         """
         self.wait()
         release(model)
@@ -120,17 +126,26 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Until the checkpoint under way is on disk; raises SupraError when it failed."""
+        """Until the checkpoint under way is on disk; raises WriteError when it failed."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
         try:
             writing.result()
         except (OSError, CheckpointException) as error:
-            raise SupraError(
-                f"{self._run}: a checkpoint could not be written ({_reason(error)}): make room "
-                "and start the run again; it goes on after the checkpoint before"
+            cause = _cause(error)
+            said, then = str(cause), "start again"
+            if isinstance(cause, OSError):
+                said, then = reason(cause), remedy(cause)
+            raise WriteError(
+                f"{self._run}: a checkpoint could not be written ({said}): {then}; the run goes on "
+                "after the checkpoint before"
             ) from None
+
+    def close(self) -> None:
+        """Until nothing is being written any more, whether that succeeds or not."""
+        if self._writing is not None:
+            wait_for([self._writing])
 
     def _write(self, parts: _Parts) -> None:
         out = folder_of(self._run, parts.place.step)
@@ -143,7 +158,7 @@ class Checkpoints:
                     beside / "model", parts.spec, self._assets, dtype="float32"
                 )
                 (beside / "state.json").write_text(json.dumps(asdict(parts.place)), "utf-8")
-                _put(beside, out)
+                put_folder(beside, out)
                 self._drop_old()
         except BaseException:
             if self._processes.is_first:
@@ -163,7 +178,7 @@ class Checkpoints:
         best = min(measured, default=(None, None))[1]
         for old in found[: -self._kept]:
             if old != best:
-                shutil.rmtree(old)
+                remove_folder(old)
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -173,18 +188,11 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copied
 
 
-def _put(beside: Path, out: Path) -> None:
-    if out.exists():
-        # From a run that was killed after it, and has come here again.
-        shutil.rmtree(out)
-    os.rename(beside, out)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        failures = [failure for failure, _ in error.failures.values()]
-        error = failures[0] if failures else error
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _cause(error: BaseException) -> BaseException:
+    """What a process said first, where several report."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return next(failure for failure, _ in error.failures.values())
+    return error
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -204,12 +212,6 @@ def checkpoints(run: Path) -> list[Path]:
 def newest(run: Path) -> Path | None:
     """The last complete checkpoint, if there is one."""
     return next(reversed(checkpoints(run)), None)
-
-
-def clear_partial(run: Path) -> None:
-    """Remove what a killed run had not finished writing."""
-    for path in (run / "checkpoints").glob(".step_*.partial"):
-        shutil.rmtree(path)
 
 
 def read_place(checkpoint: Path) -> Place:

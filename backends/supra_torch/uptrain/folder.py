@@ -9,17 +9,24 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from supra_core.errors import SupraError
-from supra_core.formats.atomic import atomic_file
+from supra_core.formats import safetensors
+from supra_core.formats.atomic import atomic_file, clear_partial, is_partial, writing
 from supra_core.formats.jsonfile import read_object
+from supra_core.tensors import TensorSource
 from supra_torch.uptrain.checkpoint import Place
 from supra_torch.uptrain.config import UptrainConfig
+
+CALIBRATED = "calibrated.safetensors"
+_CALIBRATION = "calibration"
 
 
 def metrics_of(run: Path) -> Path:
@@ -33,7 +40,7 @@ def refuse_another_run(run: Path, config: UptrainConfig) -> None:
         raise SupraError(f"{run} is a file: name a folder for the run")
     file = run / "run.json"
     if not file.is_file():
-        if run.is_dir() and any(run.iterdir()):
+        if run.is_dir() and not all(map(is_partial, run.iterdir())):
             raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
         return
     before, stated = read_object(file).get("config"), config.model_dump(mode="json")
@@ -66,7 +73,8 @@ def claim(run: Path, config: UptrainConfig, precision: str, processes: int) -> N
     file = run / "run.json"
     if file.is_file():
         return
-    run.mkdir(parents=True, exist_ok=True)
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
     packages = ("supra-lm", "torch", "numpy", "safetensors", "tokenizers")
     record = {
         "config": config.model_dump(mode="json"),
@@ -74,6 +82,7 @@ def claim(run: Path, config: UptrainConfig, precision: str, processes: int) -> N
         "precision": precision,
         "processes": processes,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "git": git_state(Path(__file__)),
         "machine": platform.machine(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -81,18 +90,47 @@ def claim(run: Path, config: UptrainConfig, precision: str, processes: int) -> N
         beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def git_state(file: Path) -> dict[str, Any] | None:
+    """The commit of the checkout that a file belongs to, and whether files differ from it.
+
+    None where it belongs to none, or there is no git.
+    """
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", "-C", str(file.parent), *arguments], capture_output=True, text=True, check=True,
+            timeout=10,
+        )  # fmt: skip
+        return found.stdout.strip()
+
+    try:
+        # An environment inside of somebody's repository is no checkout of ours.
+        git("ls-files", "--error-unmatch", file.name)
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def unclaim(run: Path, existed: bool) -> None:
     """Remove what a run that never took a step has made; only an ``existed`` folder stays."""
-    (run / "run.json").unlink()
-    (run / "calibrated.safetensors").unlink(missing_ok=True)
+    (run / CALIBRATED).unlink(missing_ok=True)
     shutil.rmtree(run / "data", ignore_errors=True)
+    # Last: without it the folder is no run's.
+    (run / "run.json").unlink()
     if not existed:
         run.rmdir()
 
 
+def clear(run: Path) -> None:
+    """Remove what a killed run had not finished writing."""
+    with writing(run):
+        for folder in (run, run / "data", run / "checkpoints"):
+            clear_partial(folder)
+
+
 def log(run: Path, record: Mapping[str, Any]) -> None:
-    """Append one line to the log."""
-    with open(metrics_of(run), "a", encoding="utf-8") as stream:
+    """Append one line to the log; WriteError where there is no room for it."""
+    with writing(metrics_of(run)), open(metrics_of(run), "a", encoding="utf-8") as stream:
         stream.write(json.dumps(record) + "\n")
 
 
@@ -102,24 +140,44 @@ def trim_log(run: Path, place: Place) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text("utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # A line cut off by a kill.
-        if record["step"] <= place.step and (place.step or "calibration" in record):
-            kept.append(line + "\n")
+    for line in file.read_text("utf-8", errors="replace").splitlines():
+        # A kill or a full disk may have cut a line off.
+        with suppress(json.JSONDecodeError):
+            if _is_before(json.loads(line), place):
+                kept.append(line + "\n")
     with atomic_file(file) as beside:
         beside.write_text("".join(kept), encoding="utf-8")
 
 
-def logged_losses(run: Path, place: Place) -> list[float]:
-    """The losses of the stage under way up to ``place``, as they were logged."""
+def _is_before(record: Mapping[str, Any], place: Place) -> bool:
+    """Whether a line was logged by the time of a checkpoint."""
+    if "calibration" in record or record["step"] < place.step:
+        return True
+    measured = "evaluation" not in record or place.perplexity is not None
+    return record["step"] == place.step > 0 and measured
+
+
+def log_calibration(run: Path) -> None:
+    """Log how the run's calibration went, unless that has been logged."""
+    stated = safetensors.metadata(run / CALIBRATED).get(_CALIBRATION)
+    file = metrics_of(run)
+    if stated and not (file.is_file() and '"calibration"' in file.read_text("utf-8")):
+        log(run, json.loads(stated))
+
+
+def write_calibrated(run: Path, tensors: TensorSource, record: Mapping[str, Any]) -> None:
+    """Keep what calibrating made, and how it went, in one file."""
+    with atomic_file(run / CALIBRATED) as beside:
+        safetensors.write_file(beside, tensors, {_CALIBRATION: json.dumps(record)})
+
+
+def logged_steps(run: Path, place: Place) -> list[dict[str, Any]]:
+    """The lines of the stage under way up to ``place``, a step each."""
     if not place.stage_step:
         return []
     records = [json.loads(line) for line in metrics_of(run).read_text("utf-8").splitlines()]
     first = place.step - place.stage_step
-    return [record["loss"] for record in records if "loss" in record and record["step"] > first]
+    return [record for record in records if "loss" in record and record["step"] > first]
 
 
 def _absolute(model: str) -> str:

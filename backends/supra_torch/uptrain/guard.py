@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 # Steps that are averaged: single batches differ by more than diverging does at first.
 _STEPS = 16
@@ -87,6 +89,41 @@ class StepGuard:
             self._last.append(norm)
 
     @property
+    def in_trouble(self) -> bool:
+        """Whether the last step was left out."""
+        return self._left_out > 0
+
+    @property
     def gives_up(self) -> bool:
         """Whether too many were left out in a row."""
         return self._left_out > self._in_a_row
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Both, fed by the lines of metrics that a stage's steps leave."""
+
+    losses: LossGuard
+    steps: StepGuard
+
+    @staticmethod
+    def of(
+        divergence: float, spike: float, skips: int, records: Iterable[Mapping[str, Any]]
+    ) -> Guards:
+        """As they are after the steps that were logged."""
+        guards = Guards(LossGuard(divergence), StepGuard(spike, skips))
+        for record in records:
+            guards.add(record)
+        return guards
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """One more step."""
+        left_out = "left_out" in record
+        self.steps.add(None if left_out else record["gradient_norm"])
+        if not left_out:
+            self.losses.add(record["loss"])
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the weights are worth a checkpoint."""
+        return self.losses.healthy and not self.steps.in_trouble

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -15,16 +15,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Holds both signals back inside its block; the loop looks for them between two steps.
+    """Inside its block, Ctrl-C raises KeyboardInterrupt and SIGTERM raises Preempted.
 
-    ``noticed`` is called when the first one comes. A second Ctrl-C interrupts at once. Outside
-    the main thread, where Python delivers no signals, nothing changes.
+    At once, or inside :meth:`held` when the loop looks for them. A second SIGTERM is nothing new:
+    schedulers send it to every process, and so does torchrun. A second Ctrl-C interrupts at once,
+    maybe in the middle of an optimiser step, and sets ``is_forced``.
+    Outside the main thread, where Python delivers no signals, nothing changes.
     """
 
-    def __init__(self, noticed: Callable[[], None] = lambda: None) -> None:
-        self._noticed = noticed
+    def __init__(self) -> None:
         self._before: dict[int, Any] = {}
-        self.received: set[int] = set()
+        self._received: set[int] = set()
+        self._noticed: Callable[[], None] = lambda: None
+        self.is_held = self.is_forced = False
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -36,15 +39,33 @@ class Stop:
             # None: a handler that C code installed, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    @contextmanager
+    def held(self, noticed: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Signals wait for :meth:`flags` to be looked at, or for the end of the block.
+
+        ``noticed`` is called when the first one comes.
+        """
+        self._noticed, self.is_held = noticed, True
+        try:
+            yield
+        finally:
+            self.is_held = False
+        stop_if_asked(self.flags())
+
     def flags(self) -> list[float]:
         """1.0 for each of SIGINT and SIGTERM that has come, so that processes can agree."""
-        return [float(number in self.received) for number in _SIGNALS]
+        return [float(number in self._received) for number in _SIGNALS]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in self.received:
-            raise KeyboardInterrupt
-        first, self.received = not self.received, self.received | {number}
-        if first:
+        if number in self._received:
+            if number == signal.SIGINT:
+                self.is_forced = True
+                raise KeyboardInterrupt
+            return
+        first, self._received = not self._received, self._received | {number}
+        if not self.is_held:
+            stop_if_asked(self.flags())
+        elif first:
             # A line that was being written when the signal came cannot be begun again.
             with suppress(RuntimeError):
                 self._noticed()

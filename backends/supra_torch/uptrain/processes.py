@@ -15,8 +15,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
-from supra_core.errors import SupraError
+from supra_core.errors import EndedByAnother, Preempted, SupraError
 
 # The first process may tokenise a large text while the others wait.
 _PATIENCE = timedelta(days=1)
@@ -100,18 +102,75 @@ def processes(devices_together: int = 0) -> Iterator[Processes]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    store, _, _ = next(rendezvous("env://"))
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         shape, names = (size,), ("shard",)
         if together < size:
             shape, names = (size // together, together), ("replicate", "shard")  # type: ignore[assignment]
-        yield Processes(
-            rank,
-            size,
-            device,
-            init_device_mesh(device.type, shape, mesh_dim_names=names),
-            dist.new_group(backend="gloo", timeout=_PATIENCE),
-            dist.new_group(backend="gloo", timeout=_PATIENCE),
-        )
+        with _ending_together(store):
+            yield Processes(
+                rank,
+                size,
+                device,
+                init_device_mesh(device.type, shape, mesh_dim_names=names),
+                dist.new_group(backend="gloo", timeout=_PATIENCE),
+                dist.new_group(backend="gloo", timeout=_PATIENCE),
+            )
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _ending_together(store: Store) -> Iterator[None]:
+    """What ends one process ends all, and one of them says it.
+
+    The first that fails notes so in ``store`` before it leaves, which the others see as a
+    connection that is closed.
+    """
+    try:
+        yield
+    except SupraError:
+        _refuse_to_repeat(store)
+        raise
+    except (Preempted, KeyboardInterrupt) as error:
+        _note(store, type(error).__name__)
+        raise
+    except RuntimeError as error:
+        if not _lost_another(error):
+            raise
+        for kind in (Preempted, KeyboardInterrupt):
+            if _is_noted(store, kind.__name__):
+                raise kind from None
+        _refuse_to_repeat(store)
+        raise SupraError(
+            "another process of the run was killed, or its node was lost: start the run again; "
+            "it goes on after the last checkpoint"
+        ) from None
+
+
+def _refuse_to_repeat(store: Store) -> None:
+    """Raise EndedByAnother unless this is the first process that fails."""
+    if _note(store, "failed") > 1:
+        raise EndedByAnother("another process of the run failed, and says why") from None
+
+
+def _note(store: Store, what: str) -> int:
+    """How many processes have noted this by now; 1 where the store is gone with its node."""
+    try:
+        return int(store.add(what, 1))
+    except dist.DistError:
+        return 1
+
+
+def _is_noted(store: Store, what: str) -> bool:
+    try:
+        return bool(store.check([what]))
+    except dist.DistError:
+        return False
+
+
+def _lost_another(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process that takes part in it is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from supra_core import artifact
-from supra_core.errors import SupraError
+from supra_core.errors import SupraError, WriteError
 from supra_core.formats import safetensors
 from supra_core.formats.atomic import atomic_file
 from supra_core.formats.jsonfile import read_object
@@ -27,15 +27,27 @@ from supra_torch.conversion import calibrated_tensors
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
-from supra_torch.uptrain.folder import claim, log, metrics_of, refuse_another_run, trim_log, unclaim
-from supra_torch.uptrain.host_memory import keep_freed_memory
+from supra_torch.uptrain.folder import (
+    CALIBRATED,
+    claim,
+    clear,
+    log_calibration,
+    metrics_of,
+    refuse_another_run,
+    trim_log,
+    unclaim,
+    write_calibrated,
+)
 from supra_torch.uptrain.inputs import Inputs, open_inputs, refuse_another_recipe
+from supra_torch.uptrain.interrupts import Stop
+from supra_torch.uptrain.lock import Lock
+from supra_torch.uptrain.memory import keep_freed_memory
 from supra_torch.uptrain.processes import Processes, processes
+from supra_torch.uptrain.session import Session
 from supra_torch.uptrain.sharding import frozen_teacher
 from supra_torch.uptrain.step import resolved_precision
-from supra_torch.uptrain.train import Session, train
-
-CALIBRATED = "calibrated.safetensors"
+from supra_torch.uptrain.train import train
+from supra_torch.uptrain.watch import refuse_missing, sinks
 
 
 def uptrain(
@@ -50,33 +62,41 @@ def uptrain(
     ``say`` is told, in a line, what progress does not show; in a run of many processes, the
     first one's is. Raises SupraError when ``run`` belongs to another config, the inputs do not
     fit, or the loss is no longer finite (the last checkpoint stays). On Ctrl-C a checkpoint is
-    written before KeyboardInterrupt, on SIGTERM before Preempted.
+    written before KeyboardInterrupt, on SIGTERM before Preempted. When one of many processes
+    fails, all do, and those that have nothing to add raise EndedByAnother.
     The process keeps the memory that it frees (:func:`keep_freed_memory`).
     """
-    with processes(config.devices_together) as every:
+    with Stop() as stop, processes(config.devices_together) as every:
         if not every.is_first:
             progress, say = silent, lambda text: None
-        return _uptrain(config, run, every, progress, say)
+        lock = Lock(run, say)
+        try:
+            return _uptrain(config, run, every, stop, lock, progress, say)
+        finally:
+            lock.release()
 
 
 def _uptrain(
     config: UptrainConfig,
     run: Path,
     every: Processes,
+    stop: Stop,
+    lock: Lock,
     progress: Progress,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     precision = resolved_precision(config.precision, every.device)
     with every.first_alone():
+        if every.is_first:
+            lock.take()
         refuse_another_run(run, config)
         config.refuse_uneven(every.size)
+        refuse_missing(config.report_to)
         summary_file = run / "summary.json"
         if summary_file.is_file() and (run / "model").is_dir():
             return {**read_object(summary_file), "already_finished": True}
         inputs = open_inputs(config)
-        data = _claimed(config, run, inputs, every, precision, progress)
-        if every.is_first:
-            checkpoint.clear_partial(run)
+        data = _claimed(config, run, inputs, every, lock, precision, progress)
         begins = _calibrated(config, run, inputs, data, every, precision, progress)
     keep_freed_memory()
     teacher = inputs.teacher and frozen_teacher(*inputs.teacher, precision, every)
@@ -85,12 +105,15 @@ def _uptrain(
     every.wait()
     if every.is_first:
         trim_log(run, place)
+        if (run / CALIBRATED).is_file():
+            log_calibration(run)
     if place.step:
         say(f"{run} goes on after step {place.step} of {sum(config.stage_steps())}")
     session = Session(
         config=config,
         run=run,
         processes=every,
+        stop=stop,
         precision=precision,
         data=data,
         teacher=teacher,
@@ -100,7 +123,9 @@ def _uptrain(
         progress=progress,
         say=say,
     )
-    summary = train(session, place)
+    wanted = config.report_to if every.is_first else ()
+    with sinks(wanted, run, config.model_dump(mode="json"), place.step) as opened:
+        summary = train(replace(session, sinks=opened), place)
     if every.is_first:
         _write_model(session, progress)
         with atomic_file(summary_file) as beside:
@@ -114,6 +139,7 @@ def _claimed(
     run: Path,
     inputs: Inputs,
     every: Processes,
+    lock: Lock,
     precision: str,
     progress: Progress,
 ) -> Mixture:
@@ -123,8 +149,14 @@ def _claimed(
     refuse_unfit(config.data_parts, inputs.student_assets)
     existed, begun = run.is_dir(), metrics_of(run).is_file()
     claim(run, config, precision, every.size)
+    if every.is_first:
+        lock.take()
+        clear(run)
     try:
         return _data(config, run, inputs, progress, begun)
+    except WriteError:
+        # The same command goes on once there is room.
+        raise
     except SupraError:
         if not begun and every.is_first:
             unclaim(run, existed)
@@ -178,9 +210,7 @@ def _calibrated(
             "calibration_tokens": ids.numel(),
             "seconds": time.perf_counter() - began,
         }
-        with atomic_file(file) as beside:
-            safetensors.write_file(beside, changed)
-        log(run, record)
+        write_calibrated(run, changed, record)
     return {**inputs.student_tensors, **safetensors.read_file(file)}
 
 

@@ -3,103 +3,30 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from supra_core import artifact
-from supra_core.errors import Preempted, SupraError
-from supra_core.progress import Progress
+from supra_core.errors import EndedByAnother, Preempted, SupraError, WriteError
+from supra_core.formats.atomic import flush_to_disk
 from supra_core.spec import ModelSpec
-from supra_core.tensors import LazyTensor
 from supra_torch.model import SupraModel
 from supra_torch.uptrain import checkpoint
-from supra_torch.uptrain.batches import Batch, Batches
-from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.checkpoint import Checkpoints, Place
-from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
-from supra_torch.uptrain.config import Stage, UptrainConfig
-from supra_torch.uptrain.data import Mixture
-from supra_torch.uptrain.folder import log, logged_losses
-from supra_torch.uptrain.guard import LossGuard
-from supra_torch.uptrain.interrupts import Stop, stop_if_asked
-from supra_torch.uptrain.processes import Processes
-from supra_torch.uptrain.sharding import release, synchronise, trained_student
-from supra_torch.uptrain.stages import gradients, next_token_loss, optimiser_for
-from supra_torch.uptrain.step import autocast, trained_parameters, training_step
-
-
-@dataclass(frozen=True)
-class Session:
-    """Everything that does not change while a run goes on.
-
-    ``spec`` and ``begins``: the student as it begins, before any step.
-    """
-
-    config: UptrainConfig
-    run: Path
-    processes: Processes
-    precision: str
-    data: Mixture
-    teacher: SupraModel | None
-    spec: ModelSpec
-    begins: Mapping[str, LazyTensor]
-    assets: Mapping[str, bytes]
-    progress: Progress
-    say: Callable[[str], None]
-
-    @property
-    def device(self) -> torch.device:
-        return self.processes.device
-
-    def autocast(self) -> torch.autocast:
-        return autocast(self.device, self.precision)
-
-    @property
-    def compiles(self) -> bool:
-        """Whether steps are compiled, and on a single GPU captured."""
-        return compiles(self.config.compile, self.device)
-
-    def compiled(self, stage: Stage, student: SupraModel) -> AbstractContextManager[object]:
-        """Inside, the stage's steps are compiled if the run compiles."""
-        if not self.compiles:
-            return eagerly(self.device)
-        return compiled_layers(stage.kind, student, self.teacher)
-
-    def gradients(
-        self, stage: Stage, student: SupraModel, optimiser: torch.optim.Optimizer
-    ) -> Gradients:
-        """What a step of the stage computes of this process's part of a batch."""
-
-        def compute(batches: Sequence[Batch]) -> Tensor:
-            rows = sum(len(batch.ids) for batch in batches)
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for number, batch in enumerate(batches, start=1):
-                synchronise(student, number == len(batches))
-                with self.autocast():
-                    share = len(batch.ids) / rows
-                    total += gradients(stage.kind, student, self.teacher, batch, share)
-            return total
-
-        alone = self.processes.mesh is None
-        if not self.compiles or self.device.type != "cuda" or not alone:
-            return compute
-        return CapturedGradients(compute, list(trained_parameters(optimiser)), self.say)
-
-    def batches(self, cut: int) -> Batches:
-        """Puts rows on the device, for a stage that cuts sequences so."""
-        return Batches(self.data, cut, self.config.device_rows, self.device)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """One line in metrics.jsonl, by the first process."""
-        if self.processes.is_first:
-            log(self.run, record)
+from supra_torch.uptrain.compilation import eagerly
+from supra_torch.uptrain.config import UptrainConfig
+from supra_torch.uptrain.estimate import Estimate
+from supra_torch.uptrain.folder import logged_steps, metrics_of, trim_log
+from supra_torch.uptrain.guard import Guards, LossGuard
+from supra_torch.uptrain.interrupts import stop_if_asked
+from supra_torch.uptrain.one_step import Work, one_step
+from supra_torch.uptrain.profile import profiled
+from supra_torch.uptrain.session import Session
+from supra_torch.uptrain.sharding import release, trained_student
+from supra_torch.uptrain.stages import next_token_loss, optimiser_for
 
 
 def train(session: Session, place: Place) -> dict[str, Any]:
@@ -114,9 +41,15 @@ def train(session: Session, place: Place) -> dict[str, Any]:
         session.run, session.processes, session.assets, config.keep_checkpoints, place
     )
     steps = config.stage_steps()
-    while place.stage < len(steps):
-        place = _run_stage(session, saver, place, steps[place.stage])
-    saver.wait()
+    try:
+        while place.stage < len(steps):
+            try:
+                place = _run_stage(session, saver, place, steps[place.stage])
+            except Diverged as diverged:
+                place = _back(session, saver, diverged)
+        saver.wait()
+    finally:
+        saver.close()
     session.processes.wait()
     return {
         "run": str(session.run),
@@ -147,114 +80,151 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     optimiser = optimiser_for(student, stage)
     names = {parameter: name for name, parameter in student.named_parameters()}
     if within:
-        checkpoint.load_optimiser(within, optimiser, names, place.stage_step)
-    compute, batches = session.gradients(stage, student, optimiser), session.batches(stage.cut)
-    guard = LossGuard(config.divergence, logged_losses(session.run, place))
+        taken = place.stage_step - place.left_out
+        checkpoint.load_optimiser(within, optimiser, names, taken)
+    work = Work(
+        session.gradients(stage, student, optimiser), session.batches(stage.cut), optimiser, steps
+    )
+    logged = logged_steps(session.run, place)
+    guards = Guards.of(config.divergence, config.spike, config.skips, logged)
+    estimate = Estimate(stage.kind, steps - place.stage_step, session.say)
+    profile = profiled(
+        session.run / "profile", f"{place.stage}-{stage.kind}",
+        config.profile_steps if session.processes.is_first else 0,
+    )  # fmt: skip
 
     def save(optimiser: torch.optim.Optimizer | None) -> None:
+        if session.processes.is_first:
+            # A checkpoint is not to outlast the lines of its steps.
+            flush_to_disk(metrics_of(session.run))
         saver.save(place, _trained(session.spec, place), student, optimiser, names)
 
-    try:
-        with Stop(_noticed(session)) as stop, session.compiled(stage, student):
-            while place.stage_step < steps:
-                record = _step(session, place, compute, batches, optimiser, steps)
-                failed, *asked = session.processes.sums([float(saver.failed), *stop.flags()])
-                place = replace(
-                    place,
-                    stage_step=place.stage_step + 1,
-                    step=place.step + 1,
-                    tokens=place.tokens + record["step_tokens"],
-                    perplexity=None,
-                )
-                session.log({**record, "tokens": place.tokens})
-                guard.add(record["loss"])
-                if failed:
-                    saver.wait()
-                    raise SupraError(f"{session.run}: another process could not save")
-                if guard.diverged:
-                    raise _diverged(session, place, guard)
-                session.progress(
-                    stage.kind, place.stage_step, steps,
-                    loss=record["loss"], tokens_per_second=record["tokens_per_second"],
-                )  # fmt: skip
-                stop_if_asked(asked)
-                if place.stage_step == steps:
-                    break
-                if config.evaluate_every and place.step % config.evaluate_every == 0:
+    with session.stop.held(_noticed(session)):
+        try:
+            with session.compiled(stage, student), profile as profile_step:
+                if within and place.perplexity is None and _evaluation_is_due(config, place, steps):
                     place = _evaluate(session, place, student)
-                if place.step % config.checkpoint_every == 0 and guard.healthy:
-                    save(optimiser)
-            place = _evaluate(session, place, student)
-    except (KeyboardInterrupt, Preempted):
-        if place.step != saver.saved.step and place.stage_step:
-            save(optimiser)
-        saver.wait()
-        raise
-    place = replace(place, stage=place.stage + 1, stage_step=0)
-    save(None)
+                while place.stage_step < steps:
+                    record = one_step(session, place, work, guards.steps.most())
+                    profile_step()
+                    place = replace(
+                        place,
+                        stage_step=place.stage_step + 1,
+                        step=place.step + 1,
+                        tokens=place.tokens + record["step_tokens"],
+                        perplexity=None,
+                        left_out=place.left_out + ("left_out" in record),
+                    )
+                    _conclude(session, saver, guards, place, record, steps)
+                    estimate.step(record["step_tokens"], record["memory_bytes"])
+                    if place.stage_step == steps:
+                        break
+                    if _evaluation_is_due(config, place, steps):
+                        place = _evaluate(session, place, student)
+                    if place.step % config.checkpoint_every == 0 and guards.healthy:
+                        save(optimiser)
+                place = _evaluate(session, place, student)
+                if not math.isfinite(place.perplexity or math.nan):
+                    raise _not_finite(session, place)
+        except (KeyboardInterrupt, Preempted):
+            if place.step != saver.saved.step and place.stage_step and not session.stop.is_forced:
+                save(optimiser)
+            saver.wait()
+            raise
+        place = replace(place, stage=place.stage + 1, stage_step=0, left_out=0)
+        save(None)
     return place
 
 
+def _conclude(
+    session: Session,
+    saver: Checkpoints,
+    guards: Guards,
+    place: Place,
+    record: Mapping[str, Any],
+    steps: int,
+) -> None:
+    """After a step: log it, and raise, in all processes at once, what ends the run here."""
+    unlogged = None
+    try:
+        session.log({**record, "tokens": place.tokens})
+    except WriteError as error:
+        unlogged = error
+    failed, *asked = session.processes.sums(
+        [float(saver.failed or unlogged is not None), *session.stop.flags()]
+    )
+    if failed:
+        saver.wait()
+        raise unlogged or EndedByAnother(f"{session.run}: another process could not save")
+    guards.add(record)
+    if "left_out" in record:
+        session.say(f"step {place.step} is left out: {record['left_out']}")
+    if guards.steps.gives_up:
+        raise _not_finite(session, place, record["left_out"])
+    if guards.losses.diverged:
+        raise Diverged(session, place, guards.losses)
+    session.progress(
+        record["stage"], place.stage_step, steps,
+        loss=record["loss"] or math.nan, tokens_per_second=record["tokens_per_second"],
+    )  # fmt: skip
+    stop_if_asked(asked)
+
+
 def _noticed(session: Session) -> Callable[[], None]:
-    return lambda: session.say("stopping after this step, with a checkpoint of it")
+    return lambda: session.say("stopping, with a checkpoint of the last whole step")
 
 
-def _diverged(session: Session, place: Place, guard: LossGuard) -> SupraError:
-    return SupraError(
-        f"{session.run}: the loss diverges at step {place.step} (mean of the last steps "
-        f"{guard.mean:.4g}, before {guard.lowest:.4g}): lower stages.{place.stage}.learning_rate "
-        "in a new run; the last good checkpoint is kept"
+def _evaluation_is_due(config: UptrainConfig, place: Place, steps: int) -> bool:
+    """Whether the held-out perplexity is measured here, inside a stage of so many steps."""
+    every = config.evaluate_every
+    return bool(every) and place.step % every == 0 and 0 < place.stage_step < steps
+
+
+class Diverged(SupraError):
+    """The loss has grown too much; ``place`` is where that was seen."""
+
+    def __init__(self, session: Session, place: Place, guard: LossGuard) -> None:
+        self.place = place
+        self.grown = f"mean of the last steps {guard.mean:.4g}, before {guard.lowest:.4g}"
+        super().__init__(
+            f"{session.run}: the loss diverges at step {place.step} ({self.grown}): lower "
+            f"stages.{place.stage}.learning_rate in a new run; the last good checkpoint is kept"
+        )
+
+
+def _back(session: Session, saver: Checkpoints, diverged: Diverged) -> Place:
+    """The last checkpoint's place, from where other text is read; ``diverged`` if too often."""
+    away = diverged.place
+    if away.rollbacks >= session.config.rollbacks:
+        raise diverged
+    saver.wait()
+    session.processes.wait()
+    newest = checkpoint.newest(session.run)
+    good = checkpoint.read_place(newest) if newest else Place()
+    if session.processes.is_first:
+        trim_log(session.run, good)
+        for sink in session.sinks:
+            sink.go_back(good.step)
+    session.log({"went_back_from": away.step, "step": good.step})
+    session.say(
+        f"the loss diverges at step {away.step} ({diverged.grown}): the run goes on from step "
+        f"{good.step}, past the text that it diverged on"
+    )
+    saver.saved = good
+    return replace(
+        good,
+        passed_over=away.tokens + away.passed_over - good.tokens,
+        rollbacks=away.rollbacks + 1,
     )
 
 
-def _step(
-    session: Session,
-    place: Place,
-    compute: Gradients,
-    batches: Batches,
-    optimiser: torch.optim.Optimizer,
-    steps: int,
-) -> dict[str, Any]:
-    """One optimiser step; returns its line of metrics."""
-    stage, began = session.config.stages[place.stage], time.perf_counter()
-    every = session.processes
-    rows, _ = session.config.batch_shape(stage)
-    own = session.data.batch(place.tokens, rows, stage.cut, every.share(rows))
-    parts = batches.of(own)
-    factor = learning_rate_factor(place.stage_step, steps, stage.warmup, stage.final_learning_rate)
-    try:
-        loss, norm = training_step(
-            lambda: compute(parts),
-            optimiser,
-            learning_rate_factor=factor,
-            clip=stage.clip,
-            mean=lambda loss: every.sums([loss])[0] / every.size,
-        )
-    except FloatingPointError as error:
-        raise SupraError(
-            f"{session.run}: the loss is no longer finite at step {place.step + 1} ({error}): "
-            f"lower stages.{place.stage}.learning_rate; the last checkpoint is kept"
-        ) from None
-    seconds, tokens = time.perf_counter() - began, own.ids.size * every.size
-    return {
-        "stage": stage.kind,
-        "stage_index": place.stage,
-        "step": place.step + 1,
-        "loss": loss,
-        "gradient_norm": norm,
-        "learning_rate": stage.learning_rate * factor,
-        "step_tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-    }
-
-
-def learning_rate_factor(step: int, steps: int, warmup: float, final: float) -> float:
-    """Linear warmup over a share of the steps, then a cosine to ``final``; 0 <= step < steps."""
-    warm = round(warmup * steps)
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    done = (step - warm) / max(1, steps - warm)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+def _not_finite(
+    session: Session, place: Place, why: str = "the held-out perplexity is not finite"
+) -> SupraError:
+    return SupraError(
+        f"{session.run}: training gives up at step {place.step} ({why}): lower "
+        f"stages.{place.stage}.learning_rate in a new run; the last good checkpoint is kept"
+    )
 
 
 def _evaluate(session: Session, place: Place, student: SupraModel) -> Place:
@@ -275,6 +245,7 @@ def _perplexity(session: Session, model: SupraModel) -> float:
     rows, every = session.data.held_out(), session.processes
     batches, total, targets = session.batches(1), 0.0, 0.0
     for first in range(0, len(rows), every.size):
+        session.stop_if_asked()
         number = min(first + every.rank, len(rows) - 1)
         row = rows[number : number + 1]
         (batch,) = batches.of(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,10 @@ class Sink(Protocol):
     """Takes the figures of a step, by name."""
 
     def add(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+    def go_back(self, step: int) -> None:
+        """What was added after ``step`` no longer counts."""
+        ...
 
     def close(self) -> None: ...
 
@@ -36,7 +40,7 @@ def sinks(
     report_to: Sequence[ReportTo], run: Path, config: Mapping[str, Any], step: int
 ) -> Iterator[list[Sink]]:
     """Those that are asked for, for a run that goes on after ``step``; closed at the end."""
-    opened: list[Sink] = [_SINKS[name](run, config, step) for name in report_to]
+    opened = [_SINKS[name](run, config, step) for name in report_to]
     try:
         yield opened
     finally:
@@ -61,14 +65,21 @@ class _TensorBoard:
     """Event files in ``RUN/tensorboard``."""
 
     def __init__(self, run: Path, config: Mapping[str, Any], step: int) -> None:
+        self._folder = str(run / "tensorboard")
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What was written after the checkpoint that the run goes on from is taken back.
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._writer = SummaryWriter(self._folder, purge_step=step + 1)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
+
+    def go_back(self, step: int) -> None:
+        self._writer.close()
+        self._open(step)
 
     def close(self) -> None:
         self._writer.close()
@@ -97,8 +108,15 @@ class _WeightsAndBiases:
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log({**figures, "step": step})
 
+    def go_back(self, step: int) -> None:
+        # Its curves show both ways.
+        pass
+
     def close(self) -> None:
         self._run.finish()
 
 
-_SINKS = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
+_SINKS: dict[ReportTo, Callable[[Path, Mapping[str, Any], int], Sink]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WeightsAndBiases,
+}

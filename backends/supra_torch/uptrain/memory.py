@@ -1,0 +1,48 @@
+"""Memory of a training process: how much it took, and that what it frees is not given away."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+# Numbers of mallopt's parameters, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed, for the rest of the process; whether it could.
+
+    A step on a CPU allocates gigabytes. Returned to the system and asked for again, every page
+    faults and is zeroed anew, each step (PyTorch's tuning guide recommends another allocator for
+    this; glibc's own can be told).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _MOST) and libc.mallopt(_M_TRIM_THRESHOLD, _MOST))
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget what loading the weights needed, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocations, or the most that was resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text("ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,110 @@
+"""What a run needs at every step: its config, its processes, its data, its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from supra_core.progress import Progress
+from supra_core.spec import ModelSpec
+from supra_core.tensors import LazyTensor
+from supra_torch.model import SupraModel
+from supra_torch.uptrain.batches import Batch, Batches
+from supra_torch.uptrain.capture import CapturedGradients, Gradients
+from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
+from supra_torch.uptrain.config import Stage, UptrainConfig
+from supra_torch.uptrain.data import Mixture
+from supra_torch.uptrain.folder import log
+from supra_torch.uptrain.interrupts import Stop, stop_if_asked
+from supra_torch.uptrain.processes import Processes
+from supra_torch.uptrain.sharding import synchronise
+from supra_torch.uptrain.stages import gradients
+from supra_torch.uptrain.step import autocast, trained_parameters
+from supra_torch.uptrain.watch import Sink, figures
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything that does not change while a run goes on.
+
+    ``spec`` and ``begins``: the student as it begins, before any step.
+    """
+
+    config: UptrainConfig
+    run: Path
+    processes: Processes
+    stop: Stop
+    precision: str
+    data: Mixture
+    teacher: SupraModel | None
+    spec: ModelSpec
+    begins: Mapping[str, LazyTensor]
+    assets: Mapping[str, bytes]
+    progress: Progress
+    say: Callable[[str], None]
+    sinks: Sequence[Sink] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device, self.precision)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether steps are compiled, and on a single GPU captured."""
+        return compiles(self.config.compile, self.device)
+
+    def compiled(self, stage: Stage, student: SupraModel) -> AbstractContextManager[object]:
+        """Inside, the stage's steps are compiled if the run compiles."""
+        if not self.compiles:
+            return eagerly(self.device)
+        return compiled_layers(stage.kind, student, self.teacher)
+
+    def gradients(
+        self, stage: Stage, student: SupraModel, optimiser: torch.optim.Optimizer
+    ) -> Gradients:
+        """What a step of the stage computes of this process's part of a batch."""
+
+        alone = self.processes.mesh is None
+        captured = self.compiles and self.device.type == "cuda" and alone
+
+        def compute(batches: Sequence[Batch]) -> Tensor:
+            rows = sum(len(batch.ids) for batch in batches)
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for number, batch in enumerate(batches, start=1):
+                if number > 1 and not captured:
+                    self.stop_if_asked()
+                synchronise(student, number == len(batches))
+                with self.autocast():
+                    share = len(batch.ids) / rows
+                    total += gradients(stage.kind, student, self.teacher, batch, share)
+            return total
+
+        if not captured:
+            return compute
+        return CapturedGradients(compute, list(trained_parameters(optimiser)), self.say)
+
+    def batches(self, cut: int) -> Batches:
+        """Puts rows on the device, for a stage that cuts sequences so."""
+        return Batches(self.data, cut, self.config.device_rows, self.device)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """One line in metrics.jsonl and where else figures are reported, by the first process."""
+        if not self.processes.is_first:
+            return
+        log(self.run, record)
+        for sink in self.sinks:
+            sink.add(record["step"], figures(record))
+
+    def stop_if_asked(self) -> None:
+        """Raise, in all processes, what signals to any of them ask for; called by all."""
+        if self.stop.is_held:
+            stop_if_asked(self.processes.sums(self.stop.flags()))
