@@ -22,6 +22,7 @@ from supra_cli.commands import (
     evaluate,
     generate,
     inspect,
+    launch,
     report,
     serve,
     state,
@@ -80,4 +81,5 @@ app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
+app.add_typer(launch.app, name="launch")
 app.add_typer(state.app, name="state")

@@ -35,3 +35,16 @@ System = Annotated[str | None, typer.Option(help="System prompt; default: the te
 GenerationBackend = Annotated[
     str | None, typer.Option(help="mlx or torch; default: mlx where it is installed.")
 ]
+
+
+def overrides(settings: list[str]) -> dict[str, str]:
+    """What several ``--set KEY=VALUE`` say; :class:`SupraError` if one is no setting."""
+    from supra_core.errors import SupraError
+
+    values = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise SupraError(f"--set {setting} is no setting: write key=value")
+        values[key.strip()] = value.strip()
+    return values

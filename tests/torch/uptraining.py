@@ -49,17 +49,17 @@ def weights_in(folder: Path) -> dict[str, Any]:
 def run_in_process(settings: UptrainConfig, run: Path, pause: float = 0.0) -> Any:
     """The run in a process of its own, on one thread; ``pause`` seconds after every step."""
     return subprocess.Popen(
-        [sys.executable, "-c", _script(pause), *_arguments(settings, run)], env=_environment()
+        [sys.executable, "-c", script(pause), *arguments(settings, run)], env=environment()
     )
 
 
 def run_in_processes(settings: UptrainConfig, run: Path, count: int, pause: float = 0.0) -> Any:
     """The same in ``count`` processes by torchrun, which is what is returned."""
-    script = run.with_name(f"{run.name}.py")
-    script.write_text(_script(pause))
+    file = run.with_name(f"{run.name}.py")
+    file.write_text(script(pause))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return subprocess.Popen(
-        [sys.executable, *torchrun, str(script), *_arguments(settings, run)], env=_environment()
+        [sys.executable, *torchrun, str(file), *arguments(settings, run)], env=environment()
     )
 
 
@@ -75,7 +75,7 @@ def end_by(number: signal.Signals, process: Any, run: Path, after: int) -> int:
     return code
 
 
-def _script(pause: float) -> str:
+def script(pause: float) -> str:
     return (
         "import sys, time, torch\n"
         "torch.set_num_threads(1)\n"
@@ -91,9 +91,9 @@ def _script(pause: float) -> str:
     )
 
 
-def _arguments(settings: UptrainConfig, run: Path) -> list[str]:
+def arguments(settings: UptrainConfig, run: Path) -> list[str]:
     return [settings.model_dump_json(), str(run)]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

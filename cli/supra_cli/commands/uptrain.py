@@ -51,7 +51,7 @@ def command(
         model=None if is_config else start,
         recipe=recipe,
         data=data[0] if data and len(data) == 1 else data or None,
-        overrides=_overrides(settings or []),
+        overrides=options.overrides(settings or []),
     )
     if data and len(data) == 1 and not Path(data[0]).exists():
         from supra_torch.uptrain.config import DataPart
@@ -65,15 +65,3 @@ def command(
         print_json({"run": str(folder), "model": str(folder / "model"), **summary})
     else:
         log(f"done: supra eval {folder} --tasks perplexity --data FILE measures it")
-
-
-def _overrides(settings: list[str]) -> dict[str, str]:
-    from supra_core.errors import SupraError
-
-    overrides = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise SupraError(f"--set {setting} is no setting: write key=value")
-        overrides[key.strip()] = value.strip()
-    return overrides

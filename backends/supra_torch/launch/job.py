@@ -1,0 +1,111 @@
+"""What a job is told, whatever starts it; checked before a file is written. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from supra_core.errors import SupraError
+from supra_torch.uptrain.config import UptrainConfig, resolve
+
+# A DNS label that begins with a letter (RFC 1035), and short enough for an index behind it.
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run and the devices that it is for.
+
+    ``file``: the config's, of which ``config`` is what it says with ``overrides``; ``run``: the
+    run's folder; ``gpus``: of each node; ``grace``: seconds for the last checkpoint, once the job
+    is told to end.
+    """
+
+    file: str
+    config: UptrainConfig
+    overrides: Mapping[str, str]
+    run: str
+    name: str
+    nodes: int
+    gpus: int
+    grace: int
+
+    @property
+    def settings(self) -> list[str]:
+        """The overrides as ``uptrain --set`` takes them."""
+        return [f"{key}={value}" for key, value in self.overrides.items()]
+
+
+def job(
+    file: str | Path,
+    *,
+    nodes: int = 1,
+    gpus: int = 8,
+    run: str | Path | None = None,
+    name: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    grace: int = 300,
+) -> Job:
+    """The job of a config; ``run`` is runs/ and the config's name unless named.
+
+    Raises SupraError when the config is wrong, ``nodes`` x ``gpus`` processes cannot share its
+    batches evenly, or a path or a name cannot stand in a job file.
+    """
+    path = Path(file)
+    if path.suffix != ".toml":
+        raise SupraError(f"{file} is no CONFIG.toml: write model, data and settings to one")
+    for option, number in (("nodes", nodes), ("gpus", gpus)):
+        if number < 1:
+            raise SupraError(f"--{option} {number}: at least 1 is needed")
+    if grace < 60:
+        raise SupraError(f"--grace {grace}: a last checkpoint needs 60 seconds at least")
+    config = resolve(config=path, model=None, recipe=None, data=None, overrides=overrides or {})
+    _refuse_uneven(path, config, nodes * gpus, gpus)
+    made = Job(
+        file=_argument(path),
+        config=config,
+        overrides=dict(overrides or {}),
+        run=_argument(run if run is not None else Path("runs") / path.stem),
+        name=_name_of(path) if name is None else name,
+        nodes=nodes,
+        gpus=gpus,
+        grace=grace,
+    )
+    if not _NAME.fullmatch(made.name):
+        raise SupraError(
+            f"--name {made.name}: use lower-case letters, digits and hyphens, a letter first, "
+            "50 at most"
+        )
+    for text in (made.file, made.run, *made.settings):
+        if not text.isprintable():
+            raise SupraError(
+                f"{text!a} holds a line break or a character that cannot be printed, which no job "
+                "file can: name it otherwise"
+            )
+    return made
+
+
+def _refuse_uneven(file: Path, config: UptrainConfig, processes: int, gpus: int) -> None:
+    try:
+        config.refuse_uneven(processes)
+    except SupraError as error:
+        raise SupraError(f"{file}: {error}") from None
+    together = config.devices_together or gpus
+    if processes % together:
+        raise SupraError(
+            f"{file}: devices_together {together} does not divide {processes} GPUs: set a divisor"
+        )
+
+
+def _argument(path: str | Path) -> str:
+    """A path as an argument, which no option looks like."""
+    text = str(path)
+    return f"./{text}" if text.startswith("-") else text
+
+
+def _name_of(file: Path) -> str:
+    """The config's name, in what every scheduler takes for a name."""
+    words = re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")
+    return (words if words[:1].isalpha() else f"supra-{words}")[:50].strip("-")
