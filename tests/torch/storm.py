@@ -177,22 +177,28 @@ class Storm:
 
     def _wait(self, kill: Kill, run: Path, group: Group) -> None:
         """Until the moment, or until the run has ended."""
-        logged = _steps(run)
-        more = self.random.randint(1, 4)
+        logged, since = _steps(run), time.monotonic()
+        more, seconds = self.random.randint(1, 4), self.random.uniform(0, 1.5)
+        ends = next(end for end in _BEFORE if end > logged or end == _BEFORE[-1])
+        before = set(run.glob(".model.*.partial"))
+
+        def has_stepped(steps: int) -> bool:
+            return _steps(run) >= logged + steps
+
         is_there: dict[str, Callable[[], bool]] = {
-            "time": lambda: True,
+            "time": lambda: time.monotonic() > since + seconds or has_stepped(more),
             "data": lambda: (run / "data").exists(),
             "calibrating": lambda: (run / "data" / "data.json").is_file(),
-            "steps": lambda: _steps(run) >= logged + more,
-            "saving": lambda: _steps(run) > logged and _any(run, ".step_*.partial"),
-            "between stages": lambda: _steps(run) > logged and _steps(run) in _BEFORE,
-            "model": lambda: any(run.glob(".model.*.partial")),
+            "steps": lambda: has_stepped(more),
+            "saving": lambda: has_stepped(1) and _any(run, ".step_*.partial"),
+            "between stages": lambda: has_stepped(1 if ends == _BEFORE[-1] else ends - logged),
+            "model": lambda: bool(set(run.glob(".model.*.partial")) - before),
         }
         arrived = is_there[kill.moment]
         while group.is_running and not arrived():
             time.sleep(0.001)
-        span = {"time": 1.5, "calibrating": 0.3, "between stages": 0.3, "steps": 0.1}
-        time.sleep(self.random.uniform(0, span.get(kill.moment, 0.02)))
+        span = {"calibrating": 0.3, "between stages": 0.2, "steps": 0.05}
+        time.sleep(self.random.uniform(0, span.get(kill.moment, 0.01)))
 
     def _strike(self, kill: Kill, run: Path, group: Group) -> None:
         steps, means = _steps(run), kill.means

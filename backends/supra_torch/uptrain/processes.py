@@ -74,6 +74,11 @@ class Processes:
         return reduced.tolist()
 
 
+def is_first() -> bool:
+    """Whether this is the process that talks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def processes(devices_together: int = 0) -> Iterator[Processes]:
     """Join the others, where torchrun started this process; leave them at the end.

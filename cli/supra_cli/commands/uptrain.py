@@ -41,6 +41,7 @@ def command(
 
     require("torch", "uptraining")
     from supra_torch.uptrain.config import resolve
+    from supra_torch.uptrain.processes import is_first
     from supra_torch.uptrain.run import uptrain
 
     is_config = start.endswith(".toml")
@@ -61,6 +62,8 @@ def command(
     folder = out or Path("runs") / Path(start).stem
     with ProgressReporter() as progress:
         summary = uptrain(config, folder, progress=progress, say=log)
+    if not is_first():
+        return
     if json_output:
         print_json({"run": str(folder), "model": str(folder / "model"), **summary})
     else:
