@@ -300,7 +300,9 @@ def test_a_store_is_its_documents(
     write_index(folder, shards, {"dtype": "uint32", "tokenizer": "0"})
     store = TokenStore(folder)
     assert len(store) == len(whole)
-    assert store.documents(0, len(store)).tolist() == starts
+    # Where a document is empty it is the next one that begins, and nothing at the end.
+    begun = {start for start in starts if start < len(store)}
+    assert set(store.documents(0, len(store)).tolist()) == begun
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
     assert store[start:stop].tolist() == whole[start:stop]

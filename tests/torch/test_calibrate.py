@@ -24,6 +24,7 @@ from supra_core.text import encode, load_tokenizer, read_text  # noqa: E402
 from supra_torch.calibrate import _moments, _ridge, calibrate  # noqa: E402
 from supra_torch.conversion import TextCalibration, calibrated_tensors  # noqa: E402
 from supra_torch.model import SupraModel, build  # noqa: E402
+from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.config import resolve  # noqa: E402
 from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
@@ -55,11 +56,11 @@ def _ids(rows: int, length: int, seed: int = 0) -> Any:
 def test_the_error_on_other_tokens_falls(options: LinearizeOptions) -> None:
     student, teacher = _pair(options)
     other = _ids(6, 60, seed=1)
-    before = transfer(student, teacher, other)
+    before = transfer(student, teacher, Batch(other))
     fits = calibrate(student, teacher, _ids(24, 61))
     assert len(fits) == sum(hasattr(layer.self_attn, "mixer") for layer in student.model.layers)
     assert all(fit.after < fit.before for fit in fits)
-    assert transfer(student, teacher, other) < 0.9 * before
+    assert transfer(student, teacher, Batch(other)) < 0.9 * before
 
 
 def test_only_the_mixers_change() -> None:

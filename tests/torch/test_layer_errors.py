@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 from supra_torch.layer_errors import layer_errors  # noqa: E402
 from supra_torch.model import SupraModel, build  # noqa: E402
+from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.stages import transfer  # noqa: E402
 
 IDS = np.random.default_rng(2).integers(50, size=(3, 40))
@@ -31,7 +32,7 @@ def test_it_is_what_transfer_trains_on() -> None:
     student, teacher = _pair()
     found = layer_errors(student, teacher, IDS[:1])
     assert [one.layer for one in found] == [0, 1]
-    loss = transfer(student, teacher, torch.from_numpy(IDS[:1])).item()
+    loss = transfer(student, teacher, Batch(torch.from_numpy(IDS[:1]))).item()
     assert np.mean([one.error for one in found]) == pytest.approx(loss, rel=1e-5)
     assert found[0].error > 1e-3
 
