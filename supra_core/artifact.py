@@ -22,6 +22,7 @@ from supra_core.formats import distributed, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
+from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.jsonfile import read_object, write_object
 from supra_core.formats.mlx_quantized import Packed, read_packed, unpacked
 from supra_core.formats.safetensors import Progress
@@ -54,7 +55,7 @@ class Artifact:
 def read(folder: str | Path) -> Artifact:
     """The model in ``folder``; every tensor's name, shape and type is checked, none is read."""
     folder = Path(folder)
-    config_path = folder / CONFIG
+    config_path = file_in(folder, CONFIG)
     config = read_object(config_path)
     spec = config_to_spec(config, str(config_path))
     fields = Fields(config, str(config_path))
@@ -73,7 +74,7 @@ def read(folder: str | Path) -> Artifact:
                 "model again"
             )
     kept = folder / ORIGINAL
-    originals = safetensors.read_file(kept) if kept.is_file() else {}
+    originals = safetensors.read_file(kept) if has_file(folder, ORIGINAL) else {}
     return Artifact(spec, tensors, originals, folder, dtype, packed)
 
 

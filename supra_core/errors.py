@@ -1,8 +1,34 @@
 """The errors a user can cause; each message is one sentence with the remedy in it."""
 
+import unicodedata
+
+# Characters of a message; what a file says about itself may be longer than any terminal.
+MESSAGE_LENGTH = 4000
+
 
 class SupraError(Exception):
-    """Bad input. The command line prints the message and exits with code 2."""
+    """Bad input. The command line prints the message and exits with code 2.
+
+    A message may quote a stranger's file: it is cut to :data:`MESSAGE_LENGTH`, and characters
+    that would break its line or steer the terminal are written as escapes.
+    """
+
+    def __init__(self, message: object = "", *rest: object) -> None:
+        super().__init__(_one_line(str(message)), *rest)
+
+
+def _one_line(message: str) -> str:
+    """``message`` without line breaks, control characters and half surrogates."""
+    if len(message) > MESSAGE_LENGTH:
+        half = MESSAGE_LENGTH // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    if message.isprintable():
+        return message
+    # Cc controls, Cs surrogates, Zl and Zp line breaks, Cf among others the reversal of text.
+    return "".join(
+        ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
+        for c in message
+    )
 
 
 class SpecError(SupraError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.fields import Fields
+from supra_core.families.fields import Fields, layer_count
 from supra_core.spec import (
     LayerSpec,
     LinearScaling,
@@ -52,7 +52,7 @@ def spec_from_fields(
             ),
             head_dim=head_dim,
             value_head_dim=head_dim,
-            layers=(layer,) * fields.integer("num_hidden_layers"),
+            layers=(layer,) * layer_count(fields, "num_hidden_layers"),
             norm=Norm("rms_norm", fields.number("rms_norm_eps", default=1e-6)),
             rope=_rotary(fields),
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
