@@ -1,7 +1,5 @@
 """The errors a user can cause; each message is one sentence with the remedy in it."""
 
-import unicodedata
-
 # Characters of a message; what a file says about itself may be longer than any terminal.
 MESSAGE_LENGTH = 4000
 
@@ -18,17 +16,12 @@ class SupraError(Exception):
 
 
 def _one_line(message: str) -> str:
-    """``message`` without line breaks, control characters and half surrogates."""
+    """``message`` with an escape for every character that cannot be printed."""
     if len(message) > MESSAGE_LENGTH:
         half = MESSAGE_LENGTH // 2
         message = f"{message[:half]} ... {message[-half:]}"
-    if message.isprintable():
-        return message
-    # Cc controls, Cs surrogates, Zl and Zp line breaks, Cf among others the reversal of text.
-    return "".join(
-        ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
-        for c in message
-    )
+    # Line breaks and controls, but also half surrogates and what reverses the text after it.
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 class SpecError(SupraError):

@@ -117,7 +117,7 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> 
         "num_attention_heads": heads,
         "num_key_value_heads": stated("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "vocab_size": embedding.shape[0] if embedding else stated("vocab_size"),
+        "vocab_size": embedding.shape[0] if embedding and embedding.shape else stated("vocab_size"),
         "rms_norm_eps": stated("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": stated("context_length"),
         "rope_theta": base,
