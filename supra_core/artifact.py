@@ -18,7 +18,7 @@ from supra_core import model_file
 from supra_core.config import config_to_spec, spec_to_config
 from supra_core.errors import FormatError
 from supra_core.families.fields import Fields
-from supra_core.formats import distributed, safetensors
+from supra_core.formats import checksums, distributed, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
@@ -101,10 +101,12 @@ def write(
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
     stored = _converted(tensors, dtype) if packed is None else packed.tensors
     with atomic_folder(out, force, holds=CONFIG) as folder:
-        safetensors.write_folder(folder, stored, progress=progress)
+        digests = safetensors.write_folder(folder, stored, progress=progress)
         if originals:
-            safetensors.write_file(folder / ORIGINAL, _converted(originals, dtype))
+            kept = folder / ORIGINAL
+            digests[ORIGINAL] = safetensors.write_file(kept, _converted(originals, dtype))
         write_without_weights(folder, spec, assets, dtype=dtype, packed=packed)
+        checksums.write(folder, digests)
 
 
 def write_without_weights(

@@ -23,7 +23,7 @@ def plain_name(name: object) -> bool:
         isinstance(name, str)
         and 0 < len(name) < 256
         and name not in (".", "..")
-        and not any(c in name for c in "/\\\0")
+        and not any(c in name for c in "/\\\0\n\r")
     )
 
 

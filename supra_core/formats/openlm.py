@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError, SpecError, SupraError
-from supra_core.formats import safetensors, torch_pickle
+from supra_core.formats import checksums, safetensors, torch_pickle
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
@@ -62,8 +62,9 @@ def write(
     }
     with atomic_folder(out, force, holds="config.json") as folder:
         write_object(folder / "config.json", {**config, "torch_dtype": dtype})
-        safetensors.write_folder(folder, stored, progress=progress)
+        digests = safetensors.write_folder(folder, stored, progress=progress)
         write_assets(folder, assets)
+        checksums.write(folder, digests)
 
 
 def config_files(folder: Path) -> list[Path]:

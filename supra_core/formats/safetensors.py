@@ -8,6 +8,7 @@ copied when they are read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -94,10 +95,11 @@ def write_file(
     tensors: TensorSource,
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> str:
     """Write the tensors one after the other; memory holds about one of them at a time.
 
-    ``progress`` is called with the size in bytes of each tensor written.
+    ``progress`` is called with the size in bytes of each tensor written. Returns the file's
+    SHA-256, in hexadecimal.
     """
     ordered = _file_order(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -113,14 +115,21 @@ def write_file(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # Tensors begin at a multiple of eight bytes.
     path = Path(path)
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+
+        def put(content: bytes | memoryview) -> None:
+            file.write(content)
+            digest.update(content)
+
+        put(len(text).to_bytes(8, "little"))
+        put(text)
         for name, tensor in ordered:
-            file.write(_raw(name, tensor))
+            put(_raw(name, tensor))
             if progress is not None:
                 progress(_bytes(tensor))
     flush_to_disk(path)
+    return digest.hexdigest()
 
 
 def write_folder(
@@ -129,8 +138,11 @@ def write_folder(
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """``model.safetensors`` in ``folder``, or shards with an index above ``shard_bytes``."""
+) -> dict[str, str]:
+    """``model.safetensors`` in ``folder``, or shards with an index above ``shard_bytes``.
+
+    Returns the SHA-256 of each file of tensors by its name.
+    """
     total = sum(_bytes(tensor) for tensor in tensors.values())
     done = 0
 
@@ -142,15 +154,16 @@ def write_folder(
 
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:
-        write_file(folder / SINGLE, shards[0], metadata, advance)
-        return
+        return {SINGLE: write_file(folder / SINGLE, shards[0], metadata, advance)}
     weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard, metadata, advance)
+        digests[name] = write_file(folder / name, shard, metadata, advance)
         weight_map.update(dict.fromkeys(shard, name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return digests
 
 
 def shard_files(folder: Path, index_name: str) -> dict[str, list[str]]:
