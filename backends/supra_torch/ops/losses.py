@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from supra_torch.ops.target import kind
+
 IGNORED = -100
 # Tokens whose logits stay in a CPU's reach; logits that fill a GPU: 512 MiB in float32.
 _CPU_CHUNK = 512
@@ -80,7 +82,7 @@ def linear_kl_divergence(
 
 def _chunk(hidden: Tensor, weight: Tensor) -> int:
     """Tokens whose logits are held at once; as many in every chunk, where that can be."""
-    if hidden.device.type == "cpu":
+    if kind(hidden) == "cpu":
         return _CPU_CHUNK
     needed = -(-max(1, len(hidden)) * len(weight) // _GPU_LOGITS)
     chunks = 1 << (needed - 1).bit_length()

@@ -55,7 +55,8 @@ class Session:
         return self.processes.device
 
     def autocast(self) -> torch.autocast:
-        return autocast(self.device, self.precision)
+        sharded = self.processes.mesh is not None
+        return autocast(self.device, self.precision, sharded=sharded)
 
     @property
     def compiles(self) -> bool:
