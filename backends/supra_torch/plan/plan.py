@@ -22,7 +22,7 @@ from supra_core.progress import Progress, silent
 from supra_core.sizes import Sizes, of_spec
 from supra_core.spec import ModelSpec
 from supra_core.teacher import original_spec
-from supra_torch.plan.hardware import CPU, Device, device_named
+from supra_torch.devices import CPU, Device, device_named
 from supra_torch.plan.memory import Layout, StepTrace, trace_stage
 from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.inputs import refuse_another_recipe
@@ -127,7 +127,7 @@ def plan(
 ) -> Plan:
     """What a run of ``config`` needs; no weight is read and no such device is needed.
 
-    ``gpu``: a name of :data:`~supra_torch.plan.hardware.DEVICES`, or ``cpu``. Raises SupraError
+    ``gpu``: a name of :data:`~supra_torch.devices.DEVICES`, or ``cpu``. Raises SupraError
     when the config does not fit its model or the devices cannot share its batches.
     """
     for option, number in (("gpus", gpus), ("nodes", nodes)):

@@ -11,7 +11,8 @@ from math import prod
 
 from supra_core import layout
 from supra_core.spec import LinearAttention, ModelSpec
-from supra_torch.uptrain.config import StageKind
+from supra_core.teacher import original_spec
+from supra_torch.uptrain.config import Stage
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -22,13 +23,16 @@ def multiplied_weights(spec: ModelSpec) -> int:
     return layout.parameter_count(spec) - looked_up
 
 
-def flops_per_token(kind: StageKind, student: ModelSpec, teacher: ModelSpec | None) -> int:
-    """Of a stage; in ``transfer`` the teacher's layers and the student's linear mixers."""
-    if kind == "uptrain" or teacher is None:
-        return 6 * multiplied_weights(student)
-    if kind == "distill":
-        return 6 * multiplied_weights(student) + 2 * multiplied_weights(teacher)
-    return 6 * _linear_mixers(student) + 2 * _layers(teacher)
+def flops_per_token(stage: Stage, student: ModelSpec) -> int:
+    """Of a stage; in ``transfer`` the teacher's layers and the student's linear mixers.
+
+    Weights beside adapters have no gradients of their own; the adapters are not counted.
+    """
+    own = 6 if stage.lora_rank is None else 4
+    if stage.kind == "transfer":
+        return own * _linear_mixers(student) + 2 * _layers(original_spec(student))
+    teachers = 2 * multiplied_weights(original_spec(student)) if stage.kind == "distill" else 0
+    return own * multiplied_weights(student) + teachers
 
 
 def _linear_mixers(spec: ModelSpec) -> int:

@@ -11,7 +11,6 @@ import torch
 
 from supra_core.errors import SupraError
 from supra_core.machine import processor_name
-from supra_torch.uptrain.step import product_type
 
 CPU = "cpu"
 _SIZE, _COPIED, _SECONDS = 1024, 1 << 28, 0.5
@@ -69,15 +68,16 @@ def device_named(name: str, precision: str) -> Device:
     return DEVICES[key]
 
 
-def peak_flops(device_name: str) -> float | None:
-    """bfloat16 products a second of a device by the name it gives itself; None if unknown."""
-    squeezed = device_name.lower().replace("geforce", "").replace(" ", "")
-    known = (key for key in DEVICES if key.partition("-")[0] in squeezed)
-    return max((DEVICES[key].flops for key in known), default=None)
+def recognised(name: str) -> Device | None:
+    """The device that calls itself so, as torch tells; None for one that is not in the table."""
+    words = set(name.lower().replace("rtx ", "rtx").replace("-", " ").split())
+    # Two A100 differ by their memory alone.
+    return next((device for key, device in DEVICES.items() if key in words), None)
 
 
 def _this_cpu(precision: str) -> Device:
-    a, b = torch.randn(2, _SIZE, _SIZE).to(product_type(precision))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, _SIZE, _SIZE).to(dtype)
     source = torch.ones(_COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
     flops = 2 * _SIZE**3 / _least_seconds(lambda: a @ b)
