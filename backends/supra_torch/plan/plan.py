@@ -1,8 +1,8 @@
 """A run before it is paid for: what a device holds, how long it takes, what that costs.
 
-Memory is that of a step traced operation by operation, in the form that is not compiled. Time is a
-roofline (Williams et al., 2009, doi:10.1145/1498765.1498785): no operation takes less than its
-products need at the device's peak, nor than its bytes need at its bandwidth.
+Memory is that of a step traced operation by operation, in the form that is not compiled. Time
+comes from a roofline (Williams et al., 2009, doi:10.1145/1498765.1498785): no operation takes less
+than its products need at the device's peak, nor than its bytes need at its bandwidth.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ from supra_torch.uptrain.step import resolved_precision
 
 # A CUDA context with the libraries' code and workspaces; the communicators of NCCL beside it.
 _CONTEXT, _COMMUNICATORS = 0.7e9, 0.7e9
+# What glibc's heap takes beside what is in use of it: 3 to 18 % (docs/results/plan-memory.md).
+_HEAP = 0.12
+# What of the roofline a step attains (docs/results/plan-memory.md).
+_ATTAINED = 0.6
 # Weights and the two moments of AdamW, in float32.
 _CHECKPOINT_ITEMSIZE = 12
 # What may make a run fit, the cheapest first.
@@ -221,7 +225,7 @@ class _Planner:
             flops_per_token=flops * self.gpus * self.nodes / tokens,
             received_bytes=sum(traced.sent.values()),
             # What is sent is sent meanwhile.
-            step_seconds=max(roofline, communication),
+            step_seconds=max(roofline / _ATTAINED, communication),
             least_step_seconds=max(flops / peak, communication),
         )
 
@@ -239,7 +243,7 @@ class _Planner:
         if self.device.kind != CPU:
             many = self.gpus * self.nodes > 1
             return {"runtime": int(_CONTEXT + many * _COMMUNICATORS)}
-        around = {"runtime": _resident()}
+        around = {"runtime": _resident(), "heap": int(_HEAP * traced.bytes)}
         copied = ["weights", "optimiser"] if steps > config.checkpoint_every else ["weights"]
         if steps > config.checkpoint_every or not first:
             # A copy of what is being written, while training goes on.

@@ -22,6 +22,7 @@ _PARTS = {
     "activations": "activations",
     "buffers": "inside operators",
     "checkpoint": "checkpoint being written",
+    "heap": "between allocations",
     "runtime": "libraries",
 }
 
