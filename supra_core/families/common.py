@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 from supra_core.errors import SpecError
+from supra_core.families.features import later_features
 from supra_core.families.fields import Fields
 from supra_core.spec import (
     LayerSpec,
@@ -22,25 +24,28 @@ def spec_from_fields(
     fields: Fields,
     family: str,
     *,
-    attention_bias: bool,
+    attention_bias: Literal["none", "qkv", "qkvo"],
     key_value_heads: int | None,
     max_positions: int,
-    window: int | None,
+    mixers: Sequence[SoftmaxAttention],
+    head_dim: int | None = None,
+    norm: Norm | None = None,
+    **features: Any,
 ) -> ModelSpec:
     """The spec of a Llama-shaped config.
 
-    ``key_value_heads`` (None: as many as query heads) and ``max_positions`` are what the family
-    takes where the config states nothing.
+    ``key_value_heads`` (None: as many as query heads), ``head_dim`` (None: the hidden size over
+    the heads) and ``max_positions`` are what the family takes where the config states nothing.
+    ``features``: further fields of the spec.
     """
     _refuse_unsupported(fields)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if not fields.has("head_dim") and hidden % heads:
+    if head_dim is None and not fields.has("head_dim") and hidden % heads:
         raise fields.error(
             f"hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}): "
             "state head_dim or correct them"
         )
-    head_dim = fields.integer("head_dim", default=hidden // heads)
-    layer = LayerSpec(SoftmaxAttention(window=window))
+    head_dim = fields.integer("head_dim", default=head_dim or hidden // heads)
     try:
         return ModelSpec(
             vocab_size=fields.integer("vocab_size"),
@@ -52,11 +57,11 @@ def spec_from_fields(
             ),
             head_dim=head_dim,
             value_head_dim=head_dim,
-            layers=(layer,) * fields.integer("num_hidden_layers"),
-            norm=Norm("rms_norm", fields.number("rms_norm_eps", default=1e-6)),
+            layers=tuple(LayerSpec(mixer) for mixer in mixers),
+            norm=norm or Norm("rms_norm", fields.number("rms_norm_eps", default=1e-6)),
             rope=_rotary(fields),
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
-            attention_bias="qkvo" if attention_bias else "none",
+            attention_bias=attention_bias,
             max_position_embeddings=fields.integer(
                 "max_position_embeddings", default=max_positions
             ),
@@ -64,14 +69,30 @@ def spec_from_fields(
             eos_token_id=fields.tokens("eos_token_id"),
             pad_token_id=fields.token("pad_token_id"),
             provenance=Provenance(family=family),
+            **features,
         )
     except SpecError as error:
         raise _located(error, fields.where) from None
 
 
-def config_from_spec(spec: ModelSpec, family: str, architecture: str) -> dict[str, Any]:
-    """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``."""
-    _refuse_inexpressible(spec, family)
+def uniform_mixers(fields: Fields, window: int | None) -> list[SoftmaxAttention]:
+    """Every layer the same."""
+    return [SoftmaxAttention(window)] * fields.integer("num_hidden_layers")
+
+
+def config_from_spec(
+    spec: ModelSpec,
+    family: str,
+    architecture: str,
+    *,
+    states: Collection[str] = (),
+    biases: Collection[str] = ("none", "qkvo"),
+) -> dict[str, Any]:
+    """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``.
+
+    ``states``: the features (:mod:`supra_core.families.features`) and ``biases`` the family has.
+    """
+    _refuse_inexpressible(spec, family, states, biases)
     eos = list(spec.eos_token_id)
     return {
         "architectures": [architecture],
@@ -118,6 +139,10 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.error("field partial_rotary_factor must be 1: others are not supported")
 
 
+# Frequencies that change with the length of what is read.
+_VARYING = ("longrope", "su", "dynamic")
+
+
 def _rotary(fields: Fields) -> RotaryEmbedding:
     """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
     name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
@@ -144,6 +169,12 @@ def _rotary(fields: Fields) -> RotaryEmbedding:
             original_max_position_embeddings=inner.integer("original_max_position_embeddings"),
         )
         return RotaryEmbedding(base=base, scaling=scaling)
+    if kind in _VARYING:
+        raise inner.error(
+            f"rope_type '{kind}' is not supported, because its rotations depend on the length of "
+            "the text, which a recurrent state does not wait for: use a variant of the model "
+            "without it"
+        )
     raise inner.error(f"rope_type '{kind}' is not supported: known are default, linear and llama3")
 
 
@@ -161,14 +192,22 @@ def _scaling_config(rope: RotaryEmbedding) -> dict[str, Any] | None:
     }
 
 
-def _refuse_inexpressible(spec: ModelSpec, family: str) -> None:
+def _refuse_inexpressible(
+    spec: ModelSpec, family: str, states: Collection[str], biases: Collection[str]
+) -> None:
+    phrases = {
+        "none": "no biases on q, k and v",
+        "qkv": "biases on q, k and v alone",
+        "qkvo": "biases on q, k, v and o",
+    }
     problems = {
         "linear-attention layers": not spec.is_transformer,
         "LayerNorm": spec.norm.kind != "rms_norm",
         "interleaved rope": spec.rope.pairing != "half",
         "a norm after the embeddings": spec.embedding_norm,
         "value heads of another size": spec.value_head_dim != spec.head_dim,
-        "biases on q, k and v alone": spec.attention_bias == "qkv",
+        phrases[spec.attention_bias]: spec.attention_bias not in biases,
+        **{feature: feature not in states for feature in sorted(later_features(spec))},
     }
     for problem, present in problems.items():
         if present:

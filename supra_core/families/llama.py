@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.common import config_from_spec, spec_from_fields, uniform_window
+from supra_core.families.common import (
+    config_from_spec,
+    spec_from_fields,
+    uniform_mixers,
+    uniform_window,
+)
 from supra_core.families.fields import Fields
 from supra_core.spec import ModelSpec
 
@@ -20,10 +25,10 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     return spec_from_fields(
         fields,
         MODEL_TYPE,
-        attention_bias=fields.flag("attention_bias", default=False),
+        attention_bias="qkvo" if fields.flag("attention_bias", default=False) else "none",
         key_value_heads=None,
         max_positions=2048,
-        window=None,
+        mixers=uniform_mixers(fields, None),
     )
 
 

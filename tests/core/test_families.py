@@ -40,6 +40,39 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# What released models' config.json states, as far as it matters, with smaller sizes.
+_SMALL: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+RELEASED: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2", "bos_token_id": 151643, "eos_token_id": 151643,
+        "hidden_act": "silu", "max_position_embeddings": 32768, "max_window_layers": 24,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "use_mrope": False, "use_sliding_window": False,
+    },
+    "Qwen2.5, sliding": {
+        "model_type": "qwen2", "max_window_layers": 2, "sliding_window": 64,
+        "use_sliding_window": True, "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3", "attention_bias": False, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "max_window_layers": 28,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "Qwen3, sliding": {
+        "model_type": "qwen3", "use_sliding_window": True, "attention_bias": True,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    },
+}  # fmt: skip
+
+SLIDING: dict[str, Any] = {
+    "model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}  # fmt: skip
 
 
 def _spec(**changes: Any) -> ModelSpec:
@@ -111,6 +144,13 @@ def test_old_and_new_rope_fields_agree() -> None:
         ({"rope_parameters": {"full_attention": {}}}, "one object for all layers"),
         ({"rms_norm_eps": -1}, "field rms_norm_eps must be a positive number"),
         ({"eos_token_id": "</s>"}, "field eos_token_id must be a token id or a list"),
+        ({"rope_scaling": {"type": "longrope"}}, "its rotations depend on the length of the text"),
+        ({**SLIDING, "layer_types": ["full_attention"]}, "layer_types must name 3 layers"),
+        ({**SLIDING, "layer_types": ["chunked_attention"] * 3}, "each full_attention or sliding"),
+        ({**SLIDING, "use_sliding_window": False}, "but use_sliding_window is not true"),
+        ({**SLIDING, "sliding_window": None}, "use_sliding_window is not true"),
+        ({**SLIDING, "sliding_window": 0}, "field sliding_window must be a positive integer"),
+        ({**SLIDING, "max_window_layers": -1}, "max_window_layers must be an integer of at least"),
     ],
 )
 def test_bad_configs_name_the_file_and_the_field(changes: dict[str, Any], message: str) -> None:
@@ -142,6 +182,25 @@ def test_a_window_makes_it_mistral() -> None:
     assert families.spec_to_config(spec)["model_type"] == "mistral"
     scaled = replace(_spec(), rope=RotaryEmbedding(scaling=LinearScaling(2.0)))
     assert families.spec_to_config(scaled)["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configs(name: str) -> None:
+    """As transformers reads them, whatever it makes of defaults; and written, the same again."""
+    transformers = pytest.importorskip("transformers")
+    config = {**_SMALL, **RELEASED[name]}
+    theirs = transformers.AutoConfig.for_model(**config).to_dict()
+    spec = families.config_to_spec(config, "x")
+    # Token ids that a config leaves out are transformers' defaults, which a tokenizer overrules.
+    tokens = {n: theirs[n] for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assert families.config_to_spec({**config, **tokens}, "x") == families.config_to_spec(
+        theirs, "x"
+    )
+    written = families.spec_to_config(spec)
+    assert written["model_type"] == config["model_type"]
+    assert families.config_to_spec(written, "again") == spec
+    again = transformers.AutoConfig.for_model(**written).to_dict()
+    assert families.config_to_spec(again, "theirs") == spec
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])

@@ -82,7 +82,7 @@ def teacher_forced(
         with torch.no_grad(), gathered(theirs):
             x = theirs.mixer_input(h)
             target, _ = theirs.self_attn(x, positions, None, None)
-            h = h + target
+            h = theirs.add_mixed(h, target)
             h = h + theirs.feed_forward(h)
         yield ours, x, target, positions
 

@@ -1,0 +1,184 @@
+"""Every source family against transformers: as it is, linearized, and back in its own form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from supra_core.backend import Form  # noqa: E402
+from supra_core.convert import convert  # noqa: E402
+from supra_core.errors import SpecError  # noqa: E402
+from supra_core.fold import fold  # noqa: E402
+from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
+from supra_core.reference import ReferenceModel  # noqa: E402
+from supra_core.sources import Source, open_source  # noqa: E402
+from supra_core.spec import ModelSpec  # noqa: E402
+from supra_core.teacher import original_spec  # noqa: E402
+from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402
+from supra_torch.backend import TorchBackend  # noqa: E402
+from supra_torch.kv_cache import LockstepDecoder  # noqa: E402
+from supra_torch.model import build  # noqa: E402
+from tests.tiny_families import FAMILIES, write  # noqa: E402
+
+FORMS: tuple[Form, ...] = ("parallel", "recurrent", "step")
+# Relative to the spread of the logits, everything being float32.
+TOLERANCE = 1e-4
+OPTIONS = {
+    "paper": LinearizeOptions(preset="paper"),
+    "windowed": LinearizeOptions(window=5, output_norm="sum", keep_softmax=(1,)),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A family's folder, and the model that transformers wrote there."""
+    folder = tmp_path_factory.mktemp("family") / request.param
+    return folder, write(request.param, folder)
+
+
+def _ids(spec: ModelSpec, B: int = 2, T: int = 24) -> Any:
+    return np.random.default_rng(1).integers(3, spec.vocab_size, (B, T))
+
+
+def _theirs(model: Any, ids: Any) -> Any:
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids)).logits.numpy()
+
+
+def _mlx(spec: ModelSpec, tensors: TensorSource) -> Any:
+    pytest.importorskip("mlx.core")
+    from supra_mlx.backend import MLXBackend
+    from supra_mlx.weights import build_model
+
+    return MLXBackend(build_model(spec, tensors, "a tiny model"))
+
+
+def _torch(spec: ModelSpec, tensors: TensorSource) -> TorchBackend:
+    return TorchBackend(build(spec, tensors), torch.device("cpu"))
+
+
+def _close(found: Any, expected: Any) -> None:
+    spread = float(expected.max() - expected.min())
+    assert spread > 0.5
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * spread)
+
+
+def _noisy(source: Source, options: LinearizeOptions) -> tuple[ModelSpec, dict[str, LazyTensor]]:
+    """Linearized, with noise in what linearizing added."""
+    spec, tensors = linearize(source.spec, source.tensors, options)
+    rng, noisy = np.random.default_rng(2), dict(tensors)
+    for name in sorted(tensors.keys() - source.tensors.keys()):
+        shape = tensors[name].shape
+        noise = rng.normal(size=shape) * 0.3 + (len(shape) == 1) * 0.5
+        noisy[name] = LazyTensor.of(noise.astype(np.float32))
+    return spec, noisy
+
+
+def test_as_it_is(pair: Any) -> None:
+    folder, model = pair
+    source = open_source(folder)
+    ids = _ids(source.spec)
+    expected = _theirs(model, ids)
+    reference = ReferenceModel(source.spec, source.tensors)
+    for form in ("parallel", "step"):
+        _close(reference.logits(ids, form=form), expected)
+    for backend in (_torch, _mlx):
+        loaded = backend(source.spec, source.tensors)
+        for form in FORMS:
+            _close(loaded.logits(ids, form=form), expected)
+
+
+def test_many_sequences_in_step(pair: Any) -> None:
+    """What data are synthesised with keeps keys and values in tensors of its own."""
+    folder, model = pair
+    source = open_source(folder)
+    ids = _ids(source.spec, 1)
+    expected = _theirs(model, ids)[0]
+    decoder = LockstepDecoder(
+        build(source.spec, source.tensors), torch.from_numpy(ids[0, :5]), 2, ids.shape[1]
+    )
+    for place in range(5, ids.shape[1]):
+        _close(decoder.logits[1].numpy(), expected[place - 1])
+        decoder.step(torch.from_numpy(np.repeat(ids[0, place], 2)))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_linearized(pair: Any, options: str, tmp_path: Path) -> None:
+    source = open_source(pair[0])
+    spec, tensors = _noisy(source, OPTIONS[options])
+    assert original_spec(spec).layers == source.spec.layers
+    ids = _ids(spec)
+    reference = ReferenceModel(spec, tensors)
+    expected = reference.logits(ids)
+    _close(reference.logits(ids, form="recurrent"), expected)
+    for backend in (_torch, _mlx):
+        loaded = backend(spec, tensors)
+        for form in FORMS:
+            _close(loaded.logits(ids, form=form), expected)
+
+
+def test_stock_mlx_lm(pair: Any, tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    from mlx_lm.utils import load_model
+
+    from supra_core import artifact
+
+    spec, tensors = _noisy(open_source(pair[0]), OPTIONS["windowed"])
+    artifact.write(tmp_path / "model", spec, tensors, {}, dtype="float32")
+    assert open_source(tmp_path / "model").spec == spec
+    theirs, _ = load_model(tmp_path / "model", trust_remote_code=True)
+    ids = _ids(spec)
+    expected = ReferenceModel(spec, tensors).logits(ids)
+    _close(np.array(theirs(mx.array(ids))), expected)
+
+
+def test_inside_the_window_it_is_the_transformer(pair: Any) -> None:
+    """But for what linear layers have to leave out, whatever norm, scale or rotation there is."""
+    source = open_source(pair[0])
+    if source.spec.attention_softcap is not None:
+        pytest.skip("linear layers leave out the softcap")
+    spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(window=7))
+    ids = _ids(spec, T=7)
+    _close(ReferenceModel(spec, tensors).logits(ids), _theirs(pair[1], ids))
+
+
+def test_back_in_its_own_form(pair: Any, tmp_path: Path) -> None:
+    """By way of a supra folder: the same tensors, and what transformers computes with them."""
+    folder, model = pair
+    convert(folder, tmp_path / "supra", linearize=False)
+    convert(tmp_path / "supra", tmp_path / "hf", to="hf")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager", dtype=torch.float32
+    )
+    assert type(again) is type(model)
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    ids = _ids(open_source(folder).spec)
+    np.testing.assert_array_equal(_theirs(again, ids), _theirs(model, ids))
+    sources = [open_source(tmp_path / place) for place in ("supra", "hf")]
+    assert sources[0].spec == replace(sources[1].spec, provenance=sources[0].spec.provenance)
+
+
+def test_folded(pair: Any) -> None:
+    """Exactly, or not at all where a norm stands in between."""
+    source = open_source(pair[0])
+    spec, tensors = _noisy(source, OPTIONS["windowed"])
+    if spec.query_key_norm != "none":
+        with pytest.raises(SpecError, match="the model's norm of queries and keys"):
+            fold(spec, tensors)
+        return
+    folded, fewer = fold(spec, tensors)
+    ids = _ids(spec)
+    expected = ReferenceModel(spec, tensors).logits(ids)
+    _close(ReferenceModel(folded, fewer).logits(ids), expected)
+    for backend in (_torch, _mlx):
+        _close(backend(folded, fewer).logits(ids), expected)
