@@ -50,6 +50,11 @@ FAMILIES: dict[str, TinyFamily] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "phi3": TinyFamily("phi3", {"sliding_window": 7}),
+    "phi3-partial": TinyFamily(
+        # Four channels of ten.
+        "phi3", {"hidden_size": 40, "partial_rotary_factor": 0.4, "tie_word_embeddings": True}
+    ),
 }  # fmt: skip
 
 

@@ -29,16 +29,21 @@ def spec_from_fields(
     max_positions: int,
     mixers: Sequence[SoftmaxAttention],
     head_dim: int | None = None,
-    norm: Norm | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    base: float = 10000.0,
+    partial_rope: bool = False,
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu",
     **features: Any,
 ) -> ModelSpec:
     """The spec of a Llama-shaped config.
 
     ``key_value_heads`` (None: as many as query heads), ``head_dim`` (None: the hidden size over
-    the heads) and ``max_positions`` are what the family takes where the config states nothing.
+    the heads), ``max_positions``, ``eps`` and the rope's ``base`` are what the family takes where
+    the config states nothing. ``partial_rope``: whether its rope may leave channels out.
     ``features``: further fields of the spec.
     """
-    _refuse_unsupported(fields)
+    _refuse_unsupported(fields, partial_rope)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if head_dim is None and not fields.has("head_dim") and hidden % heads:
         raise fields.error(
@@ -58,8 +63,8 @@ def spec_from_fields(
             head_dim=head_dim,
             value_head_dim=head_dim,
             layers=tuple(LayerSpec(mixer) for mixer in mixers),
-            norm=norm or Norm("rms_norm", fields.number("rms_norm_eps", default=1e-6)),
-            rope=_rotary(fields),
+            norm=Norm("rms_norm", fields.number("rms_norm_eps", default=eps), weight_offset),
+            rope=rotary(fields, base, partial_rope),
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
             attention_bias=attention_bias,
             max_position_embeddings=fields.integer(
@@ -69,6 +74,7 @@ def spec_from_fields(
             eos_token_id=fields.tokens("eos_token_id"),
             pad_token_id=fields.token("pad_token_id"),
             provenance=Provenance(family=family),
+            hidden_act=activation,
             **features,
         )
     except SpecError as error:
@@ -87,12 +93,16 @@ def config_from_spec(
     *,
     states: Collection[str] = (),
     biases: Collection[str] = ("none", "qkvo"),
+    scales: bool = True,
 ) -> dict[str, Any]:
     """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``.
 
-    ``states``: the features (:mod:`supra_core.families.features`) and ``biases`` the family has.
+    ``states``: the features (:mod:`supra_core.families.features`) and ``biases`` the family has;
+    ``scales``: whether its rope may be scaled.
     """
     _refuse_inexpressible(spec, family, states, biases)
+    if spec.rope.scaling is not None and not scales:
+        raise SpecError(f"a scaled rope cannot be written as {family}: write the model as supra")
     eos = list(spec.eos_token_id)
     return {
         "architectures": [architecture],
@@ -126,7 +136,7 @@ def uniform_window(spec: ModelSpec, family: str) -> int | None:
     return next(iter(windows), None)
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_unsupported(fields: Fields, partial_rope: bool) -> None:
     if fields.text("hidden_act", default="silu") not in ("silu", "swish"):
         raise fields.error(
             f"field hidden_act is '{fields.values['hidden_act']}', but only silu is supported"
@@ -135,7 +145,7 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.error(
             "field quantization_config states quantised weights: get the unquantised model"
         )
-    if fields.number("partial_rotary_factor", default=1.0) != 1.0:
+    if not partial_rope and fields.number("partial_rotary_factor", default=1.0) != 1.0:
         raise fields.error("field partial_rotary_factor must be 1: others are not supported")
 
 
@@ -143,32 +153,38 @@ def _refuse_unsupported(fields: Fields) -> None:
 _VARYING = ("longrope", "su", "dynamic")
 
 
-def _rotary(fields: Fields) -> RotaryEmbedding:
-    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
+def rotary(fields: Fields, default: float, partial: bool) -> RotaryEmbedding:
+    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
+
+    ``default``: the base where none is stated; ``partial``: whether a part may rotate alone.
+    """
     name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
     stated = fields.values.get(name)
     stated = {} if stated is None else stated
     if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
         raise fields.error(f"field {name} must be one object for all layers, not {stated!r}")
     # The inner rope_theta is the newer statement; released files carry one or the other.
-    base = fields.number("rope_theta", default=10000.0)
+    base = fields.number("rope_theta", default=default)
     inner = Fields(stated, f"{fields.where}: field {name}")
     base = inner.number("rope_theta", default=base)
-    if inner.number("partial_rotary_factor", default=1.0) != 1.0:
+    stated_fraction = fields.number("partial_rotary_factor", default=1.0)
+    fraction = inner.number("partial_rotary_factor", default=stated_fraction)
+    if fraction != 1.0 and not partial:
         raise inner.error("partial_rotary_factor must be 1: others are not supported")
     kind = inner.text("rope_type", "type", default="default")
     if kind == "default":
-        return RotaryEmbedding(base=base)
+        return RotaryEmbedding(base=base, fraction=fraction)
     if kind == "linear":
-        return RotaryEmbedding(base=base, scaling=LinearScaling(inner.number("factor")))
+        scaling = LinearScaling(inner.number("factor"))
+        return RotaryEmbedding(base=base, scaling=scaling, fraction=fraction)
     if kind == "llama3":
-        scaling = Llama3Scaling(
+        llama3 = Llama3Scaling(
             factor=inner.number("factor"),
             low_freq_factor=inner.number("low_freq_factor"),
             high_freq_factor=inner.number("high_freq_factor"),
             original_max_position_embeddings=inner.integer("original_max_position_embeddings"),
         )
-        return RotaryEmbedding(base=base, scaling=scaling)
+        return RotaryEmbedding(base=base, scaling=llama3, fraction=fraction)
     if kind in _VARYING:
         raise inner.error(
             f"rope_type '{kind}' is not supported, because its rotations depend on the length of "

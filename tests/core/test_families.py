@@ -67,6 +67,14 @@ RELEASED: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", "use_sliding_window": True, "attention_bias": True,
         "layer_types": ["full_attention", "sliding_attention"] * 2,
     },
+    "Phi-3-mini-4k": {
+        "model_type": "phi3", "bos_token_id": 1, "eos_token_id": 32000, "hidden_act": "silu",
+        "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
+        "attention_bias": False,
+    },
+    "Phi-3, partial": {"model_type": "phi3", "partial_rotary_factor": 0.75},
 }  # fmt: skip
 
 SLIDING: dict[str, Any] = {
@@ -144,6 +152,8 @@ def test_old_and_new_rope_fields_agree() -> None:
         ({"rope_parameters": {"full_attention": {}}}, "one object for all layers"),
         ({"rms_norm_eps": -1}, "field rms_norm_eps must be a positive number"),
         ({"eos_token_id": "</s>"}, "field eos_token_id must be a token id or a list"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "'su' is not supported, because"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.1}, "even number of rotated channels"),
         ({"rope_scaling": {"type": "longrope"}}, "its rotations depend on the length of the text"),
         ({**SLIDING, "layer_types": ["full_attention"]}, "layer_types must name 3 layers"),
         ({**SLIDING, "layer_types": ["chunked_attention"] * 3}, "each full_attention or sliding"),
