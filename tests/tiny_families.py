@@ -55,6 +55,18 @@ FAMILIES: dict[str, TinyFamily] = {
         # Four channels of ten.
         "phi3", {"hidden_size": 40, "partial_rotary_factor": 0.4, "tie_word_embeddings": True}
     ),
+    "smollm3": TinyFamily("smollm3", {"no_rope_layer_interval": 2, "attention_bias": True}),
+    "smollm3-sliding": TinyFamily(
+        "smollm3", {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 7}
+    ),
+    "granite": TinyFamily(
+        "granite",
+        {
+            "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+            "attention_multiplier": 0.25, "logits_scaling": 2.5, "attention_bias": True,
+        },
+    ),
+    "olmo2": TinyFamily("olmo2"),
 }  # fmt: skip
 
 

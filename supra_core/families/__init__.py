@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families import llama, mistral, phi3, qwen2, qwen3
+from supra_core.families import granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
 from supra_core.families.tensors import inverse, renamed
 from supra_core.spec import ModelSpec, SoftmaxAttention
 from supra_core.tensors import LazyTensor, TensorSource
@@ -54,7 +54,8 @@ def _family(module: Any) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    module.MODEL_TYPE: _family(module) for module in (llama, mistral, phi3, qwen2, qwen3)
+    module.MODEL_TYPE: _family(module)
+    for module in (granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3)
 }
 
 

@@ -33,15 +33,16 @@ def spec_from_fields(
     weight_offset: float = 0.0,
     base: float = 10000.0,
     partial_rope: bool = False,
+    tied: bool = False,
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu",
     **features: Any,
 ) -> ModelSpec:
     """The spec of a Llama-shaped config.
 
     ``key_value_heads`` (None: as many as query heads), ``head_dim`` (None: the hidden size over
-    the heads), ``max_positions``, ``eps`` and the rope's ``base`` are what the family takes where
-    the config states nothing. ``partial_rope``: whether its rope may leave channels out.
-    ``features``: further fields of the spec.
+    the heads), ``max_positions``, ``eps``, the rope's ``base`` and ``tied`` embeddings are what the
+    family takes where the config states nothing. ``partial_rope``: whether its rope may
+    leave channels out. ``features``: further fields of the spec.
     """
     _refuse_unsupported(fields, partial_rope)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -65,7 +66,7 @@ def spec_from_fields(
             layers=tuple(LayerSpec(mixer) for mixer in mixers),
             norm=Norm("rms_norm", fields.number("rms_norm_eps", default=eps), weight_offset),
             rope=rotary(fields, base, partial_rope),
-            tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", default=tied),
             attention_bias=attention_bias,
             max_position_embeddings=fields.integer(
                 "max_position_embeddings", default=max_positions
@@ -124,6 +125,20 @@ def config_from_spec(
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": spec.pad_token_id,
     }
+
+
+def refuse_mlp_bias(fields: Fields) -> None:
+    """Biases in the feed-forward network are no part of any spec."""
+    if fields.flag("mlp_bias", default=False):
+        raise fields.error("field mlp_bias is true, but biases in the MLP are not supported")
+
+
+def refuse_windows(
+    spec: ModelSpec, family: str, instead: str = "write it as supra instead"
+) -> None:
+    """For a family without sliding windows."""
+    if uniform_window(spec, family) is not None:
+        raise SpecError(f"sliding-window attention cannot be written as {family}: {instead}")
 
 
 def uniform_window(spec: ModelSpec, family: str) -> int | None:

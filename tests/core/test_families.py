@@ -74,6 +74,30 @@ RELEASED: dict[str, dict[str, Any]] = {
         "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
         "attention_bias": False,
     },
+    "SmolLM3-3B": {
+        "model_type": "smollm3", "attention_bias": False, "bos_token_id": 128000,
+        "eos_token_id": 128012, "hidden_act": "silu", "max_position_embeddings": 65536,
+        "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0, 1, 1], "pad_token_id": 128004, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+        "use_sliding_window": False,
+    },
+    "SmolLM3, defaults": {"model_type": "smollm3"},
+    "granite-3.3-2b": {
+        "model_type": "granite", "attention_bias": False, "attention_multiplier": 0.015625,
+        "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu",
+        "logits_scaling": 8.0, "max_position_embeddings": 131072, "mlp_bias": False,
+        "pad_token_id": 0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 10000000.0, "tie_word_embeddings": True,
+    },
+    "granite, defaults": {"model_type": "granite"},
+    "OLMo-2-0425-1B": {
+        "model_type": "olmo2", "attention_bias": False, "eos_token_id": 100257,
+        "hidden_act": "silu", "max_position_embeddings": 4096, "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000,
+        "tie_word_embeddings": False,
+    },
+    "OLMo 2, defaults": {"model_type": "olmo2"},
     "Phi-3, partial": {"model_type": "phi3", "partial_rotary_factor": 0.75},
 }  # fmt: skip
 
@@ -135,8 +159,8 @@ def test_old_and_new_rope_fields_agree() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "field model_type is 'gpt2', which is unknown: known are llama"),
-        ({"model_type": None}, "field model_type is missing: known are llama, mistral"),
+        ({"model_type": "gpt2"}, "field model_type is 'gpt2', which is unknown: known are "),
+        ({"model_type": None}, "field model_type is missing: known are "),
         ({"hidden_size": None}, "field hidden_size is missing"),
         ({"vocab_size": "many"}, "field vocab_size must be a positive integer, not 'many'"),
         ({"num_hidden_layers": 0}, "field num_hidden_layers must be a positive integer"),
@@ -152,6 +176,8 @@ def test_old_and_new_rope_fields_agree() -> None:
         ({"rope_parameters": {"full_attention": {}}}, "one object for all layers"),
         ({"rms_norm_eps": -1}, "field rms_norm_eps must be a positive number"),
         ({"eos_token_id": "</s>"}, "field eos_token_id must be a token id or a list"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must hold 0 or 1 for"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling must be a positive"),
         ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "'su' is not supported, because"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.1}, "even number of rotated channels"),
         ({"rope_scaling": {"type": "longrope"}}, "its rotations depend on the length of the text"),
