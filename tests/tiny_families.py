@@ -67,6 +67,23 @@ FAMILIES: dict[str, TinyFamily] = {
         },
     ),
     "olmo2": TinyFamily("olmo2"),
+    "gemma": TinyFamily("gemma", {"head_dim": 10, "tie_word_embeddings": True}),
+    "gemma2": TinyFamily(
+        "gemma2",
+        {
+            "head_dim": 10, "query_pre_attn_scalar": 3, "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.5, "sliding_window": 7, "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": TinyFamily(
+        "gemma3_text",
+        {
+            "head_dim": 10, "query_pre_attn_scalar": 17, "sliding_window": 7,
+            "tie_word_embeddings": True, "final_logit_softcapping": 2.5,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
 }  # fmt: skip
 
 

@@ -13,7 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families import granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
+from supra_core.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from supra_core.families.tensors import inverse, renamed
 from supra_core.spec import ModelSpec, SoftmaxAttention
 from supra_core.tensors import LazyTensor, TensorSource
@@ -55,13 +67,34 @@ def _family(module: Any) -> Family:
 
 FAMILIES: dict[str, Family] = {
     module.MODEL_TYPE: _family(module)
-    for module in (granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3)
+    for module in (
+        gemma,
+        gemma2,
+        gemma3,
+        granite,
+        llama,
+        mistral,
+        olmo2,
+        phi3,
+        qwen2,
+        qwen3,
+        smollm3,
+    )
 }
+
+
+# Models that hold a family of ours as their text part.
+_WITH_IMAGES = {"gemma3": gemma3.MODEL_TYPE}
 
 
 def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     """The spec of a Hugging Face config; ``where`` names its file in errors."""
     model_type = config.get("model_type")
+    if model_type in _WITH_IMAGES:
+        raise SpecError(
+            f"{where}: field model_type is {model_type!r}, a model of texts and images, of which "
+            f"only the text model is supported: save that by itself, as {_WITH_IMAGES[model_type]}"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         stated = "is missing" if model_type is None else f"is {model_type!r}, which is unknown"
         raise SpecError(

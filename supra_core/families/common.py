@@ -32,6 +32,7 @@ def spec_from_fields(
     eps: float = 1e-6,
     weight_offset: float = 0.0,
     base: float = 10000.0,
+    rope: RotaryEmbedding | None = None,
     partial_rope: bool = False,
     tied: bool = False,
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu",
@@ -44,7 +45,7 @@ def spec_from_fields(
     family takes where the config states nothing. ``partial_rope``: whether its rope may
     leave channels out. ``features``: further fields of the spec.
     """
-    _refuse_unsupported(fields, partial_rope)
+    _refuse_unsupported(fields, partial_rope, activation)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if head_dim is None and not fields.has("head_dim") and hidden % heads:
         raise fields.error(
@@ -65,7 +66,7 @@ def spec_from_fields(
             value_head_dim=head_dim,
             layers=tuple(LayerSpec(mixer) for mixer in mixers),
             norm=Norm("rms_norm", fields.number("rms_norm_eps", default=eps), weight_offset),
-            rope=rotary(fields, base, partial_rope),
+            rope=rope or rotary(fields, base, partial_rope),
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=tied),
             attention_bias=attention_bias,
             max_position_embeddings=fields.integer(
@@ -151,8 +152,8 @@ def uniform_window(spec: ModelSpec, family: str) -> int | None:
     return next(iter(windows), None)
 
 
-def _refuse_unsupported(fields: Fields, partial_rope: bool) -> None:
-    if fields.text("hidden_act", default="silu") not in ("silu", "swish"):
+def _refuse_unsupported(fields: Fields, partial_rope: bool, activation: str) -> None:
+    if activation == "silu" and fields.text("hidden_act", default="silu") not in ("silu", "swish"):
         raise fields.error(
             f"field hidden_act is '{fields.values['hidden_act']}', but only silu is supported"
         )
@@ -180,10 +181,14 @@ def rotary(fields: Fields, default: float, partial: bool) -> RotaryEmbedding:
         raise fields.error(f"field {name} must be one object for all layers, not {stated!r}")
     # The inner rope_theta is the newer statement; released files carry one or the other.
     base = fields.number("rope_theta", default=default)
-    inner = Fields(stated, f"{fields.where}: field {name}")
+    fraction = fields.number("partial_rotary_factor", default=1.0)
+    return rotary_of(Fields(stated, f"{fields.where}: field {name}"), base, partial, fraction)
+
+
+def rotary_of(inner: Fields, base: float, partial: bool, fraction: float = 1.0) -> RotaryEmbedding:
+    """From the parameters of one rope; ``base`` and ``fraction`` where those do not state them."""
     base = inner.number("rope_theta", default=base)
-    stated_fraction = fields.number("partial_rotary_factor", default=1.0)
-    fraction = inner.number("partial_rotary_factor", default=stated_fraction)
+    fraction = inner.number("partial_rotary_factor", default=fraction)
     if fraction != 1.0 and not partial:
         raise inner.error("partial_rotary_factor must be 1: others are not supported")
     kind = inner.text("rope_type", "type", default="default")
