@@ -171,7 +171,7 @@ class SupraModel(nn.Module):
         h: Tensor = self.model.embed_tokens(ids)
         if self.spec.embedding_scale != 1.0:
             # Rounded to the weights' type, as transformers multiplies.
-            h = h * torch.tensor(self.spec.embedding_scale, dtype=h.dtype, device=h.device)
+            h = h * torch.tensor(self.spec.embedding_scale, dtype=h.dtype).item()
         return h if self.model.embed_norm is None else self.model.embed_norm(h)
 
     def positions(

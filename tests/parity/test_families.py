@@ -23,8 +23,11 @@ from supra_core.spec import ModelSpec  # noqa: E402
 from supra_core.teacher import original_spec  # noqa: E402
 from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
+from supra_torch.calibrate import calibrate  # noqa: E402
 from supra_torch.kv_cache import LockstepDecoder  # noqa: E402
 from supra_torch.model import build  # noqa: E402
+from supra_torch.uptrain.batches import Batch  # noqa: E402
+from supra_torch.uptrain.stages import next_token_loss, teacher_forced  # noqa: E402
 from tests.tiny_families import FAMILIES, write  # noqa: E402
 
 FORMS: tuple[Form, ...] = ("parallel", "recurrent", "step")
@@ -166,6 +169,67 @@ def test_back_in_its_own_form(pair: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(_theirs(again, ids), _theirs(model, ids))
     sources = [open_source(tmp_path / place) for place in ("supra", "hf")]
     assert sources[0].spec == replace(sources[1].spec, provenance=sources[0].spec.provenance)
+
+
+def test_the_teachers_own_inputs(pair: Any) -> None:
+    """Calibrating and transferring walk the transformer layer by layer, as it computes itself."""
+    source = open_source(pair[0])
+    teacher = build(source.spec, source.tensors)
+    ids = torch.from_numpy(_ids(source.spec))
+    expected: list[Any] = []
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda *call: expected.append(call[2][0].detach()))
+        for layer in teacher.model.layers
+    ]
+    teacher(ids)
+    for hook in hooks:
+        hook.remove()
+    walk = teacher_forced(teacher, teacher, Batch(ids))
+    for (_, _, target, _), output in zip(walk, expected, strict=True):
+        torch.testing.assert_close(target, output)
+    student = build(*linearize(source.spec, source.tensors, LinearizeOptions(window=5)))
+    for fit in calibrate(student, teacher, ids):
+        assert fit.after < fit.before
+
+
+def test_losses_are_those_of_the_logits(pair: Any) -> None:
+    source = open_source(pair[0])
+    model = build(source.spec, source.tensors)
+    ids = torch.from_numpy(_ids(source.spec))
+    loss = next_token_loss(model, Batch(ids))
+    logits = pair[1](ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    loss.backward()
+    expected.backward()
+    theirs = pair[1].get_input_embeddings().weight.grad
+    torch.testing.assert_close(
+        model.model.embed_tokens.weight.grad, theirs, rtol=0, atol=1e-3 * float(theirs.abs().max())
+    )
+    pair[1].zero_grad()
+    losses, _ = TorchBackend(model, torch.device("cpu")).token_scores(ids.numpy())
+    np.testing.assert_allclose(losses.mean(), expected.item(), rtol=1e-4)
+
+
+def test_what_is_left_out_is_told(pair: Any, tmp_path: Path) -> None:
+    spec = open_source(pair[0]).spec
+    done = convert(pair[0], tmp_path / "model")
+    told = " ".join(done.left_out)
+    assert ("caps its attention scores at" in told) == (spec.attention_softcap is not None)
+    sliding = any(layer.mixer.window is not None for layer in spec.layers)  # type: ignore[union-attr]
+    assert ("sliding attention over 7 tokens" in told) == sliding
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert ("## Left out" in card) == bool(told)
+    assert all(sentence in card for sentence in done.left_out)
+
+
+def test_transformers_as_a_backend(pair: Any) -> None:
+    from supra_torch.transformers_backend import load
+
+    ids = _ids(open_source(pair[0]).spec)
+    loaded = load(pair[0])
+    for form in ("parallel", "step"):
+        _close(loaded.logits(ids, form=form), _theirs(pair[1], ids))  # type: ignore[arg-type]
 
 
 def test_folded(pair: Any) -> None:
