@@ -27,6 +27,7 @@ from supra_core.formats.jsonfile import read_object, write_object
 from supra_core.formats.mlx_quantized import Packed, read_packed, unpacked
 from supra_core.formats.safetensors import Progress
 from supra_core.layout import FLOAT32_SUFFIXES, check_tensors, parameter_count
+from supra_core.linearize import left_out
 from supra_core.spec import ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource, dtype_named
 
@@ -161,11 +162,13 @@ def model_card(spec: ModelSpec, dtype: str) -> str:
         "Weights": dtype,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    without = "\n".join(f"- {sentence}" for sentence in left_out(spec))
+    section = f"## Left out\n\n{without}\n\n" if without else ""
     return (
         "---\nlibrary_name: supra\npipeline_tag: text-generation\ntags:\n- supra\n---\n\n"
         f"# {origin.source or 'A supra model'}\n\n"
         "Converted with supra. The terms of the source "
         "model's licence apply.\n\n"
-        f"| | |\n|---|---|\n{table}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n{section}"
         "## Quality\n\nNot measured yet: `supra eval` measures it.\n"
     )

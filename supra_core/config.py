@@ -7,11 +7,12 @@ from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.fields import Fields
-from supra_core.spec import MOST_LAYERS, ModelSpec
+from supra_core.spec import MOST_LAYERS, ModelSpec, uses_later_fields
 
 MODEL_TYPE = "supra"
 ARCHITECTURE = "SupraForCausalLM"
-FORMAT_VERSION = 1
+# What needs nothing of version 2 is written as version 1, which older readers know.
+FORMAT_VERSION = 2
 
 # Characters of JSON that a mixer may take, which stands once for each of its layers in the spec.
 _MIXER_LENGTH = 4000
@@ -37,11 +38,11 @@ def spec_to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if uses_later_fields(spec) else 1,
         "torch_dtype": dtype,
         **fields,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "hidden_act": "silu",
+        "hidden_act": spec.hidden_act,
         "num_hidden_layers": spec.num_hidden_layers,
         "layer_types": [layer.mixer.layer_type for layer in spec.layers],
         "mixers": mixers,
@@ -64,8 +65,8 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
             f"field format_version is {version}, but this supra reads up to {FORMAT_VERSION}: "
             "upgrade supra"
         )
-    if fields.text("hidden_act", default="silu") != "silu":
-        raise fields.error("field hidden_act must be silu")
+    if fields.text("hidden_act", default="silu") not in ("silu", "gelu_pytorch_tanh"):
+        raise fields.error("field hidden_act must be silu or gelu_pytorch_tanh")
     stated = {name: config[name] for name in _SPEC_FIELDS if name in config}
     stated["eos_token_id"] = list(fields.tokens("eos_token_id"))
     try:

@@ -24,7 +24,10 @@ TARGETS = tuple(WRITERS)
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done. ``kind`` is the source's format, ``dtype`` the weights' type."""
+    """What was done. ``kind`` is the source's format, ``dtype`` the weights' type.
+
+    ``left_out``: what the transformer has and its linear layers cannot, one sentence each.
+    """
 
     spec: ModelSpec
     kind: str
@@ -32,6 +35,7 @@ class Conversion:
     linearized: bool
     calibrated: bool
     folded: bool
+    left_out: tuple[str, ...] = ()
 
 
 class Calibrate(Protocol):
@@ -131,5 +135,6 @@ def convert(
         progress=lambda done, total: progress("write", done, total),
     )
     return Conversion(
-        spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold
-    )
+        spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold,
+        linearizing.left_out(spec) if wanted else (),
+    )  # fmt: skip

@@ -1,8 +1,9 @@
 """Exact folding of a feature map's learned part into q_proj and k_proj.
 
 phi(W_q x) = activation(W (W_q x) + b) = activation((W W_q) x + b): with no rotation between
-them, the product of the two matrices and the bias are all that inference needs. The products
-are taken in float64 and stored in the weights' type.
+them, the product of the two matrices and the bias are all that inference needs. The scale
+of the queries, where the model has one, is folded with them. The products are taken in float64 and
+stored in the weights' type.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Float64 = npt.NDArray[np.float64]
 
 def can_fold(spec: ModelSpec) -> bool:
     """Whether some layer's feature map can be folded exactly."""
-    return any(_foldable(layer) for layer in spec.layers)
+    return any(_foldable(spec, layer) for layer in spec.layers)
 
 
 def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec, TensorSource]:
@@ -31,6 +32,11 @@ def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec,
 
     Raises SpecError when no layer can be.
     """
+    if spec.query_key_norm != "none":
+        raise SpecError(
+            "nothing can be folded: between q_proj and the feature map stands the model's norm of "
+            "queries and keys, which is no matrix; leave out --fold"
+        )
     if not can_fold(spec):
         raise SpecError(
             "nothing can be folded: a feature map folds where no rotation stands between it and "
@@ -39,7 +45,7 @@ def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec,
     new = dict(tensors)
     layers = []
     for index, layer in enumerate(spec.layers):
-        if _foldable(layer):
+        if _foldable(spec, layer):
             assert isinstance(layer.mixer, LinearAttention)
             _fold_layer(spec, layer.mixer, layer_prefix(index) + "self_attn.", new)
             layer = LayerSpec(_folded_mixer(spec, layer.mixer))
@@ -48,10 +54,11 @@ def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec,
     return folded, {name: new[name] for name in tensor_shapes(folded)}
 
 
-def _foldable(layer: LayerSpec) -> bool:
+def _foldable(spec: ModelSpec, layer: LayerSpec) -> bool:
     mixer = layer.mixer
     return (
-        isinstance(mixer, LinearAttention)
+        spec.query_key_norm == "none"
+        and isinstance(mixer, LinearAttention)
         and isinstance(mixer.feature_map.projection, Projection)
         and mixer.rope != "before"
     )
@@ -74,11 +81,15 @@ def _fold_layer(
         feature, feature_bias = tensors[source + ".weight"], tensors.get(source + ".bias")
         target = f"{prefix}{name}_proj"
         weight, bias = tensors[target + ".weight"], tensors.get(target + ".bias")
+        scale = spec.query_scale if name == "q" else 1.0
 
         def folded(
-            feature: LazyTensor = feature, weight: LazyTensor = weight, heads: int = heads
+            feature: LazyTensor = feature,
+            weight: LazyTensor = weight,
+            heads: int = heads,
+            scale: float = scale,
         ) -> npt.NDArray[np.generic]:
-            product = _apply(feature, _float64(weight), heads, size)
+            product = _apply(feature, scale * _float64(weight), heads, size)
             return product.astype(weight.dtype)
 
         def folded_bias(
@@ -87,12 +98,13 @@ def _fold_layer(
             feature_bias: LazyTensor | None = feature_bias,
             bias: LazyTensor | None = bias,
             heads: int = heads,
+            scale: float = scale,
         ) -> npt.NDArray[np.generic]:
             total = np.zeros(heads * size)
             if feature_bias is not None:
                 total = total + _float64(feature_bias).reshape(-1)
             if bias is not None:
-                total = total + _apply(feature, _float64(bias)[:, None], heads, size)[:, 0]
+                total = total + _apply(feature, scale * _float64(bias)[:, None], heads, size)[:, 0]
             return total.astype(weight.dtype)
 
         D = spec.hidden_size

@@ -1,7 +1,7 @@
 """The canonical layout: from a spec, the name and shape of every tensor.
 
-Names are Hugging Face's for Llama, plus the tensors that linear attention adds under
-``self_attn``. A projection's weight is stored (out, in), as everywhere in that ecosystem.
+Names are Hugging Face's for Llama, plus the tensors that linear attention and other families
+add. A projection's weight is stored (out, in), as everywhere in that ecosystem.
 """
 
 from __future__ import annotations
@@ -78,13 +78,19 @@ def _tensors(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
         yield "model.embed_norm.weight", (D,)
     for index, layer in enumerate(spec.layers):
         prefix = layer_prefix(index)
-        yield prefix + "input_layernorm.weight", (D,)
+        if spec.block_norm != "after":
+            yield prefix + "input_layernorm.weight", (D,)
         for name, shape in _mixer_tensors(spec, layer.mixer):
             yield f"{prefix}self_attn.{name}", shape
-        yield prefix + "post_attention_layernorm.weight", (D,)
+        if spec.block_norm != "before":
+            yield prefix + "mixer_output_norm.weight", (D,)
+        if spec.block_norm != "after":
+            yield prefix + "post_attention_layernorm.weight", (D,)
         yield prefix + "mlp.gate_proj.weight", (F, D)
         yield prefix + "mlp.up_proj.weight", (F, D)
         yield prefix + "mlp.down_proj.weight", (D, F)
+        if spec.block_norm != "before":
+            yield prefix + "mlp_output_norm.weight", (D,)
     yield "model.norm.weight", (D,)
     if not spec.tie_word_embeddings:
         yield "lm_head.weight", (spec.vocab_size, D)
@@ -110,6 +116,10 @@ def _mixer_tensors(
     yield "o_proj.weight", (D, H * spec.value_head_dim)
     if spec.attention_bias == "qkvo":
         yield "o_proj.bias", (D,)
+    for name, heads in (("q_proj_norm", H), ("k_proj_norm", K)):
+        if spec.query_key_norm != "none":
+            shared = spec.query_key_norm == "per_head"
+            yield f"{name}.weight", (spec.head_dim if shared else heads * spec.head_dim,)
     if isinstance(mixer, LinearAttention):
         yield from _linear_tensors(spec, mixer)
 

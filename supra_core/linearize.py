@@ -120,9 +120,41 @@ def linear_spec(spec: ModelSpec, options: LinearizeOptions) -> ModelSpec:
     every, layers = options.keep_softmax_every, spec.num_hidden_layers
     # The last of every so many layers, so that the first ones of a model are linear.
     kept = {*options.keep_softmax, *(range(every - 1, layers, every) if every else ())}
-    mixers = [layer.mixer if i in kept else mixer for i, layer in enumerate(spec.layers)]
-    provenance = replace(spec.provenance, recipe=options.preset)
+    theirs = [m for m in (layer.mixer for layer in spec.layers) if isinstance(m, SoftmaxAttention)]
+    mixers = [m if i in kept else _in_place_of(m, mixer) for i, m in enumerate(theirs)]
+    plain = all(theirs[i] == SoftmaxAttention() for i in range(layers) if i not in kept)
+    provenance = replace(
+        spec.provenance, recipe=options.preset, replaced_mixers=() if plain else tuple(theirs)
+    )
     return replace(spec.with_mixers(mixers), provenance=provenance)
+
+
+def _in_place_of(theirs: SoftmaxAttention, mixer: LinearAttention) -> LinearAttention:
+    """``mixer`` with the rotation that the transformer's layer has."""
+    if theirs.rope == "none":
+        return replace(mixer, rope="none")
+    return replace(mixer, rotary=theirs.rope)
+
+
+def left_out(spec: ModelSpec) -> tuple[str, ...]:
+    """What the transformer's layers had and the linear ones cannot, one sentence each."""
+    linear = [i for i, layer in enumerate(spec.layers) if isinstance(layer.mixer, LinearAttention)]
+    sentences = []
+    if linear and spec.attention_softcap is not None:
+        sentences.append(
+            f"The transformer caps its attention scores at {spec.attention_softcap:g} by a tanh; "
+            f"{len(linear)} linear layers do without, because their weights are no function of a "
+            "score."
+        )
+    replaced = spec.provenance.replaced_mixers
+    sliding = [i for i in linear if replaced and replaced[i].window is not None]
+    if sliding:
+        windows = ", ".join(str(w) for w in sorted({replaced[i].window or 0 for i in sliding}))
+        sentences.append(
+            f"{len(sliding)} of the linear layers stand for sliding attention over {windows} "
+            "tokens; their state holds all earlier tokens, less what decays."
+        )
+    return tuple(sentences)
 
 
 def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:
@@ -182,8 +214,10 @@ def _initial(
         return np.zeros(shape)
     if name == "log_sink":
         return np.full(shape, _INITIAL_LOG_SINK)
-    if name in ("gain", "q_norm.weight", "k_norm.weight"):
+    if name == "gain":
         return np.ones(shape)
+    if name in ("q_norm.weight", "k_norm.weight"):
+        return np.full(shape, 1.0 - spec.norm.weight_offset)
     assert isinstance(projection, Projection)
     if projection.scope == "per_head":
         if name.endswith("bias"):

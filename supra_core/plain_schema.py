@@ -39,7 +39,7 @@ def dataclass(*, frozen: bool, config: Any) -> Callable[[type[T]], type[T]]:
 
 
 class TypeAdapter(Generic[T]):
-    """Objects of a dataclass from dictionaries, and back."""
+    """Objects of a dataclass from dictionaries."""
 
     def __init__(self, kind: type[T]) -> None:
         self._build = _builder(kind)
@@ -50,10 +50,6 @@ class TypeAdapter(Generic[T]):
             return self._build(json.loads(text))  # type: ignore[no-any-return]
         except (TypeError, KeyError) as error:
             raise ValidationError(f"{type(error).__name__}: {error}") from None
-
-    def dump_python(self, value: Any, *, mode: str) -> Any:
-        """A JSON-ready dictionary."""
-        return json.loads(json.dumps(dataclasses.asdict(value)))
 
 
 def _builder(kind: Any) -> Callable[[Any], Any]:

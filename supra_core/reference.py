@@ -24,6 +24,7 @@ from supra_core import decay as decays
 from supra_core.layout import layer_prefix
 from supra_core.rotary import rotate
 from supra_core.spec import (
+    Folded,
     GroupNorm,
     LinearAttention,
     ModelSpec,
@@ -202,27 +203,40 @@ class ReferenceModel:
         spec = self.spec
         positions = state.tokens + np.arange(len(ids), dtype=np.int64)
         embedding = self._weight("model.embed_tokens.weight")
-        h = embedding[ids]
+        h = embedding[ids] * spec.embedding_scale
         if spec.embedding_norm:
             h = normalise(h, self._weight("model.embed_norm.weight"), spec.norm)
         layers = []
         for index, layer in enumerate(spec.layers):
             prefix = layer_prefix(index)
-            x = normalise(h, self._weight(prefix + "input_layernorm.weight"), spec.norm)
+            x = self._norm_before(prefix + "input_layernorm", h)
             before = state.layers[index] if state.layers else {}
             mixed, memory = self._mixer(prefix, layer.mixer, x, positions, before, form)
-            h = h + mixed
-            x = normalise(h, self._weight(prefix + "post_attention_layernorm.weight"), spec.norm)
-            h = h + self._feed_forward(prefix, x)
+            h = h + spec.residual_scale * self._norm_after(prefix + "mixer_output_norm", mixed)
+            x = self._norm_before(prefix + "post_attention_layernorm", h)
+            added = self._norm_after(prefix + "mlp_output_norm", self._feed_forward(prefix, x))
+            h = h + spec.residual_scale * added
             layers.append(memory)
         h = normalise(h, self._weight("model.norm.weight"), spec.norm)
         head = embedding if spec.tie_word_embeddings else self._weight("lm_head.weight")
-        return h @ head.T, SequenceState(state.tokens + len(ids), tuple(layers))
+        logits = softcapped(h @ head.T / spec.logits_divisor, spec.logits_softcap)
+        return logits, SequenceState(state.tokens + len(ids), tuple(layers))
+
+    def _norm_before(self, name: str, x: Float64) -> Float64:
+        if self.spec.block_norm == "after":
+            return x
+        return normalise(x, self._weight(name + ".weight"), self.spec.norm)
+
+    def _norm_after(self, name: str, x: Float64) -> Float64:
+        if self.spec.block_norm == "before":
+            return x
+        return normalise(x, self._weight(name + ".weight"), self.spec.norm)
 
     def _feed_forward(self, prefix: str, x: Float64) -> Float64:
         gate = self._linear(prefix + "mlp.gate_proj", x)
         up = self._linear(prefix + "mlp.up_proj", x)
-        return self._linear(prefix + "mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
+        gated = _ACTIVATIONS[self.spec.hidden_act](gate) * up
+        return self._linear(prefix + "mlp.down_proj", gated)
 
     def _mixer(
         self,
@@ -241,12 +255,26 @@ class ReferenceModel:
             self._linear(f"{attention}{name}_proj", x).reshape(len(x), heads[name], -1)
             for name in "qkv"
         )
+        if not _is_folded(mixer):
+            q, k = (self._projection_norm(attention, name, z) for name, z in (("q", q), ("k", k)))
+            q = q * self.spec.query_scale
         if isinstance(mixer, SoftmaxAttention):
-            q, k = (rotate(z, positions, self.spec.rope) for z in (q, k))
-            out, memory = softmax_attention(q, k, v, state, mixer.window)
+            if mixer.rope != "none":
+                q, k = (rotate(z, positions, self.spec.rope_of(mixer)) for z in (q, k))
+            cap = self.spec.attention_softcap
+            out, memory = softmax_attention(q, k, v, state, mixer.window, cap)
         else:
             out, memory = self._linear_mixer(attention, mixer, q, k, v, positions, state, form)
         return self._linear(attention + "o_proj", out.reshape(len(x), -1)), memory
+
+    def _projection_norm(self, attention: str, name: str, z: Float64) -> Float64:
+        """The norm of queries or keys (T, heads, d) behind their projection."""
+        if self.spec.query_key_norm == "none":
+            return z
+        weight = self._weight(f"{attention}{name}_proj_norm.weight")
+        if self.spec.query_key_norm == "per_head":
+            return normalise(z, weight, self.spec.norm)
+        return normalise(z.reshape(len(z), -1), weight, self.spec.norm).reshape(z.shape)
 
     def _linear_mixer(
         self,
@@ -265,7 +293,7 @@ class ReferenceModel:
         if mixer.qk_norm:
             phi_q, phi_k, v = self._qk_norm(attention, phi_q, phi_k, v)
         if mixer.rope == "after":
-            phi_q, phi_k = (rotate(z, positions, self.spec.rope) for z in (phi_q, phi_k))
+            phi_q, phi_k = (rotate(z, positions, self.spec.rope_of(mixer)) for z in (phi_q, phi_k))
         phi_k = phi_k * mixer.key_scale
         gamma, sink = self.gamma(attention, mixer), self._sink(attention, mixer)
         if mixer.window is not None:
@@ -295,7 +323,7 @@ class ReferenceModel:
         """What the feature map's activation receives: (T, heads, d) -> (T, heads, size)."""
         phi = mixer.feature_map
         if mixer.rope == "before":
-            z = rotate(z, positions, self.spec.rope)
+            z = rotate(z, positions, self.spec.rope_of(mixer))
         if isinstance(phi.projection, Projection):
             name = "q_feature" if phi.projection.shared else name
             weight = self._weight(f"{attention}{name}.weight")
@@ -305,7 +333,7 @@ class ReferenceModel:
                 z = np.einsum("thd,hfd->thf", z, weight)
             if phi.projection.bias:
                 z = z + self._weight(f"{attention}{name}.bias").reshape(z.shape[1:])
-        return rotate(z, positions, self.spec.rope) if mixer.rope == "between" else z
+        return rotate(z, positions, self.spec.rope_of(mixer)) if mixer.rope == "between" else z
 
     def gamma(self, attention: str, mixer: LinearAttention) -> Float64:
         """The decay of each head, (H,)."""
@@ -352,7 +380,30 @@ def normalise(x: Float64, weight: Float64, norm: Norm) -> Float64:
     """RMSNorm or gain-only LayerNorm over the last axis."""
     if norm.kind == "layer_norm":
         x = x - x.mean(axis=-1, keepdims=True)
-    return np.asarray(x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + norm.eps) * weight)
+    gain = weight + norm.weight_offset
+    return np.asarray(x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + norm.eps) * gain)
+
+
+def silu(z: Float64) -> Float64:
+    """z times the logistic function of z."""
+    return np.asarray(z / (1 + np.exp(-z)))
+
+
+def gelu_tanh(z: Float64) -> Float64:
+    """GELU by its approximation with tanh (arXiv 1606.08415)."""
+    return np.asarray(0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))))
+
+
+_ACTIVATIONS = {"silu": silu, "gelu_pytorch_tanh": gelu_tanh}
+
+
+def softcapped(x: Float64, cap: float | None) -> Float64:
+    """cap tanh(x / cap): near x for small ones, never beyond the cap."""
+    return x if cap is None else np.asarray(cap * np.tanh(x / cap))
+
+
+def _is_folded(mixer: SoftmaxAttention | LinearAttention) -> bool:
+    return isinstance(mixer, LinearAttention) and isinstance(mixer.feature_map.projection, Folded)
 
 
 def activate(activation: str, z: Float64) -> Float64:
@@ -367,16 +418,22 @@ def activate(activation: str, z: Float64) -> Float64:
 
 
 def softmax_attention(
-    q: Float64, k: Float64, v: Float64, state: dict[str, Float64], window: int | None
+    q: Float64,
+    k: Float64,
+    v: Float64,
+    state: dict[str, Float64],
+    window: int | None,
+    softcap: float | None = None,
 ) -> tuple[Float64, dict[str, Float64]]:
     """softmax(q k^T / sqrt(d)) v over earlier tokens, or the last ``window`` of them.
 
     q (T, H, d), k (T, K, d), v (T, K, Dv), rotated; state holds earlier keys and values.
-    Returns (T, H, Dv) and the new state, cut to what a window can still see.
+    ``softcap``: scores x become cap tanh(x / cap). Returns (T, H, Dv) and the new state, cut to
+    what a window can still see.
     """
     if state:
         k, v = np.concatenate([state["keys"], k]), np.concatenate([state["values"], v])
-    scores = _window_scores(q, k, window)
+    scores = _window_scores(q, k, window, softcap)
     out = np.einsum("htj,jhv->thv", softmax(scores), _repeat(v, q.shape[1]))
     kept = len(k) if window is None else min(len(k), window)
     return out, {"keys": k[len(k) - kept :], "values": v[len(v) - kept :]}
@@ -437,10 +494,12 @@ def windowed_attention(
     return weighted[..., :-1] / weighted[..., -1:], new
 
 
-def _window_scores(q: Float64, k: Float64, window: int | None) -> Float64:
+def _window_scores(
+    q: Float64, k: Float64, window: int | None, softcap: float | None = None
+) -> Float64:
     """(H, T, S) scores of the last T of S tokens, -inf for later tokens and outside the window."""
     T, H, d = q.shape
-    scores = np.einsum("thd,jhd->htj", q, _repeat(k, H)) / np.sqrt(d)
+    scores = softcapped(np.einsum("thd,jhd->htj", q, _repeat(k, H)) / np.sqrt(d), softcap)
     distance = np.arange(len(k) - T, len(k))[:, None] - np.arange(len(k))
     seen = (distance >= 0) & (distance < (window if window is not None else len(k) + 1))
     return np.where(seen, scores, -np.inf)

@@ -13,13 +13,14 @@ Float64 = npt.NDArray[np.float64]
 
 
 def inverse_frequencies(rope: RotaryEmbedding, channels: int) -> Float64:
-    """Radians a position for each pair of ``channels``: (channels / 2,) float64.
+    """Radians a position for each pair of the d ``channels`` that rotate: (d / 2,) float64.
 
-    theta_i = base^(-2 i / channels), then the spec's scaling. Llama 3's scaling divides slow
+    theta_i = base^(-2 i / d), then the spec's scaling. Llama 3's scaling divides slow
     frequencies by ``factor``, keeps fast ones and blends between (transformers,
     ``_compute_llama3_parameters``).
     """
-    theta = rope.base ** (-np.arange(0, channels, 2, dtype=np.float64) / channels)
+    rotated = rope.rotated(channels)
+    theta = rope.base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     if isinstance(rope.scaling, LinearScaling):
         return np.asarray(theta / rope.scaling.factor)
     if isinstance(rope.scaling, Llama3Scaling):
@@ -29,14 +30,14 @@ def inverse_frequencies(rope: RotaryEmbedding, channels: int) -> Float64:
 
 def rotate(x: Float64, positions: npt.NDArray[np.int64], rope: RotaryEmbedding) -> Float64:
     """x (..., T, heads, channels) rotated by ``positions`` (..., T)."""
-    channels = x.shape[-1]
-    angles = positions[..., None, None] * inverse_frequencies(rope, channels)
+    rotated = rope.rotated(x.shape[-1])
+    angles = positions[..., None, None] * inverse_frequencies(rope, x.shape[-1])
     cos, sin = np.cos(angles), np.sin(angles)
-    out = np.empty_like(x)
+    out = x.copy()
     if rope.pairing == "half":
-        first, second = slice(0, channels // 2), slice(channels // 2, None)
+        first, second = slice(0, rotated // 2), slice(rotated // 2, rotated)
     else:
-        first, second = slice(0, None, 2), slice(1, None, 2)
+        first, second = slice(0, rotated, 2), slice(1, rotated, 2)
     out[..., first] = x[..., first] * cos - x[..., second] * sin
     out[..., second] = x[..., second] * cos + x[..., first] * sin
     return out

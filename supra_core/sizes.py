@@ -62,6 +62,12 @@ def measure(
     spec: ModelSpec, tensors: TensorSource, *, cache_itemsize: int = CACHE_ITEMSIZE
 ) -> Sizes:
     """The sizes of a model with these weights."""
+    weights = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    return of_spec(spec, weights, cache_itemsize=cache_itemsize)
+
+
+def of_spec(spec: ModelSpec, weight_bytes: int, *, cache_itemsize: int = CACHE_ITEMSIZE) -> Sizes:
+    """The sizes of a model whose weights take so many bytes."""
     state = sum(mixer_state_bytes(spec, layer.mixer, cache_itemsize) for layer in spec.layers)
     per_layer = kv_bytes_per_token(spec, cache_itemsize)
     growing = per_layer * sum(
@@ -71,14 +77,13 @@ def measure(
     transformer = per_layer * spec.num_hidden_layers
     saved = transformer - growing
     parameters = parameter_count(spec)
-    weights = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
     softmax = spec.with_mixers([SoftmaxAttention()] * spec.num_hidden_layers)
     # Of an embedding that is no output head as well, a step reads one row.
     unread = 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size
-    itemsize = weights / parameters
+    itemsize = weight_bytes / parameters
     return Sizes(
         parameters=parameters,
-        weight_bytes=weights,
+        weight_bytes=weight_bytes,
         state_bytes=state,
         growing_bytes_per_token=growing,
         kv_bytes_per_token=transformer,

@@ -89,7 +89,7 @@ def open_source(path: str | Path, *, config: str | Path | None = None) -> Source
     """
     place = Path(path)
     if not place.exists():
-        if not _HUB_ID.fullmatch(str(path)):
+        if not is_hub_id(str(path)):
             raise FormatError(f"{path} does not exist: check the path, or name a hub id org/name")
         place, name = _download(str(path)), str(path)
     else:
@@ -98,11 +98,16 @@ def open_source(path: str | Path, *, config: str | Path | None = None) -> Source
     return replace(source, spec=_from(source.spec, name))
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether it has the form of a hub id, org/name."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
 def is_cached(hub_id: str) -> bool:
     """Whether a model of that id has been downloaded; nothing is looked up on the hub."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = _HUB_ID.fullmatch(hub_id) and try_to_load_from_cache(hub_id, CONFIG)
+    found = is_hub_id(hub_id) and try_to_load_from_cache(hub_id, CONFIG)
     return isinstance(found, str)
 
 

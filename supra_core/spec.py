@@ -13,7 +13,7 @@ Dk features a head, Dv value channels a head, V vocabulary.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -86,14 +86,22 @@ class RotaryEmbedding:
 
     ``pairing`` says which channels rotate together: ``half`` pairs channel i with i + d/2
     (Hugging Face), ``interleaved`` pairs 2i with 2i + 1 (the original Llama code).
+    ``fraction``: the share of the channels that rotates, the first ones; the rest stay as they
+    are (Hugging Face ``partial_rotary_factor``).
     """
 
     base: float = 10000.0
     pairing: Literal["half", "interleaved"] = "half"
     scaling: RopeScaling | None = None
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.base > 0, "rope base must be positive")
+        _require(0 < self.fraction <= 1, "rope fraction must be above 0 and at most 1")
+
+    def rotated(self, channels: int) -> int:
+        """How many of ``channels`` rotate."""
+        return int(channels * self.fraction)
 
 
 # --- linear attention -----------------------------------------------------------------------
@@ -228,9 +236,14 @@ Normaliser = Annotated[GroupNorm | SumNormaliser, Field(discriminator="kind")]
 
 @dataclass(frozen=True, config=_STRICT)
 class SoftmaxAttention:
-    """The transformer's mixer, over all earlier tokens or the last ``window`` of them."""
+    """The transformer's mixer, over all earlier tokens or the last ``window`` of them.
+
+    ``rope``: which rotation queries and keys get, the model's ``rope`` (``global``), its
+    ``local_rope``, or none.
+    """
 
     window: int | None = None
+    rope: Literal["global", "local", "none"] = "global"
     kind: Literal["softmax_attention"] = "softmax_attention"
 
     def __post_init__(self) -> None:
@@ -254,6 +267,7 @@ class LinearAttention:
     instead, z being what the activation receives; the tokens before them keep linear weights,
     decayed from the window's edge and multiplied by exp(``self_attn.log_far_gain``); one sum
     normalises both. The cache stays of fixed size.
+    ``rotary``: which rotation it is, the model's ``rope`` (``global``) or its ``local_rope``.
     """
 
     feature_map: FeatureMap
@@ -264,6 +278,7 @@ class LinearAttention:
     qk_norm: bool = False
     gain: Literal["none", "per_head", "per_channel"] = "none"
     window: int | None = None
+    rotary: Literal["global", "local"] = "global"
     kind: Literal["linear_attention"] = "linear_attention"
 
     def __post_init__(self) -> None:
@@ -300,17 +315,21 @@ Mixer = Annotated[SoftmaxAttention | LinearAttention, Field(discriminator="kind"
 
 @dataclass(frozen=True, config=_STRICT)
 class LayerSpec:
-    """One pre-norm residual block: mixer, then a gated feed-forward network (SwiGLU)."""
+    """One residual block: mixer, then a gated feed-forward network (arXiv 2002.05202)."""
 
     mixer: Mixer
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Norm:
-    """RMSNorm, or LayerNorm with a gain and no bias; eps is added to the mean square/variance."""
+    """RMSNorm, or LayerNorm with a gain and no bias; eps is added to the mean square/variance.
+
+    The gain is the stored weight plus ``weight_offset`` (Gemma's is 1).
+    """
 
     kind: Literal["rms_norm", "layer_norm"] = "rms_norm"
     eps: float = 1e-5
+    weight_offset: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.eps >= 0, "norm eps must not be negative")
@@ -321,6 +340,8 @@ class Provenance:
     """Where the weights came from, for the model card.
 
     ``calibration_tokens``: that the mixers were fitted on in closed form when it was converted.
+    ``replaced_mixers``: the transformer's, one for each layer, where any was other than plain
+    attention over all tokens.
     """
 
     source: str = ""
@@ -328,6 +349,7 @@ class Provenance:
     recipe: str = ""
     trained_tokens: int = 0
     calibration_tokens: int = 0
+    replaced_mixers: tuple[SoftmaxAttention, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("trained_tokens", "calibration_tokens"):
@@ -336,7 +358,20 @@ class Provenance:
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelSpec:
-    """A whole model. Sizes carry Hugging Face's names, so that config.json can state them."""
+    """A whole model. Sizes carry Hugging Face's names, so that config.json can state them.
+
+    ``query_key_norm``: q and k are normalised behind their projections, each head with one
+    weight for all (``per_head``) or all heads together (``all_heads``).
+    ``block_norm``: whether a block's norms stand before mixer and feed-forward network, after
+    them, or both.
+    ``hidden_act``: what the feed-forward network's gate goes through.
+    ``embedding_scale`` multiplies the embeddings, ``residual_scale`` what a block adds;
+    ``attention_scale`` replaces head_dim^-1/2 as the factor on q . k (linear attention gets its
+    queries multiplied by their quotient); the logits are divided by ``logits_divisor``.
+    ``attention_softcap``, ``logits_softcap``: x becomes cap tanh(x / cap), for the scores of
+    softmax attention and for the logits.
+    ``local_rope``: a second rotation, for the mixers that name it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -356,6 +391,16 @@ class ModelSpec:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     provenance: Provenance = Provenance()
+    query_key_norm: Literal["none", "per_head", "all_heads"] = "none"
+    block_norm: Literal["before", "after", "both"] = "before"
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_divisor: float = 1.0
+    logits_softcap: float | None = None
+    local_rope: RotaryEmbedding | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -364,10 +409,18 @@ class ModelSpec:
         ):  # fmt: skip
             _require(getattr(self, name) > 0, f"{name} must be positive")
             _require(getattr(self, name) <= LARGEST_SIZE, f"{name} must be at most {LARGEST_SIZE}")
+        for name in (
+            "embedding_scale", "residual_scale", "attention_scale", "attention_softcap",
+            "logits_divisor", "logits_softcap",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be positive")
         _require(len(self.layers) > 0, "a model needs at least one layer")
         _require(len(self.layers) <= MOST_LAYERS, f"a model has at most {MOST_LAYERS} layers")
         for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_id):
             _require(token is None or 0 <= token <= LARGEST_SIZE, f"{token} is no token id")
+        replaced = len(self.provenance.replaced_mixers)
+        _require(replaced in (0, len(self.layers)), "replaced_mixers must be one for each layer")
         if self.num_attention_heads % self.num_key_value_heads:
             raise SpecError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -378,13 +431,26 @@ class ModelSpec:
 
     def _check_layer(self, index: int, mixer: SoftmaxAttention | LinearAttention) -> None:
         where = f"layer {index}: "
+        local = mixer.rotary if isinstance(mixer, LinearAttention) else mixer.rope
+        if local == "local":
+            _require(self.local_rope is not None, where + "local rope needs the field local_rope")
+        width = self.rotated_width(mixer)
+        if width is not None:
+            _require(width % 2 == 0, where + f"rope needs an even number of channels, not {width}")
+            turned = self.rope_of(mixer).rotated(width)
+            _require(
+                turned > 0 and turned % 2 == 0,
+                where + f"rope needs an even number of rotated channels, not {turned}",
+            )
         if isinstance(mixer, SoftmaxAttention):
-            _require(self.head_dim % 2 == 0, where + "rope needs an even head_dim")
             return
         phi = mixer.feature_map
-        rotated = {"before": self.head_dim, "between": phi.size, "after": phi.output_size}
-        size = rotated.get(mixer.rope, 2)
-        _require(size % 2 == 0, where + f"rope needs an even number of channels, not {size}")
+        if isinstance(phi.projection, Folded):
+            _require(
+                self.query_key_norm == "none",
+                where + "a feature map cannot be folded into q_proj and k_proj where a norm of "
+                "queries and keys stands between them; keep the feature map unfolded",
+            )
         if isinstance(phi.projection, Identity):
             _require(
                 phi.size == self.head_dim,
@@ -406,6 +472,24 @@ class ModelSpec:
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by, so that head_dim^-1/2 yields ``attention_scale``."""
+        return 1.0 if self.attention_scale is None else self.attention_scale * self.head_dim**0.5
+
+    def rope_of(self, mixer: SoftmaxAttention | LinearAttention) -> RotaryEmbedding:
+        """The rotation that a mixer names."""
+        name = mixer.rotary if isinstance(mixer, LinearAttention) else mixer.rope
+        return self.local_rope if name == "local" and self.local_rope is not None else self.rope
+
+    def rotated_width(self, mixer: SoftmaxAttention | LinearAttention) -> int | None:
+        """The channels of what a mixer rotates; None if it rotates nothing."""
+        if isinstance(mixer, SoftmaxAttention):
+            return None if mixer.rope == "none" else self.head_dim
+        phi = mixer.feature_map
+        widths = {"before": self.head_dim, "between": phi.size, "after": phi.output_size}
+        return widths.get(mixer.rope)
+
+    @property
     def is_transformer(self) -> bool:
         """Whether every layer is softmax attention."""
         return all(isinstance(layer.mixer, SoftmaxAttention) for layer in self.layers)
@@ -416,7 +500,7 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; :meth:`from_dict` reads it back to an equal spec."""
-        return _ADAPTER.dump_python(self, mode="json")  # type: ignore[no-any-return]
+        return _plain(self)  # type: ignore[no-any-return]
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ModelSpec:
@@ -431,3 +515,47 @@ class ModelSpec:
 
 
 _ADAPTER: TypeAdapter[ModelSpec] = TypeAdapter(ModelSpec)
+
+# Fields that came later stand in a file only where they say something, so that what needs none of
+# them is written as ever.
+_LATER = {
+    "RotaryEmbedding": {"fraction"},
+    "SoftmaxAttention": {"rope"},
+    "LinearAttention": {"rotary"},
+    "Norm": {"weight_offset"},
+    "Provenance": {"replaced_mixers"},
+    "ModelSpec": {
+        "query_key_norm", "block_norm", "hidden_act", "embedding_scale", "residual_scale",
+        "attention_scale", "attention_softcap", "logits_divisor", "logits_softcap", "local_rope",
+    },
+}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """A spec's part in JSON's types."""
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    if not is_dataclass(value):
+        return value
+    later = _LATER.get(type(value).__name__, set())
+    stated = {entry.name: (getattr(value, entry.name), entry.default) for entry in fields(value)}
+    return {
+        name: _plain(own)
+        for name, (own, default) in stated.items()
+        if name not in later or own != default
+    }
+
+
+def uses_later_fields(value: Any) -> bool:
+    """Whether a spec, or a part of it, says what readers of format version 1 do not know."""
+    if isinstance(value, tuple):
+        return any(uses_later_fields(entry) for entry in value)
+    if not is_dataclass(value):
+        return False
+    later = _LATER.get(type(value).__name__, set())
+    return any(
+        getattr(value, entry.name) != entry.default
+        if entry.name in later
+        else uses_later_fields(getattr(value, entry.name))
+        for entry in fields(value)
+    )

@@ -52,9 +52,13 @@ def original(model: Source) -> tuple[ModelSpec, TensorSource]:
 
 def original_spec(spec: ModelSpec) -> ModelSpec:
     """What a linearized model was made from: softmax attention where it is linear now."""
+    replaced = spec.provenance.replaced_mixers or (SoftmaxAttention(),) * spec.num_hidden_layers
     mixers = [layer.mixer for layer in spec.layers]
     return spec.with_mixers(
-        [m if isinstance(m, SoftmaxAttention) else SoftmaxAttention() for m in mixers]
+        [
+            mixer if isinstance(mixer, SoftmaxAttention) else theirs
+            for mixer, theirs in zip(mixers, replaced, strict=True)
+        ]
     )
 
 

@@ -96,6 +96,21 @@ SPECS: dict[str, ModelSpec] = {
         replace(WINDOWED, normaliser=SumNormaliser(sink=True)),
         replace(LONG_WINDOW, normaliser=SumNormaliser(sink=True)),
     ),
+    # What other families than Llama have, together: Gemma's, then OLMo 2's, Phi's and SmolLM3's.
+    "sandwich": _model(
+        SoftmaxAttention(7, rope="local"), replace(WINDOWED, rotary="local"),
+        SoftmaxAttention(), replace(PAPER, rotary="local"),
+        norm=Norm("rms_norm", 1e-5, weight_offset=1.0), block_norm="both",
+        hidden_act="gelu_pytorch_tanh", query_key_norm="per_head", attention_scale=0.4,
+        attention_softcap=3.0, logits_softcap=5.0, embedding_scale=2.0,
+        local_rope=RotaryEmbedding(100.0), tie_word_embeddings=True,
+    ),
+    "norms_after": _model(
+        SoftmaxAttention(rope="none"), SoftmaxAttention(7), replace(HEDGEHOG, rope="none"),
+        replace(HEDGEHOG, rope="before"),
+        block_norm="after", query_key_norm="all_heads", residual_scale=0.5, logits_divisor=2.0,
+        rope=RotaryEmbedding(fraction=0.4), attention_bias="qkv",
+    ),
     "hybrid": _model(WINDOWED, SoftmaxAttention(7), PAPER, SoftmaxAttention()),
 }  # fmt: skip
 

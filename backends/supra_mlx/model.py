@@ -22,16 +22,18 @@ from supra_core.decay import slopes
 from supra_core.layout import FLOAT32_SUFFIXES, mixer_shapes
 from supra_core.spec import (
     FeatureMap,
+    Folded,
     GroupNorm,
     LearnedDecay,
     LinearAttention,
     ModelSpec,
+    Norm,
     Projection,
     SoftmaxAttention,
     SumNormaliser,
 )
 from supra_mlx.ops import linear_attention
-from supra_mlx.rotary import Rotary, Rotate
+from supra_mlx.rotary import Rotary, Rotate, unrotated
 from supra_mlx.window import WindowMemory, windowed_attention
 
 Shapes = dict[str, tuple[int, ...]]
@@ -57,7 +59,7 @@ class ModelArgs(BaseModelArgs):
 class _Context:
     """What all layers of one forward pass share."""
 
-    rotate: Rotate
+    rotations: dict[str, Rotate]  # by the names that mixers have for them
     mask: mx.array | None  # (B, T) valid new tokens, for linear layers
     seen: mx.array  # (B,) int32 tokens before this pass
     positions_after: mx.array  # (B,) int32 tokens seen after it
@@ -91,26 +93,79 @@ def _history_mask(valid: mx.array, length: int, window: int | None) -> mx.array:
     return (seen | (slots == mine))[:, None]
 
 
-class SoftmaxMixer(nn.Module):
+def _capped_attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any, cap: float
+) -> mx.array:
+    """Attention of q (B, H, T, d) to k, v (B, K, S, ·), scores x being cap tanh(x / cap)."""
+    B, H, T, d = q.shape
+    K, S = k.shape[1:3]
+    grouped = q.reshape(B, K, H // K, T, d)
+    scores = (grouped @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * (scale / cap)
+    scores = cap * mx.tanh(scores)
+    if isinstance(mask, str):
+        mask = mx.arange(S) <= mx.arange(S - T, S)[:, None]
+    if mask is not None:
+        # A mask by rows has a dimension of heads, which are two here.
+        seen = mask if mask.ndim < 4 else mask[:, :, None]
+        scores = mx.where(seen, scores, mx.array(-mx.inf))
+    weights = mx.softmax(scores, axis=-1, precise=True).astype(v.dtype)
+    return (weights @ v[:, :, None]).reshape(B, H, T, -1)
+
+
+class _Projections(nn.Module):
+    """q, k, v and o, and what a family puts behind them."""
+
+    def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> None:
+        super().__init__()
+        shapes = mixer_shapes(spec, mixer)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            out, into = shapes[f"{name}.weight"]
+            setattr(self, name, nn.Linear(into, out, bias=f"{name}.bias" in shapes))
+        for name in ("q_proj_norm", "k_proj_norm"):
+            if f"{name}.weight" in shapes:
+                setattr(self, name, _norm(spec, shapes[f"{name}.weight"][0]))
+        self._heads, self._kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+        self._norms_heads = spec.query_key_norm == "per_head"
+        folded = isinstance(mixer, LinearAttention) and isinstance(
+            mixer.feature_map.projection, Folded
+        )
+        self._query_scale = 1.0 if folded else spec.query_scale
+
+    def _queries_keys_values(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """(B, T, D) -> (B, T, H, ·), (B, T, K, ·), (B, T, K, Dv)."""
+        B, T, _ = x.shape
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        normed = "q_proj_norm" in self
+        if normed and not self._norms_heads:
+            q, k = self.q_proj_norm(q), self.k_proj_norm(k)
+        q = q.reshape(B, T, self._heads, -1)
+        k, v = (z.reshape(B, T, self._kv_heads, -1) for z in (k, v))
+        if normed and self._norms_heads:
+            q, k = self.q_proj_norm(q), self.k_proj_norm(k)
+        return q if self._query_scale == 1.0 else q * self._query_scale, k, v
+
+
+class SoftmaxMixer(_Projections):
     """The transformer's attention, over all tokens or a sliding window."""
 
     def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention) -> None:
-        super().__init__()
-        _add_projections(self, mixer_shapes(spec, mixer))
-        self._heads, self._kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+        super().__init__(spec, mixer)
         self._scale = spec.head_dim**-0.5
-        self._window = mixer.window
+        self._window, self._rope = mixer.window, mixer.rope
+        self._softcap = spec.attention_softcap
 
     def __call__(self, x: mx.array, cache: Any, context: _Context) -> mx.array:
         """(B, T, D) -> (B, T, D)."""
         B, T, _ = x.shape
-        q = context.rotate(self.q_proj(x).reshape(B, T, self._heads, -1))
-        k = context.rotate(self.k_proj(x).reshape(B, T, self._kv_heads, -1))
-        v = self.v_proj(x).reshape(B, T, self._kv_heads, -1)
-        q, k, v = (z.transpose(0, 2, 1, 3) for z in (q, k, v))
+        q, k, v = self._queries_keys_values(x)
+        rotate = context.rotations[self._rope]
+        q, k, v = (z.transpose(0, 2, 1, 3) for z in (rotate(q), rotate(k), v))
         mask = context.softmax_mask(self._window, cache)
         k, v = cache.update_and_fetch(k, v)
-        out = scaled_dot_product_attention(q, k, v, cache, scale=self._scale, mask=mask)
+        if self._softcap is None:
+            out = scaled_dot_product_attention(q, k, v, cache, scale=self._scale, mask=mask)
+        else:
+            out = _capped_attention(q, k, v, self._scale, mask, self._softcap)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
 
@@ -129,13 +184,12 @@ class PerHeadLinear(nn.Module):
         return out + self.bias if "bias" in self else out
 
 
-class LinearMixer(nn.Module):
+class LinearMixer(_Projections):
     """Linear attention with every choice of :class:`~supra_core.spec.LinearAttention`."""
 
     def __init__(self, spec: ModelSpec, mixer: LinearAttention) -> None:
-        super().__init__()
+        super().__init__(spec, mixer)
         shapes = mixer_shapes(spec, mixer)
-        _add_projections(self, shapes)
         for name in ("q_feature", "k_feature"):
             if f"{name}.weight" in shapes:
                 setattr(self, name, _feature_projection(shapes, name, mixer.feature_map))
@@ -154,15 +208,8 @@ class LinearMixer(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         spec, mixer = self._spec, self._mixer
         B, T, _ = x.shape
-        q, k, v = (
-            projection(x).reshape(B, T, heads, -1)
-            for projection, heads in (
-                (self.q_proj, spec.num_attention_heads),
-                (self.k_proj, spec.num_key_value_heads),
-                (self.v_proj, spec.num_key_value_heads),
-            )
-        )
-        rotate, H = context.rotate, spec.num_attention_heads
+        q, k, v = self._queries_keys_values(x)
+        rotate, H = context.rotations[mixer.rotary], spec.num_attention_heads
         z = self._projected(q, k, rotate)
         phi = _activate(mixer.feature_map.activation, z)
         z_q, z_k, phi_q, phi_k = z[:, :, :H], z[:, :, H:], phi[:, :, :H], phi[:, :, H:]
@@ -235,36 +282,58 @@ class LinearMixer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """A gated feed-forward network."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
         self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
         self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        self._gated = swiglu if spec.hidden_act == "silu" else _geglu
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, T, D) -> (B, T, D)."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self._gated(self.gate_proj(x), self.up_proj(x)))
+
+
+@mx.compile
+def _geglu(gate: mx.array, x: mx.array) -> mx.array:
+    return nn.gelu_approx(gate) * x
 
 
 class Block(nn.Module):
-    """A pre-norm residual block."""
+    """A residual block."""
 
     def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> None:
         super().__init__()
-        self.input_layernorm = _norm(spec, spec.hidden_size)
+        before, after = spec.block_norm != "after", spec.block_norm != "before"
+        self._residual_scale = spec.residual_scale
+        names = (("input_layernorm", before), ("mixer_output_norm", after),
+                 ("post_attention_layernorm", before), ("mlp_output_norm", after))  # fmt: skip
+        for name, present in names:
+            if present:
+                setattr(self, name, _norm(spec, spec.hidden_size))
         if isinstance(mixer, LinearAttention):
             self.self_attn = LinearMixer(spec, mixer)
         else:
             self.self_attn = SoftmaxMixer(spec, mixer)
-        self.post_attention_layernorm = _norm(spec, spec.hidden_size)
         self.mlp = FeedForward(spec)
 
     def __call__(self, h: mx.array, cache: Any, context: _Context) -> mx.array:
         """(B, T, D) -> (B, T, D)."""
-        h = h + self.self_attn(self.input_layernorm(h), cache, context)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        mixed = self.self_attn(self._normed("input_layernorm", h), cache, context)
+        h = h + self._added("mixer_output_norm", mixed)
+        out = self.mlp(self._normed("post_attention_layernorm", h))
+        return h + self._added("mlp_output_norm", out)
+
+    def _normed(self, name: str, x: mx.array) -> mx.array:
+        """x through a norm that a block has or has not."""
+        return self[name](x) if name in self else x
+
+    def _added(self, name: str, x: mx.array) -> mx.array:
+        """What the block adds of a sublayer's output."""
+        x = self._normed(name, x)
+        return x if self._residual_scale == 1.0 else x * self._residual_scale
 
 
 class Body(nn.Module):
@@ -273,19 +342,25 @@ class Body(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self._embedding_scale = spec.embedding_scale
+        self._logits_divisor = spec.logits_divisor
         if spec.embedding_norm:
             self.embed_norm = _norm(spec, spec.hidden_size)
         self.layers = [Block(spec, layer.mixer) for layer in spec.layers]
         self.norm = _norm(spec, spec.hidden_size)
 
     def __call__(self, inputs: mx.array, cache: list[Any], context: _Context) -> mx.array:
-        """Ids (B, T) -> (B, T, D)."""
+        """Ids (B, T) -> (B, T, D), what the head receives."""
         h = self.embed_tokens(inputs)
+        if self._embedding_scale != 1.0:
+            # Rounded to the weights' type, as transformers multiplies.
+            h = h * mx.array(self._embedding_scale, dtype=h.dtype)
         if "embed_norm" in self:
             h = self.embed_norm(h)
         for layer, memory in zip(self.layers, cache, strict=True):
             h = layer(h, memory, context)
-        return self.norm(h)
+        h = self.norm(h)
+        return h if self._logits_divisor == 1.0 else h / self._logits_divisor
 
 
 class Model(nn.Module):
@@ -298,7 +373,8 @@ class Model(nn.Module):
         self.model = Body(args.spec)
         if not args.spec.tie_word_embeddings:
             self.lm_head = nn.Linear(args.spec.hidden_size, args.spec.vocab_size, bias=False)
-        self._rotary = Rotary(args.spec.rope)
+        ropes = {"global": args.spec.rope, "local": args.spec.local_rope}
+        self._rotaries = {name: Rotary(rope) for name, rope in ropes.items() if rope is not None}
         self._linear = [
             index
             for index, layer in enumerate(args.spec.layers)
@@ -331,8 +407,11 @@ class Model(nn.Module):
             # date, because lazy updates that nobody reads pile up.
             cache[self._linear[0]].advance(inputs.shape[1])
         if self.spec.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(h)
-        return self.lm_head(h)
+            logits = self.model.embed_tokens.as_linear(h)
+        else:
+            logits = self.lm_head(h)
+        cap = self.spec.logits_softcap
+        return logits if cap is None else cap * mx.tanh(logits / cap)
 
     def _context(self, inputs: mx.array, cache: list[Any], history: mx.array | None) -> _Context:
         T = inputs.shape[1]
@@ -348,8 +427,10 @@ class Model(nn.Module):
         else:
             count = mx.cumsum(valid.astype(mx.int32), axis=1)
             positions, added = count - 1, count[:, -1]
+        places = seen[:, None] + positions
+        rotations = {name: rotary.at(places) for name, rotary in self._rotaries.items()}
         return _Context(
-            rotate=self._rotary.at(seen[:, None] + positions),
+            rotations={**rotations, "none": unrotated},
             mask=valid,
             seen=seen,
             positions_after=(seen + added).astype(mx.int32),
@@ -397,12 +478,6 @@ class Model(nn.Module):
         return lambda name: not name.endswith(FLOAT32_SUFFIXES)
 
 
-def _add_projections(module: nn.Module, shapes: Shapes) -> None:
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        out, into = shapes[f"{name}.weight"]
-        setattr(module, name, nn.Linear(into, out, bias=f"{name}.bias" in shapes))
-
-
 def _feature_projection(shapes: Shapes, name: str, phi: FeatureMap) -> nn.Module:
     shape, bias = shapes[f"{name}.weight"], f"{name}.bias" in shapes
     assert isinstance(phi.projection, Projection)
@@ -412,9 +487,29 @@ def _feature_projection(shapes: Shapes, name: str, phi: FeatureMap) -> nn.Module
 
 
 def _norm(spec: ModelSpec, size: int) -> nn.Module:
+    if spec.norm.weight_offset:
+        return _OffsetNorm(spec.norm, size)
     if spec.norm.kind == "layer_norm":
         return nn.LayerNorm(size, eps=spec.norm.eps, bias=False)
     return nn.RMSNorm(size, eps=spec.norm.eps)
+
+
+class _OffsetNorm(nn.Module):
+    """A norm whose gain is its weight plus a constant, added in float32."""
+
+    def __init__(self, norm: Norm, size: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((size,))
+        self._spec = norm
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., size) -> (..., size)."""
+        norm = self._spec
+        gain = self.weight.astype(mx.float32) + norm.weight_offset
+        exact = x.astype(mx.float32)
+        if norm.kind == "layer_norm":
+            return mx.fast.layer_norm(exact, gain, None, norm.eps).astype(x.dtype)
+        return mx.fast.rms_norm(exact, gain, norm.eps).astype(x.dtype)
 
 
 def _activate(activation: str, z: mx.array) -> mx.array:

@@ -21,6 +21,11 @@ Rotate = Callable[[mx.array], mx.array]
 _RADIANS = 2 * math.pi / 2**32
 
 
+def unrotated(x: mx.array) -> mx.array:
+    """x as it is, for layers without positions."""
+    return x
+
+
 class Rotary:
     """The rotation of a spec; each number of channels has its frequencies, computed once."""
 
@@ -38,18 +43,23 @@ class Rotary:
 
         def rotate(x: mx.array) -> mx.array:
             channels = x.shape[-1]
+            rotated = self._rope.rotated(channels)
             if channels not in tables:
                 phase = ((wrapped * self._frequencies(channels)) >> 32).astype(mx.uint32)
                 angle = phase.view(mx.int32).astype(mx.float32) * _RADIANS
                 cos, sin = (f(angle)[:, :, None] for f in (mx.cos, mx.sin))
                 tables[channels] = self._paired(cos, cos), self._paired(-sin, sin)
-            first, second = self._pairs(x)
-            return _turned(x, self._paired(second, first), *tables[channels])
+            turning = x[..., :rotated]
+            first, second = self._pairs(turning)
+            turned = _turned(turning, self._paired(second, first), *tables[channels])
+            if rotated == channels:
+                return turned
+            return mx.concatenate([turned, x[..., rotated:]], axis=-1)
 
         return rotate
 
     def _frequencies(self, channels: int) -> mx.array:
-        """(channels / 2,) uint64: 2^-64 turns a position."""
+        """(d / 2,) uint64, d of the channels rotating: 2^-64 turns a position."""
         if channels not in self._turns:
             turns = inverse_frequencies(self._rope, channels) / (2 * math.pi)
             counts = [round(float(turn) % 1.0 * 2**64) % 2**64 for turn in turns]

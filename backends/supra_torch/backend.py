@@ -73,7 +73,8 @@ class TorchBackend:
         head = self.model.head_weight.to(hidden.dtype)
         # A row at a time: the logits are the largest tensor there is.
         rows = [
-            _scores(F.linear(h[:-1], head), row[1:]) for h, row in zip(hidden, tokens, strict=True)
+            _scores(self.model.capped(F.linear(h[:-1], head)), row[1:])
+            for h, row in zip(hidden, tokens, strict=True)
         ]
         losses, greedy = (torch.stack(part) for part in zip(*rows, strict=True))
         return _numpy(losses), greedy.cpu().numpy()

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from supra_core.progress import Progress, silent
@@ -88,27 +87,27 @@ def calibrate_layers(
         if isinstance(ours.self_attn, LinearMixer):
             assert isinstance(theirs.self_attn, SoftmaxMixer)
             before = _error(ours.self_attn, inputs, targets, positions)
-            if _searchable(ours.self_attn.mixer):
+            if _searchable(ours.self_attn.mixer, theirs.self_attn):
                 some = torch.cat(inputs)[:_SEQUENCES]
                 _fit_heads(ours.self_attn, theirs.self_attn, some, positions)
             if outputs:
                 _fit_output(ours.self_attn, inputs, targets, positions)
             after = _error(ours.self_attn, inputs, targets, positions)
             fits.append(LayerFit(index, before, after))
-        hidden = [h + y for h, y in zip(hidden, targets, strict=True)]
+        hidden = [theirs.add_mixed(h, y) for h, y in zip(hidden, targets, strict=True)]
         hidden = [h + theirs.feed_forward(h) for h in hidden]
         progress("calibrate", index + 1, layers)
     return fits
 
 
-def _searchable(mixer: LinearAttention) -> bool:
-    """Whether the heads have what the search sets."""
+def _searchable(mixer: LinearAttention, theirs: SoftmaxMixer) -> bool:
+    """Whether the heads have what the search sets, and the teacher's queries and keys."""
     phi, normaliser = mixer.feature_map, mixer.normaliser
     return (
         isinstance(phi.projection, Projection)
         and phi.projection.scope == "per_head"
         and not phi.projection.shared
-        and mixer.rope in ("before", "between")
+        and (mixer.rope in ("before", "between") or mixer.rope == theirs.rope == "none")
         and isinstance(mixer.decay, LearnedDecay)
         and isinstance(normaliser, SumNormaliser)
         and mixer.gain != "none"
@@ -197,11 +196,8 @@ def _attention(theirs: SoftmaxMixer, x: Tensor, positions: Positions) -> _Attent
     """The teacher's queries, keys, values and head outputs on x (B, T, D)."""
     with torch.autocast(x.device.type, enabled=False):
         theirs_x = x.to(theirs.q_proj.weight.dtype)
-        q, k = theirs.queries_and_keys(theirs_x)
-        q, k, v = (
-            z.float().transpose(1, 2)
-            for z in (positions.rotate(q), positions.rotate(k), theirs.values(theirs_x))
-        )
+        q, k = theirs.rotated(theirs_x, positions)
+        q, k, v = (z.float().transpose(1, 2) for z in (q, k, theirs.values(theirs_x)))
         k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
         T = x.shape[1]
         chosen = torch.linspace(min(_FIRST, T - 1), T - 1, min(_QUERIES, T), device=x.device).long()
@@ -209,7 +205,7 @@ def _attention(theirs: SoftmaxMixer, x: Tensor, positions: Positions) -> _Attent
         allowed = age >= 0
         if theirs.window is not None:
             allowed &= age < theirs.window
-        target = F.scaled_dot_product_attention(q[:, :, chosen], k, v, attn_mask=allowed)
+        target = theirs.attend(q[:, :, chosen], k, v, allowed, causal=False)
     return _Attention(q[:, :, chosen], k, v, age, target)
 
 

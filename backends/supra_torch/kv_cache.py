@@ -50,10 +50,10 @@ class LockstepDecoder:
                 mixed = self._attend(layer.self_attn, x, positions, state)
             else:
                 mixed, self._layers[index] = layer.self_attn(x, positions, state, None)
-            h = h + mixed
+            h = layer.add_mixed(h, mixed)
             h = h + layer.feed_forward(h)
         self.position += 1
-        self.logits = self._head(model.model.norm(h)[:, 0])
+        self.logits = self._head(model.last(h)[:, 0])
         return self.logits
 
     @torch.inference_mode()
@@ -75,23 +75,23 @@ class LockstepDecoder:
         self, mixer: SoftmaxMixer, x: Tensor, positions: Positions, state: LayerState
     ) -> Tensor:
         """The mixer's output (n, 1, D) for x (n, 1, D), whose keys and values are kept."""
-        q, k = mixer.queries_and_keys(x)
-        q, k, v = positions.rotate(q)[:, 0], positions.rotate(k)[:, 0], mixer.values(x)[:, 0]
+        q, k = (z[:, 0] for z in mixer.rotated(x, positions))
+        v = mixer.values(x)[:, 0]
         place, keys, values = self.position, state["keys"], state["values"]
         keys[:, :, place], values[:, :, place] = k, v
         first = 0 if mixer.window is None else max(0, place + 1 - mixer.window)
         seen = slice(first, place + 1)
         # The queries of a group stand beside each other, where attention has its sequence.
         grouped = q.unflatten(1, (keys.shape[1], -1))
-        out = F.scaled_dot_product_attention(grouped, keys[:, :, seen], values[:, :, seen])
+        out = mixer.attend(grouped, keys[:, :, seen], values[:, :, seen], None, causal=False)
         return mixer.o_proj(out.flatten(1))[:, None]
 
     def _head(self, hidden: Tensor) -> Tensor:
         weight = self.model.head_weight.to(hidden.dtype)
         if hidden.device.type != "cpu":
-            return F.linear(hidden, weight)
+            return self.model.capped(F.linear(hidden, weight))
         # The same product, for which a CPU takes three quarters of the time in this order.
-        return torch.mm(weight, hidden.t()).t().contiguous()
+        return self.model.capped(torch.mm(weight, hidden.t()).t().contiguous())
 
 
 def _with_room(state: LayerState, rows: int, length: int) -> LayerState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +35,9 @@ class Exact(nn.Module):
 class Positions:
     """The tokens' positions (B, T), and their rotation.
 
-    ``tables``: for each number of channels the angles' cosines and sines, (B, T, 1, channels / 2)
-    float32, computed once a forward. ``cu_seqlens`` (N + 1,) and ``documents`` (B, T), where rows
+    ``tables``: for each number of channels the angles' cosines and sines, (B, T, 1, d / 2)
+    float32 for the first d channels, which rotate, computed once a forward; ``local_tables`` are
+    those of the spec's local rope. ``cu_seqlens`` (N + 1,) and ``documents`` (B, T), where rows
     are packed: where each document begins among all B T tokens, and which one each belongs to.
     """
 
@@ -45,11 +46,22 @@ class Positions:
     pairing: str
     cu_seqlens: Tensor | None = None
     documents: Tensor | None = None
+    local_tables: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """x (B, T, heads, channels) rotated in float32, returned in its own type."""
-        cos, sin = self.tables[x.shape[-1]]
-        return rotate(x, cos, sin, self.pairing == "half")
+    def rotate(self, x: Tensor, rope: str = "global") -> Tensor:
+        """x (B, T, heads, channels) rotated in float32, returned in its own type.
+
+        ``rope``: ``global``, ``local`` or ``none``, as the spec's mixers name them.
+        """
+        if rope == "none":
+            return x
+        tables = self.local_tables if rope == "local" else self.tables
+        cos, sin = tables[x.shape[-1]]
+        rotated = 2 * cos.shape[-1]
+        if rotated == x.shape[-1]:
+            return rotate(x, cos, sin, self.pairing == "half")
+        turned = rotate(x[..., :rotated], cos, sin, self.pairing == "half")
+        return torch.cat([turned, x[..., rotated:]], dim=-1)
 
 
 class NormLayer(nn.Module):
@@ -61,12 +73,13 @@ class NormLayer(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        gain = self.weight.float()
+        if self.norm.weight_offset:
+            gain = gain + self.norm.weight_offset
         if self.norm.kind == "rms_norm":
-            out = rms_norm(x.float(), self.weight.float(), self.norm.eps)
+            out = rms_norm(x.float(), gain, self.norm.eps)
         else:
-            out = F.layer_norm(
-                x.float(), self.weight.shape, self.weight.float(), None, self.norm.eps
-            )
+            out = F.layer_norm(x.float(), gain.shape, gain, None, self.norm.eps)
         return out.to(x.dtype)
 
 

@@ -34,9 +34,14 @@ class OwnedLayerState(LayerState):
 
 
 class Mixer(nn.Module):
-    """The projections every mixer has."""
+    """The projections every mixer has.
 
-    def __init__(self, spec: ModelSpec, query_size: int, query_bias: bool) -> None:
+    ``folded``: q_proj and k_proj hold a feature map, and the scale of the queries with it.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, query_size: int, query_bias: bool, folded: bool = False
+    ) -> None:
         super().__init__()
         D, H, K = spec.hidden_size, spec.num_attention_heads, spec.num_key_value_heads
         bias = spec.attention_bias
@@ -45,12 +50,30 @@ class Mixer(nn.Module):
         self.k_proj = nn.Linear(D, K * query_size, bias=query_bias)
         self.v_proj = nn.Linear(D, K * spec.value_head_dim, bias=bias != "none")
         self.o_proj = nn.Linear(H * spec.value_head_dim, D, bias=bias == "qkvo")
+        self.query_scale = 1.0 if folded else spec.query_scale
+        self.per_head = spec.query_key_norm == "per_head"
+        self.q_proj_norm = self.k_proj_norm = None
+        if spec.query_key_norm != "none":
+            d = spec.head_dim
+            self.q_proj_norm = NormLayer(d if self.per_head else H * d, spec.norm)
+            self.k_proj_norm = NormLayer(d if self.per_head else K * d, spec.norm)
+
+    @property
+    def projects_plainly(self) -> bool:
+        """Whether queries and keys are products with q_proj and k_proj and nothing more."""
+        return self.q_proj_norm is None and self.query_scale == 1.0
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> q (B, T, H, ·) and k (B, T, K, ·)."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1))
-        k = self.k_proj(x).unflatten(-1, (self.key_value_heads, -1))
-        return q, k
+        """x (B, T, D) -> q (B, T, H, ·) and k (B, T, K, ·), normed and scaled."""
+        q = self._normed(self.q_proj(x), self.q_proj_norm, self.heads)
+        k = self._normed(self.k_proj(x), self.k_proj_norm, self.key_value_heads)
+        return q if self.query_scale == 1.0 else q * self.query_scale, k
+
+    def _normed(self, z: Tensor, norm: NormLayer | None, heads: int) -> Tensor:
+        if norm is not None and not self.per_head:
+            z = norm(z)
+        z = z.unflatten(-1, (heads, -1))
+        return norm(z) if norm is not None and self.per_head else z
 
     def values(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> v (B, T, K, Dv)."""
@@ -62,13 +85,37 @@ class SoftmaxMixer(Mixer):
 
     def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention) -> None:
         super().__init__(spec, spec.head_dim, spec.attention_bias != "none")
-        self.window = mixer.window
+        self.window, self.rope = mixer.window, mixer.rope
+        self.softcap = spec.attention_softcap
+
+    def rotated(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> q (B, T, H, d) and k (B, T, K, d), as the scores take them."""
+        q, k = (positions.rotate(z, self.rope) for z in self.queries_and_keys(x))
+        return q, k
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Attention of q (B, H, T, d) to k, v (B, K, S, ·): (B, H, T, Dv).
+
+        mask (T, S) or (B, 1, T, S) bool, None for all keys or, if ``causal``, those up to a
+        query's own, S being T.
+        """
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+            )
+        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
+        scores = q @ k.mT / (q.shape[-1] ** 0.5 * self.softcap)
+        scores = self.softcap * torch.tanh(scores.float())
+        if causal:
+            mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1).to(v.dtype) @ v
 
     def forward(
         self, x: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
     ) -> tuple[Tensor, LayerState]:
-        q, k = self.queries_and_keys(x)
-        q, k, v = positions.rotate(q), positions.rotate(k), self.values(x)
+        (q, k), v = self.rotated(x, positions), self.values(x)
         B, T = x.shape[:2]
         alike = state is None and mask is None and positions.documents is None
         if alike and (self.window is None or self.window >= T):
@@ -78,14 +125,8 @@ class SoftmaxMixer(Mixer):
         memory = self._remember(k, v, positions, state, mask)
         if state is not None:
             k, v = (torch.cat([state[name], x], dim=1) for name, x in (("keys", k), ("values", v)))
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=bias,
-            is_causal=bias is None,
-            enable_gqa=True,
-        )
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        out = self.attend(q, k, v, bias, causal=bias is None)
         return self.o_proj(out.transpose(1, 2).flatten(-2)), memory
 
     def _mask(
@@ -139,7 +180,7 @@ class LinearMixer(Mixer):
         folded = isinstance(phi.projection, Folded)
         if isinstance(phi.projection, Folded):
             bias = phi.projection.bias
-        super().__init__(spec, phi.size if folded else spec.head_dim, bias)
+        super().__init__(spec, phi.size if folded else spec.head_dim, bias, folded)
         self.mixer = mixer
         H, K, d = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         self.q_feature = self.k_feature = None
@@ -276,7 +317,7 @@ class LinearMixer(Mixer):
             q = self.q_norm(q.flatten(-2)).view(q.shape)
             k = self.k_norm(k.flatten(-2)).view(k.shape)
         if self.mixer.rope == "after":
-            q, k = positions.rotate(q), positions.rotate(k)
+            q, k = (positions.rotate(z, self.mixer.rotary) for z in (q, k))
         return q, self._scaled(k)
 
     def _projected(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -284,14 +325,16 @@ class LinearMixer(Mixer):
         if self.q_feature is None:
             q, k = self.queries_and_keys(x)
         elif self.mixer.rope == "before":
-            q, k = self.queries_and_keys(x)
-            q, k = positions.rotate(q), positions.rotate(k)
+            q, k = (positions.rotate(z, self.mixer.rotary) for z in self.queries_and_keys(x))
             return self.q_feature(q), (self.k_feature or self.q_feature)(k)
-        else:
+        elif self.projects_plainly:
             q = self.q_feature.after(self.q_proj, x)
             k = (self.k_feature or self.q_feature).after(self.k_proj, x)
+        else:
+            q, k = self.queries_and_keys(x)
+            q, k = self.q_feature(q), (self.k_feature or self.q_feature)(k)
         if self.mixer.rope in ("before", "between"):
-            q, k = positions.rotate(q), positions.rotate(k)
+            q, k = (positions.rotate(z, self.mixer.rotary) for z in (q, k))
         return q, k
 
     def _scaled(self, k: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ Shapes: ids (B, T); hidden states (B, T, D).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,14 @@ class ModelState:
     layers: tuple[LayerState, ...]
 
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """A gated feed-forward network (arXiv 2002.05202)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -41,25 +48,34 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(D, F_, bias=False)
         self.up_proj = nn.Linear(D, F_, bias=False)
         self.down_proj = nn.Linear(F_, D, bias=False)
+        self.activation = _ACTIVATIONS[spec.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
 class Layer(nn.Module):
-    """A pre-norm residual block; ``remember`` False lets go of the mixer's new state."""
+    """A residual block; ``remember`` False lets go of the mixer's new state."""
 
     def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> None:
         super().__init__()
-        self.input_layernorm = NormLayer(spec.hidden_size, spec.norm)
+        before, after = spec.block_norm != "after", spec.block_norm != "before"
+
+        def norm(present: bool) -> NormLayer | None:
+            return NormLayer(spec.hidden_size, spec.norm) if present else None
+
+        self.residual_scale = spec.residual_scale
+        self.input_layernorm = norm(before)
         self.self_attn: SoftmaxMixer | LinearMixer = (
             SoftmaxMixer(spec, mixer)
             if isinstance(mixer, SoftmaxAttention)
             else LinearMixer(spec, mixer)
         )
-        self.post_attention_layernorm = NormLayer(spec.hidden_size, spec.norm)
+        self.mixer_output_norm = norm(after)
+        self.post_attention_layernorm = norm(before)
         self.mlp = FeedForward(spec)
+        self.mlp_output_norm = norm(after)
 
     def forward(
         self,
@@ -70,7 +86,7 @@ class Layer(nn.Module):
         remember: bool = True,
     ) -> tuple[Tensor, LayerState]:
         mixed, memory = self.self_attn(self.mixer_input(h), positions, state, mask)
-        h = h + mixed
+        h = self.add_mixed(h, mixed)
         return h + self.feed_forward(h), memory if remember else {}
 
     def mix(self, x: Tensor, positions: Positions) -> Tensor:
@@ -79,27 +95,38 @@ class Layer(nn.Module):
         return mixed
 
     def mixer_input(self, h: Tensor) -> Tensor:
-        """The normed h (B, T, D), cast once for all projections of it."""
-        return for_products(self.input_layernorm(h))
+        """h (B, T, D), normed where the block does so, cast once for all projections of it."""
+        return for_products(h if self.input_layernorm is None else self.input_layernorm(h))
+
+    def add_mixed(self, h: Tensor, mixed: Tensor) -> Tensor:
+        """h (B, T, D) and the mixer's output, as the block adds it."""
+        return h + self._added(mixed, self.mixer_output_norm)
 
     def feed_forward(self, h: Tensor) -> Tensor:
         """What the second half of the block adds to h (B, T, D)."""
-        out: Tensor = self.mlp(for_products(self.post_attention_layernorm(h)))
-        return out
+        norm = self.post_attention_layernorm
+        out: Tensor = self.mlp(for_products(h if norm is None else norm(h)))
+        return self._added(out, self.mlp_output_norm)
+
+    def _added(self, x: Tensor, norm: NormLayer | None) -> Tensor:
+        if norm is not None:
+            x = norm(x)
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
 
-def _rotated_channels(spec: ModelSpec) -> set[int]:
-    """The widths that any layer rotates."""
-    widths = set()
+def _frequencies(spec: ModelSpec) -> dict[str, Exact]:
+    """The frequencies of each width that any layer rotates; local ones' names begin so."""
+    found = {}
     for mixer in (layer.mixer for layer in spec.layers):
-        if isinstance(mixer, SoftmaxAttention):
-            widths.add(spec.head_dim)
-            continue
-        phi = mixer.feature_map
-        sizes = {"before": spec.head_dim, "between": phi.size, "after": phi.output_size}
-        if mixer.rope in sizes:
-            widths.add(sizes[mixer.rope])
-    return widths
+        width, rope = spec.rotated_width(mixer), spec.rope_of(mixer)
+        if width is not None:
+            local = (mixer.rotary if isinstance(mixer, LinearAttention) else mixer.rope) == "local"
+            name = f"{_LOCAL}{width}" if local else str(width)
+            found[name] = Exact(inverse_frequencies(rope, width))
+    return dict(sorted(found.items()))
+
+
+_LOCAL = "local_"
 
 
 class Trunk(nn.Module):
@@ -125,12 +152,7 @@ class SupraModel(nn.Module):
         self.spec = spec
         self.model = Trunk(spec)
         self.activation_checkpointing = False
-        self.frequencies = nn.ModuleDict(
-            {
-                str(channels): Exact(inverse_frequencies(spec.rope, channels))
-                for channels in sorted(_rotated_channels(spec))
-            }
-        )
+        self.frequencies = nn.ModuleDict(_frequencies(spec))
         self.lm_head = (
             None
             if spec.tie_word_embeddings
@@ -147,6 +169,9 @@ class SupraModel(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, D), what the first layer receives."""
         h: Tensor = self.model.embed_tokens(ids)
+        if self.spec.embedding_scale != 1.0:
+            # Rounded to the weights' type, as transformers multiplies.
+            h = h * torch.tensor(self.spec.embedding_scale, dtype=h.dtype).item()
         return h if self.model.embed_norm is None else self.model.embed_norm(h)
 
     def positions(
@@ -171,13 +196,16 @@ class SupraModel(nn.Module):
             steps = torch.arange(ids.shape[1], device=ids.device)[None]
         if state is not None:
             steps = steps + state.tokens[:, None]
-        tables = {}
-        for channels, theta in self.frequencies.items():
+        tables: dict[int, tuple[Tensor, Tensor]] = {}
+        local_tables: dict[int, tuple[Tensor, Tensor]] = {}
+        for name, theta in self.frequencies.items():
             assert isinstance(theta, Exact)
             # float64: a float32 angle is off by 4e-3 at position 65,536.
             angles = steps.double()[..., None, None] * theta.values
-            tables[int(channels)] = (angles.cos().float(), angles.sin().float())
-        return Positions(steps, tables, self.spec.rope.pairing, cu_seqlens, documents)
+            of = local_tables if name.startswith(_LOCAL) else tables
+            of[int(name.removeprefix(_LOCAL))] = (angles.cos().float(), angles.sin().float())
+        pairing = self.spec.rope.pairing
+        return Positions(steps, tables, pairing, cu_seqlens, documents, local_tables)
 
     def hidden(
         self,
@@ -187,7 +215,7 @@ class SupraModel(nn.Module):
         remember: bool = True,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """The normed last hidden states (B, T, D) and the state after ids (B, T).
+        """The last hidden states (B, T, D), as :meth:`last`, and the state after ids (B, T).
 
         ``remember`` False leaves the layers' states empty, for who goes no further.
         ``cu_seqlens`` (N + 1,) integers: rows are packed with N documents, none of which sees
@@ -208,14 +236,25 @@ class SupraModel(nn.Module):
             memories.append(memory)
         new = ids.new_full(ids.shape[:1], ids.shape[1]) if mask is None else mask.long().sum(1)
         tokens = new if state is None else state.tokens + new
-        return self.model.norm(h), ModelState(tokens, tuple(memories))
+        return self.last(h), ModelState(tokens, tuple(memories))
+
+    def last(self, h: Tensor) -> Tensor:
+        """What the head receives of the last layer's output h (B, T, D)."""
+        normed: Tensor = self.model.norm(h)
+        divisor = self.spec.logits_divisor
+        return normed if divisor == 1.0 else normed / divisor
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The logits, softcapped where the model does so."""
+        cap = self.spec.logits_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(
         self, ids: Tensor, state: ModelState | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """Logits (B, T, V) and the state after ids (B, T); mask (B, T) bool, False for padding."""
         h, after = self.hidden(ids, state, mask)
-        return F.linear(h, self.head_weight.to(h.dtype)), after
+        return self.capped(F.linear(h, self.head_weight.to(h.dtype))), after
 
 
 def to_torch(tensor: LazyTensor) -> Tensor:

@@ -109,8 +109,10 @@ def load(path: str | Path, *, dtype: str | None = None) -> TransformersBackend:
 
 
 def causal_language_model(path: Path, *, dtype: torch.dtype) -> Any:
-    """transformers' own module, with torch's SDPA for attention."""
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    """transformers' own module, with torch's SDPA for attention where that can compute it."""
+    capped = open_source(path).spec.attention_softcap is not None
+    implementation = "eager" if capped else "sdpa"
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": implementation}
     folder = path
     if path.suffix == ".gguf":
         folder = path.parent

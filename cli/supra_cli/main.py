@@ -23,6 +23,7 @@ from supra_cli.commands import (
     generate,
     inspect,
     launch,
+    plan,
     report,
     serve,
     state,
@@ -71,6 +72,7 @@ app = typer.Typer(
 app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
+app.command("plan")(plan.command)
 app.command("uptrain")(uptrain.command)
 app.command("eval")(evaluate.command)
 app.command("report")(report.command)

@@ -1,7 +1,9 @@
 """Source architectures: each family's config to a spec, and back.
 
 Adding a family is adding a module with ``MODEL_TYPE``, ``to_spec`` and ``to_config``, and its
-row here. Both families so far store their tensors under the canonical names.
+row here. A module whose layers name tensors otherwise than the canonical layout has ``MODULES``,
+from its names to the canonical ones; one that stores them otherwise has ``to_canonical`` and
+``from_canonical``.
 """
 
 from __future__ import annotations
@@ -11,28 +13,88 @@ from dataclasses import dataclass
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families import llama, mistral
+from supra_core.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
+from supra_core.families.tensors import inverse, renamed
 from supra_core.spec import ModelSpec, SoftmaxAttention
+from supra_core.tensors import LazyTensor, TensorSource
+
+Translate = Callable[[ModelSpec, TensorSource], dict[str, LazyTensor]]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: ``to_spec(config, where)`` and ``to_config(spec)``."""
+    """One architecture: ``to_spec(config, where)`` and ``to_config(spec)``, and its tensors.
+
+    ``to_canonical(spec, tensors)`` and ``from_canonical`` are each other's inverse.
+    """
 
     model_type: str
     to_spec: Callable[[dict[str, Any], str], ModelSpec]
     to_config: Callable[[ModelSpec], dict[str, Any]]
+    to_canonical: Translate
+    from_canonical: Translate
+
+
+def _family(module: Any) -> Family:
+    modules: dict[str, str] = getattr(module, "MODULES", {})
+
+    def to_canonical(spec: ModelSpec, tensors: TensorSource) -> dict[str, LazyTensor]:
+        return renamed(tensors, modules)
+
+    def from_canonical(spec: ModelSpec, tensors: TensorSource) -> dict[str, LazyTensor]:
+        return renamed(tensors, inverse(modules))
+
+    return Family(
+        module.MODEL_TYPE,
+        module.to_spec,
+        module.to_config,
+        getattr(module, "to_canonical", to_canonical),
+        getattr(module, "from_canonical", from_canonical),
+    )
 
 
 FAMILIES: dict[str, Family] = {
-    module.MODEL_TYPE: Family(module.MODEL_TYPE, module.to_spec, module.to_config)
-    for module in (llama, mistral)
+    module.MODEL_TYPE: _family(module)
+    for module in (
+        gemma,
+        gemma2,
+        gemma3,
+        granite,
+        llama,
+        mistral,
+        olmo2,
+        phi3,
+        qwen2,
+        qwen3,
+        smollm3,
+    )
 }
+
+
+# Models that hold a family of ours as their text part.
+_WITH_IMAGES = {"gemma3": gemma3.MODEL_TYPE}
 
 
 def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     """The spec of a Hugging Face config; ``where`` names its file in errors."""
     model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in _WITH_IMAGES:
+        raise SpecError(
+            f"{where}: field model_type is {model_type!r}, a model of texts and images, of which "
+            f"only the text model is supported: save that by itself, as {_WITH_IMAGES[model_type]}"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         stated = "is missing" if model_type is None else f"is {model_type!r}, which is unknown"
         raise SpecError(
@@ -44,11 +106,16 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
     """A Hugging Face config for a plain transformer, of the family it came from if possible."""
+    return family_of(spec).to_config(spec)
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """The family a plain transformer came from, or the one of Llama's shape that fits."""
     windowed = any(
         isinstance(layer.mixer, SoftmaxAttention) and layer.mixer.window is not None
         for layer in spec.layers
     )
     family = spec.provenance.family
-    if family not in FAMILIES or windowed:
+    if family not in FAMILIES or (windowed and family == llama.MODEL_TYPE):
         family = mistral.MODEL_TYPE if windowed else llama.MODEL_TYPE
-    return FAMILIES[family].to_config(spec)
+    return FAMILIES[family]

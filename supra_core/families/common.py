@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 from supra_core.errors import SpecError
+from supra_core.families.features import later_features
 from supra_core.families.fields import Fields, layer_count
 from supra_core.spec import (
     LayerSpec,
@@ -22,25 +24,35 @@ def spec_from_fields(
     fields: Fields,
     family: str,
     *,
-    attention_bias: bool,
+    attention_bias: Literal["none", "qkv", "qkvo"],
     key_value_heads: int | None,
     max_positions: int,
-    window: int | None,
+    mixers: Sequence[SoftmaxAttention],
+    head_dim: int | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    base: float = 10000.0,
+    rope: RotaryEmbedding | None = None,
+    partial_rope: bool = False,
+    tied: bool = False,
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu",
+    **features: Any,
 ) -> ModelSpec:
     """The spec of a Llama-shaped config.
 
-    ``key_value_heads`` (None: as many as query heads) and ``max_positions`` are what the family
-    takes where the config states nothing.
+    ``key_value_heads`` (None: as many as query heads), ``head_dim`` (None: the hidden size over
+    the heads), ``max_positions``, ``eps``, the rope's ``base`` and ``tied`` embeddings are what the
+    family takes where the config states nothing. ``partial_rope``: whether its rope may
+    leave channels out. ``features``: further fields of the spec.
     """
-    _refuse_unsupported(fields)
+    _refuse_unsupported(fields, partial_rope, activation)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if not fields.has("head_dim") and hidden % heads:
+    if head_dim is None and not fields.has("head_dim") and hidden % heads:
         raise fields.error(
             f"hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}): "
             "state head_dim or correct them"
         )
-    head_dim = fields.integer("head_dim", default=hidden // heads)
-    layer = LayerSpec(SoftmaxAttention(window=window))
+    head_dim = fields.integer("head_dim", default=head_dim or hidden // heads)
     try:
         return ModelSpec(
             vocab_size=fields.integer("vocab_size"),
@@ -52,11 +64,11 @@ def spec_from_fields(
             ),
             head_dim=head_dim,
             value_head_dim=head_dim,
-            layers=(layer,) * layer_count(fields, "num_hidden_layers"),
-            norm=Norm("rms_norm", fields.number("rms_norm_eps", default=1e-6)),
-            rope=_rotary(fields),
-            tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
-            attention_bias="qkvo" if attention_bias else "none",
+            layers=tuple(LayerSpec(mixer) for mixer in mixers),
+            norm=Norm("rms_norm", fields.number("rms_norm_eps", default=eps), weight_offset),
+            rope=rope or rotary(fields, base, partial_rope),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", default=tied),
+            attention_bias=attention_bias,
             max_position_embeddings=fields.integer(
                 "max_position_embeddings", default=max_positions
             ),
@@ -64,14 +76,35 @@ def spec_from_fields(
             eos_token_id=fields.tokens("eos_token_id"),
             pad_token_id=fields.token("pad_token_id"),
             provenance=Provenance(family=family),
+            hidden_act=activation,
+            **features,
         )
     except SpecError as error:
         raise _located(error, fields.where) from None
 
 
-def config_from_spec(spec: ModelSpec, family: str, architecture: str) -> dict[str, Any]:
-    """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``."""
-    _refuse_inexpressible(spec, family)
+def uniform_mixers(fields: Fields, window: int | None) -> list[SoftmaxAttention]:
+    """Every layer the same."""
+    return [SoftmaxAttention(window)] * layer_count(fields, "num_hidden_layers")
+
+
+def config_from_spec(
+    spec: ModelSpec,
+    family: str,
+    architecture: str,
+    *,
+    states: Collection[str] = (),
+    biases: Collection[str] = ("none", "qkvo"),
+    scales: bool = True,
+) -> dict[str, Any]:
+    """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``.
+
+    ``states``: the features (:mod:`supra_core.families.features`) and ``biases`` the family has;
+    ``scales``: whether its rope may be scaled.
+    """
+    _refuse_inexpressible(spec, family, states, biases)
+    if spec.rope.scaling is not None and not scales:
+        raise SpecError(f"a scaled rope cannot be written as {family}: write the model as supra")
     eos = list(spec.eos_token_id)
     return {
         "architectures": [architecture],
@@ -95,6 +128,20 @@ def config_from_spec(spec: ModelSpec, family: str, architecture: str) -> dict[st
     }
 
 
+def refuse_mlp_bias(fields: Fields) -> None:
+    """Biases in the feed-forward network are no part of any spec."""
+    if fields.flag("mlp_bias", default=False):
+        raise fields.error("field mlp_bias is true, but biases in the MLP are not supported")
+
+
+def refuse_windows(
+    spec: ModelSpec, family: str, instead: str = "write it as supra instead"
+) -> None:
+    """For a family without sliding windows."""
+    if uniform_window(spec, family) is not None:
+        raise SpecError(f"sliding-window attention cannot be written as {family}: {instead}")
+
+
 def uniform_window(spec: ModelSpec, family: str) -> int | None:
     """The window all layers have in common."""
     windows = {
@@ -105,8 +152,8 @@ def uniform_window(spec: ModelSpec, family: str) -> int | None:
     return next(iter(windows), None)
 
 
-def _refuse_unsupported(fields: Fields) -> None:
-    if fields.text("hidden_act", default="silu") not in ("silu", "swish"):
+def _refuse_unsupported(fields: Fields, partial_rope: bool, activation: str) -> None:
+    if activation == "silu" and fields.text("hidden_act", default="silu") not in ("silu", "swish"):
         raise fields.error(
             f"field hidden_act is '{fields.values['hidden_act']}', but only silu is supported"
         )
@@ -114,36 +161,56 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.error(
             "field quantization_config states quantised weights: get the unquantised model"
         )
-    if fields.number("partial_rotary_factor", default=1.0) != 1.0:
+    if not partial_rope and fields.number("partial_rotary_factor", default=1.0) != 1.0:
         raise fields.error("field partial_rotary_factor must be 1: others are not supported")
 
 
-def _rotary(fields: Fields) -> RotaryEmbedding:
-    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
+# Frequencies that change with the length of what is read.
+_VARYING = ("longrope", "su", "dynamic")
+
+
+def rotary(fields: Fields, default: float, partial: bool) -> RotaryEmbedding:
+    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
+
+    ``default``: the base where none is stated; ``partial``: whether a part may rotate alone.
+    """
     name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
     stated = fields.values.get(name)
     stated = {} if stated is None else stated
     if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
         raise fields.error(f"field {name} must be one object for all layers, not {stated!r}")
     # The inner rope_theta is the newer statement; released files carry one or the other.
-    base = fields.number("rope_theta", default=10000.0)
-    inner = Fields(stated, f"{fields.where}: field {name}")
+    base = fields.number("rope_theta", default=default)
+    fraction = fields.number("partial_rotary_factor", default=1.0)
+    return rotary_of(Fields(stated, f"{fields.where}: field {name}"), base, partial, fraction)
+
+
+def rotary_of(inner: Fields, base: float, partial: bool, fraction: float = 1.0) -> RotaryEmbedding:
+    """From the parameters of one rope; ``base`` and ``fraction`` where those do not state them."""
     base = inner.number("rope_theta", default=base)
-    if inner.number("partial_rotary_factor", default=1.0) != 1.0:
+    fraction = inner.number("partial_rotary_factor", default=fraction)
+    if fraction != 1.0 and not partial:
         raise inner.error("partial_rotary_factor must be 1: others are not supported")
     kind = inner.text("rope_type", "type", default="default")
     if kind == "default":
-        return RotaryEmbedding(base=base)
+        return RotaryEmbedding(base=base, fraction=fraction)
     if kind == "linear":
-        return RotaryEmbedding(base=base, scaling=LinearScaling(inner.number("factor")))
+        scaling = LinearScaling(inner.number("factor"))
+        return RotaryEmbedding(base=base, scaling=scaling, fraction=fraction)
     if kind == "llama3":
-        scaling = Llama3Scaling(
+        llama3 = Llama3Scaling(
             factor=inner.number("factor"),
             low_freq_factor=inner.number("low_freq_factor"),
             high_freq_factor=inner.number("high_freq_factor"),
             original_max_position_embeddings=inner.integer("original_max_position_embeddings"),
         )
-        return RotaryEmbedding(base=base, scaling=scaling)
+        return RotaryEmbedding(base=base, scaling=llama3, fraction=fraction)
+    if kind in _VARYING:
+        raise inner.error(
+            f"rope_type '{kind}' is not supported, because its rotations depend on the length of "
+            "the text, which a recurrent state does not wait for: use a variant of the model "
+            "without it"
+        )
     raise inner.error(f"rope_type '{kind}' is not supported: known are default, linear and llama3")
 
 
@@ -161,14 +228,22 @@ def _scaling_config(rope: RotaryEmbedding) -> dict[str, Any] | None:
     }
 
 
-def _refuse_inexpressible(spec: ModelSpec, family: str) -> None:
+def _refuse_inexpressible(
+    spec: ModelSpec, family: str, states: Collection[str], biases: Collection[str]
+) -> None:
+    phrases = {
+        "none": "no biases on q, k and v",
+        "qkv": "biases on q, k and v alone",
+        "qkvo": "biases on q, k, v and o",
+    }
     problems = {
         "linear-attention layers": not spec.is_transformer,
         "LayerNorm": spec.norm.kind != "rms_norm",
         "interleaved rope": spec.rope.pairing != "half",
         "a norm after the embeddings": spec.embedding_norm,
         "value heads of another size": spec.value_head_dim != spec.head_dim,
-        "biases on q, k and v alone": spec.attention_bias == "qkv",
+        phrases[spec.attention_bias]: spec.attention_bias not in biases,
+        **{feature: feature not in states for feature in sorted(later_features(spec))},
     }
     for problem, present in problems.items():
         if present:

@@ -37,6 +37,15 @@ class Fields:
             raise self.error(f"field {self._name(names)} must be at most {LARGEST}")
         return value
 
+    def whole(self, name: str, *, default: int) -> int:
+        """An integer that is at least 0."""
+        value = self._stated((name,), default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(f"field {name} must be an integer of at least 0, not {value!r}")
+        if value > LARGEST:
+            raise self.error(f"field {name} must be at most {LARGEST}")
+        return value
+
     def number(self, *names: str, default: float | None = None) -> float:
         """The first of ``names`` that is stated, a positive number."""
         value = self._stated(names, default)

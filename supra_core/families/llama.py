@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.errors import SpecError
-from supra_core.families.common import config_from_spec, spec_from_fields, uniform_window
+from supra_core.families.common import (
+    config_from_spec,
+    refuse_mlp_bias,
+    refuse_windows,
+    spec_from_fields,
+    uniform_mixers,
+)
 from supra_core.families.fields import Fields
 from supra_core.spec import ModelSpec
 
@@ -15,21 +20,19 @@ MODEL_TYPE = "llama"
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     """The spec of a Llama config; ``where`` names its file in errors."""
     fields = Fields(config, where)
-    if fields.flag("mlp_bias", default=False):
-        raise fields.error("field mlp_bias is true, but biases in the MLP are not supported")
+    refuse_mlp_bias(fields)
     return spec_from_fields(
         fields,
         MODEL_TYPE,
-        attention_bias=fields.flag("attention_bias", default=False),
+        attention_bias="qkvo" if fields.flag("attention_bias", default=False) else "none",
         key_value_heads=None,
         max_positions=2048,
-        window=None,
+        mixers=uniform_mixers(fields, None),
     )
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
     """The Llama config of ``spec``."""
     config = config_from_spec(spec, MODEL_TYPE, "LlamaForCausalLM")
-    if uniform_window(spec, MODEL_TYPE) is not None:
-        raise SpecError("sliding-window attention cannot be written as llama: use mistral")
+    refuse_windows(spec, MODEL_TYPE, "use mistral")
     return {**config, "attention_bias": spec.attention_bias == "qkvo", "mlp_bias": False}

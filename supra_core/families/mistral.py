@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.common import config_from_spec, spec_from_fields, uniform_window
+from supra_core.families.common import (
+    config_from_spec,
+    spec_from_fields,
+    uniform_mixers,
+    uniform_window,
+)
 from supra_core.families.fields import Fields
 from supra_core.spec import ModelSpec
 
@@ -25,10 +30,10 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     return spec_from_fields(
         fields,
         MODEL_TYPE,
-        attention_bias=False,
+        attention_bias="none",
         key_value_heads=None if "num_key_value_heads" in config else _DEFAULT_KEY_VALUE_HEADS,
         max_positions=131072,
-        window=window,
+        mixers=uniform_mixers(fields, window),
     )
 
 

@@ -1,7 +1,7 @@
 """GGUF files: a Llama-shaped model's config and weights, dequantised tensor by tensor.
 
-llama.cpp stores the rows of q and k in the order its interleaved rotation wants; here they are
-put back into Hugging Face's half-split order.
+For Llama and Mistral llama.cpp stores the rows of q and k in the order its interleaved rotation
+wants; here they are put back into Hugging Face's half-split order, in which Qwen's are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from supra_core.rotary import inverse_frequencies
 from supra_core.spec import Llama3Scaling, ModelSpec, RotaryEmbedding
 from supra_core.tensors import BFLOAT16, Array, LazyTensor
 
-_ARCHITECTURE = "llama"  # Mistral's files state it too.
+_LLAMA = "llama"  # Mistral's files state it too.
+_ARCHITECTURES = (_LLAMA, "qwen2", "qwen3")
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _PLAIN: dict[str, np.dtype[np.generic]] = {
@@ -44,6 +45,8 @@ _NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_proj_norm",
+    "attn_k_norm": "self_attn.k_proj_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -72,7 +75,7 @@ def read(path: str | Path) -> GgufModel:
     tensors: dict[str, LazyTensor] = {}
     for name, entry in stored.items():
         if name != _ROPE_FACTORS:
-            tensors[_canonical_name(name)] = _tensor(path, name, entry, spec)
+            tensors[_canonical_name(name)] = _tensor(path, name, entry, spec, metadata)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
     return GgufModel(spec, tensors, partial(tokenizer_assets, path, metadata, spec))
 
@@ -83,15 +86,16 @@ def read(path: str | Path) -> GgufModel:
 def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
     """The Hugging Face config the metadata amounts to."""
     _refuse_unsupported(path, metadata)
+    architecture = metadata["general.architecture"]
 
     def stated(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{_ARCHITECTURE}.{key}", default)
+        value = metadata.get(f"{architecture}.{key}", default)
         # One value a layer, where some files state one for all.
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
         if not (value is default or isinstance(value, int | float | str)):
             raise FormatError(
-                f"{path}: {_ARCHITECTURE}.{key} holds different values for the layers, which is "
+                f"{path}: {architecture}.{key} holds different values for the layers, which is "
                 "not supported: use another model"
             )
         return _shortest(value) if isinstance(value, float) else value
@@ -103,13 +107,21 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> 
     for key in ("attention.value_length", "rope.dimension_count"):
         if stated(key, head_dim) != head_dim:
             raise FormatError(
-                f"{path}: {_ARCHITECTURE}.{key} is {stated(key)}, which differs from the head size "
+                f"{path}: {architecture}.{key} is {stated(key)}, which differs from the head size "
                 f"{head_dim} and is not supported: use another model"
             )
     window = stated("attention.sliding_window")
+    model_type = architecture
+    if window:
+        if architecture != _LLAMA:
+            raise SpecError(
+                f"{path}: {architecture}.attention.sliding_window does not say which layers slide: "
+                "convert from the Hugging Face folder instead"
+            )
+        model_type = "mistral"
     base = stated("rope.freq_base", 10000.0)
     return {
-        "model_type": "mistral" if window else "llama",
+        "model_type": model_type,
         "sliding_window": window or None,
         "hidden_size": hidden,
         "intermediate_size": stated("feed_forward_length"),
@@ -132,14 +144,15 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> 
 
 def _refuse_unsupported(path: Path, metadata: dict[str, Any]) -> None:
     architecture = metadata.get("general.architecture")
-    if architecture != _ARCHITECTURE:
+    if architecture not in _ARCHITECTURES:
         raise SpecError(
-            f"{path}: general.architecture is {architecture!r}, but only '{_ARCHITECTURE}' (Llama "
-            "and Mistral) is supported"
+            f"{path}: general.architecture is {architecture!r}, but of GGUF files only "
+            f"{', '.join(_ARCHITECTURES)} (llama is Mistral's too) are read: convert from the "
+            "Hugging Face folder instead"
         )
     if metadata.get("split.count", 1) not in (0, 1):
         raise FormatError(f"{path} is one part of a split model: merge it with gguf-split first")
-    if metadata.get(f"{_ARCHITECTURE}.expert_count", 0) != 0:
+    if metadata.get(f"{architecture}.expert_count", 0) != 0:
         raise SpecError(f"{path} is a mixture of experts, which is not supported")
 
 
@@ -162,7 +175,7 @@ def _rope_scaling(
     if _ROPE_FACTORS in stored:
         fields = Fields(
             {"base": base, "original": stated("rope.scaling.original_context_length")},
-            f"{path}: {_ARCHITECTURE}.rope",
+            f"{path}: rope",
         )
         return _llama3_scaling(
             path,
@@ -222,8 +235,12 @@ def _canonical_name(name: str) -> str:
     return name
 
 
-def _tensor(path: Path, name: str, entry: Stored, spec: ModelSpec) -> LazyTensor:
+def _tensor(
+    path: Path, name: str, entry: Stored, spec: ModelSpec, metadata: dict[str, Any]
+) -> LazyTensor:
     tensor = _numbers(path, name, entry)
+    if metadata["general.architecture"] != _LLAMA:
+        return tensor
     for projection, heads in (
         (".attn_q.", spec.num_attention_heads),
         (".attn_k.", spec.num_key_value_heads),

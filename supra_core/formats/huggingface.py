@@ -27,7 +27,7 @@ def read(
 ) -> tuple[ModelSpec, dict[str, LazyTensor]]:
     """The model in ``folder`` under ``config``, which stands in the file ``where``."""
     spec = families.config_to_spec(config, where)
-    tensors = _kept(spec, _read_weights(folder))
+    tensors = families.family_of(spec).to_canonical(spec, _kept(spec, _read_weights(folder)))
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
     return spec, tensors
 
@@ -48,6 +48,7 @@ def write(
     """
     config = families.spec_to_config(spec)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
+    tensors = families.family_of(spec).from_canonical(spec, tensors)
     target = dtype_named(dtype)
     stored = {name: converted(name, tensor, target) for name, tensor in tensors.items()}
     with atomic_folder(out, force, holds="config.json") as folder:

@@ -61,7 +61,11 @@ def parse(
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     if _deeper(data, depth):
         raise ValueError(f"more than {depth} levels deep")
-    return json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
+    if b"\\ud" in data or b"\\uD" in data:
+        # Half of a pair is no character: what holds it could be neither hashed nor written.
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def unique(members: list[tuple[str, Any]]) -> dict[str, Any]:

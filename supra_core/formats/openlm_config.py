@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from supra_core.errors import SpecError
+from supra_core.families.features import later_features
 from supra_core.families.fields import Fields, layer_count
 from supra_core.spec import (
     Decay,
@@ -122,6 +123,8 @@ def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
     }
     if spec.attention_bias != "none":
         raise _inexpressible("attention biases")
+    for feature in sorted(later_features(spec)):
+        raise _inexpressible(feature)
     if spec.bos_token_id is not None:
         config["bos_token_id"] = spec.bos_token_id
     if spec.eos_token_id:

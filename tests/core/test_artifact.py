@@ -91,6 +91,38 @@ def test_config_round_trip(eos: tuple[int, ...]) -> None:
     assert config["architectures"] == ["SupraForCausalLM"]
 
 
+def test_later_fields_stand_only_where_they_say_something() -> None:
+    """Older readers know version 1, which has none of them."""
+    config = spec_to_config(_spec(), "float32")
+    assert (config["format_version"], config["hidden_act"]) == (1, "silu")
+    assert set(config) == {
+        "architectures", "model_type", "format_version", "torch_dtype", "vocab_size",
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "value_head_dim", "norm", "rope", "tie_word_embeddings", "embedding_norm",
+        "attention_bias", "max_position_embeddings", "bos_token_id", "eos_token_id",
+        "pad_token_id", "provenance", "hidden_act", "num_hidden_layers", "layer_types", "mixers",
+        "layer_mixers",
+    }  # fmt: skip
+    assert set(config["norm"]) == {"kind", "eps"}
+    assert set(config["rope"]) == {"base", "pairing", "scaling"}
+    assert set(config["mixers"][1]) == {"kind", "window"}
+    assert "rotary" not in config["mixers"][0]
+    assert "replaced_mixers" not in config["provenance"]
+    changes: tuple[dict[str, Any], ...] = (
+        {"norm": Norm(weight_offset=1.0)}, {"query_key_norm": "all_heads"},
+        {"block_norm": "both"}, {"hidden_act": "gelu_pytorch_tanh"}, {"embedding_scale": 3.0},
+        {"residual_scale": 0.3}, {"attention_scale": 0.2}, {"attention_softcap": 5.0},
+        {"logits_divisor": 3.0}, {"logits_softcap": 5.0}, {"local_rope": RotaryEmbedding(1e3)},
+        {"rope": RotaryEmbedding(fraction=0.5)},
+        {"provenance": Provenance(replaced_mixers=(SoftmaxAttention(8, "none"),) * 3)},
+    )  # fmt: skip
+    for change in changes:
+        spec = _spec(**change)
+        config = json.loads(json.dumps(spec_to_config(spec, "float32")))
+        assert config["format_version"] == 2
+        assert config_to_spec(config, "x") == spec
+
+
 def test_folder_round_trip(folder: Path) -> None:
     read = artifact.read(folder)
     assert (read.spec, read.dtype, read.path) == (_spec(), "float32", folder)
@@ -158,7 +190,7 @@ def test_assets_cannot_replace_the_model(tmp_path: Path, name: str) -> None:
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "field model_type must be 'supra'"),
-        ({"format_version": 2}, "field format_version is 2, but this supra reads up to 1"),
+        ({"format_version": 3}, "field format_version is 3, but this supra reads up to 2"),
         ({"format_version": None}, "field format_version is missing"),
         ({"num_hidden_layers": 4}, "field num_hidden_layers contradicts layer_mixers"),
         ({"layer_types": ["full_attention"] * 3}, "field layer_types contradicts layer_mixers"),

@@ -24,6 +24,9 @@ OPENLM: dict[str, Any] = {
     "hidden_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 40, "model_norm": "rms_norm",
     "attn_name": "linear_attn",
 }  # fmt: skip
+NULLABLE = (
+    "window", "bos_token_id", "start", "attention_scale", "attention_softcap", "logits_softcap",
+)  # fmt: skip
 HUGE = [2**31, 10**12, 2**63, 10**400, 1e999, float("nan"), -1, 0, 2.5, True, "2", [], {}]
 
 
@@ -83,7 +86,7 @@ def test_every_number_of_an_artifact(name: str) -> None:
                 target = target[part]
             target[place[-1]] = value
             # Where nothing stands for none.
-            if value is not None or place[-1] not in ("window", "bos_token_id", "start"):
+            if value is not None or place[-1] not in NULLABLE:
                 refused(config_to_spec, changed)
 
 

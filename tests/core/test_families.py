@@ -40,6 +40,98 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# What released models' config.json states, as far as it matters, with smaller sizes.
+_SMALL: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+RELEASED: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2", "bos_token_id": 151643, "eos_token_id": 151643,
+        "hidden_act": "silu", "max_position_embeddings": 32768, "max_window_layers": 24,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "use_mrope": False, "use_sliding_window": False,
+    },
+    "Qwen2.5, sliding": {
+        "model_type": "qwen2", "max_window_layers": 2, "sliding_window": 64,
+        "use_sliding_window": True, "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3", "attention_bias": False, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "max_window_layers": 28,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "Qwen3, sliding": {
+        "model_type": "qwen3", "use_sliding_window": True, "attention_bias": True,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    },
+    "Phi-3-mini-4k": {
+        "model_type": "phi3", "bos_token_id": 1, "eos_token_id": 32000, "hidden_act": "silu",
+        "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
+        "attention_bias": False,
+    },
+    "SmolLM3-3B": {
+        "model_type": "smollm3", "attention_bias": False, "bos_token_id": 128000,
+        "eos_token_id": 128012, "hidden_act": "silu", "max_position_embeddings": 65536,
+        "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0, 1, 1], "pad_token_id": 128004, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+        "use_sliding_window": False,
+    },
+    "SmolLM3, defaults": {"model_type": "smollm3"},
+    "granite-3.3-2b": {
+        "model_type": "granite", "attention_bias": False, "attention_multiplier": 0.015625,
+        "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu",
+        "logits_scaling": 8.0, "max_position_embeddings": 131072, "mlp_bias": False,
+        "pad_token_id": 0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 10000000.0, "tie_word_embeddings": True,
+    },
+    "granite, defaults": {"model_type": "granite"},
+    "OLMo-2-0425-1B": {
+        "model_type": "olmo2", "attention_bias": False, "eos_token_id": 100257,
+        "hidden_act": "silu", "max_position_embeddings": 4096, "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000,
+        "tie_word_embeddings": False,
+    },
+    "OLMo 2, defaults": {"model_type": "olmo2"},
+    "gemma-2b": {
+        "model_type": "gemma", "attention_bias": False, "bos_token_id": 2, "eos_token_id": 1,
+        "head_dim": 256, "hidden_act": "gelu", "max_position_embeddings": 8192,
+        "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0,
+        "num_key_value_heads": 1,
+    },
+    "gemma-2-27b": {
+        "model_type": "gemma2", "attn_logit_softcapping": 50.0, "bos_token_id": 2,
+        "eos_token_id": 1, "final_logit_softcapping": 30.0, "head_dim": 128,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192, "pad_token_id": 0, "query_pre_attn_scalar": 144,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096,
+    },
+    "Gemma 2, defaults": {"model_type": "gemma2"},
+    "gemma-3-1b": {
+        "model_type": "gemma3_text", "attention_bias": False, "attn_logit_softcapping": None,
+        "bos_token_id": 2, "eos_token_id": [1, 106], "final_logit_softcapping": None,
+        "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 7,
+        "max_position_embeddings": 32768, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+    },
+    "Gemma 3, scaled": {
+        "model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 2,
+    },
+    "Gemma 3, defaults": {"model_type": "gemma3_text"},
+    "Phi-3, partial": {"model_type": "phi3", "partial_rotary_factor": 0.75},
+}  # fmt: skip
+
+SLIDING: dict[str, Any] = {
+    "model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}  # fmt: skip
 
 
 def _spec(**changes: Any) -> ModelSpec:
@@ -94,8 +186,8 @@ def test_old_and_new_rope_fields_agree() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "field model_type is 'gpt2', which is unknown: known are llama"),
-        ({"model_type": None}, "field model_type is missing: known are llama, mistral"),
+        ({"model_type": "gpt2"}, "field model_type is 'gpt2', which is unknown: known are "),
+        ({"model_type": None}, "field model_type is missing: known are "),
         ({"hidden_size": None}, "field hidden_size is missing"),
         ({"vocab_size": "many"}, "field vocab_size must be a positive integer, not 'many'"),
         ({"num_hidden_layers": 0}, "field num_hidden_layers must be a positive integer"),
@@ -111,6 +203,23 @@ def test_old_and_new_rope_fields_agree() -> None:
         ({"rope_parameters": {"full_attention": {}}}, "one object for all layers"),
         ({"rms_norm_eps": -1}, "field rms_norm_eps must be a positive number"),
         ({"eos_token_id": "</s>"}, "field eos_token_id must be a token id or a list"),
+        ({"model_type": "gemma", "hidden_act": "relu"}, "only gelu_pytorch_tanh is supported"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "both directions"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": -1}, "must be a positive number"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "set it to null"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1}}, "full_attention and"),
+        ({"model_type": "gemma3", "text_config": {}}, "save that by itself, as gemma3_text"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must hold 0 or 1 for"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling must be a positive"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "'su' is not supported, because"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.1}, "even number of rotated channels"),
+        ({"rope_scaling": {"type": "longrope"}}, "its rotations depend on the length of the text"),
+        ({**SLIDING, "layer_types": ["full_attention"]}, "layer_types must name 3 layers"),
+        ({**SLIDING, "layer_types": ["chunked_attention"] * 3}, "each full_attention or sliding"),
+        ({**SLIDING, "use_sliding_window": False}, "but use_sliding_window is not true"),
+        ({**SLIDING, "sliding_window": None}, "use_sliding_window is not true"),
+        ({**SLIDING, "sliding_window": 0}, "field sliding_window must be a positive integer"),
+        ({**SLIDING, "max_window_layers": -1}, "max_window_layers must be an integer of at least"),
     ],
 )
 def test_bad_configs_name_the_file_and_the_field(changes: dict[str, Any], message: str) -> None:
@@ -142,6 +251,25 @@ def test_a_window_makes_it_mistral() -> None:
     assert families.spec_to_config(spec)["model_type"] == "mistral"
     scaled = replace(_spec(), rope=RotaryEmbedding(scaling=LinearScaling(2.0)))
     assert families.spec_to_config(scaled)["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configs(name: str) -> None:
+    """As transformers reads them, whatever it makes of defaults; and written, the same again."""
+    transformers = pytest.importorskip("transformers")
+    config = {**_SMALL, **RELEASED[name]}
+    theirs = transformers.AutoConfig.for_model(**config).to_dict()
+    spec = families.config_to_spec(config, "x")
+    # Token ids that a config leaves out are transformers' defaults, which a tokenizer overrules.
+    tokens = {n: theirs[n] for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assert families.config_to_spec({**config, **tokens}, "x") == families.config_to_spec(
+        theirs, "x"
+    )
+    written = families.spec_to_config(spec)
+    assert written["model_type"] == config["model_type"]
+    assert families.config_to_spec(written, "again") == spec
+    again = transformers.AutoConfig.for_model(**written).to_dict()
+    assert families.config_to_spec(again, "theirs") == spec
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])

@@ -14,7 +14,13 @@ from supra_core.families.fields import Fields
 from supra_core.formats.jsonfile import DEPTH, parse, read_object, unique
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=20))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")),
+        st.lists,
+        max_leaves=20,
+    )
+)
 def test_what_is_shallow_is_read_as_ever(value: object) -> None:
     import json
 
@@ -57,6 +63,13 @@ def test_files(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=message) as error:
             read_object(path, 50 if b"1}" in content else 10**7)
         assert len(str(error.value).splitlines()) == 1
+
+
+def test_half_a_pair_is_no_character() -> None:
+    assert parse('["\\ud83d\\ude00"]') == ["\U0001f600"]
+    for text in ('["\\ud83d"]', '{"\\uDE00": 1}'):
+        with pytest.raises(ValueError, match="surrogates"):
+            parse(text)
 
 
 def test_names_that_stand_twice() -> None:

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from supra_core import artifact
+from supra_core import artifact, families
 from supra_core.errors import SupraError
 from supra_core.formats import gguf
 from supra_core.formats.safetensors import write_file
@@ -256,6 +256,42 @@ def test_mistral_and_linear_scaling(tmp_path: Path) -> None:
     assert spec.norm.eps == 1e-6
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_qwen(tmp_path: Path, architecture: str) -> None:
+    """As transformers reads the same file."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    loading = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    arrays, size = _arrays(tied=False), HIDDEN // HEADS
+    if architecture == "qwen2":
+        arrays |= {n: a for n, a in _arrays(bias=True).items() if "output" not in n}
+    else:
+        arrays |= {f"blk.0.attn_{n}_norm.weight": np.full(size, 2.0, np.float32) for n in "qk"}
+
+    def change(writer: Any) -> None:
+        writer.add_rope_freq_base(1e6)
+        if architecture == "qwen3":
+            writer.add_key_length(size)
+
+    path = _write(tmp_path / "m.gguf", arrays, change, architecture)
+    spec = gguf.read(path).spec
+    assert (spec.provenance.family, spec.rope.base) == (architecture, 1e6)
+    assert spec.attention_bias == ("qkv" if architecture == "qwen2" else "none")
+    assert spec.query_key_norm == ("per_head" if architecture == "qwen3" else "none")
+    config = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    theirs = loading.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)
+    ours = families.family_of(spec).from_canonical(spec, gguf.read(path).tensors)
+    assert ours.keys() == theirs["tensors"].keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor.read(), theirs["tensors"][name].numpy(), err_msg=name)
+    with pytest.raises(SupraError, match="does not say which layers slide"):
+        gguf.read(
+            _write(tmp_path / "s.gguf", arrays, lambda w: w.add_sliding_window(8), architecture)
+        )
+
+
 def test_llama3_scaling_is_recovered(tmp_path: Path) -> None:
     scaling = Llama3Scaling(32.0, 1.0, 4.0, 8192)
     rope = RotaryEmbedding(500000.0, scaling=scaling)
@@ -352,14 +388,14 @@ def test_what_is_not_supported(tmp_path: Path, change: Callable[[Any], None], me
 
 
 def test_another_architecture_missing_and_unknown_tensors(tmp_path: Path) -> None:
-    with pytest.raises(SupraError, match=r"general\.architecture is 'qwen2'"):
-        open_source(_write(tmp_path / "m.gguf", architecture="qwen2"))
+    with pytest.raises(SupraError, match=r"general\.architecture is 'gemma2', but .* llama, qwen2"):
+        open_source(_write(tmp_path / "m.gguf", architecture="gemma2"))
     arrays = _arrays()
-    arrays["blk.0.attn_q_norm.weight"] = arrays.pop("blk.0.ffn_up.weight")
+    arrays["blk.0.attn_gate.weight"] = arrays.pop("blk.0.ffn_up.weight")
     with pytest.raises(SupraError) as error:
         open_source(_write(tmp_path / "m.gguf", arrays))
     assert "missing model.layers.0.mlp.up_proj.weight" in str(error.value)
-    assert "unexpected blk.0.attn_q_norm.weight" in str(error.value)
+    assert "unexpected blk.0.attn_gate.weight" in str(error.value)
     name = "blk.0.ffn_up.weight"
     kind = library.GGMLQuantizationType.IQ4_NL
     block, size = library.GGML_QUANT_SIZES[kind]

@@ -247,6 +247,8 @@ def test_what_the_layout_cannot_express() -> None:
     models["Llama 3 rope scaling"] = replace(spec, rope=llama3)
     models["attention biases"] = replace(spec, attention_bias="qkv")
     models["heads that do not divide"] = replace(spec, head_dim=16)
+    models["capped logits"] = replace(spec, logits_softcap=5.0)
+    models["a norm of queries and keys"] = replace(spec, query_key_norm="per_head")
     for message, model in models.items():
         with pytest.raises(SpecError, match=f"the OpenLM layout cannot express {message}"):
             spec_to_config(model)

@@ -18,8 +18,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from supra_core import artifact
+from supra_core.families import config_to_spec
 from supra_core.families import spec_to_config as plain_config
-from supra_core.formats import openlm, safetensors
+from supra_core.formats import huggingface, openlm, safetensors
 from supra_core.formats.state_file import Owner, SavedState, read_state, write_state
 from supra_core.layout import tensor_shapes
 from supra_core.spec import (
@@ -35,6 +36,7 @@ from supra_core.spec import (
 from supra_core.tensors import LazyTensor
 from tests.fuzz.harness import Files, Reader, read_as_convert
 from tests.fuzz.mutations import EXTREMES, changed_json, mutated
+from tests.tiny_families import FAMILIES
 from tests.tiny_models import SPECS
 
 PLAIN = ModelSpec(
@@ -93,6 +95,14 @@ def _artifact(name: str) -> dict[str, bytes]:
 
 
 @cache
+def _family(name: str) -> dict[str, bytes]:
+    """A tiny transformer of a source family, in its own layout."""
+    tiny = FAMILIES[name]
+    spec = config_to_spec({"model_type": tiny.model_type, **tiny.config}, name)
+    return _folder(lambda out: huggingface.write(out, spec, _lazy(spec), {}, dtype="float32"))
+
+
+@cache
 def _published() -> dict[str, bytes]:
     return _folder(lambda out: openlm.write(out, PUBLISHED, _lazy(PUBLISHED), {}, dtype="float32"))
 
@@ -142,9 +152,11 @@ def _safetensors() -> st.SearchStrategy[tuple[Files, str]]:
 
 @st.composite
 def _configs(draw: st.DrawFn) -> tuple[Files, str]:
-    kind = draw(st.integers(0, 3))
+    kind = draw(st.integers(0, 4))
     if kind == 0:
         files = _artifact(draw(st.sampled_from(("tiny", *SPECS))))
+    elif kind == 4:
+        files = _family(draw(st.sampled_from(sorted(FAMILIES))))
     else:
         files = {
             "model.safetensors": _artifact("tiny")["model.safetensors"],
@@ -379,6 +391,10 @@ def _changed_gguf(draw: st.DrawFn) -> bytes:
             entries[key] = value
         else:
             entries[name] = draw(st.sampled_from(_GGUF_VALUES))
+    architecture = draw(st.sampled_from(("llama", "llama", "qwen2", "qwen3")))
+    if architecture != "llama" and entries.get("general.architecture") == "llama":
+        entries["general.architecture"] = architecture
+        entries = {name.replace("llama.", f"{architecture}."): v for name, v in entries.items()}
     tensors = [
         [_gguf_name(name), list(reversed(shape)), 0] for name, shape in tensor_shapes(PLAIN).items()
     ]

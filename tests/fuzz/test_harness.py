@@ -80,6 +80,8 @@ def test_valid_files_are_read() -> None:
     plain = formats._artifact("tiny")
     for name in ("tiny", *formats.SPECS):
         assert check_files(formats._artifact(name))
+    for name in formats.FAMILIES:
+        assert check_files(formats._family(name)), name
     weights, config = plain["model.safetensors"], formats.json.dumps(formats._PLAIN_CONFIG).encode()
     assert check_files({"model.safetensors": weights, "config.json": config})
     assert check_files({"pytorch_model.bin": formats._valid_zip(), "config.json": config})

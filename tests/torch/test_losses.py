@@ -72,6 +72,32 @@ def test_a_loss_is_the_dense_one(loss: str, chunk: int, dtype: Any, tolerance: f
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl_divergence"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_logits_may_be_capped(loss: str, dtype: Any) -> None:
+    ours, _, inputs = _case(loss, 70, 33, 77)
+
+    def dense(hidden: Any, weight: Any, *others: Any) -> Any:
+        logits = 0.7 * torch.tanh(hidden @ weight.T / 0.7)
+        if loss == "cross_entropy":
+            return F.cross_entropy(logits, others[0])
+        theirs = 1.5 * torch.tanh(others[0] @ others[1].T / 1.5)
+        return F.kl_div(
+            logits.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+
+    def capped(*given: Any) -> Any:
+        caps = {"softcap": 0.7}
+        if loss == "kl_divergence":
+            caps["teacher_softcap"] = 1.5
+        return ours(*given, chunk=16, **caps)
+
+    expected = _results(dense, inputs, torch.float64)
+    tolerance = 1e-12 if dtype == torch.float64 else TOLERANCE
+    for one, other in zip(_results(capped, inputs, dtype), expected, strict=True):
+        assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl_divergence"])
 def test_only_what_is_asked_for_gets_a_gradient(loss: str) -> None:
     ours, dense, inputs = _case(loss, 20, 11, 6)
     for index in (0, 1):
@@ -155,5 +181,6 @@ def test_the_operators_keep_torchs_rules(loss: str, trained: tuple[bool, bool]) 
     for x, needed in zip(given, trained, strict=False):
         x.requires_grad_(needed)
     operator = getattr(torch.ops.supra, f"linear_{loss}").default
-    divisor = (None,) if loss == "cross_entropy" else ()
-    torch.library.opcheck(operator, (*given, *divisor, 4, *trained))
+    # The divisor before the chunk, or the second softcap behind the first.
+    others = (None, 4, 2.0) if loss == "cross_entropy" else (4, 2.0, None)
+    torch.library.opcheck(operator, (*given, *others, *trained))

@@ -23,6 +23,7 @@ from supra_core.sources import Source, open_source
 from supra_core.tables import Table, origin
 from supra_torch.benchmark.timing import environment
 from supra_torch.benchmark.trainer import Training, serve
+from supra_torch.devices import recognised
 from supra_torch.uptrain.compilation import compiles
 from supra_torch.uptrain.config import (
     DEFAULT_RECIPE,
@@ -36,8 +37,6 @@ ORIGINAL = "original (transformers, SDPA)"
 _LOADABLE_BY_TRANSFORMERS = ("gguf", "hf")
 # The first steps compile, allocate memory and the optimiser's state, and touch new pages.
 _WARMUP = 3
-# Dense bfloat16 products a second, from the makers' data sheets, by what is in the device's name.
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,18 @@ def benchmark(
         log(f"length {length}: {', '.join(row.name for row in plan)}")
         rows.extend(_measure(plan, steps, log))
     where = environment(device)
-    peak = next((f for name, f in _PEAK_FLOPS.items() if name in where["device"]), None)
+    precision = resolved_precision(precision, device)
+    known = recognised(where["device"])
+    peak = None if known is None else known.products(precision)
     for row in rows:
         flops, speed = row["flops_per_token"], row["tokens_per_second"]
-        row["mfu"] = None if peak is None or flops is None else flops * speed / peak
+        row["mfu"] = None if peak is None else flops * speed / peak
     return {
         "benchmark": "train",
         "model": model,
         "batch_tokens": batch_tokens,
         "steps": steps,
-        "precision": resolved_precision(precision, device),
+        "precision": precision,
         "activation_checkpointing": activation_checkpointing,
         "compile": compiles(compile, device),
         "peak_flops": peak,
@@ -266,7 +267,7 @@ def _measure(plan: Sequence[_Row], steps: int, log: Callable[[str], None]) -> li
     ]
 
 
-def _result(row: _Row, seconds: Sequence[float], peak: int, flops: int | None) -> dict[str, Any]:
+def _result(row: _Row, seconds: Sequence[float], peak: int, flops: int) -> dict[str, Any]:
     config = row.training.config
     tokens, median = math.prod(config.batch_shape(config.stages[0])), statistics.median(seconds)
     return {

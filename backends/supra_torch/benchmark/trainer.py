@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from supra_core.errors import SupraError
 from supra_core.sources import open_source
@@ -22,6 +22,7 @@ from supra_torch.uptrain.compilation import compile_layers, compiles
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.inputs import open_inputs
 from supra_torch.uptrain.memory import keep_freed_memory, peak_memory, reset_peak
+from supra_torch.uptrain.operations import flops_per_token, multiplied_weights
 from supra_torch.uptrain.processes import Processes
 from supra_torch.uptrain.sharding import frozen_teacher, trained_student
 from supra_torch.uptrain.stages import gradients, optimiser_for
@@ -40,7 +41,7 @@ class Training:
 
 def serve(training: Training, pipe: Connection) -> None:
     """Answer ``ready``, then each step's number with its seconds, then None with two numbers:
-    peak bytes, and floating-point operations a token (None for mixers alone).
+    peak bytes, and floating-point operations a token.
 
     A SupraError is answered with its message as a string, and ends the process.
     """
@@ -76,7 +77,7 @@ def serve(training: Training, pipe: Connection) -> None:
 
 def _ours(
     training: Training, device: torch.device
-) -> tuple[Gradients, torch.optim.Optimizer, int, int | None]:
+) -> tuple[Gradients, torch.optim.Optimizer, int, int]:
     config, stage = training.config, training.config.stages[0]
     inputs = open_inputs(config)
     one = Processes(0, 1, device)
@@ -91,9 +92,6 @@ def _ours(
         with autocast(device, training.precision):
             return gradients(stage.kind, student, teacher, batch)
 
-    flops = 6 * _multiplied(student, student.spec.tie_word_embeddings)
-    if teacher is not None:
-        flops += 2 * _multiplied(teacher, teacher.spec.tie_word_embeddings)
     optimiser = optimiser_for(student, stage)
     accumulate: Gradients = compute
     if compiles(config.compile, device):
@@ -104,13 +102,13 @@ def _ours(
         accumulate,
         optimiser,
         student.spec.vocab_size,
-        None if stage.kind == "transfer" else flops,
+        flops_per_token(stage, student.spec),
     )
 
 
 def _original(
     training: Training, device: torch.device
-) -> tuple[Gradients, torch.optim.Optimizer, int, int | None]:
+) -> tuple[Gradients, torch.optim.Optimizer, int, int]:
     from supra_torch.transformers_backend import causal_language_model
 
     stage = training.config.stages[0]
@@ -133,16 +131,9 @@ def _original(
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    tied = model.config.tie_word_embeddings
-    return accumulate, optimiser, model.config.vocab_size, 6 * _multiplied(model, tied)
+    flops = 6 * multiplied_weights(open_source(training.config.model).spec)
+    return accumulate, optimiser, model.config.vocab_size, flops
 
 
 def _log(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _multiplied(model: nn.Module, tied: bool) -> int:
-    """Weights that every token is multiplied by: all but an embedding that is no head too."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    looked_up = sum(x.weight.numel() for x in model.modules() if isinstance(x, nn.Embedding))
-    return count if tied else count - looked_up

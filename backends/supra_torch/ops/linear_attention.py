@@ -18,6 +18,7 @@ from torch import Tensor
 
 from supra_torch.ops.chunked import linear_attention_chunked
 from supra_torch.ops.dense import linear_attention_dense, with_sink
+from supra_torch.ops.target import kind
 
 Implementation = Literal["auto", "reference", "chunked", "triton"]
 
@@ -113,7 +114,7 @@ def document_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
 def _implementation(name: Implementation, q: Tensor, k: Tensor, v: Tensor) -> Operator:
     if name == "reference":
         return linear_attention_dense
-    if name == "chunked" or (name == "auto" and q.device.type != "cuda"):
+    if name == "chunked" or (name == "auto" and kind(q) != "cuda"):
         return linear_attention_chunked
     if name not in ("auto", "triton"):
         raise ValueError(f"unknown implementation '{name}': use auto, reference, chunked or triton")

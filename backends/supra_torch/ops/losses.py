@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from supra_torch.ops.target import kind
+
 IGNORED = -100
 # Tokens whose logits stay in a CPU's reach; logits that fill a GPU: 512 MiB in float32.
 _CPU_CHUNK = 512
@@ -31,13 +33,15 @@ def linear_cross_entropy(
     targets: Tensor,
     chunk: int | None = None,
     divisor: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Mean over tokens of -log softmax(hidden weight^T)[target], in nats.
 
     hidden (tokens, D); weight (V, D); targets (tokens,) int64, where -100 marks a token that does
     not count. ``divisor``: what the sum is divided by, instead of the tokens that count. Products
     are taken in the type of ``hidden``, everything else is float32 (float64 for float64).
-    ``chunk``: tokens whose logits are held at once (None: as many as suit the device). NaN when no
+    ``chunk``: tokens whose logits are held at once (None: as many as suit the device).
+    ``softcap``: a logit x becomes cap tanh(x / cap) first. NaN when no
     token counts and there is no divisor, as torch's own. Raises ValueError when the shapes do not
     fit together.
     """
@@ -46,7 +50,7 @@ def linear_cross_entropy(
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must have shape ({len(hidden)},), not {tuple(targets.shape)}")
     loss, *_ = torch.ops.supra.linear_cross_entropy(
-        hidden, weight, targets, divisor, chunk, _needed(hidden), _needed(weight)
+        hidden, weight, targets, divisor, chunk, softcap, _needed(hidden), _needed(weight)
     )
     return loss
 
@@ -57,12 +61,14 @@ def linear_kl_divergence(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     chunk: int | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> Tensor:
     """Mean over tokens of KL(teacher || student), in nats.
 
     hidden (tokens, D) and weight (V, D) are the student's, the others the teacher's, whose D may
-    differ; types and ``chunk`` as in :func:`linear_cross_entropy`. Gradients reach ``hidden`` and
-    ``weight`` only. Raises ValueError when the shapes do not fit together.
+    differ; types, ``chunk`` and softcaps as in :func:`linear_cross_entropy`. Gradients reach
+    ``hidden`` and ``weight`` only. Raises ValueError when the shapes do not fit together.
     """
     chunk = chunk or _chunk(hidden, weight)
     _check(hidden, weight, chunk)
@@ -73,14 +79,15 @@ def linear_kl_divergence(
             f"teacher's {len(teacher_hidden)} over {len(teacher_weight)}"
         )
     loss, *_ = torch.ops.supra.linear_kl_divergence(
-        hidden, weight, teacher_hidden, teacher_weight, chunk, _needed(hidden), _needed(weight)
-    )
+        hidden, weight, teacher_hidden, teacher_weight, chunk, softcap, teacher_softcap,
+        _needed(hidden), _needed(weight),
+    )  # fmt: skip
     return loss
 
 
 def _chunk(hidden: Tensor, weight: Tensor) -> int:
     """Tokens whose logits are held at once; as many in every chunk, where that can be."""
-    if hidden.device.type == "cpu":
+    if kind(hidden) == "cpu":
         return _CPU_CHUNK
     needed = -(-max(1, len(hidden)) * len(weight) // _GPU_LOGITS)
     chunks = 1 << (needed - 1).bit_length()
@@ -105,7 +112,7 @@ def _needed(x: Tensor) -> bool:
 @torch.library.custom_op("supra::linear_cross_entropy", mutates_args=())
 def _cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, divisor: int | None, chunk: int,
-    for_hidden: bool, for_weight: bool,
+    softcap: float | None, for_hidden: bool, for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     counted = targets != IGNORED
     # With zero hidden states an ignored token's share of the head's gradient is zero.
@@ -116,8 +123,9 @@ def _cross_entropy(
     for rows in _chunks(len(hidden), chunk):
         rowwise = gradients.rowwise(_cross_entropy_rows)
         loss, by_logits = rowwise(
-            _logits(hidden[rows], gradients.head), targets[rows], counted[rows], gradients.wanted
-        )
+            _logits(hidden[rows], gradients.head), targets[rows], counted[rows], softcap,
+            gradients.wanted,
+        )  # fmt: skip
         total += loss
         if by_logits is not None:
             gradients.add(rows, by_logits)
@@ -132,7 +140,7 @@ def _cross_entropy(
 @torch.library.custom_op("supra::linear_kl_divergence", mutates_args=())
 def _kl_divergence(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk: int,
-    for_hidden: bool, for_weight: bool,
+    softcap: float | None, teacher_softcap: float | None, for_hidden: bool, for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = _Gradients(hidden, weight, for_hidden, for_weight)
     teacher_hidden, teacher_head = (x.to(hidden.dtype) for x in (teacher_hidden, teacher_weight))
@@ -142,6 +150,8 @@ def _kl_divergence(
         loss, by_logits = rowwise(
             _logits(hidden[rows], gradients.head),
             _logits(teacher_hidden[rows], teacher_head),
+            softcap,
+            teacher_softcap,
             gradients.wanted,
         )
         total += loss
@@ -152,30 +162,47 @@ def _kl_divergence(
 
 
 def _cross_entropy_rows(
-    logits: Tensor, targets: Tensor, counted: Tensor, wanted: bool
+    logits: Tensor, targets: Tensor, counted: Tensor, softcap: float | None, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The losses' sum, float64, and where ``wanted`` its gradient by the logits, in their type."""
     place = targets[:, None]
-    log_probability = torch.log_softmax(logits.to(_sums(logits)), dim=-1)
+    capped, slope = _capped(logits, softcap)
+    log_probability = torch.log_softmax(capped, dim=-1)
     losses = log_probability.gather(1, place).where(counted[:, None], 0.0)
     total = -losses.sum(dtype=torch.float64)
     if not wanted:
         return total, None
     minus_one = log_probability.new_full((1, 1), -1.0).expand(place.shape)
-    return total, log_probability.exp_().scatter_add_(1, place, minus_one).to(logits.dtype)
+    gradient = log_probability.exp_().scatter_add_(1, place, minus_one)
+    return total, (gradient if slope is None else gradient.mul_(slope)).to(logits.dtype)
 
 
 def _kl_divergence_rows(
-    logits: Tensor, teacher_logits: Tensor, wanted: bool
+    logits: Tensor,
+    teacher_logits: Tensor,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`_cross_entropy_rows`."""
-    student = torch.log_softmax(logits.to(_sums(logits)), dim=-1)
-    teacher = torch.log_softmax(teacher_logits.to(_sums(logits)), dim=-1)
+    capped, slope = _capped(logits, softcap)
+    student = torch.log_softmax(capped, dim=-1)
+    teacher = torch.log_softmax(_capped(teacher_logits, teacher_softcap)[0], dim=-1)
     probability = teacher.exp()
     total = teacher.sub_(student).mul_(probability).sum(-1).sum(dtype=torch.float64)
     if not wanted:
         return total, None
-    return total, student.exp_().sub_(probability).to(logits.dtype)
+    gradient = student.exp_().sub_(probability)
+    return total, (gradient if slope is None else gradient.mul_(slope)).to(logits.dtype)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """The logits in the type of sums, softcapped, and the cap's derivative: 1 - tanh(x / cap)^2."""
+    exact = logits.to(_sums(logits))
+    if softcap is None:
+        return exact, None
+    bent = torch.tanh(exact / softcap)
+    return softcap * bent, 1.0 - bent * bent
 
 
 Rows = Callable[..., tuple[Tensor, Tensor | None]]
@@ -235,7 +262,7 @@ def _chunks(tokens: int, chunk: int) -> list[slice]:
 @_cross_entropy.register_fake
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, divisor: int | None, chunk: int,
-    for_hidden: bool, for_weight: bool,
+    softcap: float | None, for_hidden: bool, for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _fake(hidden, weight, for_hidden, for_weight)
 
@@ -243,7 +270,7 @@ def _(
 @_kl_divergence.register_fake
 def _(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk: int,
-    for_hidden: bool, for_weight: bool,
+    softcap: float | None, teacher_softcap: float | None, for_hidden: bool, for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _fake(hidden, weight, for_hidden, for_weight)
 

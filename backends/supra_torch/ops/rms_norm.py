@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from supra_torch.ops.target import kind
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D) / sqrt(mean(x^2) + eps) * weight (D,), all of one floating-point type."""
     # A compiler fuses torch's own; and in 2.11 it loses the gradients of ours (pytorch#180642).
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if kind(x) != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, eps)
     output: Tensor = _RMSNorm.apply(x, weight, eps)[0]
     return output

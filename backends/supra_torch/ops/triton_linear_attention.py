@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from supra_torch.ops.target import kind
 from supra_torch.ops.triton_kernels import scan_kernel, segment_kernel, widen_kernel
 from supra_torch.ops.triton_table import block_of, segments_for, tiles_for
 
@@ -190,7 +191,7 @@ def _hardware(device: torch.device) -> tuple[int, int]:
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernel cannot take these tensors, or None when it can."""
-    if q.device.type != "cuda" and not INTERPRETED:
+    if kind(q) != "cuda" and not INTERPRETED:
         return f"the Triton kernel needs CUDA tensors, and these are on '{q.device.type}'"
     if max(q.shape[3], v.shape[3]) > LARGEST_HEAD:
         return f"the Triton kernel takes at most {LARGEST_HEAD} channels a head"

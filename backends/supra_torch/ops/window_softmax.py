@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from supra_torch.ops.target import kind
+
 # W of the C + W scores of a row are used: smaller blocks waste fewer, larger products run faster.
 BLOCK = {"cpu": 32, "cuda": 64}
 # Queries times heads worked on at once: on a CPU their buffers stay in the caches, a GPU is to be
@@ -214,7 +216,7 @@ def _parts(
     window: int,
 ) -> Iterator[_Part]:
     B, T, H, _ = q.shape
-    block, rows = (sizes.get(q.device.type, sizes["cpu"]) for sizes in (BLOCK, SEGMENT_ROWS))
+    block, rows = (sizes.get(kind(q), sizes["cpu"]) for sizes in (BLOCK, SEGMENT_ROWS))
     whole, rest = divmod(T, block)
     at_once = max(1, rows // (block * B * H))
     for first in range(0, whole, at_once):

@@ -19,12 +19,16 @@ from supra_torch.uptrain.step import StepResult, training_step
 
 @dataclass(frozen=True)
 class Work:
-    """What the steps of a stage are made with; ``steps`` in the whole stage."""
+    """What the steps of a stage are made with; ``steps`` in the whole stage.
+
+    ``busy_seconds``: what a token takes of all devices at their peak; None if that is unknown.
+    """
 
     compute: Gradients
     batches: Batches
     optimiser: torch.optim.Optimizer
     steps: int
+    busy_seconds: float | None = None
 
 
 def one_step(session: Session, place: Place, work: Work, most: float) -> dict[str, Any]:
@@ -61,6 +65,8 @@ def one_step(session: Session, place: Place, work: Work, most: float) -> dict[st
         "data_seconds": loaded - began,
         "memory_bytes": peak_memory(session.device),
     }
+    if work.busy_seconds is not None:
+        record["mfu"] = work.busy_seconds * tokens / seconds
     if not result.taken:
         record["left_out"] = _complaint(result, most)
     return record

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ from supra_torch.uptrain.lock import Lock
 from supra_torch.uptrain.memory import keep_freed_memory
 from supra_torch.uptrain.processes import Processes, processes
 from supra_torch.uptrain.session import Session
-from supra_torch.uptrain.sharding import frozen_teacher
 from supra_torch.uptrain.step import resolved_precision
 from supra_torch.uptrain.train import train
 from supra_torch.uptrain.watch import refuse_missing, sinks
@@ -99,7 +98,6 @@ def _uptrain(
         data = _claimed(config, run, inputs, every, lock, precision, progress)
         begins = _calibrated(config, run, inputs, data, every, precision, progress)
     keep_freed_memory()
-    teacher = inputs.teacher and frozen_teacher(*inputs.teacher, precision, every)
     newest = checkpoint.newest(run)
     place = checkpoint.read_place(newest) if newest else checkpoint.Place()
     every.wait()
@@ -109,23 +107,24 @@ def _uptrain(
             log_calibration(run)
     if place.step:
         say(f"{run} goes on after step {place.step} of {sum(config.stage_steps())}")
-    session = Session(
-        config=config,
-        run=run,
-        processes=every,
-        stop=stop,
-        precision=precision,
-        data=data,
-        teacher=teacher,
-        spec=inputs.student_spec,
-        begins=begins,
-        assets=inputs.student_assets,
-        progress=progress,
-        say=say,
-    )
     wanted = config.report_to if every.is_first else ()
     with sinks(wanted, run, config.model_dump(mode="json"), place.step) as opened:
-        summary = train(replace(session, sinks=opened), place)
+        session = Session(
+            config=config,
+            run=run,
+            processes=every,
+            stop=stop,
+            precision=precision,
+            data=data,
+            teacher=None,
+            spec=inputs.student_spec,
+            begins=begins,
+            assets=inputs.student_assets,
+            progress=progress,
+            say=say,
+            sinks=opened,
+        )
+        summary = train(session, place, inputs.teacher)
     if every.is_first:
         _write_model(session, progress)
         with atomic_file(summary_file) as beside:

@@ -14,6 +14,7 @@ from torch import Tensor
 from supra_core.progress import Progress
 from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor
+from supra_torch.devices import recognised
 from supra_torch.model import SupraModel
 from supra_torch.uptrain.batches import Batch, Batches
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
@@ -54,8 +55,17 @@ class Session:
     def device(self) -> torch.device:
         return self.processes.device
 
+    @property
+    def peak_flops(self) -> float | None:
+        """Operations a second of all devices together; None where a data sheet is missing."""
+        if self.device.type != "cuda":
+            return None
+        known = recognised(torch.cuda.get_device_name(self.device))
+        return None if known is None else known.products(self.precision) * self.processes.size
+
     def autocast(self) -> torch.autocast:
-        return autocast(self.device, self.precision)
+        sharded = self.processes.mesh is not None
+        return autocast(self.device, self.precision, sharded=sharded)
 
     @property
     def compiles(self) -> bool:

@@ -42,6 +42,19 @@ def load_model(
     when names or shapes differ from the spec's.
     """
     layout.check_tensors(spec, {name: t.shape for name, t in tensors.items()}, "the model")
+    model = placed(meta_model(spec, dtype=dtype, adapters=adapters), processes)
+    named = {**tensors, **(adapters.tensors if adapters else {})}
+    for name, parameter in model.named_parameters():
+        fill(parameter, named[lora.canonical(name)])
+    if processes.mesh is not None:
+        settle(model, processes.device)
+    return model
+
+
+def meta_model(
+    spec: ModelSpec, *, dtype: torch.dtype, adapters: lora.Adapters | None = None
+) -> SupraModel:
+    """The module without memory for its weights, each of the type that it is to have."""
     with torch.device("meta"):
         model = SupraModel(spec)
         if adapters is not None:
@@ -49,15 +62,14 @@ def load_model(
     for name, parameter in model.named_parameters():
         keep = name.endswith(layout.FLOAT32_SUFFIXES) or lora.is_adapter(name)
         parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+    return model
+
+
+def placed(model: SupraModel, processes: Processes) -> SupraModel:
+    """The module of :func:`meta_model` with memory on this process's device, for its part of it."""
     if processes.mesh is not None:
         _shard(model, processes.mesh)
-    model.to_empty(device=processes.device)
-    named = {**tensors, **(adapters.tensors if adapters else {})}
-    for name, parameter in model.named_parameters():
-        fill(parameter, named[lora.canonical(name)])
-    if processes.mesh is not None:
-        _settle(model, processes.device)
-    return model
+    return model.to_empty(device=processes.device)
 
 
 def trained_student(
@@ -108,7 +120,7 @@ def _shard(model: SupraModel, mesh: DeviceMesh) -> None:
     register_fsdp_forward_method(model, "hidden")
 
 
-def _settle(model: SupraModel, device: torch.device) -> None:
+def settle(model: SupraModel, device: torch.device) -> None:
     """Let FSDP know its root, before a layer is called by itself."""
     with torch.no_grad():
         model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device), remember=False)
@@ -136,6 +148,9 @@ def gathered(module: SupraModel | Layer) -> Iterator[None]:
 
 
 def synchronise(model: nn.Module, wanted: bool) -> None:
-    """Whether backward reduces gradients over processes, or only adds them up here."""
+    """Whether backward reduces gradients over groups of processes, or leaves that to a later one.
+
+    Inside a group they are always reduced: whole ones of a 7B model would fill 29 GB of a device.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_all_reduce(wanted)

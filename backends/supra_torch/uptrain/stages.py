@@ -82,7 +82,7 @@ def teacher_forced(
         with torch.no_grad(), gathered(theirs):
             x = theirs.mixer_input(h)
             target, _ = theirs.self_attn(x, positions, None, None)
-            h = h + target
+            h = theirs.add_mixed(h, target)
             h = h + theirs.feed_forward(h)
         yield ours, x, target, positions
 
@@ -97,6 +97,8 @@ def distill(student: SupraModel, teacher: SupraModel, batch: Batch, share: float
         student.head_weight,
         target.flatten(0, 1),
         teacher.head_weight,
+        softcap=student.spec.logits_softcap,
+        teacher_softcap=teacher.spec.logits_softcap,
     )
     loss = loss * share
     loss.backward()  # type: ignore[no-untyped-call]
@@ -122,11 +124,17 @@ def next_token_loss(model: SupraModel, batch: Batch) -> Tensor:
         # The last border is behind the last token.
         targets = flat.index_fill(0, borders.long(), IGNORED)[:-1].view_as(targets)
     targets = targets[:, 1:].flatten()
-    return linear_cross_entropy(hidden, model.head_weight, targets, divisor=len(targets))
+    return linear_cross_entropy(
+        hidden,
+        model.head_weight,
+        targets,
+        divisor=len(targets),
+        softcap=model.spec.logits_softcap,
+    )
 
 
 def last_hidden(model: SupraModel, batch: Batch) -> Tensor:
-    """The normed last hidden states, (B, T, D)."""
+    """The last hidden states as the head receives them, (B, T, D)."""
     return model.hidden(batch.ids, remember=False, cu_seqlens=batch.cu_seqlens)[0]
 
 

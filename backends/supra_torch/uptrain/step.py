@@ -29,9 +29,15 @@ def product_type(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Products in bfloat16 over float32 weights, for the precision ``bf16``."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+def autocast(device: torch.device, precision: str, *, sharded: bool = False) -> torch.autocast:
+    """Products in bfloat16 over float32 weights, for the precision ``bf16``.
+
+    ``sharded``: the bfloat16 weights are not kept for another use, since whole weights are to be
+    gone after a layer: 14 GB of a 7B model would stay.
+    """
+    return torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=not sharded
+    )
 
 
 def adamw(trained: Iterable[tuple[nn.Parameter, float, float]], stage: Stage) -> torch.optim.AdamW:

@@ -13,6 +13,7 @@ from supra_core import artifact
 from supra_core.errors import EndedByAnother, Preempted, SupraError, WriteError
 from supra_core.formats.atomic import flush_to_disk
 from supra_core.spec import ModelSpec
+from supra_core.tensors import TensorSource
 from supra_torch.model import SupraModel
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Checkpoints, Place
@@ -23,18 +24,22 @@ from supra_torch.uptrain.folder import logged_steps, metrics_of, trim_log
 from supra_torch.uptrain.guard import Guards, LossGuard
 from supra_torch.uptrain.interrupts import stop_if_asked
 from supra_torch.uptrain.one_step import Work, one_step
+from supra_torch.uptrain.operations import flops_per_token
 from supra_torch.uptrain.profile import profiled
 from supra_torch.uptrain.session import Session
-from supra_torch.uptrain.sharding import release, trained_student
+from supra_torch.uptrain.sharding import frozen_teacher, release, trained_student
 from supra_torch.uptrain.stages import next_token_loss, optimiser_for
 
 
-def train(session: Session, place: Place) -> dict[str, Any]:
-    """From ``place`` to the end; returns the run's summary."""
+def train(
+    session: Session, place: Place, teacher: tuple[ModelSpec, TensorSource] | None
+) -> dict[str, Any]:
+    """From ``place`` to the end; returns the run's summary.
+
+    ``teacher``: what the student is measured against, and learns from in most stages.
+    """
     config = session.config
-    held_out = None if session.teacher is None else _perplexity(session, session.teacher)
-    if not config.needs_teacher:
-        session = replace(session, teacher=None)
+    session, held_out = _with_teacher(session, teacher)
     if place.step == 0:
         session.log({"evaluation": "held_out", "teacher_perplexity": held_out, "step": 0})
     saver = Checkpoints(
@@ -62,6 +67,20 @@ def train(session: Session, place: Place) -> dict[str, Any]:
     }
 
 
+def _with_teacher(
+    session: Session, teacher: tuple[ModelSpec, TensorSource] | None
+) -> tuple[Session, float | None]:
+    """The session with its teacher, and that one's held-out perplexity.
+
+    Where no stage learns from it, it is gone again: it would take memory to the end of the run.
+    """
+    if teacher is None:
+        return session, None
+    model = frozen_teacher(*teacher, session.precision, session.processes)
+    held_out = _perplexity(session, model)
+    return (replace(session, teacher=model) if session.config.needs_teacher else session), held_out
+
+
 def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -> Place:
     """Train from ``place`` to the end of its stage: the beginning of the next one."""
     config, stage = session.config, session.config.stages[place.stage]
@@ -82,9 +101,11 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     if within:
         taken = place.stage_step - place.left_out
         checkpoint.load_optimiser(within, optimiser, names, taken)
+    peak = session.peak_flops
     work = Work(
-        session.gradients(stage, student, optimiser), session.batches(stage.cut), optimiser, steps
-    )
+        session.gradients(stage, student, optimiser), session.batches(stage.cut), optimiser, steps,
+        None if peak is None else flops_per_token(stage, session.spec) / peak,
+    )  # fmt: skip
     logged = logged_steps(session.run, place)
     guards = Guards.of(config.divergence, config.spike, config.skips, logged)
     estimate = Estimate(stage.kind, steps - place.stage_step, session.say)

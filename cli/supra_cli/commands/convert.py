@@ -110,6 +110,7 @@ def command(
                 "dtype": done.dtype,
                 "parameters": parameter_count(done.spec),
                 "layer_types": layer_types,
+                "left_out": list(done.left_out),
                 "seconds": round(time.monotonic() - start, 2),
             }
         )
@@ -117,6 +118,8 @@ def command(
     kinds = ", ".join(f"{layer_types.count(kind)} {kind}" for kind in dict.fromkeys(layer_types))
     stored = done.dtype if quantize is None else f"{quantize} bits and what stays {done.dtype}"
     log(f"{out}: {parameter_count(done.spec):,} parameters in {stored}, layers: {kinds}")
+    for sentence in done.left_out:
+        log(f"note: {sentence}")
 
 
 def _quantisation(bits: int) -> Quantise:

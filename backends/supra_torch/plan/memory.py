@@ -1,0 +1,158 @@
+"""Memory of a device in a step of a stage, by part, from a trace of the step itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+
+from supra_core.spec import ModelSpec
+from supra_torch.model import SupraModel
+from supra_torch.ops.target import planned_for
+from supra_torch.plan.trace import Cost, Trace
+from supra_torch.uptrain import lora
+from supra_torch.uptrain.batches import Batch
+from supra_torch.uptrain.config import Stage, UptrainConfig
+from supra_torch.uptrain.processes import Processes
+from supra_torch.uptrain.sharding import meta_model, placed, settle, synchronise
+from supra_torch.uptrain.stages import gradients, optimiser_for
+from supra_torch.uptrain.step import autocast, product_type, trained_parameters
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run is to be: ``devices`` in all, models sharded over ``together`` of them."""
+
+    devices: int
+    together: int
+    device_type: str
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """A device's ``parts`` in bytes when they are most, and what a step costs it.
+
+    ``sent``: bytes from other devices, by the operation that brings them.
+    """
+
+    parts: dict[str, int]
+    costs: Counter[Cost]
+    sent: Counter[str]
+
+    @property
+    def bytes(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+def trace_stage(
+    config: UptrainConfig,
+    stage: Stage,
+    student_spec: ModelSpec,
+    teacher_spec: ModelSpec | None,
+    precision: str,
+    where: Layout,
+) -> StepTrace:
+    """One step of the stage on one of the devices, of which none is needed.
+
+    ``teacher_spec``: None for a run without a teacher. Raises SupraError when the stage trains
+    nothing.
+    """
+    rows, length = config.batch_shape(stage)
+    own = rows // where.devices
+    student, teacher = _student(config, stage, student_spec), None
+    if teacher_spec is not None:
+        teacher = meta_model(teacher_spec, dtype=product_type(precision))
+        teacher.eval().requires_grad_(False)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _processes(where) as one, fake, planned_for(where.device_type):
+        for model in filter(None, (student, teacher)):
+            placed(model, one)
+        trace = Trace()
+        trace.label(_all(student), "weights")
+        trace.label(_all(teacher), "teacher")
+        with trace:
+            optimiser = optimiser_for(student, stage)
+            _warm(optimiser, trace)
+            if one.mesh is not None:
+                for model in filter(None, (student, teacher)):
+                    settle(model, one.device)
+            trace.costs.clear()
+            trace.sent.clear()
+            began = trace.now()
+            for count, size, last in _turns(own, config.device_rows or own):
+                trace.repeats = count
+                synchronise(student, last)
+                ids = torch.zeros(size, length, dtype=torch.long)
+                with autocast(one.device, precision, sharded=one.mesh is not None):
+                    gradients(stage.kind, student, teacher, Batch(ids), size / own)
+            trace.repeats = 1
+            trained = list(trained_parameters(optimiser))
+            trace.label((parameter.grad for parameter in trained), "gradients")
+            nn.utils.clip_grad_norm_(trained, stage.clip)
+            optimiser.step()
+        return StepTrace(trace.peak(began), trace.costs, trace.sent)
+
+
+def _turns(rows: int, at_once: int) -> list[tuple[int, int, bool]]:
+    """The turns that a device takes for its rows: how many, of how many rows, whether the last.
+
+    The first makes the gradients and the last shares them; those between are all alike.
+    """
+    sizes = [min(at_once, rows - start) for start in range(0, rows, at_once)]
+    if len(sizes) < 3:
+        return [(1, size, place == len(sizes)) for place, size in enumerate(sizes, 1)]
+    return [(1, at_once, False), (len(sizes) - 2, at_once, False), (1, sizes[-1], True)]
+
+
+def _student(config: UptrainConfig, stage: Stage, spec: ModelSpec) -> SupraModel:
+    adapters = None
+    if stage.lora_rank is not None:
+        adapters = lora.Adapters(stage.lora_rank, stage.lora_alpha, {})
+    student = meta_model(spec, dtype=torch.float32, adapters=adapters).train()
+    student.activation_checkpointing = config.activation_checkpointing
+    return student
+
+
+def _warm(optimiser: torch.optim.Optimizer, trace: Trace) -> None:
+    """Have the optimiser make its state, as the first step does."""
+    for parameter in trained_parameters(optimiser):
+        parameter.grad = torch.empty_like(parameter)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    for state in optimiser.state.values():
+        trace.label((x for x in state.values() if isinstance(x, torch.Tensor)), "optimiser")
+
+
+def _all(model: nn.Module | None) -> Iterator[torch.Tensor]:
+    if model is not None:
+        yield from model.parameters()
+        yield from model.buffers()
+
+
+@contextmanager
+def _processes(where: Layout) -> Iterator[Processes]:
+    """One process of several that do not exist: what it sends is lost."""
+    cpu = torch.device("cpu")
+    if where.devices == 1:
+        yield Processes(0, 1, cpu)
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=where.devices)
+    try:
+        shape, names = (where.devices,), ("shard",)
+        if where.together < where.devices:
+            shape = (where.devices // where.together, where.together)  # type: ignore[assignment]
+            names = ("replicate", "shard")  # type: ignore[assignment]
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        yield Processes(0, where.devices, cpu, mesh)
+    finally:
+        dist.destroy_process_group()

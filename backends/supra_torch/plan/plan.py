@@ -1,0 +1,266 @@
+"""A run before it is paid for: what a device holds, how long it takes, what that costs.
+
+Memory is that of a step traced operation by operation, in the form that is not compiled. Time
+comes from a roofline (Williams et al., 2009, doi:10.1145/1498765.1498785): no operation takes less
+than its products need at the device's peak, nor than its bytes need at its bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from supra_core.errors import SupraError
+from supra_core.layout import parameter_count
+from supra_core.linearize import LinearizeOptions, linear_spec
+from supra_core.outline import outline
+from supra_core.progress import Progress, silent
+from supra_core.sizes import Sizes, of_spec
+from supra_core.spec import ModelSpec
+from supra_core.teacher import original_spec
+from supra_torch.devices import CPU, Device, device_named
+from supra_torch.plan.memory import Layout, StepTrace, trace_stage
+from supra_torch.uptrain.config import Stage, UptrainConfig
+from supra_torch.uptrain.inputs import refuse_another_recipe
+from supra_torch.uptrain.step import resolved_precision
+
+# A CUDA context with the libraries' code and workspaces; the communicators of NCCL beside it.
+_CONTEXT, _COMMUNICATORS = 0.7e9, 0.7e9
+# What glibc's heap takes beside what is in use of it: 3 to 18 % (docs/results/plan-memory.md).
+_HEAP = 0.12
+# What of the roofline a step attains (docs/results/plan-memory.md).
+_ATTAINED = 0.6
+# Weights and the two moments of AdamW, in float32.
+_CHECKPOINT_ITEMSIZE = 12
+# What may make a run fit, the cheapest first.
+_REMEDIES: tuple[dict[str, int | bool], ...] = (
+    {"device_rows": 1},
+    {"activation_checkpointing": True},
+    {"activation_checkpointing": True, "device_rows": 1},
+)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: ``steps`` of ``step_tokens``, on all devices together.
+
+    ``parts``: bytes of one device when they are most; ``step_seconds`` what a step should take,
+    ``least_step_seconds`` what its products and its communication take at least;
+    ``received_bytes`` a step, from other devices.
+    """
+
+    kind: str
+    steps: int
+    step_tokens: int
+    parts: dict[str, int]
+    flops_per_token: float
+    received_bytes: int
+    step_seconds: float
+    least_step_seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on ``nodes`` machines with ``gpus`` devices each; ``student`` in bfloat16.
+
+    ``remedy``: settings with which it would fit, where it does not and some do.
+    """
+
+    config: UptrainConfig
+    device: Device
+    gpus: int
+    nodes: int
+    precision: str
+    stages: tuple[StagePlan, ...]
+    student: Sizes
+    remedy: dict[str, int | bool] | None
+
+    @property
+    def bytes(self) -> int:
+        """The most that a device holds in any stage."""
+        return max(stage.bytes for stage in self.stages)
+
+    @property
+    def device_bytes(self) -> int:
+        """What a device has; processes on a CPU share the machine's."""
+        shared = self.gpus if self.device.kind == CPU else 1
+        return int(self.device.memory / shared)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits the device."""
+        return self.bytes <= self.device_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(stage.steps * stage.step_seconds for stage in self.stages)
+
+    @property
+    def least_seconds(self) -> float:
+        """Of all steps at the device's peak."""
+        return sum(stage.steps * stage.least_step_seconds for stage in self.stages)
+
+    @property
+    def device_hours(self) -> float:
+        """Hours times devices."""
+        return self.seconds / 3600 * self.gpus * self.nodes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint inside a stage that trains everything."""
+        return self.student.parameters * _CHECKPOINT_ITEMSIZE
+
+
+def plan(
+    config: UptrainConfig,
+    *,
+    gpu: str,
+    gpus: int = 1,
+    nodes: int = 1,
+    progress: Progress = silent,
+) -> Plan:
+    """What a run of ``config`` needs; no weight is read and no such device is needed.
+
+    ``gpu``: a name of :data:`~supra_torch.devices.DEVICES`, or ``cpu``. Raises SupraError
+    when the config does not fit its model or the devices cannot share its batches.
+    """
+    for option, number in (("gpus", gpus), ("nodes", nodes)):
+        if number < 1:
+            raise SupraError(f"--{option} {number}: at least 1 is needed")
+    config.refuse_uneven(gpus * nodes)
+    student, teacher = _specs(config)
+    precision = str(config.precision)
+    if gpu.lower() == CPU:
+        precision = resolved_precision(precision, torch.device(CPU))
+    elif precision == "auto":
+        precision = "bf16"
+    planner = _Planner(device_named(gpu, precision), gpus, nodes, precision, student, teacher)
+    found = planner.stages(config, progress)
+    made = Plan(
+        config, planner.device, gpus, nodes, precision, tuple(found),
+        of_spec(student, 2 * parameter_count(student)), None,
+    )  # fmt: skip
+    return made if made.fits else planner.with_remedy(made, progress)
+
+
+def _specs(config: UptrainConfig) -> tuple[ModelSpec, ModelSpec | None]:
+    """The student's, and the teacher's where a stage learns from one."""
+    model = outline(config.model)
+    student = model
+    if model.is_transformer:
+        student = linear_spec(model, LinearizeOptions(**config.linearize.model_dump()))
+    refuse_another_recipe(config, model)
+    if not config.needs_teacher:
+        return student, None
+    return student, original_spec(model) if config.teacher is None else outline(config.teacher)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    device: Device
+    gpus: int
+    nodes: int
+    precision: str
+    student: ModelSpec
+    teacher: ModelSpec | None
+
+    def stages(self, config: UptrainConfig, progress: Progress) -> Iterator[StagePlan]:
+        """Every stage of ``config``."""
+        steps = config.stage_steps()
+        for number, (stage, count) in enumerate(zip(config.stages, steps, strict=True)):
+            progress("plan", number, len(steps))
+            traced = trace_stage(
+                config, stage, self.student, self.teacher, self.precision, self._layout(config)
+            )
+            yield self._stage(config, stage, count, traced, first=number == 0)
+        progress("plan", len(steps), len(steps))
+
+    def with_remedy(self, made: Plan, progress: Progress) -> Plan:
+        """The plan, with the first settings that make it fit."""
+        for remedy in _REMEDIES:
+            if all(getattr(made.config, name) == value for name, value in remedy.items()):
+                continue
+            changed = made.config.model_copy(update=remedy)
+            largest = max(self.stages(changed, progress), key=lambda stage: stage.bytes)
+            if largest.bytes <= made.device_bytes:
+                return Plan(**{**vars(made), "remedy": remedy})
+        return made
+
+    def _layout(self, config: UptrainConfig) -> Layout:
+        together = config.devices_together or self.gpus
+        if self.gpus * self.nodes % together:
+            raise SupraError(
+                f"devices_together {together} does not divide {self.gpus * self.nodes} devices: "
+                "set a divisor"
+            )
+        return Layout(self.gpus * self.nodes, together, self.device.kind)
+
+    def _stage(
+        self, config: UptrainConfig, stage: Stage, steps: int, traced: StepTrace, *, first: bool
+    ) -> StagePlan:
+        device, tokens = self.device, math.prod(config.batch_shape(stage))
+        peak = device.products(self.precision)
+        flops = sum(cost.flops * count for cost, count in traced.costs.items())
+        roofline = sum(
+            count * max(cost.flops / peak, cost.moved / device.bandwidth)
+            for cost, count in traced.costs.items()
+        )
+        communication = self._communication(self._layout(config), traced)
+        parts = {**traced.parts, **self._around(config, steps, traced, first=first)}
+        return StagePlan(
+            kind=stage.kind,
+            steps=steps,
+            step_tokens=tokens,
+            parts=parts,
+            flops_per_token=flops * self.gpus * self.nodes / tokens,
+            received_bytes=sum(traced.sent.values()),
+            # What is sent is sent meanwhile.
+            step_seconds=max(roofline / _ATTAINED, communication),
+            least_step_seconds=max(flops / peak, communication),
+        )
+
+    def _communication(self, where: Layout, traced: StepTrace) -> float:
+        """Seconds a step: weights and gradients in a group, sums of gradients between groups."""
+        between = sum(size for name, size in traced.sent.items() if "allreduce" in name)
+        within = sum(traced.sent.values()) - between
+        link = self.device.link if where.together <= self.gpus else self.device.network
+        return within / link + between / self.device.network
+
+    def _around(
+        self, config: UptrainConfig, steps: int, traced: StepTrace, *, first: bool
+    ) -> dict[str, int]:
+        """What there is beside a step."""
+        if self.device.kind != CPU:
+            many = self.gpus * self.nodes > 1
+            return {"runtime": int(_CONTEXT + many * _COMMUNICATORS)}
+        around = {"runtime": _resident(), "heap": int(_HEAP * traced.bytes)}
+        copied = ["weights", "optimiser"] if steps > config.checkpoint_every else ["weights"]
+        if steps > config.checkpoint_every or not first:
+            # A copy of what is being written, while training goes on.
+            around["checkpoint"] = sum(traced.parts.get(part, 0) for part in copied)
+        return around
+
+
+def _resident() -> int:
+    """Bytes of this process, which has loaded what a run loads."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except OSError:
+        return int(0.4e9)
+    return pages * 4096
+
+
+def in_order(stages: Sequence[StagePlan]) -> list[str]:
+    """The parts of all stages, largest first."""
+    names = {name for stage in stages for name in stage.parts}
+    return sorted(names, key=lambda name: -max(stage.parts.get(name, 0) for stage in stages))

@@ -1,0 +1,197 @@
+"""``supra plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from supra_cli import options
+
+if TYPE_CHECKING:
+    from supra_torch.plan.plan import Plan
+
+# What the parts of memory are, for people.
+_PARTS = {
+    "weights": "weights, float32",
+    "teacher": "teacher",
+    "optimiser": "optimiser",
+    "gradients": "gradients",
+    "gathered": "gathered from other devices",
+    "activations": "activations",
+    "buffers": "inside operators",
+    "checkpoint": "checkpoint being written",
+    "heap": "between allocations",
+    "runtime": "libraries",
+}
+
+
+def command(
+    start: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG.toml|MODEL",
+            help="A run's settings, or a model: anything supra convert reads, or its config.json.",
+        ),
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(help="Stages and settings by name; default: windowed.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, in all stages.")] = None,
+    gpu: Annotated[
+        str, typer.Option(help="Kind of device, as h100; cpu tries this machine's.")
+    ] = "h100",
+    gpus: Annotated[int, typer.Option(help="Devices of each machine.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    price: Annotated[
+        float | None, typer.Option(help="Of a device for an hour, in any currency.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
+    ] = None,
+    json_output: options.Json = False,
+) -> None:
+    """Say what a run would take: memory, time, cost."""
+    from supra_cli.backends import require
+    from supra_cli.output import print_json
+    from supra_cli.progress import ProgressReporter
+    from supra_core.errors import SupraError
+
+    if price is not None and not price >= 0:
+        raise SupraError(f"--price {price:g}: a price is at least 0")
+    require("torch", "planning")
+    from supra_torch.plan.plan import plan
+    from supra_torch.uptrain.config import resolve
+
+    overrides = options.overrides(settings or [])
+    if tokens is not None:
+        overrides["tokens"] = str(tokens)
+    is_config = start.endswith(".toml")
+    config = resolve(
+        config=Path(start) if is_config else None,
+        model=None if is_config else start,
+        recipe=recipe,
+        # A plan reads no text.
+        data=None if is_config else "none",
+        overrides=overrides,
+    )
+    with ProgressReporter() as progress:
+        made = plan(config, gpu=gpu, gpus=gpus, nodes=nodes, progress=progress)
+    if json_output:
+        print_json(_result(made, price))
+    else:
+        _show(made, price)
+
+
+def _result(made: Plan, price: float | None) -> dict[str, Any]:
+    return {
+        "settings": made.config.model_dump(mode="json"),
+        "device": made.device.name,
+        "gpus": made.gpus,
+        "nodes": made.nodes,
+        "precision": made.precision,
+        "stages": [
+            {
+                "kind": stage.kind,
+                "steps": stage.steps,
+                "step_tokens": stage.step_tokens,
+                "memory_bytes": stage.parts,
+                "peak_bytes": stage.bytes,
+                "flops_per_token": stage.flops_per_token,
+                "received_bytes": stage.received_bytes,
+                "step_seconds": stage.step_seconds,
+                "least_step_seconds": stage.least_step_seconds,
+                "tokens_per_second": stage.step_tokens / stage.step_seconds,
+                "most_tokens_per_second": stage.step_tokens / stage.least_step_seconds,
+            }
+            for stage in made.stages
+        ],
+        "peak_bytes": made.bytes,
+        "device_bytes": made.device_bytes,
+        "fits": made.fits,
+        "remedy": made.remedy,
+        "seconds": made.seconds,
+        "least_seconds": made.least_seconds,
+        "device_hours": made.device_hours,
+        "cost": None if price is None else made.device_hours * price,
+        "checkpoint_bytes": made.checkpoint_bytes,
+        "parameters": made.student.parameters,
+        "state_bytes": made.student.state_bytes,
+        "growing_bytes_per_token": made.student.growing_bytes_per_token,
+        "kv_bytes_per_token": made.student.kv_bytes_per_token,
+        "break_even_tokens": made.student.break_even_tokens,
+    }
+
+
+def _show(made: Plan, price: float | None) -> None:
+    from supra_cli.output import print_table
+    from supra_torch.plan.plan import in_order
+
+    stages = made.stages
+    rows = [
+        (_PARTS[part], *(_gigabytes(stage.parts.get(part, 0)) for stage in stages))
+        for part in in_order(stages)
+    ]
+    rows.append(("all", *(_gigabytes(stage.bytes) for stage in stages)))
+    print_table(
+        rows,
+        columns=("GB a device, at most", *(stage.kind for stage in stages)),
+        title=f"{Path(made.config.model).name} by {made.config.recipe}: {_where(made)}",
+    )
+    print_table(
+        [
+            (
+                stage.kind,
+                f"{stage.steps:,}",
+                f"{stage.step_tokens:,}",
+                f"{stage.step_seconds:.3g}",
+                f"{stage.step_tokens / stage.step_seconds:,.0f}",
+                f"{stage.step_tokens / stage.least_step_seconds:,.0f}",
+            )
+            for stage in stages
+        ],
+        columns=("stage", "steps", "tokens a step", "a step, s", "tokens/s", "at peak"),
+    )
+    print_table(_summary(made, price))
+
+
+def _summary(made: Plan, price: float | None) -> list[tuple[str, str]]:
+    from supra_cli.output import bytes_text
+    from supra_core.progress import duration
+
+    student, device_bytes = made.student, made.device_bytes
+    hours = f"{made.device_hours:,.3g} device hours"
+    rows = [
+        ("memory", f"{_gigabytes(made.bytes)} of {_gigabytes(device_bytes)} GB: {_verdict(made)}"),
+        ("time", f"{duration(made.seconds)}; {duration(made.least_seconds)} at the device's peak"),
+        ("cost", hours if price is None else f"{made.device_hours * price:,.2f} for {hours}"),
+        ("a checkpoint", f"{_gigabytes(made.checkpoint_bytes)} GB on disk"),
+        ("the model", f"{student.parameters:,} parameters"),
+        ("its state", bytes_text(student.state_bytes) + " a sequence, whatever the context"),
+    ]
+    if student.growing_bytes_per_token:
+        rows.append(("its cache", bytes_text(student.growing_bytes_per_token) + " a token"))
+    cache = bytes_text(student.kv_bytes_per_token) + " a token"
+    if student.break_even_tokens is not None:
+        cache += f", more than the state from {student.break_even_tokens:,} tokens"
+    return [*rows, ("the transformer's cache", cache)]
+
+
+def _verdict(made: Plan) -> str:
+    if made.fits:
+        return "fits"
+    if made.remedy is None:
+        return "does not fit: use more or larger devices, or shorter sequences"
+    settings = " ".join(f"--set {name}={str(value).lower()}" for name, value in made.remedy.items())
+    return f"does not fit, but with {settings}"
+
+
+def _where(made: Plan) -> str:
+    many = f"{made.gpus} x " if made.gpus > 1 else ""
+    nodes = f"{made.nodes} nodes of " if made.nodes > 1 else ""
+    return f"{nodes}{many}{made.device.name}, {made.precision}"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.2f}"

@@ -1,0 +1,112 @@
+"""Gemma 3's text model: norms of queries and keys, and a rope of their own for sliding layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from supra_core.errors import SpecError
+from supra_core.families.common import rotary, rotary_of
+from supra_core.families.features import (
+    ATTENTION_SCALE,
+    LOCAL_ROPE,
+    LOGITS_SOFTCAP,
+    NORM_BOTH,
+    QUERY_KEY_NORM,
+)
+from supra_core.families.fields import Fields
+from supra_core.families.gemma_fields import (
+    SANDWICH,
+    attention_scale,
+    gemma_config,
+    gemma_spec,
+    query_pre_attn_scalar,
+)
+from supra_core.families.layer_kinds import (
+    FULL,
+    SLIDING,
+    common_window,
+    layer_types,
+    sliding_layers,
+    softmax_mixers,
+    windows,
+)
+from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
+from supra_core.spec import ModelSpec, RotaryEmbedding, SoftmaxAttention
+
+MODEL_TYPE = "gemma3_text"
+MODULES = {**SANDWICH, **NORM_NAMES}
+
+_BASE, _LOCAL_BASE = 1000000.0, 10000.0
+
+
+def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
+    """The spec of a Gemma 3 text config; ``where`` names its file in errors."""
+    fields = Fields(config, where)
+    if fields.has("attn_logit_softcapping"):
+        raise fields.error(
+            "field attn_logit_softcapping is stated, which transformers leaves out for Gemma 3: "
+            "set it to null"
+        )
+    pattern = fields.integer("sliding_window_pattern", "_sliding_window_pattern", default=6)
+    sliding = sliding_layers(fields, lambda index: (index + 1) % pattern != 0)
+    rope, local = _ropes(fields)
+    return gemma_spec(
+        fields,
+        MODEL_TYPE,
+        activation="hidden_activation",
+        key_value_heads=4,
+        max_positions=131072,
+        mixers=[
+            SoftmaxAttention(window, rope="local" if slides else "global")
+            for window, slides in zip(windows(fields, sliding), sliding, strict=True)
+        ],
+        rope=rope,
+        local_rope=local if any(sliding) else None,
+        query_key_norm="per_head",
+        block_norm="both",
+        attention_scale=attention_scale(fields),
+        logits_softcap=(
+            fields.number("final_logit_softcapping")
+            if fields.has("final_logit_softcapping")
+            else None
+        ),
+    )
+
+
+def _ropes(fields: Fields) -> tuple[RotaryEmbedding, RotaryEmbedding]:
+    """Of full and of sliding layers: ``rope_parameters`` for each, or older single fields."""
+    base = fields.number("rope_theta", default=_BASE)
+    local_base = fields.number("rope_local_base_freq", default=_LOCAL_BASE)
+    stated = fields.values.get("rope_parameters")
+    if stated is None:
+        return rotary(fields, _BASE, partial=False), RotaryEmbedding(local_base)
+    if not isinstance(stated, dict) or not set(stated) <= {FULL, SLIDING}:
+        raise fields.error(f"field rope_parameters must have {FULL} and {SLIDING}, not {stated!r}")
+    if not all(isinstance(entry, dict | None) for entry in stated.values()):
+        raise fields.error(f"field rope_parameters must hold objects, not {stated!r}")
+    where = f"{fields.where}: field rope_parameters"
+    full, sliding = (Fields(stated.get(kind) or {}, where) for kind in (FULL, SLIDING))
+    return rotary_of(full, base, partial=False), rotary_of(sliding, local_base, partial=False)
+
+
+def to_config(spec: ModelSpec) -> dict[str, Any]:
+    """The Gemma 3 text config of ``spec``."""
+    states = {ATTENTION_SCALE, LOCAL_ROPE, LOGITS_SOFTCAP, NORM_BOTH, QUERY_KEY_NORM}
+    config = gemma_config(spec, MODEL_TYPE, "Gemma3ForCausalLM", states)
+    if any((m.window is not None) != (m.rope == "local") for m in softmax_mixers(spec)):
+        raise SpecError(f"other layers than sliding ones with local rope cannot be {MODEL_TYPE}")
+    local = spec.local_rope or RotaryEmbedding(_LOCAL_BASE)
+    if local.scaling is not None:
+        raise SpecError(f"a scaled local rope cannot be written as {MODEL_TYPE}")
+    kinds = layer_types(spec)
+    return {
+        **config,
+        "rope_local_base_freq": local.base,
+        "sliding_window": common_window(spec, MODEL_TYPE),
+        # For readers that know no layer_types.
+        "sliding_window_pattern": kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1,
+        "layer_types": kinds,
+        "query_pre_attn_scalar": query_pre_attn_scalar(spec),
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": spec.logits_softcap,
+    }

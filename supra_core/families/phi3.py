@@ -1,0 +1,94 @@
+"""Phi-3 and Phi-4: q, k and v in one matrix, gate and up in another, rope perhaps over a part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from supra_core.families.common import (
+    config_from_spec,
+    spec_from_fields,
+    uniform_mixers,
+    uniform_window,
+)
+from supra_core.families.features import PARTIAL_ROPE
+from supra_core.families.fields import Fields
+from supra_core.families.tensors import fused, parts, split_name
+from supra_core.spec import ModelSpec
+from supra_core.tensors import LazyTensor, TensorSource
+
+MODEL_TYPE = "phi3"
+
+
+def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
+    """The spec of a Phi-3 config; ``where`` names its file in errors."""
+    fields = Fields(config, where)
+    window = fields.integer("sliding_window") if fields.has("sliding_window") else None
+    return spec_from_fields(
+        fields,
+        MODEL_TYPE,
+        attention_bias="none",
+        key_value_heads=None,
+        max_positions=4096,
+        mixers=uniform_mixers(fields, window),
+        eps=1e-5,
+        partial_rope=True,
+    )
+
+
+def to_config(spec: ModelSpec) -> dict[str, Any]:
+    """The Phi-3 config of ``spec``."""
+    config = config_from_spec(
+        spec, MODEL_TYPE, "Phi3ForCausalLM", states={PARTIAL_ROPE}, biases=("none",), scales=False
+    )
+    return {
+        **config,
+        "partial_rotary_factor": spec.rope.fraction,
+        "original_max_position_embeddings": spec.max_position_embeddings,
+        "sliding_window": uniform_window(spec, MODEL_TYPE),
+    }
+
+
+def to_canonical(spec: ModelSpec, tensors: TensorSource) -> dict[str, LazyTensor]:
+    """Each fused matrix as the matrices it is made of."""
+    canonical: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        layer, module, kind = split_name(name)
+        rows = _rows(spec).get(module)
+        if rows is None or tensor.shape[:1] != (sum(rows.values()),):
+            # What has another shape is listed under its own name when names are checked.
+            canonical[name] = tensor
+            continue
+        for part, piece in zip(rows, parts(tensor, tuple(rows.values())), strict=True):
+            canonical[f"{layer}{part}.{kind}"] = piece
+    return canonical
+
+
+def from_canonical(spec: ModelSpec, tensors: TensorSource) -> dict[str, LazyTensor]:
+    """The inverse of :func:`to_canonical`."""
+    whole_of = {part: whole for whole, rows in _rows(spec).items() for part in rows}
+    stored: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        layer, module, kind = split_name(name)
+        whole = whole_of.get(module)
+        if whole is None:
+            stored[name] = tensor
+        else:
+            names = [f"{layer}{part}.{kind}" for part in _rows(spec)[whole]]
+            stored[f"{layer}{whole}.{kind}"] = fused([tensors[part] for part in names])
+    return stored
+
+
+def _rows(spec: ModelSpec) -> dict[str, dict[str, int]]:
+    """Which modules each fused one holds, in order, and how many rows each has."""
+    key_value = spec.num_key_value_heads * spec.head_dim
+    return {
+        "self_attn.qkv_proj": {
+            "self_attn.q_proj": spec.num_attention_heads * spec.head_dim,
+            "self_attn.k_proj": key_value,
+            "self_attn.v_proj": key_value,
+        },
+        "mlp.gate_up_proj": {
+            "mlp.gate_proj": spec.intermediate_size,
+            "mlp.up_proj": spec.intermediate_size,
+        },
+    }

@@ -1,0 +1,40 @@
+"""Qwen3: each head's queries and keys are normalised before their rotation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from supra_core.families.common import config_from_spec, spec_from_fields
+from supra_core.families.features import QUERY_KEY_NORM
+from supra_core.families.fields import Fields
+from supra_core.families.layer_kinds import switched_config, switched_windows
+from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
+from supra_core.spec import ModelSpec, SoftmaxAttention
+
+MODEL_TYPE = "qwen3"
+MODULES = NORM_NAMES
+
+
+def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
+    """The spec of a Qwen3 config; ``where`` names its file in errors."""
+    fields = Fields(config, where)
+    return spec_from_fields(
+        fields,
+        MODEL_TYPE,
+        attention_bias="qkvo" if fields.flag("attention_bias", default=False) else "none",
+        key_value_heads=None if "num_key_value_heads" in config else 32,
+        head_dim=128,
+        max_positions=32768,
+        mixers=[SoftmaxAttention(window) for window in switched_windows(fields)],
+        query_key_norm="per_head",
+    )
+
+
+def to_config(spec: ModelSpec) -> dict[str, Any]:
+    """The Qwen3 config of ``spec``."""
+    config = config_from_spec(spec, MODEL_TYPE, "Qwen3ForCausalLM", states={QUERY_KEY_NORM})
+    return {
+        **config,
+        **switched_config(spec, MODEL_TYPE),
+        "attention_bias": spec.attention_bias == "qkvo",
+    }

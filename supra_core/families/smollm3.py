@@ -1,0 +1,75 @@
+"""SmolLM3: Llama's shape with layers that have no rope, and optionally a window there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from supra_core.families.common import config_from_spec, refuse_mlp_bias, spec_from_fields
+from supra_core.families.features import NO_ROPE_LAYERS
+from supra_core.families.fields import Fields, layer_count
+from supra_core.families.layer_kinds import (
+    common_window,
+    layer_types,
+    sliding_layers,
+    softmax_mixers,
+    windows,
+)
+from supra_core.spec import ModelSpec, SoftmaxAttention
+
+MODEL_TYPE = "smollm3"
+
+
+def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
+    """The spec of a SmolLM3 config; ``where`` names its file in errors."""
+    fields = Fields(config, where)
+    refuse_mlp_bias(fields)
+    rotated = _rotated_layers(fields)
+    used = fields.flag("use_sliding_window", default=False) and fields.has("sliding_window")
+    sliding = sliding_layers(fields, lambda index: used and not rotated[index])
+    mixers = [
+        SoftmaxAttention(window if used else None, rope="global" if rotates else "none")
+        for window, rotates in zip(windows(fields, sliding), rotated, strict=True)
+    ]
+    return spec_from_fields(
+        fields,
+        MODEL_TYPE,
+        attention_bias="qkvo" if fields.flag("attention_bias", default=False) else "none",
+        key_value_heads=None if "num_key_value_heads" in config else 4,
+        max_positions=32768,
+        base=2000000.0,
+        tied=True,
+        mixers=mixers,
+    )
+
+
+def _rotated_layers(fields: Fields) -> tuple[bool, ...]:
+    """Which layers have a rope: ``no_rope_layers`` says 1 where they have."""
+    layers = layer_count(fields, "num_hidden_layers")
+    stated = fields.values.get("no_rope_layers")
+    if stated is None:
+        every = fields.integer("no_rope_layer_interval", default=4)
+        return tuple((index + 1) % every != 0 for index in range(layers))
+    if (
+        not isinstance(stated, list)
+        or len(stated) < layers
+        or any(entry not in (0, 1) for entry in stated)
+    ):
+        raise fields.error(
+            f"field no_rope_layers must hold 0 or 1 for each of {layers} layers, not {stated!r}"
+        )
+    return tuple(bool(entry) for entry in stated[:layers])
+
+
+def to_config(spec: ModelSpec) -> dict[str, Any]:
+    """The SmolLM3 config of ``spec``."""
+    config = config_from_spec(spec, MODEL_TYPE, "SmolLM3ForCausalLM", states={NO_ROPE_LAYERS})
+    window = common_window(spec, MODEL_TYPE)
+    return {
+        **config,
+        "attention_bias": spec.attention_bias == "qkvo",
+        "mlp_bias": False,
+        "no_rope_layers": [int(mixer.rope != "none") for mixer in softmax_mixers(spec)],
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "layer_types": layer_types(spec),
+    }

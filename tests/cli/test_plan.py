@@ -1,0 +1,82 @@
+"""``supra plan``: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from supra_cli.main import app  # noqa: E402
+
+runner = CliRunner()
+SMALL = ["--set", "sequence_length=64", "--set", "batch_tokens=256", "--tokens", "100000"]
+
+
+def planned(*arguments: str | Path) -> dict[str, Any]:
+    done = runner.invoke(app, ["plan", *map(str, arguments), "--json"])
+    assert done.exit_code == 0, done.output
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_a_config_alone_is_enough(tiny_transformer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "described"
+    folder.mkdir()
+    config = folder / "config.json"
+    config.write_bytes((tiny_transformer / "config.json").read_bytes())
+    whole = planned(tiny_transformer, *SMALL)
+    for alone in (folder, config):
+        described = planned(alone, *SMALL)
+        assert described["settings"].pop("model") == str(alone)
+        assert described == {
+            **whole, "settings": {k: v for k, v in whole["settings"].items() if k != "model"}
+        }  # fmt: skip
+
+
+def test_a_run_s_settings_are_planned(tiny_transformer: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'model = "{tiny_transformer}"\ndata = "absent"\nrecipe = "paper"\ntokens = 64000\n'
+        "sequence_length = 64\nbatch_tokens = 640\n"
+    )
+    result = planned(file, "--gpus", "2", "--gpu", "A100", "--price", "2")
+    (stage,) = result["stages"]
+    assert stage["steps"] == 100
+    assert stage["step_tokens"] == 640
+    assert result["seconds"] == pytest.approx(100 * stage["step_seconds"])
+    assert result["cost"] == pytest.approx(2 * 2 * result["seconds"] / 3600)
+    assert result["peak_bytes"] == sum(stage["memory_bytes"].values())
+    assert result["fits"]
+
+
+def test_people_see_memory_time_and_cost(tiny_transformer: Path) -> None:
+    done = runner.invoke(app, ["plan", str(tiny_transformer), *SMALL, "--price", "3"])
+    assert done.exit_code == 0, done.output
+    for text in ("transfer", "distill", "optimiser", "of 80.00 GB: fits", "device hours", "KiB"):
+        assert text in done.stdout, text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent"], "absent does not exist: check the path, or name a hub id org/name"),
+        (["TINY", "--price", "-1"], "--price -1: a price is at least 0"),
+        (["TINY", "--gpu", "abacus"], "--gpu abacus is unknown: use one of b200,"),
+        (["TINY", "--tokens", "0"], "field tokens: input should be greater than or equal to 1"),
+        (["TINY", "--set", "model=3"], "field model: input should be a valid string"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    tiny_transformer: Path, arguments: list[str], message: str
+) -> None:
+    named = [str(tiny_transformer) if text == "TINY" else text for text in arguments]
+    done = runner.invoke(app, ["plan", *named])
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
