@@ -36,6 +36,10 @@ def softmax(z: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
+def capped(x: np.ndarray, cap: float | None) -> np.ndarray:
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
 class Model:
     """A folder's model: ``logits(ids)`` of one sequence, (T,) -> (T, V)."""
 
@@ -46,31 +50,46 @@ class Model:
 
     def logits(self, ids: list[int]) -> np.ndarray:
         c, t = self.config, self.tensors
-        h = t["model.embed_tokens.weight"][ids]
+        h = t["model.embed_tokens.weight"][ids] * c.get("embedding_scale", 1.0)
         if c.get("embedding_norm"):
             h = self.norm(h, "model.embed_norm.weight")
         for number, mixer in enumerate(c["layer_mixers"]):
             at = f"model.layers.{number}."
-            u = self.norm(h, at + "input_layernorm.weight")
-            h = h + self.mix(at + "self_attn.", c["mixers"][mixer], u)
-            u = self.norm(h, at + "post_attention_layernorm.weight")
+            u = self.before(h, at + "input_layernorm.weight")
+            mixed = self.mix(at + "self_attn.", c["mixers"][mixer], u)
+            h = h + self.after(mixed, at + "mixer_output_norm.weight")
+            u = self.before(h, at + "post_attention_layernorm.weight")
             gate, up = (u @ t[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-            h = h + (gate / (1 + np.exp(-gate)) * up) @ t[at + "mlp.down_proj.weight"].T
+            if c.get("hidden_act", "silu") == "silu":
+                gate = gate / (1 + np.exp(-gate))
+            else:
+                gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+            added = (gate * up) @ t[at + "mlp.down_proj.weight"].T
+            h = h + self.after(added, at + "mlp_output_norm.weight")
         head = "model.embed_tokens" if c.get("tie_word_embeddings") else "lm_head"
-        return self.norm(h, "model.norm.weight") @ t[head + ".weight"].T
+        logits = self.norm(h, "model.norm.weight") @ t[head + ".weight"].T
+        return capped(logits / c.get("logits_divisor", 1.0), c.get("logits_softcap"))
+
+    def before(self, z: np.ndarray, name: str) -> np.ndarray:
+        return z if self.config.get("block_norm") == "after" else self.norm(z, name)
+
+    def after(self, z: np.ndarray, name: str) -> np.ndarray:
+        z = z if self.config.get("block_norm", "before") == "before" else self.norm(z, name)
+        return self.config.get("residual_scale", 1.0) * z
 
     def norm(self, z: np.ndarray, name: str) -> np.ndarray:
         norm = self.config.get("norm", {})
         if norm.get("kind") == "layer_norm":
             z = z - z.mean(-1, keepdims=True)
         z = z / np.sqrt((z**2).mean(-1, keepdims=True) + norm.get("eps", 1e-5))
-        return z * self.tensors[name]
+        return z * (self.tensors[name] + norm.get("weight_offset", 0.0))
 
     def linear(self, name: str, x: np.ndarray) -> np.ndarray:
         return x @ self.tensors[name + ".weight"].T + self.tensors.get(name + ".bias", 0.0)
 
-    def rotate(self, z: np.ndarray) -> np.ndarray:
-        rope, c = self.config.get("rope", {}), z.shape[-1]
+    def rotate(self, z: np.ndarray, which: str | None = None) -> np.ndarray:
+        rope = self.config.get("local_rope" if which == "local" else "rope", {})
+        c = int(z.shape[-1] * rope.get("fraction", 1.0))
         theta = rope.get("base", 10000.0) ** (-2 * np.arange(c // 2) / c)
         scaling = rope.get("scaling") or {"kind": "none"}
         if scaling["kind"] == "linear":
@@ -85,7 +104,7 @@ class Model:
             first, second = slice(0, c // 2), slice(c // 2, c)
         else:
             first, second = slice(0, c, 2), slice(1, c, 2)
-        a, b, out = z[..., first], z[..., second], np.empty_like(z)
+        a, b, out = z[..., first], z[..., second], z.copy()
         out[..., first] = a * np.cos(angle) - b * np.sin(angle)
         out[..., second] = b * np.cos(angle) + a * np.sin(angle)
         return out
@@ -94,14 +113,32 @@ class Model:
         T, heads = len(u), {"q": self.H, "k": self.K, "v": self.K}
         q, k, v = (self.linear(f"{at}{x}_proj", u).reshape(T, heads[x], -1) for x in "qkv")
         distance = np.arange(T)[:, None] - np.arange(T)
+        if mixer.get("feature_map", {}).get("projection", {}).get("kind") != "folded":
+            q, k = self.query_key_norm(at, q, k)
         if mixer["kind"] == "softmax_attention":
             seen = (distance >= 0) & (distance < (mixer.get("window") or T))
-            q, k, v = self.rotate(q), self.repeated(self.rotate(k)), self.repeated(v)
+            if mixer.get("rope") != "none":
+                q, k = (self.rotate(z, mixer.get("rope")) for z in (q, k))
+            k, v = self.repeated(k), self.repeated(v)
             scores = np.einsum("thd,jhd->htj", q, k) / np.sqrt(q.shape[-1])
+            scores = capped(scores, self.config.get("attention_softcap"))
             out = np.einsum("htj,jhv->thv", softmax(np.where(seen, scores, -np.inf)), v)
         else:
             out = self.linear_attention(at, mixer, q, k, v, distance)
         return self.linear(at + "o_proj", out.reshape(T, -1))
+
+    def query_key_norm(
+        self, at: str, q: np.ndarray, k: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        kind, scale = self.config.get("query_key_norm", "none"), self.config.get("attention_scale")
+        if kind != "none":
+            q, k = (
+                self.norm(
+                    z if kind == "per_head" else z.reshape(len(z), -1), f"{at}{x}_proj_norm.weight"
+                ).reshape(z.shape)
+                for x, z in (("q", q), ("k", k))
+            )
+        return q if scale is None else q * (scale * np.sqrt(q.shape[-1])), k
 
     def repeated(self, x: np.ndarray) -> np.ndarray:
         return x if x.shape[1] == self.H else np.repeat(x, self.H // self.K, axis=1)
@@ -122,7 +159,7 @@ class Model:
                 for x, z in (("q", phi_q), ("k", phi_k))
             )
         if mixer["rope"] == "after":
-            phi_q, phi_k = self.rotate(phi_q), self.rotate(phi_k)
+            phi_q, phi_k = (self.rotate(z, mixer.get("rotary")) for z in (phi_q, phi_k))
         phi_k = phi_k * mixer.get("key_scale", 1.0)
         steps = np.maximum(distance - (window or 0), 0)
         weights = np.einsum("thd,jhd->htj", phi_q, phi_k)
@@ -149,14 +186,14 @@ class Model:
 
     def projected(self, name: str, mixer: dict[str, Any], z: np.ndarray) -> np.ndarray:
         phi = mixer["feature_map"]
-        z = self.rotate(z) if mixer["rope"] == "before" else z
+        z = self.rotate(z, mixer.get("rotary")) if mixer["rope"] == "before" else z
         if phi["projection"]["kind"] == "projection":
             if phi["projection"]["scope"] == "all_heads":
                 z = z.reshape(len(z), -1) @ self.tensors[name + ".weight"].T
             else:
                 z = np.einsum("thd,hsd->ths", z, self.tensors[name + ".weight"])
             z = (z + self.tensors.get(name + ".bias", 0.0)).reshape(len(z), -1, phi["size"])
-        return self.rotate(z) if mixer["rope"] == "between" else z
+        return self.rotate(z, mixer.get("rotary")) if mixer["rope"] == "between" else z
 
     def gamma(self, at: str, decay: dict[str, Any]) -> np.ndarray:
         H, h = self.H, np.arange(self.H)

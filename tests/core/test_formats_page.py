@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from supra_core import artifact
+from supra_core import artifact, families
 from supra_core.config import spec_to_config
 from supra_core.errors import SpecError
 from supra_core.formats.assets import ASSET_NAMES
 from supra_core.formats.mlx_quantized import read_packed, unpacked
 from supra_core.formats.state_file import Owner, SavedState, write_state
 from supra_core.layout import tensor_shapes
+from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.reference import ReferenceModel
 from supra_core.spec import (
     FeatureMap,
@@ -40,6 +41,7 @@ from supra_core.spec import (
 )
 from supra_core.tensors import LazyTensor
 from tests.core.independent_reader import Model
+from tests.tiny_families import FAMILIES
 from tests.tiny_models import SPECS, lazy_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,16 @@ def compare(spec: ModelSpec, folder: Path, dtype: str = "float32") -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_every_tiny_model(name: str, tmp_path: Path) -> None:
     compare(SPECS[name], tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str, tmp_path: Path) -> None:
+    """As it is, and with layers of linear attention in the place of the first and the second."""
+    family = FAMILIES[name]
+    spec = families.config_to_spec({"model_type": family.model_type, **family.config}, name)
+    compare(spec, tmp_path / "transformer")
+    linear, _ = linearize(spec, lazy_weights(spec), LinearizeOptions(keep_softmax=(2,)))
+    compare(linear, tmp_path / "linear")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
