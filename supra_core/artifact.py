@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from supra_core import model_file
+from supra_core import model_file, transformers_files
 from supra_core.config import config_to_spec, spec_to_config
 from supra_core.errors import FormatError
 from supra_core.families.fields import Fields
@@ -117,10 +117,13 @@ def write_without_weights(
 ) -> None:
     """Everything but the weights, into an existing folder; see :func:`write`."""
     config = {**spec_to_config(spec, dtype), "model_file": model_file.NAME}
+    config["auto_map"] = dict(transformers_files.AUTO_MAP)
     if packed is not None:
         config["quantization"] = packed.config()
     write_object(folder / CONFIG, config)
-    (folder / model_file.NAME).write_text(model_file.text(), encoding="utf-8")
+    files = {model_file.NAME: model_file.text(), **transformers_files.texts()}
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(model_card(spec, dtype), encoding="utf-8")
     write_assets(folder, assets)
 

@@ -101,9 +101,7 @@ def write_large(folder: Path) -> dict[str, float]:
         return stored
 
     tensors = {
-        name: LazyTensor(
-            shape, np.dtype(ml_dtypes.bfloat16), lambda n=name, s=shape: numbers(n, s)
-        )
+        name: LazyTensor(shape, np.dtype(ml_dtypes.bfloat16), lambda n=name, s=shape: numbers(n, s))
         for name, shape in layout.tensor_shapes(LARGE).items()
     }
     huggingface.write(folder, LARGE, tensors, {}, dtype="bfloat16")
