@@ -508,8 +508,8 @@ class SoftmaxMixer(Attention):
             # The last W slots are to be the last W tokens.
             order = torch.argsort(valid.int(), dim=1, stable=True)
             new = {name: gathered(z, order) for name, z in new.items()}
-        # Contiguous, so that what lies before them is given back.
-        return {name: z[:, -self.window :].contiguous() for name, z in new.items()}
+        # Copied, so that the memory of what lies before them is given back.
+        return {name: z[:, -self.window :].clone() for name, z in new.items()}
 
 
 class LinearMixer(Attention):
@@ -660,7 +660,8 @@ class LinearMixer(Attention):
         if order is not None:
             places = torch.argsort(order, dim=1)
             out = gathered(F.pad(out, (0, 0, 0, 0, window, 0)), places)[:, window:]
-        kept = {name: z[:, T:].contiguous() for name, z in slots.items()}
+        # Copied, so that the memory of what lies before them is given back.
+        kept = {name: z[:, T:].clone() for name, z in slots.items()}
         return out, {**kept, "state": state}
 
 
@@ -968,10 +969,12 @@ class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
         )
         return output if self.model._as_dictionary(return_dict) else output.to_tuple()
 
-    def prepare_inputs_for_generation(self, *args: Any, **more: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As transformers', without positions: the model counts tokens itself."""
-        generation: Any = super()
-        inputs: dict[str, Any] = generation.prepare_inputs_for_generation(*args, **more)
+        prepare: Any = GenerationMixin.prepare_inputs_for_generation
+        inputs: dict[str, Any] = prepare(self, input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)
         return inputs
 
