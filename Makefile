@@ -3,6 +3,7 @@
 #   make demo       the whole way, ~7 min    make test-slow  the tests that take minutes
 #   make lint       style and types           make test-gpu   the tests that need a CUDA device
 #   make test-triton  the kernels, compiled for every GPU  make bench-gpu  tests and times on a GPU
+#   make fuzz N=100000  as many damaged files of each format, an hour or more
 # PYTHON=... names the interpreter to build the environment with (3.11 or newer).
 
 PYTHON ?= python3
@@ -12,10 +13,10 @@ STAMP := $(VENV)/.supra-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu test-triton bench-gpu demo clean
+.PHONY: help setup lint test test-slow test-gpu test-triton fuzz bench-gpu demo clean
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 setup: $(STAMP)
 
@@ -61,6 +62,11 @@ test-triton: $(STAMP)
 	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m supra_torch.benchmark.resources \
 	    --out docs/results/kernels-triton-$$version.md || exit 1; \
 	done
+
+# Damaged and hostile files for every reader; ARGS="gguf torch" for some of the formats alone.
+N ?= 100000
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --inputs $(N) $(ARGS)
 
 # On a machine with CUDA: the GPU tests, then operator, decode and training into docs/results.
 bench-gpu: $(STAMP)

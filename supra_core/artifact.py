@@ -18,10 +18,11 @@ from supra_core import model_file, transformers_files
 from supra_core.config import config_to_spec, spec_to_config
 from supra_core.errors import FormatError
 from supra_core.families.fields import Fields
-from supra_core.formats import distributed, safetensors
+from supra_core.formats import checksums, distributed, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
+from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.jsonfile import read_object, write_object
 from supra_core.formats.mlx_quantized import Packed, read_packed, unpacked
 from supra_core.formats.safetensors import Progress
@@ -55,7 +56,7 @@ class Artifact:
 def read(folder: str | Path) -> Artifact:
     """The model in ``folder``; every tensor's name, shape and type is checked, none is read."""
     folder = Path(folder)
-    config_path = folder / CONFIG
+    config_path = file_in(folder, CONFIG)
     config = read_object(config_path)
     spec = config_to_spec(config, str(config_path))
     fields = Fields(config, str(config_path))
@@ -74,7 +75,7 @@ def read(folder: str | Path) -> Artifact:
                 "model again"
             )
     kept = folder / ORIGINAL
-    originals = safetensors.read_file(kept) if kept.is_file() else {}
+    originals = safetensors.read_file(kept) if has_file(folder, ORIGINAL) else {}
     return Artifact(spec, tensors, originals, folder, dtype, packed)
 
 
@@ -101,10 +102,12 @@ def write(
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
     stored = _converted(tensors, dtype) if packed is None else packed.tensors
     with atomic_folder(out, force, holds=CONFIG) as folder:
-        safetensors.write_folder(folder, stored, progress=progress)
+        digests = safetensors.write_folder(folder, stored, progress=progress)
         if originals:
-            safetensors.write_file(folder / ORIGINAL, _converted(originals, dtype))
+            kept = folder / ORIGINAL
+            digests[ORIGINAL] = safetensors.write_file(kept, _converted(originals, dtype))
         write_without_weights(folder, spec, assets, dtype=dtype, packed=packed)
+        checksums.write(folder, digests)
 
 
 def write_without_weights(

@@ -89,7 +89,7 @@ class BackendEngine:
             return Held()
         try:
             return Held(self.model.state_from_arrays(arrays))
-        except (KeyError, ValueError, IndexError) as error:
+        except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
             raise FormatError(
                 f"the state does not fit the model ({error}): it is another model's"
             ) from None

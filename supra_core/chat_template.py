@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from supra_core.errors import FormatError
+from supra_core.formats.jsonfile import parse
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -125,7 +126,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 def _object(assets: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(assets.get(name, b"{}"))
+        value = parse(assets.get(name, b"{}"))
     except ValueError as error:
         raise FormatError(f"{where}: {name} is not valid JSON ({error}): get it again") from None
     return value if isinstance(value, dict) else {}

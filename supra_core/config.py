@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.fields import Fields
-from supra_core.spec import ModelSpec, uses_later_fields
+from supra_core.spec import MOST_LAYERS, ModelSpec, uses_later_fields
 
 MODEL_TYPE = "supra"
 ARCHITECTURE = "SupraForCausalLM"
 # What needs nothing of version 2 is written as version 1, which older readers know.
 FORMAT_VERSION = 2
+
+# Characters of JSON that a mixer may take, which stands once for each of its layers in the spec.
+_MIXER_LENGTH = 4000
 
 # The spec's fields as config.json states them; ``layers`` is stored as a table instead.
 _SPEC_FIELDS = tuple(name for name in ModelSpec.__dataclass_fields__ if name != "layers")
@@ -75,6 +79,9 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 def _layers(fields: Fields) -> list[dict[str, Any]]:
     mixers, indices = _table(fields, "mixers"), _table(fields, "layer_mixers")
+    for number, mixer in enumerate(mixers):
+        if len(json.dumps(mixer)) > _MIXER_LENGTH:
+            raise fields.error(f"field mixers holds at {number} more than any mixer states")
     for index in indices:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(mixers):
             raise fields.error(f"field layer_mixers holds {index!r}, which is no index into mixers")
@@ -83,8 +90,8 @@ def _layers(fields: Fields) -> list[dict[str, Any]]:
 
 def _table(fields: Fields, name: str) -> list[Any]:
     value = fields.values.get(name)
-    if not isinstance(value, list) or not value:
-        raise fields.error(f"field {name} must be a list with at least one entry")
+    if not isinstance(value, list) or not 0 < len(value) <= MOST_LAYERS:
+        raise fields.error(f"field {name} must be a list with 1 to {MOST_LAYERS} entries")
     return value
 
 

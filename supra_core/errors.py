@@ -1,8 +1,27 @@
 """The errors a user can cause; each message is one sentence with the remedy in it."""
 
+# Characters of a message; what a file says about itself may be longer than any terminal.
+MESSAGE_LENGTH = 4000
+
 
 class SupraError(Exception):
-    """Bad input. The command line prints the message and exits with code 2."""
+    """Bad input. The command line prints the message and exits with code 2.
+
+    A message may quote a stranger's file: it is cut to :data:`MESSAGE_LENGTH`, and characters
+    that would break its line or steer the terminal are written as escapes.
+    """
+
+    def __init__(self, message: object = "", *rest: object) -> None:
+        super().__init__(_one_line(str(message)), *rest)
+
+
+def _one_line(message: str) -> str:
+    """``message`` with an escape for every character that cannot be printed."""
+    if len(message) > MESSAGE_LENGTH:
+        half = MESSAGE_LENGTH // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    # Line breaks and controls, but also half surrogates and what reverses the text after it.
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 class SpecError(SupraError):

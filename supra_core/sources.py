@@ -20,6 +20,7 @@ from supra_core.config import MODEL_TYPE
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats import gguf, huggingface, openlm
 from supra_core.formats.assets import ASSET_NAMES, read_assets
+from supra_core.formats.inside import file_in, files_in, has_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.formats.openlm_config import is_config as is_openlm_config
@@ -132,7 +133,7 @@ def _open_folder(folder: Path, config: Path | None) -> Source:
         return _open_openlm(folder, config)
     if (folder / RUN_FILE).is_file():
         return _open_run(folder)
-    if not (folder / CONFIG).is_file():
+    if not has_file(folder, CONFIG):
         return _open_without_config(folder)
     stated = read_object(folder / CONFIG)
     if stated.get("model_type") == MODEL_TYPE:
@@ -143,7 +144,7 @@ def _open_folder(folder: Path, config: Path | None) -> Source:
 
 
 def _open_without_config(folder: Path) -> Source:
-    files = sorted(folder.glob("*.gguf"))
+    files = list(files_in(folder, "*.gguf"))
     if len(files) == 1:
         return _open_gguf(files[0])
     if not files and openlm.config_files(folder):
@@ -181,18 +182,22 @@ def _open_artifact(folder: Path) -> Source:
 
 
 def _open_run(folder: Path) -> Source:
+    # A model or checkpoint that is a link to a folder elsewhere is none of this run's.
     if (folder / "model" / CONFIG).is_file():
-        return replace(_open_artifact(folder / "model"), kind="run", path=folder)
+        return replace(_open_artifact(file_in(folder, "model")), kind="run", path=folder)
     checkpoints = [
         (int(place.name.removeprefix("step_")), place / "model")
         for place in (folder / "checkpoints").glob("step_*")
-        if place.name.removeprefix("step_").isdigit() and (place / "model" / CONFIG).is_file()
+        if place.name.removeprefix("step_").isdecimal() and (place / "model" / CONFIG).is_file()
     ]
     if not checkpoints:
         raise FormatError(
             f"{folder} is an uptraining run without a model or checkpoint yet: let it run on"
         )
     newest = max(checkpoints)[1]
+    file_in(newest.parent, "model")
+    file_in(folder / "checkpoints", newest.parent.name)
+    file_in(folder, "checkpoints")
     if any(newest.parent.glob(ADAPTERS + "*")):
         raise FormatError(
             f"{folder} stopped inside a stage that trains adapters, without which its model is not "

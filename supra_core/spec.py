@@ -21,7 +21,11 @@ from pydantic.dataclasses import dataclass
 
 from supra_core.errors import SpecError
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+# What no model reaches, so that a stranger's config cannot make its reader allocate by claims.
+LARGEST_SIZE = 2**31 - 1
+MOST_LAYERS = 10_000
 
 RopePosition = Literal["none", "before", "between", "after"]
 
@@ -34,6 +38,7 @@ def _require(condition: bool, message: str) -> None:
 def _require_window(window: int | None) -> None:
     if window is not None and window < 1:
         raise SpecError(f"window must be at least 1 token, not {window}; leave it out for none")
+    _require(window is None or window <= LARGEST_SIZE, f"window must be at most {LARGEST_SIZE}")
 
 
 # --- positions ------------------------------------------------------------------------------
@@ -46,6 +51,9 @@ class LinearScaling:
     factor: float
     kind: Literal["linear"] = "linear"
 
+    def __post_init__(self) -> None:
+        _require(self.factor > 0, "rope scaling factor must be positive")
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Llama3Scaling:
@@ -56,6 +64,17 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_position_embeddings: int
     kind: Literal["llama3"] = "llama3"
+
+    def __post_init__(self) -> None:
+        _require(self.factor > 0, "rope scaling factor must be positive")
+        _require(
+            0 < self.low_freq_factor < self.high_freq_factor,
+            "rope scaling needs 0 < low_freq_factor < high_freq_factor",
+        )
+        _require(
+            0 < self.original_max_position_embeddings <= LARGEST_SIZE,
+            f"original_max_position_embeddings must be from 1 to {LARGEST_SIZE}",
+        )
 
 
 RopeScaling = Annotated[LinearScaling | Llama3Scaling, Field(discriminator="kind")]
@@ -138,6 +157,7 @@ class FeatureMap:
 
     def __post_init__(self) -> None:
         _require(self.size > 0, "feature map size must be positive")
+        _require(self.size <= LARGEST_SIZE, f"feature map size must be at most {LARGEST_SIZE}")
 
     @property
     def output_size(self) -> int:
@@ -331,6 +351,10 @@ class Provenance:
     calibration_tokens: int = 0
     replaced_mixers: tuple[SoftmaxAttention, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("trained_tokens", "calibration_tokens"):
+            _require(0 <= getattr(self, name) < 2**63, f"{name} is no number of tokens")
+
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelSpec:
@@ -384,6 +408,7 @@ class ModelSpec:
             "num_key_value_heads", "head_dim", "value_head_dim", "max_position_embeddings",
         ):  # fmt: skip
             _require(getattr(self, name) > 0, f"{name} must be positive")
+            _require(getattr(self, name) <= LARGEST_SIZE, f"{name} must be at most {LARGEST_SIZE}")
         for name in (
             "embedding_scale", "residual_scale", "attention_scale", "attention_softcap",
             "logits_divisor", "logits_softcap",
@@ -391,6 +416,9 @@ class ModelSpec:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive")
         _require(len(self.layers) > 0, "a model needs at least one layer")
+        _require(len(self.layers) <= MOST_LAYERS, f"a model has at most {MOST_LAYERS} layers")
+        for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_id):
+            _require(token is None or 0 <= token <= LARGEST_SIZE, f"{token} is no token id")
         replaced = len(self.provenance.replaced_mixers)
         _require(replaced in (0, len(self.layers)), "replaced_mixers must be one for each layer")
         if self.num_attention_heads % self.num_key_value_heads:

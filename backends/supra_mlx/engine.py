@@ -91,4 +91,8 @@ class MLXEngine:
             raise FormatError(
                 f"the state has no array {error.args[0]!r}: it is another model's"
             ) from None
+        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise FormatError(
+                f"the state does not fit the model ({error}): it is another model's"
+            ) from None
         return state

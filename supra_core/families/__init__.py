@@ -9,7 +9,7 @@ from its names to the canonical ones; one that stores them otherwise has ``to_ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from supra_core.errors import SpecError
@@ -90,7 +90,7 @@ _WITH_IMAGES = {"gemma3": gemma3.MODEL_TYPE}
 def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     """The spec of a Hugging Face config; ``where`` names its file in errors."""
     model_type = config.get("model_type")
-    if model_type in _WITH_IMAGES:
+    if isinstance(model_type, str) and model_type in _WITH_IMAGES:
         raise SpecError(
             f"{where}: field model_type is {model_type!r}, a model of texts and images, of which "
             f"only the text model is supported: save that by itself, as {_WITH_IMAGES[model_type]}"
@@ -105,8 +105,18 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 
 def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
-    """A Hugging Face config for a plain transformer, of the family it came from if possible."""
-    return family_of(spec).to_config(spec)
+    """A Hugging Face config for a plain transformer, of the family it came from if possible.
+
+    :class:`SpecError` if it would be read as another model.
+    """
+    family = family_of(spec)
+    config = family.to_config(spec)
+    again = family.to_spec(config, f"the {family.model_type} config")
+    if replace(again, provenance=spec.provenance) != spec:
+        raise SpecError(
+            f"the model differs from what {family.model_type} can state: write it as supra instead"
+        )
+    return config
 
 
 def family_of(spec: ModelSpec) -> Family:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from supra_core.errors import SpecError
 from supra_core.families.features import later_features
-from supra_core.families.fields import Fields
+from supra_core.families.fields import Fields, layer_count
 from supra_core.spec import (
     LayerSpec,
     LinearScaling,
@@ -85,7 +85,7 @@ def spec_from_fields(
 
 def uniform_mixers(fields: Fields, window: int | None) -> list[SoftmaxAttention]:
     """Every layer the same."""
-    return [SoftmaxAttention(window)] * fields.integer("num_hidden_layers")
+    return [SoftmaxAttention(window)] * layer_count(fields, "num_hidden_layers")
 
 
 def config_from_spec(

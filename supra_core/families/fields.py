@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from supra_core.errors import SpecError
+from supra_core.spec import MOST_LAYERS
+
+# The largest whole number a field may hold, which no size, count or token id reaches.
+LARGEST = 2**31 - 1
 
 
 class Fields:
@@ -28,6 +33,8 @@ class Fields:
         value = self._stated(names, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.error(f"field {self._name(names)} must be a positive integer, not {value!r}")
+        if value > LARGEST:
+            raise self.error(f"field {self._name(names)} must be at most {LARGEST}")
         return value
 
     def whole(self, name: str, *, default: int) -> int:
@@ -35,6 +42,8 @@ class Fields:
         value = self._stated((name,), default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self.error(f"field {name} must be an integer of at least 0, not {value!r}")
+        if value > LARGEST:
+            raise self.error(f"field {name} must be at most {LARGEST}")
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:
@@ -42,6 +51,9 @@ class Fields:
         value = self._stated(names, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self.error(f"field {self._name(names)} must be a positive number, not {value!r}")
+        # An integer may be too large for a float, and JSON's 1e999 is infinite.
+        if value > 1e300 or not math.isfinite(value):
+            raise self.error(f"field {self._name(names)} must be a finite number")
         return float(value)
 
     def flag(self, *names: str, default: bool | None = None) -> bool:
@@ -71,6 +83,8 @@ class Fields:
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in listed):
             raise self.error(f"field {name} must be a token id or a list of them, not {value!r}")
+        if len(listed) > 1000 or any(entry > LARGEST for entry in listed):
+            raise self.error(f"field {name} must hold at most 1000 ids of at most {LARGEST}")
         return tuple(entry for entry in listed if entry >= 0)
 
     def _stated(self, names: tuple[str, ...], default: Any) -> Any:
@@ -83,3 +97,11 @@ class Fields:
 
     def _name(self, names: tuple[str, ...]) -> str:
         return next((name for name in names if self.values.get(name) is not None), names[0])
+
+
+def layer_count(fields: Fields, name: str) -> int:
+    """The number of layers that ``name`` states, before a list of that length is made."""
+    count = fields.integer(name)
+    if count > MOST_LAYERS:
+        raise fields.error(f"field {name} must be at most {MOST_LAYERS}, not {count}")
+    return count

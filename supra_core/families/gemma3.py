@@ -82,6 +82,8 @@ def _ropes(fields: Fields) -> tuple[RotaryEmbedding, RotaryEmbedding]:
         return rotary(fields, _BASE, partial=False), RotaryEmbedding(local_base)
     if not isinstance(stated, dict) or not set(stated) <= {FULL, SLIDING}:
         raise fields.error(f"field rope_parameters must have {FULL} and {SLIDING}, not {stated!r}")
+    if not all(isinstance(entry, dict | None) for entry in stated.values()):
+        raise fields.error(f"field rope_parameters must hold objects, not {stated!r}")
     where = f"{fields.where}: field rope_parameters"
     full, sliding = (Fields(stated.get(kind) or {}, where) for kind in (FULL, SLIDING))
     return rotary_of(full, base, partial=False), rotary_of(sliding, local_base, partial=False)

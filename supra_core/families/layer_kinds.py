@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.fields import Fields
+from supra_core.families.fields import Fields, layer_count
 from supra_core.spec import ModelSpec, SoftmaxAttention
 
 # What transformers assumes where a config says nothing.
@@ -17,11 +17,15 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 def sliding_layers(fields: Fields, by_default: Callable[[int], bool]) -> tuple[bool, ...]:
     """Which layers slide, as ``layer_types`` states or else ``by_default`` says of each index."""
-    layers = fields.integer("num_hidden_layers")
+    layers = layer_count(fields, "num_hidden_layers")
     stated = fields.values.get("layer_types")
     if stated is None:
         return tuple(by_default(index) for index in range(layers))
-    if not isinstance(stated, list) or len(stated) != layers or not set(stated) <= {FULL, SLIDING}:
+    if (
+        not isinstance(stated, list)
+        or len(stated) != layers
+        or any(kind not in (FULL, SLIDING) for kind in stated)
+    ):
         raise fields.error(
             f"field layer_types must name {layers} layers, each {FULL} or {SLIDING}, not {stated!r}"
         )

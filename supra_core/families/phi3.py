@@ -54,7 +54,7 @@ def to_canonical(spec: ModelSpec, tensors: TensorSource) -> dict[str, LazyTensor
     for name, tensor in tensors.items():
         layer, module, kind = split_name(name)
         rows = _rows(spec).get(module)
-        if rows is None or tensor.shape[0] != sum(rows.values()):
+        if rows is None or tensor.shape[:1] != (sum(rows.values()),):
             # What has another shape is listed under its own name when names are checked.
             canonical[name] = tensor
             continue

@@ -6,7 +6,7 @@ from typing import Any
 
 from supra_core.families.common import config_from_spec, refuse_mlp_bias, spec_from_fields
 from supra_core.families.features import NO_ROPE_LAYERS
-from supra_core.families.fields import Fields
+from supra_core.families.fields import Fields, layer_count
 from supra_core.families.layer_kinds import (
     common_window,
     layer_types,
@@ -44,7 +44,7 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 def _rotated_layers(fields: Fields) -> tuple[bool, ...]:
     """Which layers have a rope: ``no_rope_layers`` says 1 where they have."""
-    layers = fields.integer("num_hidden_layers")
+    layers = layer_count(fields, "num_hidden_layers")
     stated = fields.values.get("no_rope_layers")
     if stated is None:
         every = fields.integer("no_rope_layer_interval", default=4)

@@ -5,7 +5,6 @@ Which part of a tensor a file holds stands in the file's metadata, under ``DCP_S
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import numpy as np
 
 from supra_core.errors import FormatError
 from supra_core.formats import safetensors
+from supra_core.formats.inside import files_in
+from supra_core.formats.jsonfile import parse
 from supra_core.tensors import Array, LazyTensor
 
 _PATTERN = "shard-*.safetensors"
@@ -45,7 +46,7 @@ def read_folder(folder: Path) -> dict[str, LazyTensor]:
     Raises FormatError when a file is damaged, or the parts of a tensor leave a gap or overlap.
     """
     parts: dict[str, list[_Part]] = {}
-    for file in sorted(folder.glob(_PATTERN)):
+    for file in files_in(folder, _PATTERN):
         for name, part in _parts(file):
             parts.setdefault(name, []).append(part)
     return {name: _joined(folder, name, found) for name, found in parts.items()}
@@ -55,7 +56,9 @@ def _parts(file: Path) -> Iterator[tuple[str, _Part]]:
     tensors = safetensors.read_file(file)
     stated = safetensors.metadata(file).get(_SHARDING)
     try:
-        offsets: dict[str, Any] = {} if stated is None else json.loads(stated)
+        offsets: dict[str, Any] = {} if stated is None else parse(stated)
+        if not isinstance(offsets, dict):
+            raise ValueError("a tensor")
         for name, tensor in tensors.items():
             begin = offsets[name][_OFFSETS] if offsets else [0] * len(tensor.shape)
             if len(begin) != len(tensor.shape) or any(not _is_size(x) for x in begin):
@@ -73,12 +76,15 @@ def _is_size(x: object) -> bool:
 
 
 def _joined(folder: Path, name: str, parts: list[_Part]) -> LazyTensor:
-    shape = tuple(max(sizes) for sizes in zip(*(part.end for part in parts), strict=True))
+    # A part of another rank is no part; its extents would be compared with none.
+    ranks = {len(part.offsets) for part in parts}
+    ends = (part.end for part in parts) if len(ranks) == 1 else ()
+    shape = tuple(max(sizes) for sizes in zip(*ends, strict=True))
     dtypes = {part.tensor.dtype for part in parts}
     parts = sorted(parts, key=lambda part: part.offsets)
     # Boxes that do not overlap and have the whole's volume leave no gap.
     volume = sum(math.prod(part.tensor.shape) for part in parts)
-    if len(dtypes) > 1 or volume != math.prod(shape) or _overlap(parts):
+    if len(ranks) > 1 or len(dtypes) > 1 or volume != math.prod(shape) or _overlap(parts):
         raise FormatError(
             f"{folder}: the parts of {name} do not make one tensor: a file is missing or belongs "
             "to another checkpoint"

@@ -16,6 +16,8 @@ import numpy as np
 
 from supra_core import families
 from supra_core.errors import FormatError, SpecError
+from supra_core.families.fields import Fields
+from supra_core.formats.gguf_header import Stored, read_header
 from supra_core.formats.gguf_tokenizer import tokenizer_assets
 from supra_core.formats.mapping import mapped, read_range
 from supra_core.layout import check_tensors
@@ -64,20 +66,10 @@ class GgufModel:
     assets: Callable[[], dict[str, bytes]] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where one tensor lies in the file; ``shape`` is row-major."""
-
-    kind: Any
-    shape: tuple[int, ...]
-    offset: int
-    byte_shape: tuple[int, ...]
-
-
 def read(path: str | Path) -> GgufModel:
     """The model in ``path``; :class:`FormatError` if it is damaged or of an unknown kind."""
     path = Path(path)
-    metadata, stored = _parse(path)
+    metadata, stored = read_header(path)
     config = _config(path, metadata, stored)
     spec = families.config_to_spec(config, str(path))
     tensors: dict[str, LazyTensor] = {}
@@ -88,47 +80,29 @@ def read(path: str | Path) -> GgufModel:
     return GgufModel(spec, tensors, partial(tokenizer_assets, path, metadata, spec))
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
-    if not path.is_file():
-        raise FormatError(f"{path} does not exist: check the path")
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        metadata = {name: entry.contents() for name, entry in reader.fields.items()}
-        stored = {
-            tensor.name: _Stored(
-                tensor.tensor_type,
-                tuple(int(extent) for extent in reversed(tensor.shape)),
-                int(tensor.data_offset),
-                tuple(int(extent) for extent in tensor.data.shape),
-            )
-            for tensor in reader.tensors
-        }
-    except Exception as error:  # The library raises whatever a damaged header runs into.
-        raise FormatError(
-            f"{path}: truncated or damaged GGUF file ({error}): get the file again"
-        ) from None
-    return metadata, stored
-
-
 # --- config ---------------------------------------------------------------------------------
 
 
-def _config(path: Path, metadata: dict[str, Any], stored: dict[str, _Stored]) -> dict[str, Any]:
+def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
     """The Hugging Face config the metadata amounts to."""
     _refuse_unsupported(path, metadata)
     architecture = metadata["general.architecture"]
 
     def stated(key: str, default: Any = None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
-        if isinstance(value, list) and value and len(set(value)) == 1:
-            return value[0]
+        # One value a layer, where some files state one for all.
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]
+        if not (value is default or isinstance(value, int | float | str)):
+            raise FormatError(
+                f"{path}: {architecture}.{key} holds different values for the layers, which is "
+                "not supported: use another model"
+            )
         return _shortest(value) if isinstance(value, float) else value
 
     embedding = stored.get("token_embd.weight")
     heads, hidden = stated("attention.head_count"), stated("embedding_length")
-    whole = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
+    whole = type(hidden) is int and type(heads) is int and heads > 0
     head_dim = stated("attention.key_length", hidden // heads if whole else None)
     for key in ("attention.value_length", "rope.dimension_count"):
         if stated(key, head_dim) != head_dim:
@@ -155,7 +129,7 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, _Stored]) ->
         "num_attention_heads": heads,
         "num_key_value_heads": stated("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "vocab_size": embedding.shape[0] if embedding else stated("vocab_size"),
+        "vocab_size": embedding.shape[0] if embedding and embedding.shape else stated("vocab_size"),
         "rms_norm_eps": stated("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": stated("context_length"),
         "rope_theta": base,
@@ -176,9 +150,9 @@ def _refuse_unsupported(path: Path, metadata: dict[str, Any]) -> None:
             f"{', '.join(_ARCHITECTURES)} (llama is Mistral's too) are read: convert from the "
             "Hugging Face folder instead"
         )
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise FormatError(f"{path} is one part of a split model: merge it with gguf-split first")
-    if metadata.get(f"{architecture}.expert_count", 0):
+    if metadata.get(f"{architecture}.expert_count", 0) != 0:
         raise SpecError(f"{path} is a mixture of experts, which is not supported")
 
 
@@ -189,21 +163,26 @@ def _shortest(value: float) -> float:
 
 def _stop_tokens(metadata: dict[str, Any]) -> list[int]:
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
+    found = [metadata[key] for key in keys if key in metadata]
+    return [token for index, token in enumerate(found) if token not in found[:index]]
 
 
 def _rope_scaling(
-    path: Path, stated: Callable[..., Any], stored: dict[str, _Stored], base: float, head_dim: int
+    path: Path, stated: Callable[..., Any], stored: dict[str, Stored], base: Any, head_dim: Any
 ) -> dict[str, Any] | None:
     kind = stated("rope.scaling.type", "none")
     factor = stated("rope.scaling.factor", stated("rope.scale_linear", 1.0))
     if _ROPE_FACTORS in stored:
+        fields = Fields(
+            {"base": base, "original": stated("rope.scaling.original_context_length")},
+            f"{path}: rope",
+        )
         return _llama3_scaling(
             path,
             stored[_ROPE_FACTORS],
-            RotaryEmbedding(base=base),
+            RotaryEmbedding(base=fields.number("base")),
             head_dim,
-            stated("rope.scaling.original_context_length", _LLAMA3_ORIGINAL),
+            fields.integer("original", default=_LLAMA3_ORIGINAL),
         )
     if kind == "linear" or (kind == "none" and factor not in (0.0, 1.0)):
         return {"rope_type": "linear", "factor": factor}
@@ -213,12 +192,19 @@ def _rope_scaling(
 
 
 def _llama3_scaling(
-    path: Path, entry: _Stored, rope: RotaryEmbedding, head_dim: int, original: int
+    path: Path, entry: Stored, rope: RotaryEmbedding, head_dim: Any, original: int
 ) -> dict[str, Any] | None:
     """Llama 3's scaling, recovered from the divisors of the frequencies it amounts to."""
+    if type(head_dim) is not int or entry.shape != (head_dim // 2,) or entry.kind.name != "F32":
+        raise FormatError(
+            f"{path}: {_ROPE_FACTORS} is no float32 for each pair of a head's channels: get the "
+            "file again"
+        )
     divisors = read_range(path, entry.offset, entry.shape, np.dtype(np.float32)).astype(np.float64)
     if (divisors == 1).all():
         return None
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise FormatError(f"{path}: {_ROPE_FACTORS} holds numbers that divide nothing: refused")
     scaling = Llama3Scaling(_shortest(divisors.max()), _LLAMA3_LOW, _LLAMA3_HIGH, original)
     scaled = inverse_frequencies(RotaryEmbedding(base=rope.base, scaling=scaling), head_dim)
     expected = inverse_frequencies(rope, head_dim) / scaled
@@ -250,7 +236,7 @@ def _canonical_name(name: str) -> str:
 
 
 def _tensor(
-    path: Path, name: str, entry: _Stored, spec: ModelSpec, metadata: dict[str, Any]
+    path: Path, name: str, entry: Stored, spec: ModelSpec, metadata: dict[str, Any]
 ) -> LazyTensor:
     tensor = _numbers(path, name, entry)
     if metadata["general.architecture"] != _LLAMA:
@@ -264,7 +250,7 @@ def _tensor(
     return tensor
 
 
-def _numbers(path: Path, name: str, entry: _Stored) -> LazyTensor:
+def _numbers(path: Path, name: str, entry: Stored) -> LazyTensor:
     kind = entry.kind.name
     if kind in _PLAIN:
         return mapped(path, entry.offset, entry.shape, _PLAIN[kind])

@@ -41,6 +41,7 @@ def tokenizer_assets(path: Path, metadata: dict[str, Any], spec: ModelSpec) -> d
     """
     assets = {"generation_config.json": _generation_config(spec)}
     if "tokenizer.ggml.tokens" in metadata:
+        _check(path, metadata)
         assets |= _tokenizer_files(path, metadata)
     return assets
 
@@ -75,12 +76,47 @@ def _tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, bytes]:
             metadata["general.architecture"], described
         )
         options = {**_options(metadata, described), **extra}
-    except (ValueError, KeyError, IndexError) as error:
+        return _saved(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options))
+    # The libraries raise whatever a stranger's lists run into, bare Exception among it.
+    except Exception as error:
         raise FormatError(
             f"{path}: its tokenizer cannot be converted ({error}): convert from the Hugging Face "
             "folder instead"
         ) from None
-    return _saved(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options))
+
+
+def _check(path: Path, metadata: dict[str, Any]) -> None:
+    """The types of what the converter takes: it checks none, and prints some to the terminal."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    count = len(tokens) if isinstance(tokens, list) else 0
+    lists: dict[str, tuple[type | tuple[type, ...], int | None]] = {
+        "ggml.tokens": (str, count),
+        "ggml.merges": (str, None),
+        "ggml.scores": ((int, float), count),
+        "ggml.token_type": (int, count),
+    }
+    for key, (kind, length) in lists.items():
+        value = metadata.get(f"tokenizer.{key}")
+        if value is not None and not (
+            isinstance(value, list)
+            and all(isinstance(entry, kind) for entry in value)
+            and length in (None, len(value))
+        ):
+            raise _wrong(path, key, f"must be a list of the vocabulary's {count} entries")
+    for key in ("ggml.model", "ggml.pre", "chat_template"):
+        if not isinstance(metadata.get(f"tokenizer.{key}", ""), str):
+            raise _wrong(path, key, "must be a string")
+    for name in _SPECIAL_TOKENS.values():
+        token = metadata.get(f"tokenizer.ggml.{name}", 0)
+        if type(token) is not int or not 0 <= token < max(count, 1):
+            raise _wrong(path, f"ggml.{name}", f"is no id among {count} tokens")
+    for name in ("ggml.add_bos_token", "ggml.add_eos_token", "ggml.add_space_prefix"):
+        if not isinstance(metadata.get(f"tokenizer.{name}", False), bool):
+            raise _wrong(path, name, "must be true or false")
+
+
+def _wrong(path: Path, key: str, problem: str) -> FormatError:
+    return FormatError(f"{path}: tokenizer.{key} {problem}: get the file again")
 
 
 def _options(metadata: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:

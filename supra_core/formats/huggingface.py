@@ -8,7 +8,7 @@ from typing import Any
 
 from supra_core import families
 from supra_core.errors import FormatError
-from supra_core.formats import safetensors, torch_pickle
+from supra_core.formats import checksums, safetensors, torch_pickle
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
@@ -53,8 +53,9 @@ def write(
     stored = {name: converted(name, tensor, target) for name, tensor in tensors.items()}
     with atomic_folder(out, force, holds="config.json") as folder:
         write_object(folder / "config.json", {**config, "torch_dtype": dtype})
-        safetensors.write_folder(folder, stored, progress=progress)
+        digests = safetensors.write_folder(folder, stored, progress=progress)
         write_assets(folder, assets)
+        checksums.write(folder, digests)
 
 
 def _read_weights(folder: Path) -> dict[str, LazyTensor]:

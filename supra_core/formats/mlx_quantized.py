@@ -107,7 +107,8 @@ def _packing(config: Mapping[str, Any], module: str, where: str) -> Packing:
     stated = config.get(module, config)
     fields = stated if isinstance(stated, dict) else {}
     bits, group = fields.get("bits"), fields.get("group_size")
-    if bits not in _BITS or not isinstance(group, int) or group < 1:
+    # Exact types: true and 4.0 are equal to whole numbers.
+    if type(bits) is not int or bits not in _BITS or type(group) is not int or group < 1:
         raise FormatError(
             f"{where}: field quantization gives {module} {bits} bits in groups of {group}: known "
             f"are {', '.join(map(str, _BITS))} bits"
@@ -129,6 +130,7 @@ def _check(tensors: Mapping[str, LazyTensor], module: str, packing: Packing, whe
         and scales is not None
         and len(scales) == 2
         and shapes["biases"] == scales
+        and scales[1] * packing.group_size * packing.bits % _WORD == 0
         and shapes["weight"] == (scales[0], scales[1] * packing.group_size * packing.bits // _WORD)
     )
     if not fits:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError, SpecError, SupraError
-from supra_core.formats import safetensors, torch_pickle
+from supra_core.formats import checksums, safetensors, torch_pickle
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
+from supra_core.formats.inside import file_in, files_in, has_file
 from supra_core.formats.jsonfile import read_object, write_object
 from supra_core.formats.openlm_config import config_to_spec, is_config, spec_to_config
 from supra_core.formats.openlm_tensors import canonical_tensors, published_tensors
@@ -29,7 +30,7 @@ def read(path: Path, config: Path | None = None) -> tuple[ModelSpec, dict[str, L
     if config is not None:
         return _model(read_object(config), config, weights(), str(path))
     folder = path if path.is_dir() else path.parent
-    if (folder / "config.json").is_file():
+    if has_file(folder, "config.json"):
         beside = folder / "config.json"
         return _model(read_object(beside), beside, weights(), str(path))
     tensors = weights()
@@ -61,13 +62,14 @@ def write(
     }
     with atomic_folder(out, force, holds="config.json") as folder:
         write_object(folder / "config.json", {**config, "torch_dtype": dtype})
-        safetensors.write_folder(folder, stored, progress=progress)
+        digests = safetensors.write_folder(folder, stored, progress=progress)
         write_assets(folder, assets)
+        checksums.write(folder, digests)
 
 
 def config_files(folder: Path) -> list[Path]:
     """The files ``*config.json`` in ``folder`` that are OpenLM configs."""
-    return [path for path in sorted(folder.glob("*config.json")) if _is_config_file(path)]
+    return [path for path in files_in(folder, "*config.json") if _is_config_file(path)]
 
 
 def _model(
@@ -109,9 +111,9 @@ def _weights_in(folder: Path) -> Callable[[], dict[str, LazyTensor]]:
         return lambda: safetensors.read_folder(folder)
     if torch_pickle.holds_pickles(folder):
         return lambda: torch_pickle.read_folder(folder)
-    checkpoints = sorted(folder.glob("*.pt"))
-    if (folder / "checkpoint.pt").is_file():
-        checkpoints = [folder / "checkpoint.pt"]
+    checkpoints = list(files_in(folder, "*.pt"))
+    if has_file(folder, "checkpoint.pt"):
+        checkpoints = [file_in(folder, "checkpoint.pt")]
     if len(checkpoints) == 1:
         return lambda: torch_pickle.state_dict(checkpoints[0])
     raise FormatError(

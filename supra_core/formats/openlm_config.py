@@ -10,7 +10,7 @@ from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.features import later_features
-from supra_core.families.fields import Fields
+from supra_core.families.fields import Fields, layer_count
 from supra_core.spec import (
     Decay,
     FeatureMap,
@@ -77,7 +77,7 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
             num_key_value_heads=key_value_heads,
             head_dim=hidden // heads if linear else size,
             value_head_dim=fields.integer("v_head_dim", default=hidden // heads),
-            layers=(LayerSpec(mixer),) * fields.integer("n_layers"),
+            layers=(LayerSpec(mixer),) * layer_count(fields, "n_layers"),
             norm=Norm(_NORMS[norm], fields.number("norm_eps", default=1e-5)),  # type: ignore[arg-type]
             rope=_rotary(fields),
             tie_word_embeddings=fields.flag("weight_tying", default=False),

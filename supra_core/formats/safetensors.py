@@ -1,7 +1,14 @@
-"""Safetensors files and folders, read as memory maps and written tensor by tensor."""
+"""Safetensors files and folders, read as memory maps and written tensor by tensor.
+
+The header is checked here, wholly and before anything is allocated: its length, its depth, names
+that stand twice, types, products of extents, and that the tensors fill the file without gap or
+overlap. Tensors that do not begin at a multiple of their type's size, as old files have them, are
+copied when they are read.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +17,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from supra_core.errors import FormatError
 from supra_core.formats.atomic import flush_to_disk
-from supra_core.formats.jsonfile import read_object
+from supra_core.formats.inside import file_in, has_file, plain_name
+from supra_core.formats.jsonfile import INDEX_BYTES, parse, read_object, unique
 from supra_core.formats.mapping import mapped
 from supra_core.tensors import LazyTensor, TensorSource
 
@@ -23,6 +30,14 @@ INDEX = "model.safetensors.index.json"
 
 # Bytes a file may hold before a folder is sharded, as the hub and transformers have it.
 SHARD_BYTES = 5_000_000_000
+
+# Bytes of a header, the format's own limit; it is JSON of three levels.
+HEADER_BYTES = 100_000_000
+_HEADER_DEPTH = 3
+# Of one tensor: characters of its name, number of extents, numbers it may claim to hold.
+NAME_LENGTH = 1024
+RANK = 32
+_LARGEST = 2**63 - 1
 
 # Called after each tensor with the bytes written so far and the bytes in all.
 Progress = Callable[[int, int], None]
@@ -48,44 +63,31 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 def read_file(path: str | Path) -> dict[str, LazyTensor]:
     """Every tensor of one file; :class:`FormatError` if it is truncated or damaged."""
     path = Path(path)
-    try:
-        # The library checks the header against the file: bounds, overlaps, sizes.
-        with safe_open(path, "np"):
-            pass
-    except FileNotFoundError:
-        raise FormatError(f"{path} does not exist: check the path") from None
-    except (SafetensorError, OSError) as error:
-        raise FormatError(
-            f"{path}: truncated or damaged safetensors file ({error}): get the file again"
-        ) from None
-    start, header = _header(path)
-    size = path.stat().st_size
+    start, places, _ = _checked(path)
     return {
-        name: _entry(path, name, entry, start, size)
-        for name, entry in header.items()
-        if name != "__metadata__"
+        name: mapped(path, start + begin, shape, dtype)
+        for name, (begin, _, shape, dtype) in places.items()
     }
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a file states beside its tensors."""
-    stated = _header(path)[1].get("__metadata__", {})
-    return {str(key): str(value) for key, value in stated.items()}
+    """What a file states beside its tensors, all of which are checked."""
+    return _checked(path)[2]
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
     """The tensors of ``model.safetensors``, or of all shards its index lists."""
     folder = Path(folder)
-    if (folder / INDEX).is_file():
+    if has_file(folder, INDEX):
         return _read_sharded(folder)
-    if (folder / SINGLE).is_file():
+    if has_file(folder, SINGLE):
         return read_file(folder / SINGLE)
     raise FormatError(f"{folder} holds neither {SINGLE} nor {INDEX}: name a folder with weights")
 
 
 def holds_safetensors(folder: Path) -> bool:
     """Whether :func:`read_folder` would find something."""
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+    return has_file(folder, INDEX) or has_file(folder, SINGLE)
 
 
 def write_file(
@@ -93,10 +95,11 @@ def write_file(
     tensors: TensorSource,
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> str:
     """Write the tensors one after the other; memory holds about one of them at a time.
 
-    ``progress`` is called with the size in bytes of each tensor written.
+    ``progress`` is called with the size in bytes of each tensor written. Returns the file's
+    SHA-256, in hexadecimal.
     """
     ordered = _file_order(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -112,14 +115,21 @@ def write_file(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # Tensors begin at a multiple of eight bytes.
     path = Path(path)
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+
+        def put(content: bytes | memoryview) -> None:
+            file.write(content)
+            digest.update(content)
+
+        put(len(text).to_bytes(8, "little"))
+        put(text)
         for name, tensor in ordered:
-            file.write(_raw(name, tensor))
+            put(_raw(name, tensor))
             if progress is not None:
                 progress(_bytes(tensor))
     flush_to_disk(path)
+    return digest.hexdigest()
 
 
 def write_folder(
@@ -128,8 +138,11 @@ def write_folder(
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """``model.safetensors`` in ``folder``, or shards with an index above ``shard_bytes``."""
+) -> dict[str, str]:
+    """``model.safetensors`` in ``folder``, or shards with an index above ``shard_bytes``.
+
+    Returns the SHA-256 of each file of tensors by its name.
+    """
     total = sum(_bytes(tensor) for tensor in tensors.values())
     done = 0
 
@@ -141,28 +154,31 @@ def write_folder(
 
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:
-        write_file(folder / SINGLE, shards[0], metadata, advance)
-        return
+        return {SINGLE: write_file(folder / SINGLE, shards[0], metadata, advance)}
     weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard, metadata, advance)
+        digests[name] = write_file(folder / name, shard, metadata, advance)
         weight_map.update(dict.fromkeys(shard, name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return digests
 
 
 def shard_files(folder: Path, index_name: str) -> dict[str, list[str]]:
     """From an index, file name -> the tensors it must hold; names may not leave ``folder``."""
     index = folder / index_name
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_object(index, INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: field weight_map is missing or empty: get the file again")
     files: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+        if not plain_name(name):
             raise FormatError(f"{index}: {tensor} points outside its folder ('{name}'): refused")
         files.setdefault(name, []).append(tensor)
+    for name in files:
+        file_in(folder, name)
     return files
 
 
@@ -179,25 +195,91 @@ def _read_sharded(folder: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    return 8 + length, header
+Place = tuple[int, int, tuple[int, ...], np.dtype[np.generic]]
 
 
-def _entry(path: Path, name: str, entry: dict[str, Any], start: int, size: int) -> LazyTensor:
-    dtype = _TYPES.get(entry["dtype"])
+def _checked(path: Path) -> tuple[int, dict[str, Place], dict[str, str]]:
+    """Where the tensors begin, the place of each, and the metadata."""
+    start, size, header = _header(path)
+    stated = header.pop("__metadata__", {})
+    if not isinstance(stated, dict) or not all(isinstance(v, str) for v in stated.values()):
+        raise _damaged(path, "its metadata are not text")
+    places = {name: _place(path, name, entry) for name, entry in header.items()}
+    _check_filled(path, [(begin, end) for begin, end, _, _ in places.values()], size - start)
+    return start, places, stated
+
+
+def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
+    """Where the tensors begin, the file's size, and what stands before them."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise _damaged(path, f"a header of {length} bytes in a file of {size}")
+            if length > HEADER_BYTES:
+                raise _damaged(path, f"a header of more than {HEADER_BYTES:,} bytes")
+            content = file.read(length)
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist: check the path") from None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    try:
+        # The format has the header begin with its brace and end with spaces at most.
+        header = parse(content, depth=_HEADER_DEPTH, pairs=unique) if content[:1] == b"{" else None
+    except ValueError as error:
+        raise _damaged(path, f"its header: {error}") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    return 8 + length, size, header
+
+
+def _place(path: Path, name: str, entry: Any) -> Place:
+    """Begin and end of one tensor behind the header, its shape and its type."""
+    if len(name) > NAME_LENGTH:
+        raise _damaged(path, f"a tensor's name has more than {NAME_LENGTH} characters")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"{name} is described wrongly")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _sizes(shape, RANK) or not _sizes(offsets, 2) or len(offsets) != 2:
+        raise _damaged(path, f"{name} has extents or offsets that are none")
+    dtype = _TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise FormatError(
             f"{path}: {name} has type {entry['dtype']}, which is not supported: convert the "
             "weights to F32, F16 or BF16"
         )
-    shape = tuple(int(extent) for extent in entry["shape"])
-    begin, end = entry["data_offsets"]
-    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0 or start + end > size:
-        raise FormatError(f"{path}: {name} does not fit its place in the file: get the file again")
-    return mapped(path, start + begin, shape, dtype)
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise _damaged(path, f"{name} does not fit its place")
+    return begin, end, tuple(shape), dtype
+
+
+def _sizes(values: Any, most: int) -> bool:
+    """Whether this is a list of at most so many whole numbers that a file can hold."""
+    return (
+        isinstance(values, list)
+        and len(values) <= most
+        and all(type(value) is int and 0 <= value <= _LARGEST for value in values)
+    )
+
+
+def _check_filled(path: Path, ranges: list[tuple[int, int]], size: int) -> None:
+    """The ranges lie one behind the other, from the header to the file's end."""
+    reached = 0
+    for begin, end in sorted(ranges):
+        if begin != reached:
+            raise _damaged(path, "tensors overlap, or leave a gap")
+        reached = end
+    if reached != size:
+        raise _damaged(path, f"{size} bytes where its tensors take {reached}")
+
+
+def _damaged(path: Path, problem: object) -> FormatError:
+    return FormatError(
+        f"{path}: truncated or damaged safetensors file ({problem}): get the file again"
+    )
 
 
 def _file_order(tensors: TensorSource) -> list[tuple[str, LazyTensor]]:

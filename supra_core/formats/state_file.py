@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from supra_core.backend import StateArrays
 from supra_core.conversation import Message
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.atomic import atomic_file, check_new_file
+from supra_core.formats.jsonfile import parse
+from supra_core.formats.safetensors import metadata as read_metadata
 from supra_core.formats.safetensors import read_file, write_file
 from supra_core.tensors import LazyTensor
 
@@ -83,13 +84,19 @@ def read_state(path: str | Path) -> SavedState:
     stated = {field: metadata[field] for field in _FIELDS if field != "sha256"}
     if _digest(stated, arrays) != metadata["sha256"] or "tokens" not in arrays:
         raise FormatError(f"{path} is not as it was written: save the state again")
-    messages = json.loads(metadata["messages"])
+    tokens = arrays["tokens"]
+    if tokens.ndim != 1 or tokens.dtype != np.int64:
+        raise FormatError(f"{path}: tensor tokens is no list of token ids: save the state again")
+    try:
+        messages = parse(metadata["messages"])
+    except ValueError:
+        messages = None
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise FormatError(f"{path}: field messages is no transcript: save the state again")
     return SavedState(
         Owner(*(metadata[field] for field in ("model", "source", "backend", "dtype"))),
         tuple(messages),
-        tuple(arrays["tokens"].tolist()),
+        tuple(tokens.tolist()),
         {name.removeprefix(_PREFIX): a for name, a in arrays.items() if name != "tokens"},
     )
 
@@ -119,15 +126,14 @@ def is_state(path: Path) -> bool:
 def _metadata(path: Path) -> dict[str, str]:
     if os.path.isdir(path):
         raise FormatError(f"{path} is a folder: name a file that /save or supra state read wrote")
+    if not os.path.lexists(path):
+        raise FormatError(f"{path} does not exist: check the path")
     try:
-        with safe_open(path, "np") as file:
-            return file.metadata() or {}
-    except FileNotFoundError:
-        raise FormatError(f"{path} does not exist: check the path") from None
-    except (SafetensorError, OSError, ValueError) as error:
+        return read_metadata(path)
+    except FormatError as error:
         raise FormatError(
-            f"{path} is no saved state, or a truncated one ({error}): save the state again"
-        ) from None
+            f"{path} is no saved state, or a truncated one: save the state again"
+        ) from error
 
 
 def _is_message(value: object) -> bool:

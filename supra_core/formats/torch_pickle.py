@@ -1,17 +1,15 @@
 """PyTorch checkpoints (``.pt``, ``.bin``) read without torch and without running their code.
 
 A checkpoint is a zip archive: ``data.pkl`` describes the structure, ``data/N`` hold the numbers,
-stored uncompressed. The unpickler here knows the few globals that rebuild tensors and plain
-containers, all of them replaced by functions of this module; any other global is refused before
-it is looked up, so a hostile pickle does nothing but raise :class:`FormatError`.
+stored uncompressed. The few globals that rebuild tensors and plain containers are functions of
+this module; any other is refused before it is looked up, so a hostile pickle does nothing but
+raise :class:`FormatError` (see :mod:`supra_core.formats.pickle_machine`).
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import zipfile
-from collections import OrderedDict
+import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,23 @@ import ml_dtypes
 import numpy as np
 
 from supra_core.errors import FormatError
+from supra_core.formats import pickle_machine
+from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.mapping import read_range
-from supra_core.formats.safetensors import shard_files
+from supra_core.formats.pickle_machine import CodeError, Described, Function, short
+from supra_core.formats.safetensors import RANK, shard_files
+from supra_core.formats.zip_records import Record, read_records
 from supra_core.tensors import Array, LazyTensor
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 
-_LOCAL_HEADER = 30  # Bytes of a zip entry's local header before its name.
+# Bytes of data.pkl.
+PICKLE_BYTES = 64_000_000
+# A view may repeat numbers by strides of 0; more than these it holds only where they are stored.
+REPEATED = 2**20
+# Bytes that a file's tensors may amount to: tied ones share a storage, so more than the file has.
+SHARING, SHARING_BYTES = 4, 2**26
 
 _STORAGE_TYPES: dict[str, np.dtype[np.generic]] = {
     "DoubleStorage": np.dtype(np.float64),
@@ -56,13 +63,7 @@ def read_file(path: str | Path) -> Any:
     if not path.is_file():
         raise FormatError(f"{path} does not exist: check the path")
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _Archive(path, archive).load()
-    except zipfile.BadZipFile:
-        raise FormatError(
-            f"{path}: truncated, or not a checkpoint of PyTorch 1.6 or later: get the file again, "
-            "or save it again with a current PyTorch"
-        ) from None
+        return _Archive(path).load()
     except OSError as error:
         raise FormatError(f"{path} cannot be read ({error}): check the file") from None
 
@@ -74,17 +75,25 @@ def state_dict(path: str | Path) -> dict[str, LazyTensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not loaded:
         raise FormatError(f"{path} holds no state_dict: name a file with a model's weights")
+    total = 0
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, LazyTensor):
-            raise FormatError(f"{path}: entry '{name}' is not a tensor, so this is no state_dict")
+            raise FormatError(
+                f"{path}: entry '{short(name)}' is not a tensor, so this is no state_dict"
+            )
+        total += math.prod(value.shape) * value.dtype.itemsize
+    if total > SHARING * Path(path).stat().st_size + SHARING_BYTES:
+        raise FormatError(
+            f"{path}: its tensors amount to {total:,} bytes, many times the file: refused"
+        )
     return dict(loaded)
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
     """The weights of ``pytorch_model.bin``, or of all shards its index lists."""
     folder = Path(folder)
-    if not (folder / INDEX).is_file():
-        return state_dict(folder / SINGLE)
+    if not has_file(folder, INDEX):
+        return state_dict(file_in(folder, SINGLE))
     tensors: dict[str, LazyTensor] = {}
     for name, expected in shard_files(folder, INDEX).items():
         found = state_dict(folder / name)
@@ -97,7 +106,7 @@ def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
 
 def holds_pickles(folder: Path) -> bool:
     """Whether :func:`read_folder` would find something."""
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+    return has_file(folder, INDEX) or has_file(folder, SINGLE)
 
 
 @dataclass(frozen=True)
@@ -111,79 +120,80 @@ class _Storage:
 
 
 class _Archive:
-    """One checkpoint's zip, open while its structure is read."""
+    """One checkpoint's records, and the structure among them."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.archive = archive
-        self.entries = {info.filename: info for info in archive.infolist()}
-        pickles = [name for name in self.entries if name.split("/")[-1] == "data.pkl"]
+        self.records = read_records(path)
+        pickles = [name for name in self.records if name.split("/")[-1] == "data.pkl"]
         if len(pickles) != 1:
             raise FormatError(f"{path}: not a PyTorch checkpoint (no single data.pkl inside)")
         self.prefix = pickles[0].removesuffix("data.pkl")
 
     def load(self) -> Any:
-        order = self.entries.get(self.prefix + "byteorder")
-        if order is not None and self.archive.read(order) != b"little":
+        order = self.records.get(self.prefix + "byteorder")
+        if order is not None and self._content("byteorder", order) != b"little":
             raise FormatError(f"{self.path}: big-endian checkpoint, which is not supported")
-        stream = io.BytesIO(self.archive.read(self.prefix + "data.pkl"))
+        content = self._content("data.pkl", self.records[self.prefix + "data.pkl"])
         try:
-            return _Unpickler(stream, self).load()
+            return pickle_machine.load(content, _Globals(self.path), self.storage)
         except FormatError:
             raise
+        except CodeError as error:
+            raise FormatError(
+                f"{self.path}: refused, because its pickle would run code ({error}): get the "
+                "weights as safetensors, or save the bare state_dict"
+            ) from None
         except Exception as error:  # A damaged pickle raises whatever its opcodes run into.
             raise FormatError(
                 f"{self.path}: its pickle is damaged ({error}): get the file again"
             ) from None
 
-    def storage(self, kind: object, key: object, count: object) -> _Storage:
-        info = self.entries.get(f"{self.prefix}data/{key}")
+    def storage(self, pid: Any) -> _Storage:
+        """What a persistent id means: ("storage", type, key, device, count)."""
+        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
+            raise FormatError(f"{self.path}: unknown reference in its pickle: get the file again")
+        _, kind, key, _device, count = pid
+        record = self.records.get(f"{self.prefix}data/{key}") if isinstance(key, str) else None
         dtype = _STORAGE_TYPES.get(kind) if isinstance(kind, str) else None
-        if info is None or dtype is None or not isinstance(count, int):
-            raise FormatError(f"{self.path}: storage '{key}' is missing: get the file again")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise FormatError(f"{self.path}: compressed storages are not supported: save it again")
-        if count < 0 or count * dtype.itemsize > info.file_size:
+        if record is None or dtype is None or type(count) is not int:
+            raise FormatError(f"{self.path}: storage '{short(key)}' is missing: get the file again")
+        if count < 0 or count * dtype.itemsize > record.size:
             raise FormatError(f"{self.path}: storage '{key}' is too short: get the file again")
-        return _Storage(self.path, self._data_offset(info), count, dtype)
+        return _Storage(self.path, record.offset, count, dtype)
 
-    def _data_offset(self, info: zipfile.ZipInfo) -> int:
+    def _content(self, name: str, record: Record) -> bytes:
+        if record.size > PICKLE_BYTES:
+            raise FormatError(f"{self.path}: {name} has more than {PICKLE_BYTES:,} bytes: refused")
         with self.path.open("rb") as file:
-            file.seek(info.header_offset)
-            header = file.read(_LOCAL_HEADER)
-        if header[:4] != b"PK\x03\x04":
-            raise FormatError(f"{self.path}: damaged zip entry {info.filename}: get it again")
-        name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        offset = info.header_offset + _LOCAL_HEADER + name + extra
-        if offset + info.file_size > self.path.stat().st_size:
-            raise FormatError(f"{self.path}: truncated at {info.filename}: get the file again")
-        return offset
+            file.seek(record.offset)
+            content = file.read(record.size)
+        if len(content) != record.size or zlib.crc32(content) != record.crc:
+            raise FormatError(f"{self.path}: {name} is damaged: get the file again")
+        return content
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves a pickle's globals to functions of this module, and nothing else."""
+class _NumberType(Described):
+    """A numpy type of plain numbers, by its code."""
 
-    def __init__(self, stream: io.BytesIO, archive: _Archive) -> None:
-        super().__init__(stream)
-        self._archive = archive
-        # New functions for each file: a pickle that sets attributes on them changes nothing else.
-        self._globals = _allowed_globals(archive.path)
+    def __init__(self, code: str) -> None:
+        self.code = code
 
-    def find_class(self, module: str, name: str) -> Any:
+    def build(self, state: Any) -> None:
+        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|", "="):
+            raise ValueError("a big-endian number")
+
+
+class _Globals:
+    """What a pickle's globals mean: types' names, and functions of this module."""
+
+    def __init__(self, path: Path) -> None:
+        self._functions = {name: Function(call) for name, call in _allowed_globals(path).items()}
+
+    def __call__(self, module: str, name: str) -> Any:
         if module == "torch" and (name in _STORAGE_TYPES or name in _DTYPE_NAMES):
             return name
-        if (module, name) in self._globals:
-            return self._globals[module, name]
-        raise FormatError(
-            f"{self._archive.path}: refused, because its pickle would run code ({module}.{name}): "
-            "get the weights as safetensors, or save the bare state_dict"
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise FormatError(f"{self._archive.path}: unknown reference in its pickle: {pid!r}")
-        _, kind, key, _device, count = pid
-        return self._archive.storage(kind, key, count)
+        return self._functions.get((module, name))
 
 
 def _allowed_globals(path: Path) -> dict[tuple[str, str], Callable[..., Any]]:
@@ -196,29 +206,38 @@ def _allowed_globals(path: Path) -> dict[tuple[str, str], Callable[..., Any]]:
         return data
 
     def size(extents: Any = ()) -> tuple[Any, ...]:
+        if not isinstance(extents, tuple | list):
+            raise ValueError("a size of no extents")
         return tuple(extents)
 
     def device(kind: Any, index: Any = None) -> str:
-        return str(kind) if index is None else f"{kind}:{index}"
+        return short(kind) if index is None else f"{short(kind)}:{short(index)}"
 
     def encode(text: Any, encoding: Any = "latin1") -> bytes:
-        if not isinstance(text, str) or encoding != "latin1":
+        if not isinstance(text, str) or not isinstance(encoding, str) or encoding != "latin1":
             raise FormatError(f"{path}: unknown bytes in its pickle: save the bare state_dict")
         return text.encode("latin1")
 
-    def number_type(name: Any, *_flags: Any) -> np.dtype[np.generic]:
+    def number_type(name: Any, *_flags: Any) -> _NumberType:
         # Plain numbers only: numpy's other types can be given a state that reads as pointers.
-        if name not in _NUMBER_TYPES:
-            raise FormatError(f"{path}: refused, because its pickle holds numpy type '{name}'")
-        return np.dtype(str(name))
+        if not isinstance(name, str) or name not in _NUMBER_TYPES:
+            raise FormatError(
+                f"{path}: refused, because its pickle holds numpy type '{short(name)}'"
+            )
+        return _NumberType(name)
 
     def number(kind: Any, raw: Any = b"") -> Any:
-        return np.frombuffer(raw, kind, 1)[0].item()
+        if not isinstance(kind, _NumberType) or not isinstance(raw, bytes):
+            raise ValueError("a number of no type")
+        dtype = np.dtype(kind.code).newbyteorder("<")
+        if len(raw) != dtype.itemsize:
+            raise ValueError("a number of another size than its type")
+        return np.frombuffer(raw, dtype)[0].item()
 
     return {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("builtins", "set"): set,
-        ("__builtin__", "set"): set,
+        ("collections", "OrderedDict"): pickle_machine.ordered_dict,
+        ("builtins", "set"): pickle_machine.set_of,
+        ("__builtin__", "set"): pickle_machine.set_of,
         ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
         ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
@@ -235,18 +254,25 @@ def _allowed_globals(path: Path) -> dict[tuple[str, str], Callable[..., Any]]:
 
 def _strided(path: Path, storage: Any, offset: Any, shape: Any, strides: Any) -> LazyTensor:
     """The view of ``storage`` that starts ``offset`` elements in; strides are in elements."""
+    wrong = FormatError(f"{path}: a tensor is described wrongly in its pickle: get it again")
+    if not all(
+        isinstance(sizes, tuple | list) and len(sizes) <= RANK for sizes in (shape, strides)
+    ):
+        raise wrong
     extents, steps = tuple(shape), tuple(strides)
     numbers = (offset, *extents, *steps)
     if (
         not isinstance(storage, _Storage)
         or len(extents) != len(steps)
-        or not all(isinstance(number, int) and number >= 0 for number in numbers)
+        or not all(type(number) is int and 0 <= number < 2**63 for number in numbers)
     ):
-        raise FormatError(f"{path}: a tensor is described wrongly in its pickle: get it again")
+        raise wrong
     empty = 0 in extents
     span = 0 if empty else 1 + sum((n - 1) * s for n, s in zip(extents, steps, strict=True))
     if offset + span > storage.count:
         raise FormatError(f"{path}: a tensor reaches past its storage: get the file again")
+    if math.prod(extents) > max(storage.count, REPEATED):
+        raise FormatError(f"{path}: a tensor repeats its storage {extents} times over: refused")
     start = storage.offset + offset * storage.dtype.itemsize
 
     def read() -> Array:

@@ -15,6 +15,7 @@ from supra_core.spec import (
     Llama3Scaling,
     ModelSpec,
     Norm,
+    Provenance,
     RotaryEmbedding,
     SoftmaxAttention,
 )
@@ -244,6 +245,16 @@ def test_what_a_transformer_cannot_express() -> None:
     for message, model in changed.items():
         with pytest.raises(SpecError, match=message):
             families.spec_to_config(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo2", "gemma2", "gemma3_text"])
+def test_what_a_family_always_has(family: str) -> None:
+    """A model without it is not written as one that has it."""
+    spec = replace(_spec(), provenance=Provenance(family=family))
+    with pytest.raises(
+        SpecError, match=f"cannot be written as {family}|differs from what {family}"
+    ):
+        families.spec_to_config(spec)
 
 
 def test_a_window_makes_it_mistral() -> None:

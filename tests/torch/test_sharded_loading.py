@@ -32,7 +32,6 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 from supra_core.sources import open_source
-from supra_torch.uptrain.memory import keep_freed_memory
 from supra_torch.uptrain.processes import processes
 from supra_torch.uptrain.sharding import load_model
 
@@ -46,7 +45,6 @@ def watch() -> None:
         most = max(most, own())
         time.sleep(0.002)
 
-keep_freed_memory()
 with processes() as every:
     source = open_source(sys.argv[1])
     most, done, before = 0, False, own()

@@ -83,7 +83,7 @@ def trace_stage(
             _warm(optimiser, trace)
             if one.mesh is not None:
                 for model in filter(None, (student, teacher)):
-                    settle(model, one.device)
+                    settle(model)
             trace.costs.clear()
             trace.sent.clear()
             began = trace.now()

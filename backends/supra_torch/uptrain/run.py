@@ -63,7 +63,7 @@ def uptrain(
     fit, or the loss is no longer finite (the last checkpoint stays). On Ctrl-C a checkpoint is
     written before KeyboardInterrupt, on SIGTERM before Preempted. When one of many processes
     fails, all do, and those that have nothing to add raise EndedByAnother.
-    The process keeps the memory that it frees (:func:`keep_freed_memory`).
+    A process by itself keeps the memory that it frees (:func:`keep_freed_memory`).
     """
     with Stop() as stop, processes(config.devices_together) as every:
         if not every.is_first:
@@ -97,7 +97,9 @@ def _uptrain(
         inputs = open_inputs(config)
         data = _claimed(config, run, inputs, every, lock, precision, progress)
         begins = _calibrated(config, run, inputs, data, every, precision, progress)
-    keep_freed_memory()
+    if every.size == 1:
+        # Shards come and go in pieces of every size, between which a heap that is kept grows.
+        keep_freed_memory()
     newest = checkpoint.newest(run)
     place = checkpoint.read_place(newest) if newest else checkpoint.Place()
     every.wait()

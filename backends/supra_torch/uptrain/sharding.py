@@ -47,7 +47,7 @@ def load_model(
     for name, parameter in model.named_parameters():
         fill(parameter, named[lora.canonical(name)])
     if processes.mesh is not None:
-        settle(model, processes.device)
+        settle(model)
     return model
 
 
@@ -120,11 +120,10 @@ def _shard(model: SupraModel, mesh: DeviceMesh) -> None:
     register_fsdp_forward_method(model, "hidden")
 
 
-def settle(model: SupraModel, device: torch.device) -> None:
-    """Let FSDP know its root, before a layer is called by itself."""
-    with torch.no_grad():
-        model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device), remember=False)
-    release(model)
+def settle(model: SupraModel) -> None:
+    """Let FSDP know its root, before a layer is called by itself: its first forward would."""
+    assert isinstance(model, FSDPModule)
+    model._get_fsdp_state()._lazy_init()
 
 
 def release(model: nn.Module) -> None:

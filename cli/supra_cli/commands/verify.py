@@ -34,9 +34,16 @@ def command(
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Allowed difference of logits.")] = 1e-3,
     dtype: options.Dtype = None,
+    checksums: Annotated[
+        bool, typer.Option("--checksums", help="Compare the files of folder A with SHA256SUMS.")
+    ] = False,
     json_output: options.Json = False,
 ) -> None:
-    """Compare models or backends; exit code 1 if they differ."""
+    """Compare models or backends, or a folder with its checksums; exit code 1 if they differ."""
+    if checksums:
+        _refuse_more(second, backend, ids, text, save_logits)
+        _verify_checksums(first, json_output)
+        return
     from supra_cli.output import print_json
     from supra_cli.progress import ProgressReporter
     from supra_core.verify import candidates, verify
@@ -53,6 +60,40 @@ def command(
     else:
         _show(report)
     if not report.passed:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _refuse_more(*others: object) -> None:
+    from supra_core.errors import SupraError
+
+    if any(other is not None and other != [] for other in others):
+        raise SupraError("--checksums compares files alone: give one folder and no other choices")
+
+
+def _verify_checksums(folder: Path, json_output: bool) -> None:
+    from supra_cli.output import log, print_json
+    from supra_core.formats import checksums
+
+    found = checksums.check(folder)
+    if json_output:
+        print_json(
+            {
+                "folder": str(folder),
+                "files": found.files,
+                "passed": found.passed,
+                "problems": [
+                    {"file": problem.file, "problem": problem.problem} for problem in found.problems
+                ],
+                "unlisted": list(found.unlisted),
+            }
+        )
+    else:
+        for problem in found.problems:
+            log(f"{folder / problem.file} {problem.problem}")
+        for name in found.unlisted:
+            log(f"{folder / name} has no line in {checksums.NAME}")
+        log(f"{found.files - len(found.problems)} of {found.files} files are as they were written")
+    if not found.passed:
         raise typer.Exit(EXIT_CHECK_FAILED)
 
 

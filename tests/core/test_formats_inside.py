@@ -1,0 +1,166 @@
+"""No file of a folder, no index and no link leads out of it; the hub's cache goes on working."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from supra_core import artifact
+from supra_core.errors import FormatError, SupraError
+from supra_core.formats import distributed, openlm, safetensors, torch_pickle
+from supra_core.formats.assets import read_assets, write_assets
+from supra_core.formats.inside import file_in, files_in, plain_name
+from supra_core.sources import open_source
+from tests.tiny_models import SPECS, lazy_weights
+
+OUT = "is a link that leads out of its folder: refused"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny transformer as an artifact, in a folder of its own."""
+    spec = SPECS["transformer"]
+    artifact.write(
+        tmp_path / "a" / "model", spec, lazy_weights(spec), {"tokenizer.json": b"{}"},
+        dtype="float32",
+    )  # fmt: skip
+    return tmp_path / "a" / "model"
+
+
+def link_out(path: Path) -> None:
+    """Moves a file elsewhere and leaves a link to it."""
+    elsewhere = path.parents[2] / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    shutil.move(path, elsewhere / path.name)
+    path.symlink_to(elsewhere / path.name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "/etc/passwd", "a\\b", "a\0b", "a" * 256, 7, None]
+)
+def test_names_that_are_none(tmp_path: Path, name: object) -> None:
+    assert not plain_name(name)
+    with pytest.raises(FormatError, match="no file name"):
+        file_in(tmp_path, name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_link_out_of_an_artifact(model: Path, name: str) -> None:
+    open_source(model).assets()
+    link_out(model / name)
+    with pytest.raises(SupraError, match=OUT):
+        open_source(model).assets()
+
+
+def test_links_inside_the_folder_are_followed(model: Path) -> None:
+    shutil.move(model / "config.json", model / "other.json")
+    (model / "config.json").symlink_to("other.json")
+    assert open_source(model).spec.num_hidden_layers == 2
+
+
+def test_the_folder_itself_may_be_a_link(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(model)
+    assert open_source(tmp_path / "link").assets().keys() == {"tokenizer.json"}
+
+
+def test_a_file_that_the_user_names_may_be_a_link(model: Path, tmp_path: Path) -> None:
+    save_file({"a": np.ones(1, np.float32)}, tmp_path / "real.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "real.safetensors")
+    assert safetensors.read_file(tmp_path / "link.safetensors").keys() == {"a"}
+
+
+def test_every_reader_of_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    save_file({"a": np.ones(1, np.float32)}, folder / "shard-1.safetensors")
+    link_out(folder / "shard-1.safetensors")
+    with pytest.raises(FormatError, match=OUT):
+        distributed.read_folder(folder)
+    for name in ("x_config.json", "c.pt", "pytorch_model.bin", "model.gguf"):
+        (folder / name).write_text("{}")
+        link_out(folder / name)
+    with pytest.raises(FormatError, match=OUT):
+        openlm.config_files(folder)
+    with pytest.raises(FormatError, match=OUT):
+        torch_pickle.read_folder(folder)
+    with pytest.raises(FormatError, match=OUT):
+        open_source(folder)
+    with pytest.raises(FormatError, match=OUT):
+        list(files_in(folder, "*.pt"))
+
+
+def test_an_index_that_names_a_link(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    save_file({"t": np.ones(1, np.float32)}, folder / "one.safetensors")
+    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": {"t": "one.safetensors"}}))
+    assert safetensors.read_folder(folder).keys() == {"t"}
+    link_out(folder / "one.safetensors")
+    with pytest.raises(FormatError, match=OUT):
+        safetensors.read_folder(folder)
+
+
+def test_links_of_a_run(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    (run / "model").symlink_to(model)
+    with pytest.raises(FormatError, match=OUT):
+        open_source(run)
+    (run / "model").unlink()
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step_1").symlink_to(tmp_path / "a")
+    with pytest.raises(FormatError, match=OUT):
+        open_source(run)
+
+
+def _hub_cache(model: Path, cache: Path) -> Path:
+    """The model as huggingface_hub keeps it."""
+    repository = cache / "models--org--name"
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for index, file in enumerate(sorted(model.iterdir())):
+        shutil.copyfile(file, repository / "blobs" / f"{index}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{index}")
+    return snapshot
+
+
+def test_the_cache_of_the_hub_is_made_of_links(model: Path, tmp_path: Path) -> None:
+    snapshot = _hub_cache(model, tmp_path / "cache")
+    assert (snapshot / "model.safetensors").is_symlink()
+    found = open_source(snapshot)
+    assert found.assets().keys() == {"tokenizer.json"}
+    assert found.tensors["model.norm.weight"].read().shape == (24,)
+
+
+def test_a_link_from_one_repository_of_the_cache_to_another(model: Path, tmp_path: Path) -> None:
+    snapshot = _hub_cache(model, tmp_path / "cache")
+    other = tmp_path / "cache" / "models--org--other" / "blobs"
+    other.mkdir(parents=True)
+    shutil.copyfile(model / "config.json", other / "0")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../../models--org--other/blobs/0")
+    with pytest.raises(FormatError, match=OUT):
+        open_source(snapshot)
+
+
+def test_assets_are_read_and_written_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(FormatError, match=OUT):
+        read_assets(tmp_path)
+    for name in ("../a", "/tmp/a", "a/b", ".."):
+        with pytest.raises(FormatError, match="no new file name"):
+            write_assets(tmp_path, {name: b""})
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 100)
+    monkeypatch.setattr("supra_core.formats.assets.ASSET_BYTES", 99)
+    with pytest.raises(FormatError, match="larger than 99 bytes"):
+        read_assets(tmp_path)

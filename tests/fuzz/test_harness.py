@@ -1,0 +1,115 @@
+"""The harness notices what it is there for; the valid files that the others change are read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from supra_core.errors import FormatError
+from supra_core.formats.safetensors import INDEX
+from tests.fuzz import formats, harness
+from tests.fuzz.formats import FORMATS
+from tests.fuzz.harness import ROOT, Violation, assert_refused_or_read, check_files
+
+SOME = {"a": b"1"}
+
+
+def _with(action: object) -> None:
+    check_files(SOME, "", action)  # type: ignore[arg-type]
+
+
+def test_what_is_read_and_what_is_refused() -> None:
+    def refuse(path: Path) -> None:
+        raise FormatError(f"{path}: no: get it again")
+
+    assert check_files(SOME, "", lambda path: (path / "a").read_bytes())
+    assert not check_files(SOME, "a", refuse)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda path: (path / "b").write_bytes(b""),
+        lambda path: (path.parent / "b").touch(),
+        lambda path: (path / "a").unlink(),
+        lambda path: os.rename(path / "a", path / "b"),
+        lambda path: os.mkdir(path / "b"),
+        lambda path: os.system("true"),
+        lambda path: subprocess.run(["true"], check=True),
+        lambda path: Path("/etc/passwd").read_bytes(),
+        lambda path: open(os.devnull, "w").close(),
+    ],
+)
+def test_what_is_forbidden(action: object) -> None:
+    with pytest.raises(Violation):
+        _with(action)
+
+
+def test_other_errors_are_not_taken_for_a_refusal() -> None:
+    for error in (ValueError("x"), MemoryError(), RecursionError(), KeyError("x")):
+
+        def fail(path: Path, error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)):
+            _with(fail)
+
+
+def test_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "SECONDS", 0.05)
+
+    def loop(path: Path) -> None:
+        while True:
+            pass
+
+    with pytest.raises(Violation, match="seconds"):
+        _with(loop)
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("this system does not say how much memory a process holds")
+    monkeypatch.setattr(harness, "SECONDS", 5)
+    with pytest.raises(MemoryError):
+        _with(lambda path: np.ones(2 * harness.MEMORY, np.uint8))
+
+
+def test_valid_files_are_read() -> None:
+    plain = formats._artifact("tiny")
+    for name in ("tiny", *formats.SPECS):
+        assert check_files(formats._artifact(name))
+    for name in formats.FAMILIES:
+        assert check_files(formats._family(name)), name
+    weights, config = plain["model.safetensors"], formats.json.dumps(formats._PLAIN_CONFIG).encode()
+    assert check_files({"model.safetensors": weights, "config.json": config})
+    assert check_files({"pytorch_model.bin": formats._valid_zip(), "config.json": config})
+    index = {"weight_map": dict.fromkeys(formats.tensor_shapes(formats.PLAIN), "a.safetensors")}
+    assert check_files(
+        {INDEX: formats.json.dumps(index).encode(), "a.safetensors": weights, "config.json": config}
+    )
+    assert check_files(formats._published())
+    assert check_files({"s": formats._state()}, "s", FORMATS["state"].read)
+    assert formats._with_sum(formats._state()) is not None
+    assert check_files({"s": formats._with_sum(formats._state())}, "s", FORMATS["state"].read)
+
+
+FOUND = sorted(path for path in (Path(__file__).parent / "found").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", FOUND, ids=lambda folder: folder.name)
+def test_inputs_that_failed_once(folder: Path) -> None:
+    """What fuzzing has found: each was an error of another kind, and is refused or read now."""
+    name = (folder / ".open").read_text()
+    assert_refused_or_read(folder / name, FORMATS[folder.name.split("-")[0]].read)
+
+
+def test_the_runner_counts_and_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.run", "--inputs", "20", "state"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "20 inputs" in done.stdout
+    assert "0 failures" in done.stdout
