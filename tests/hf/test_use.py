@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from supra_core import artifact  # noqa: E402
 from supra_core.convert import convert  # noqa: E402
+from supra_core.errors import FormatError  # noqa: E402
 from supra_core.formats import safetensors  # noqa: E402
 from supra_core.linearize import LinearizeOptions  # noqa: E402
 from tests.hf.loading import ALONE, close, load, logits, write  # noqa: E402
@@ -57,7 +58,7 @@ def test_saved_and_read_again(name: str, dtype: str, tmp_path: Path) -> None:
         assert before.keys() == after.keys()
         assert all((before[name] == after[name]).all() for name in before)
     names = {path.name for path in (tmp_path / "saved").iterdir()}
-    assert {p.name for p in folder.iterdir()} - {"README.md"} <= names
+    assert {p.name for p in folder.iterdir()} - {"README.md", "SHA256SUMS"} <= names
     for name in ("supra_model.py", "modeling_supra.py", "configuration_supra.py"):
         assert (tmp_path / "saved" / name).read_text() == (folder / name).read_text()
     stated, found = (
@@ -74,6 +75,24 @@ def test_saved_and_read_again(name: str, dtype: str, tmp_path: Path) -> None:
         close(np.array(theirs(mlx.array(ids))), logits(model, ids))
 
 
+def test_the_card_says_how_to_load_it(tmp_path: Path) -> None:
+    card = (write(tmp_path / "model", SPECS["hybrid"]) / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if "from_pretrained" in line]
+    line = line.replace("PATH", str(tmp_path / "model"))
+    found: dict[str, Any] = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM}
+    exec(line, found)
+    assert found["model"].config.model_type == "supra"
+
+
+def test_supra_itself_refuses_to_run_it(tmp_path: Path) -> None:
+    """`--backend transformers` is for what transformers knows without code of a folder."""
+    from supra_torch.transformers_backend import load as load_backend
+
+    folder = write(tmp_path / "model", SPECS["transformer"])
+    with pytest.raises(FormatError, match="convert it with --to hf"):
+        load_backend(folder)
+
+
 def test_saved_from_nowhere(tmp_path: Path) -> None:
     """Without mlx-lm's file at hand, the config does not name it."""
     folder = write(tmp_path / "model", SPECS["hybrid"])
@@ -82,6 +101,21 @@ def test_saved_from_nowhere(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     assert "model_file" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert artifact.read(tmp_path / "saved").spec == SPECS["hybrid"]
+
+
+def test_saved_in_its_own_place(tmp_path: Path) -> None:
+    """What the checksums were of is gone."""
+    folder = write(tmp_path / "model", SPECS["hybrid"])
+    before = {path.name for path in folder.iterdir()}
+    model = load(folder)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    model.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} >= before - {"SHA256SUMS"}
+    assert not (folder / "SHA256SUMS").exists()
+    ids = _ids(2, 20)
+    np.testing.assert_array_equal(logits(load(folder), ids), logits(model, ids))
+    assert artifact.read(folder).spec == SPECS["hybrid"]
 
 
 def test_shards(tmp_path: Path) -> None:

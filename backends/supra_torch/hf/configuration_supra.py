@@ -22,6 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 FORMAT_VERSION = 2
 # What else a folder holds for supra and mlx-lm; a copy of the model gets copies of it.
 _COMPANIONS = ("original.safetensors",)
+_CHECKSUMS = "SHA256SUMS"
 
 
 # --- what a config may state ----------------------------------------------------------------
@@ -474,6 +475,8 @@ class SupraConfig(PreTrainedConfig):
         for name in (*_COMPANIONS, *([model_file] if model_file else [])):
             if (source / name).is_file() and source.resolve() != out.resolve():
                 shutil.copyfile(source / name, out / name)
+        # They would no longer be those of the files.
+        (out / _CHECKSUMS).unlink(missing_ok=True)
         if model_file and not (out / model_file).is_file():
             # Naming a file that is not there would keep mlx-lm from loading the rest.
             del self.model_file
