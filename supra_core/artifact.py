@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from supra_core import model_file
+from supra_core import model_file, transformers_files
 from supra_core.config import config_to_spec, spec_to_config
 from supra_core.errors import FormatError
 from supra_core.families.fields import Fields
@@ -120,11 +120,15 @@ def write_without_weights(
 ) -> None:
     """Everything but the weights, into an existing folder; see :func:`write`."""
     config = {**spec_to_config(spec, dtype), "model_file": model_file.NAME}
+    config["auto_map"] = dict(transformers_files.AUTO_MAP)
     if packed is not None:
         config["quantization"] = packed.config()
     write_object(folder / CONFIG, config)
-    (folder / model_file.NAME).write_text(model_file.text(), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(spec, dtype), encoding="utf-8")
+    files = {model_file.NAME: model_file.text(), **transformers_files.texts()}
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    card = model_card(spec, dtype, quantised=packed is not None)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     write_assets(folder, assets)
 
 
@@ -146,8 +150,25 @@ def stored_dtype(name: str, dtype: str) -> np.dtype[np.generic]:
     return DTYPES["float32"] if name.endswith(FLOAT32_SUFFIXES) else dtype_named(dtype)
 
 
-def model_card(spec: ModelSpec, dtype: str) -> str:
-    """The folder's README.md: what the model is and where it came from."""
+_FOR_TRANSFORMERS = """
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+```
+"""
+_USE = """## Use
+
+With PATH this folder, and only after a look at the code in it where others wrote it:
+
+```
+supra chat PATH
+mlx_lm.chat --model PATH --trust-remote-code
+```
+"""
+
+
+def model_card(spec: ModelSpec, dtype: str, *, quantised: bool = False) -> str:
+    """The folder's README.md: what the model is, where it came from and what loads it."""
     kinds = [layer.mixer.layer_type for layer in spec.layers]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     origin = spec.provenance
@@ -170,5 +191,6 @@ def model_card(spec: ModelSpec, dtype: str) -> str:
         "Converted with supra. The terms of the source "
         "model's licence apply.\n\n"
         f"| | |\n|---|---|\n{table}\n\n{section}"
+        f"{_USE}{'' if quantised else _FOR_TRANSFORMERS}\n"
         "## Quality\n\nNot measured yet: `supra eval` measures it.\n"
     )

@@ -101,9 +101,15 @@ class TransformersBackend:
 def load(path: str | Path, *, dtype: str | None = None) -> TransformersBackend:
     """A plain transformer's folder or GGUF file; ``dtype`` None is float32."""
     path = Path(path)
-    spec = open_source(path).spec
+    source = open_source(path)
+    spec = source.spec
     if not spec.is_transformer:
         raise FormatError(f"{path} is no plain transformer: use another backend for it")
+    if source.kind in ("supra", "run"):
+        raise FormatError(
+            f"{path} is a folder of supra's own, which transformers reads by the code in it, and "
+            "supra runs no code of a folder: use another backend, or convert it with --to hf"
+        )
     model = causal_language_model(path, dtype=getattr(torch, dtype or "float32"))
     return TransformersBackend(model.eval(), spec)
 

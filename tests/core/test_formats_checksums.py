@@ -110,7 +110,7 @@ def test_the_command_passes(folder: Path) -> None:
     assert json.loads(done.stdout)["passed"] is True
     done = runner.invoke(app, ["verify", "--checksums", str(folder)])
     assert done.exit_code == 0
-    assert "6 of 6 files" in done.stderr
+    assert "8 of 8 files" in done.stderr
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:

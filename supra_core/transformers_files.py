@@ -1,0 +1,32 @@
+"""The files that let stock transformers load an artifact.
+
+transformers runs what ``auto_map`` in a folder's config.json names, when its user allows that
+(``trust_remote_code=True``). Unlike mlx-lm's, these files are written for that purpose and copied
+as they are. ``supra`` itself never runs them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+from supra_core.errors import SupraError
+
+CONFIGURATION, MODELING = "configuration_supra.py", "modeling_supra.py"
+AUTO_MAP = {
+    "AutoConfig": "configuration_supra.SupraConfig",
+    "AutoModel": "modeling_supra.SupraModel",
+    "AutoModelForCausalLM": "modeling_supra.SupraForCausalLM",
+}
+
+
+@cache
+def texts() -> dict[str, str]:
+    """File name -> content; the same for every model, which config.json describes."""
+    # Not imported: torch need not be installed where a folder is written.
+    found = importlib.util.find_spec("supra_torch")
+    if found is None or not found.submodule_search_locations:
+        raise SupraError("supra_torch is not installed with supra: install supra-lm again")
+    folder = Path(found.submodule_search_locations[0]) / "hf"
+    return {name: (folder / name).read_text("utf-8") for name in (CONFIGURATION, MODELING)}
