@@ -30,8 +30,9 @@ from supra_torch.uptrain.step import resolved_precision
 
 # A CUDA context with the libraries' code and workspaces; the communicators of NCCL beside it.
 _CONTEXT, _COMMUNICATORS = 0.7e9, 0.7e9
-# What glibc's heap takes beside what is in use of it: 3 to 18 % (docs/results/plan-memory.md).
-_HEAP = 0.12
+# What glibc's heap takes beside what is in use, in bytes and as a share of that, fitted to ten
+# runs (docs/results/plan-memory.md).
+_HEAP, _HEAP_SHARE = 0.2e9, 0.07
 # What of the roofline a step attains (docs/results/plan-memory.md).
 _ATTAINED = 0.6
 # Weights and the two moments of AdamW, in float32.
@@ -243,7 +244,7 @@ class _Planner:
         if self.device.kind != CPU:
             many = self.gpus * self.nodes > 1
             return {"runtime": int(_CONTEXT + many * _COMMUNICATORS)}
-        around = {"runtime": _resident(), "heap": int(_HEAP * traced.bytes)}
+        around = {"runtime": _resident(), "heap": int(_HEAP + _HEAP_SHARE * traced.bytes)}
         copied = ["weights", "optimiser"] if steps > config.checkpoint_every else ["weights"]
         if steps > config.checkpoint_every or not first:
             # A copy of what is being written, while training goes on.
