@@ -233,3 +233,24 @@ def test_what_is_not_computed_is_refused(
     with pytest.raises(ValueError, match=reason) as refusal:
         load(folder)
     assert str(refusal.value).startswith("config.json: ") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("problem", ["missing", "unexpected"])
+def test_weights_that_do_not_match_are_refused(problem: str, tmp_path: Path) -> None:
+    """A tensor drawn by chance, or one left out, would go unnoticed."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = write(tmp_path / "model", SPECS["hybrid"])
+    place = folder / "model.safetensors"
+    tensors, name = load_file(place), "model.layers.0.self_attn.log_far_gain"
+    if problem == "missing":
+        del tensors[name]
+    else:
+        name = "model.layers.0.self_attn.q_proj.bias"
+        tensors[name] = np.ones(60, dtype=np.float32)
+    save_file(tensors, place, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} \(1 in all\) {problem}; get"):
+        load(folder)
+    trunk = transformers.AutoModel
+    with pytest.raises(ValueError, match=problem):
+        trunk.from_pretrained(folder, trust_remote_code=True)

@@ -734,6 +734,27 @@ class SupraPreTrainedModel(PreTrainedModel):
         """The model makes its own cache."""
         return False
 
+    @classmethod
+    def from_pretrained(cls, *given: Any, output_loading_info: bool = False, **more: Any) -> Any:
+        """As transformers', but tensors that are missing or unexpected are an error.
+
+        A model with a tensor drawn by chance, or one left out, would compute something else.
+        """
+        loaded: Any = super().from_pretrained(*given, output_loading_info=True, **more)
+        model, info = loaded
+        wrong = {
+            "missing": list(info["missing_keys"]),
+            # The trunk alone leaves out the head.
+            "unexpected": [name for name in info["unexpected_keys"] if name != "lm_head.weight"],
+        }
+        for problem, names in wrong.items():
+            if names:
+                raise ValueError(
+                    f"the weights do not match config.json: {', '.join(sorted(names)[:4])} "
+                    f"({len(names)} in all) {problem}; get the folder again or convert it again"
+                )
+        return (model, info) if output_loading_info else model
+
     def _init_weights(self, module: nn.Module) -> None:
         """For a model that is trained from scratch; a folder's weights are all stored."""
         super()._init_weights(module)
