@@ -645,7 +645,9 @@ class LinearMixer(Attention):
                 both = torch.logaddexp(mass, self.log_sink.float())
                 far, mass = far * torch.exp(mass - both)[..., None], both
             far, mass = far.masked_fill(empty[..., None], 0.0), mass.masked_fill(empty, NEVER)
-            q, k = q.to(v.dtype), k.to(v.dtype)
+            # Scores may leave the range of float16.
+            dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             outputs = []
             for start in range(0, T, SEGMENT):
                 rows = slice(start, start + SEGMENT)
