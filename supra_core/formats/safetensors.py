@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,12 @@ def write_file(
     text += b" " * (-len(text) % 8)  # Tensors begin at a multiple of eight bytes.
     path = Path(path)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1, "digest") as beside:
 
         def put(content: bytes | memoryview) -> None:
+            hashed = beside.submit(digest.update, content)
             file.write(content)
-            digest.update(content)
+            hashed.result()
 
         put(len(text).to_bytes(8, "little"))
         put(text)
