@@ -128,27 +128,28 @@ def test_gradients(name: str, tmp_path: Path) -> None:
         )
 
 
-def test_bfloat16(pair: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(pair: Any, dtype: Any, tmp_path: Path) -> None:
     """As far from the reference as supra's own backend is; small tensors stay float32."""
     from supra_torch.model import build
 
     _, expected = pair
     spec = expected.spec
-    model = load(write(tmp_path / "model", spec), dtype=torch.bfloat16, device_map="cpu")
-    assert model.dtype == torch.bfloat16
+    model = load(write(tmp_path / "model", spec), dtype=dtype, device_map="cpu")
+    assert model.dtype == dtype
     for name, parameter in model.named_parameters():
         exact = name.endswith(("log_slope", "log_far_gain", "log_sink"))
-        assert parameter.dtype == (torch.float32 if exact else torch.bfloat16), name
+        assert parameter.dtype == (torch.float32 if exact else dtype), name
     ids = _ids(expected, 2, 70)
     right = expected.logits(ids)
     with torch.inference_mode():
-        theirs = build(spec, lazy_weights(spec), dtype=torch.bfloat16)(torch.from_numpy(ids))[0]
+        theirs = build(spec, lazy_weights(spec), dtype=dtype)(torch.from_numpy(ids))[0]
     errors = [np.abs(x - right).mean() for x in (logits(model, ids), theirs.float().numpy())]
     assert errors[0] < 1.5 * errors[1]
     stepped = np.abs(in_pieces(model, ids, list(range(60, 70))) - right).mean()
     assert stepped < 1.5 * errors[1]
     # A cast of the whole model leaves them, too.
-    again = load(tmp_path / "model").to(torch.bfloat16)
+    again = load(tmp_path / "model").to(dtype)
     np.testing.assert_array_equal(logits(again, ids), logits(model, ids))
 
 
@@ -233,3 +234,24 @@ def test_what_is_not_computed_is_refused(
     with pytest.raises(ValueError, match=reason) as refusal:
         load(folder)
     assert str(refusal.value).startswith("config.json: ") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("problem", ["missing", "unexpected"])
+def test_weights_that_do_not_match_are_refused(problem: str, tmp_path: Path) -> None:
+    """A tensor drawn by chance, or one left out, would go unnoticed."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = write(tmp_path / "model", SPECS["hybrid"])
+    place = folder / "model.safetensors"
+    tensors, name = load_file(place), "model.layers.0.self_attn.log_far_gain"
+    if problem == "missing":
+        del tensors[name]
+    else:
+        name = "model.layers.0.self_attn.q_proj.bias"
+        tensors[name] = np.ones(60, dtype=np.float32)
+    save_file(tensors, place, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} \(1 in all\) {problem}; get"):
+        load(folder)
+    trunk = transformers.AutoModel
+    with pytest.raises(ValueError, match=problem):
+        trunk.from_pretrained(folder, trust_remote_code=True)

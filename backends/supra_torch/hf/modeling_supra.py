@@ -645,7 +645,9 @@ class LinearMixer(Attention):
                 both = torch.logaddexp(mass, self.log_sink.float())
                 far, mass = far * torch.exp(mass - both)[..., None], both
             far, mass = far.masked_fill(empty[..., None], 0.0), mass.masked_fill(empty, NEVER)
-            q, k = q.to(v.dtype), k.to(v.dtype)
+            # Scores may leave the range of float16.
+            dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             outputs = []
             for start in range(0, T, SEGMENT):
                 rows = slice(start, start + SEGMENT)
@@ -733,6 +735,27 @@ class SupraPreTrainedModel(PreTrainedModel):
     def _supports_default_dynamic_cache(cls) -> bool:
         """The model makes its own cache."""
         return False
+
+    @classmethod
+    def from_pretrained(cls, *given: Any, output_loading_info: bool = False, **more: Any) -> Any:
+        """As transformers', but tensors that are missing or unexpected are an error.
+
+        A model with a tensor drawn by chance, or one left out, would compute something else.
+        """
+        loaded: Any = super().from_pretrained(*given, output_loading_info=True, **more)
+        model, info = loaded
+        wrong = {
+            "missing": list(info["missing_keys"]),
+            # The trunk alone leaves out the head.
+            "unexpected": [name for name in info["unexpected_keys"] if name != "lm_head.weight"],
+        }
+        for problem, names in wrong.items():
+            if names:
+                raise ValueError(
+                    f"the weights do not match config.json: {', '.join(sorted(names)[:4])} "
+                    f"({len(names)} in all) {problem}; get the folder again or convert it again"
+                )
+        return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         """For a model that is trained from scratch; a folder's weights are all stored."""
