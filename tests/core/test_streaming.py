@@ -110,14 +110,18 @@ def test_six_gigabytes_in_shards(tmp_path: Path) -> None:
     size = sum(file.stat().st_size for file in files)
     assert len(files) > 1
     assert size > 6e9
-    copied = seconds_of(lambda: copy_to_disk(source, tmp_path / "copy"))
-    shutil.rmtree(tmp_path / "copy")
-    plain = converted(source, tmp_path / "plain", linearize=False)
-    print(f"{size / plain['seconds'] / 1e9:.2f} GB/s; copied at {size / copied / 1e9:.2f} GB/s")
-    assert plain["peak"] < 1e9
+    copied, plain = [], []
+    # In turns, since the first to fill memory with pages of a file waits for it.
+    for number in range(2):
+        copied.append(seconds_of(lambda: copy_to_disk(source, tmp_path / "copy")))
+        shutil.rmtree(tmp_path / "copy")
+        plain.append(converted(source, tmp_path / "plain", linearize=False))
+        shutil.rmtree(tmp_path / "plain")
+        speed = size / plain[number]["seconds"] / 1e9
+        print(f"{speed:.2f} GB/s; copied at {size / copied[number] / 1e9:.2f} GB/s")
+        assert plain[number]["peak"] < 1e9
     # Half the speed of a copy, which is of bytes alone and computes no checksums.
-    assert plain["seconds"] < 2 * copied
-    shutil.rmtree(tmp_path / "plain")
+    assert min(result["seconds"] for result in plain) < 2 * min(copied)
     linear = converted(source, tmp_path / "linear", linearize=True)
     assert linear["peak"] < 1e9
     written = open_source(tmp_path / "linear")
