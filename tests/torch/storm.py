@@ -38,7 +38,11 @@ _PATIENCE = 60.0
 _BAD_INPUT, _START_AGAIN = 2, 75
 _SENTENCE = "supra: error: "
 # What differs from one run to the next.
-_TIMES = {"seconds", "tokens_per_second"}
+_TIMES = {"seconds", "tokens_per_second", "data_seconds", "memory_bytes"}
+# Moments that a start which goes on with a run may be past before its processes have joined.
+_EARLY = {"time", "data", "calibrating"}
+# How long torchrun waits after SIGTERM is set to here.
+_GRACE = 10.0
 # Steps before each stage, and in all; of the config in test_kills.
 _BEFORE = (0, 20, 40, 80)
 
@@ -101,6 +105,14 @@ class Group:
             self.send(signal.SIGKILL)
             raise AssertionError(f"a process did not end:\n{said}")
         return [process.exitcode for process in self.processes]
+
+    def ended_by_torchrun(self) -> None:
+        """After one has died: those that do not notice, since they had not joined, are told."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            until = time.monotonic() + _GRACE
+            for process in self.processes:
+                process.join(max(0.0, until - time.monotonic()))
+            self.send(number)
 
     @property
     def said(self) -> str:
@@ -210,9 +222,15 @@ class Storm:
         elif means == "kill one":
             rank = self.random.randrange(len(group.processes))
             group.send(signal.SIGKILL, [rank])
+            told: set[int] = set()
+            if kill.moment in _EARLY:
+                group.ended_by_torchrun()
+                told = {-signal.SIGTERM, -signal.SIGKILL, _START_AGAIN}
             codes = group.codes()
             others = [code for other, code in enumerate(codes) if other != rank]
-            if codes[rank] == -signal.SIGKILL and codes != done and 0 not in others:
+            if told & set(others):
+                assert set(others) <= {*told, _BAD_INPUT}, (codes, group.said)
+            elif codes[rank] == -signal.SIGKILL and codes != done and 0 not in others:
                 assert all(code == _BAD_INPUT for code in others), (codes, group.said)
                 assert group.said.count(_SENTENCE) == bool(others), group.said
             else:
@@ -221,7 +239,7 @@ class Storm:
             group.send(signal.SIGTERM)
             codes = group.codes()
             # Before the run has begun, a process ends as any other does.
-            begun = bool(steps) and kill.moment != "time"
+            begun = bool(steps) and kill.moment not in _EARLY
             expected = {_START_AGAIN} if begun else {_START_AGAIN, -signal.SIGTERM}
             assert set(codes) <= expected or codes == done, (codes, group.said)
         else:
