@@ -136,6 +136,9 @@ def _ending_together(store: Store) -> Iterator[None]:
     """
     try:
         yield
+    except EndedByAnother:
+        # It has nothing to say, and may be the first to leave.
+        raise
     except SupraError:
         _refuse_to_repeat(store)
         raise

@@ -65,7 +65,8 @@ def uptrain(
     fails, all do, and those that have nothing to add raise EndedByAnother.
     A process by itself keeps the memory that it frees (:func:`keep_freed_memory`).
     """
-    with Stop() as stop, processes(config.devices_together) as every:
+    # Until all have joined there is nothing to save, and who waits for the others hears no signal.
+    with processes(config.devices_together) as every, Stop() as stop:
         if not every.is_first:
             progress, say = silent, lambda text: None
         lock = Lock(run, say)
