@@ -91,7 +91,9 @@ def convert(
         )
     if quantise is not None and to != "supra":
         raise SupraError(f"--quantize goes with --to supra only: leave it out for --to {to}")
-    check_replaceable(out, force)
+    if Path(source).exists() and Path(out).exists() and Path(source).samefile(out):
+        raise SupraError(f"{out} is the source itself: choose another folder")
+    check_replaceable(out, force, holds=artifact.CONFIG)
     if dtype is not None:
         dtype_named(dtype)
     found = open_source(source, config=config)

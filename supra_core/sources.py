@@ -99,8 +99,8 @@ def open_source(path: str | Path, *, config: str | Path | None = None) -> Source
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether it has the form of a hub id, org/name."""
-    return _HUB_ID.fullmatch(text) is not None
+    """Whether it has the form of a hub id, org/name, which the path of a config has not."""
+    return _HUB_ID.fullmatch(text) is not None and not text.endswith(".json")
 
 
 def is_cached(hub_id: str) -> bool:

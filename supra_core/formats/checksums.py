@@ -33,7 +33,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Check:
-    """What :func:`check` found; ``unlisted`` are files of the folder that have no sum."""
+    """What :func:`check` found; ``unlisted`` are files of the folder that have no sum.
+
+    Weights and programs must have one; a note that somebody added need not.
+    """
 
     files: int
     problems: tuple[Problem, ...]
@@ -41,8 +44,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether every file that is listed is there and as it was."""
-        return not self.problems
+        """Whether every file that is listed is there as it was, and nothing that counts is not."""
+        return not self.problems and not any(map(_counts, self.unlisted))
+
+
+def _counts(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pt", ".py"))
 
 
 def write(folder: Path, known: Mapping[str, str] | None = None) -> None:

@@ -169,3 +169,27 @@ def test_other_commands_refuse_too(tiny_transformer: Path, text_file: Path, tmp_
     assert "--limit" in refused("eval", model, "--data", text_file, "--limit", "1")
     assert "temperature" in refused("generate", model, "hello", "--temperature", "-1")
     assert "does not exist" in refused("chat", tmp_path / "absent", "--backend", "torch")
+
+
+def test_a_model_is_not_written_over_itself(tiny_transformer: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_transformer, model)
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    for out in (model, tmp_path / "." / "model"):
+        done = runner.invoke(app, ["convert", str(model), str(out), "--force", "--no-calibrate"])
+        assert done.exit_code == 2
+        assert "is the source itself: choose another folder" in done.stderr
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+
+
+def test_what_may_not_be_replaced_is_refused_before_the_work(
+    tiny_transformer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr("supra_core.convert.open_source", lambda *a, **k: pytest.fail("too late"))
+    command = ["convert", str(tiny_transformer), str(out), "--force", "--no-calibrate"]
+    done = runner.invoke(app, command)
+    assert done.exit_code == 2
+    assert "holds no config.json, so it is not replaced even by force" in done.stderr

@@ -66,7 +66,11 @@ def test_people_see_memory_time_and_cost(tiny_transformer: Path) -> None:
     ("arguments", "message"),
     [
         (["absent"], "absent does not exist: check the path, or name a hub id org/name"),
-        (["TINY", "--price", "-1"], "--price -1: a price is at least 0"),
+        (["nowhere/config.json"], "nowhere/config.json does not exist: check the path"),
+        (["TINY", "--price", "-1"], "--price -1: a price is at least 0, and below 1e9"),
+        (["TINY", "--price", "inf"], "--price inf: a price is at least 0, and below 1e9"),
+        (["TINY", "--gpus", "1000000"], "1000000 devices are too many: at most 65536 are planned"),
+        (["TINY", "--set", "sequence_length=2097152"], "field sequence_length is 2097152: rows of"),
         (["TINY", "--gpu", "abacus"], "--gpu abacus is unknown: use one of b200,"),
         (["TINY", "--tokens", "0"], "field tokens: input should be greater than or equal to 1"),
         (["TINY", "--set", "model=3"], "field model: input should be a valid string"),
@@ -80,3 +84,9 @@ def test_bad_input_is_one_sentence(
     assert done.exit_code == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_every_device_takes_the_recipe_s_batch(tiny_transformer: Path) -> None:
+    alone, many = planned(tiny_transformer), planned(tiny_transformer, "--gpus", "8")
+    for stage, larger in zip(alone["stages"], many["stages"], strict=True):
+        assert larger["step_tokens"] == 8 * stage["step_tokens"]

@@ -37,6 +37,8 @@ _HEAP, _HEAP_SHARE = 0.2e9, 0.07
 _ATTAINED = 0.6
 # Weights and the two moments of AdamW, in float32.
 _CHECKPOINT_ITEMSIZE = 12
+# A trace takes its time with every part of a row.
+_MOST_DEVICES, _LONGEST = 65_536, 1_048_576
 # What may make a run fit, the cheapest first.
 _REMEDIES: tuple[dict[str, int | bool], ...] = (
     {"device_rows": 1},
@@ -138,6 +140,15 @@ def plan(
     for option, number in (("gpus", gpus), ("nodes", nodes)):
         if number < 1:
             raise SupraError(f"--{option} {number}: at least 1 is needed")
+    if gpus * nodes > _MOST_DEVICES:
+        raise SupraError(
+            f"{gpus * nodes} devices are too many: at most {_MOST_DEVICES} are planned"
+        )
+    if config.sequence_length > _LONGEST:
+        raise SupraError(
+            f"field sequence_length is {config.sequence_length}: rows of at most {_LONGEST} tokens "
+            "are planned"
+        )
     config.refuse_uneven(gpus * nodes)
     student, teacher = _specs(config)
     precision = str(config.precision)

@@ -58,8 +58,8 @@ def command(
     from supra_cli.progress import ProgressReporter
     from supra_core.errors import SupraError
 
-    if price is not None and not price >= 0:
-        raise SupraError(f"--price {price:g}: a price is at least 0")
+    if price is not None and not 0 <= price < 1e9:
+        raise SupraError(f"--price {price:g}: a price is at least 0, and below 1e9")
     require("torch", "planning")
     from supra_torch.plan.plan import plan
     from supra_torch.uptrain.config import resolve
@@ -76,6 +76,10 @@ def command(
         data=None if is_config else "none",
         overrides=overrides,
     )
+    if not is_config and "batch_tokens" not in overrides:
+        # Each device takes what the recipe gives to one.
+        devices = max(1, gpus * nodes)
+        config = config.model_copy(update={"batch_tokens": config.batch_tokens * devices})
     with ProgressReporter() as progress:
         made = plan(config, gpu=gpu, gpus=gpus, nodes=nodes, progress=progress)
     if json_output:
@@ -162,6 +166,8 @@ def _summary(made: Plan, price: float | None) -> list[tuple[str, str]]:
 
     student, device_bytes = made.student, made.device_bytes
     hours = f"{made.device_hours:,.3g} device hours"
+    if not made.fits:
+        hours += ", if it did fit"
     rows = [
         ("memory", f"{_gigabytes(made.bytes)} of {_gigabytes(device_bytes)} GB: {_verdict(made)}"),
         ("time", f"{duration(made.seconds)}; {duration(made.least_seconds)} at the device's peak"),
