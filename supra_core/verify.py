@@ -182,7 +182,8 @@ def compare(first: Logits, other: Logits) -> Difference:
         # np.maximum, because Python's max would drop a NaN.
         largest = float(np.maximum(largest, np.abs(a.astype(np.float64) - b).max()))
         divergence += float(np.sum(np.exp(p) * (p - q)))
-        agreed += int(a.argmax() == b.argmax())
+        # What is no number has no likeliest token.
+        agreed += int(a.argmax() == b.argmax() and not np.isnan(a + b).any())
     positions = len(rows_first)
     return Difference(largest, divergence / positions, agreed / positions)
 

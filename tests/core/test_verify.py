@@ -84,6 +84,9 @@ def test_a_difference_that_is_no_number_is_not_hidden() -> None:
     other = first.copy()
     other[0, 0, 0] = np.nan
     assert not compare(first, other).max_abs_difference <= 1e9
+    # Two positions, of which one has no likeliest token.
+    assert compare(first, other).top1_agreement == 0.5
+    assert compare(other, other).top1_agreement == 0.5
 
 
 def test_what_is_compared_with_what() -> None:
