@@ -1,6 +1,6 @@
 # Everything runs in the repository's own environment, made on first use and reused afterwards.
 #   make setup      the environment           make test       style, types and the fast tests
-#   make demo       the whole way, ~7 min    make test-slow  the tests that take minutes
+#   make demo       the whole way, ~8 min    make test-slow  the tests that take minutes
 #   make lint       style and types           make test-gpu   the tests that need a CUDA device
 #   make test-triton  the kernels, compiled for every GPU  make bench-gpu  tests and times on a GPU
 #   make fuzz N=100000  as many damaged files of each format, an hour or more
