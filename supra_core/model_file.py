@@ -74,9 +74,14 @@ def _left_out(node: ast.stmt) -> bool:
 
 
 def _source(module: str) -> str:
-    """A module's text. It is not imported: mlx need not be installed where a folder is written."""
     package, *rest = module.split(".")
+    return installed_folder(package).joinpath(*rest).with_suffix(".py").read_text("utf-8")
+
+
+def installed_folder(package: str) -> Path:
+    """Where a package of ours is. It is not imported: mlx or torch need not be installed where a
+    folder is written."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise SupraError(f"{package} is not installed with supra: install supra-lm again")
-    return Path(found.submodule_search_locations[0], *rest).with_suffix(".py").read_text("utf-8")
+    return Path(found.submodule_search_locations[0])

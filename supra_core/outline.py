@@ -11,7 +11,7 @@ from supra_core import families
 from supra_core.errors import SupraError
 from supra_core.formats import openlm_config
 from supra_core.formats.jsonfile import read_object
-from supra_core.sources import CONFIG, is_hub_id, open_source
+from supra_core.sources import CONFIG, is_hub_id, open_source, reason_of
 from supra_core.spec import ModelSpec
 
 
@@ -47,9 +47,7 @@ def _downloaded(hub_id: str) -> Path:
     try:
         return Path(hf_hub_download(hub_id, CONFIG))
     except Exception as error:  # Offline, no such id, no access: each has its own type there.
-        reason = str(error).strip().splitlines()
         raise SupraError(
-            f"the config of {hub_id} cannot be had from the hub "
-            f"({reason[0] if reason else type(error).__name__}): check the id and the network, or "
-            "name a config.json"
+            f"the config of {hub_id} cannot be had from the hub ({reason_of(error)}): check the "
+            "id and the network, or name a config.json"
         ) from None

@@ -103,6 +103,12 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and not text.endswith(".json")
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what the hub's library says, or the kind of error."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def is_cached(hub_id: str) -> bool:
     """Whether a model of that id has been downloaded; nothing is looked up on the hub."""
     from huggingface_hub import try_to_load_from_cache
@@ -231,10 +237,8 @@ def _download(hub_id: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(hub_id, allow_patterns=[*patterns, *pickles]))
     except Exception as error:  # Offline, no such id, no access: each has its own type there.
-        reason = str(error).strip().splitlines()
         raise SupraError(
-            f"{hub_id} is no folder here and cannot be had from the hub "
-            f"({reason[0] if reason else type(error).__name__}): check the id and the network, or "
-            "name a folder"
+            f"{hub_id} is no folder here and cannot be had from the hub ({reason_of(error)}): "
+            "check the id and the network, or name a folder"
         ) from None
     return folder

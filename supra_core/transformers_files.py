@@ -7,11 +7,9 @@ as they are. ``supra`` itself never runs them.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
-from pathlib import Path
 
-from supra_core.errors import SupraError
+from supra_core.model_file import installed_folder
 
 CONFIGURATION, MODELING = "configuration_supra.py", "modeling_supra.py"
 AUTO_MAP = {
@@ -24,9 +22,5 @@ AUTO_MAP = {
 @cache
 def texts() -> dict[str, str]:
     """File name -> content; the same for every model, which config.json describes."""
-    # Not imported: torch need not be installed where a folder is written.
-    found = importlib.util.find_spec("supra_torch")
-    if found is None or not found.submodule_search_locations:
-        raise SupraError("supra_torch is not installed with supra: install supra-lm again")
-    folder = Path(found.submodule_search_locations[0]) / "hf"
+    folder = installed_folder("supra_torch") / "hf"
     return {name: (folder / name).read_text("utf-8") for name in (CONFIGURATION, MODELING)}

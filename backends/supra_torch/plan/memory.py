@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 
 from supra_core.spec import ModelSpec
 from supra_torch.model import SupraModel
@@ -20,7 +19,7 @@ from supra_torch.plan.trace import Cost, Trace
 from supra_torch.uptrain import lora
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.config import Stage, UptrainConfig
-from supra_torch.uptrain.processes import Processes
+from supra_torch.uptrain.processes import Processes, mesh_over
 from supra_torch.uptrain.sharding import meta_model, placed, settle, synchronise
 from supra_torch.uptrain.stages import gradients, optimiser_for
 from supra_torch.uptrain.step import autocast, product_type, trained_parameters
@@ -148,11 +147,7 @@ def _processes(where: Layout) -> Iterator[Processes]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=where.devices)
     try:
-        shape, names = (where.devices,), ("shard",)
-        if where.together < where.devices:
-            shape = (where.devices // where.together, where.together)  # type: ignore[assignment]
-            names = ("replicate", "shard")  # type: ignore[assignment]
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        mesh = mesh_over("cpu", where.devices, where.together)
         yield Processes(0, where.devices, cpu, mesh)
     finally:
         dist.destroy_process_group()

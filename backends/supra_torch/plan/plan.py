@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -188,13 +188,11 @@ class _Planner:
 
     def stages(self, config: UptrainConfig, progress: Progress) -> Iterator[StagePlan]:
         """Every stage of ``config``."""
-        steps = config.stage_steps()
+        steps, where = config.stage_steps(), self._layout(config)
         for number, (stage, count) in enumerate(zip(config.stages, steps, strict=True)):
             progress("plan", number, len(steps))
-            traced = trace_stage(
-                config, stage, self.student, self.teacher, self.precision, self._layout(config)
-            )
-            yield self._stage(config, stage, count, traced, first=number == 0)
+            traced = trace_stage(config, stage, self.student, self.teacher, self.precision, where)
+            yield self._stage(config, stage, count, traced, where, first=number == 0)
         progress("plan", len(steps), len(steps))
 
     def with_remedy(self, made: Plan, progress: Progress) -> Plan:
@@ -205,7 +203,7 @@ class _Planner:
             changed = made.config.model_copy(update=remedy)
             largest = max(self.stages(changed, progress), key=lambda stage: stage.bytes)
             if largest.bytes <= made.device_bytes:
-                return Plan(**{**vars(made), "remedy": remedy})
+                return replace(made, remedy=remedy)
         return made
 
     def _layout(self, config: UptrainConfig) -> Layout:
@@ -218,7 +216,14 @@ class _Planner:
         return Layout(self.gpus * self.nodes, together, self.device.kind)
 
     def _stage(
-        self, config: UptrainConfig, stage: Stage, steps: int, traced: StepTrace, *, first: bool
+        self,
+        config: UptrainConfig,
+        stage: Stage,
+        steps: int,
+        traced: StepTrace,
+        where: Layout,
+        *,
+        first: bool,
     ) -> StagePlan:
         device, tokens = self.device, math.prod(config.batch_shape(stage))
         peak = device.products(self.precision)
@@ -227,7 +232,7 @@ class _Planner:
             count * max(cost.flops / peak, cost.moved / device.bandwidth)
             for cost, count in traced.costs.items()
         )
-        communication = self._communication(self._layout(config), traced)
+        communication = self._communication(where, traced)
         parts = {**traced.parts, **self._around(config, steps, traced, first=first)}
         return StagePlan(
             kind=stage.kind,

@@ -111,20 +111,25 @@ def processes(devices_together: int = 0) -> Iterator[Processes]:
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        shape, names = (size,), ("shard",)
-        if together < size:
-            shape, names = (size // together, together), ("replicate", "shard")  # type: ignore[assignment]
         with _ending_together(store):
             yield Processes(
                 rank,
                 size,
                 device,
-                init_device_mesh(device.type, shape, mesh_dim_names=names),
+                mesh_over(device.type, size, together),
                 dist.new_group(backend="gloo", timeout=_PATIENCE),
                 dist.new_group(backend="gloo", timeout=_PATIENCE),
             )
     finally:
         dist.destroy_process_group()
+
+
+def mesh_over(device_type: str, size: int, together: int) -> DeviceMesh:
+    """The mesh of so many processes, in groups of ``together`` if those are not all."""
+    if together == size:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    shape = (size // together, together)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 @contextmanager
