@@ -216,15 +216,18 @@ class SupraModel(nn.Module):
         mask: Tensor | None = None,
         remember: bool = True,
         cu_seqlens: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> tuple[Tensor, ModelState]:
         """The last hidden states (B, T, D), as :meth:`last`, and the state after ids (B, T).
 
         ``remember`` False leaves the layers' states empty, for who goes no further.
         ``cu_seqlens`` (N + 1,) integers: rows are packed with N documents, none of which sees
         another; the n-th is tokens cu_seqlens[n] to cu_seqlens[n + 1] of all B T, row by row, and
-        lies in one row. Nothing can go on from there.
+        lies in one row. Nothing can go on from there, but by ``positions``: a part of a packed
+        batch's own, in place of ``cu_seqlens``.
         """
-        positions = self.positions(ids, state, mask, cu_seqlens)
+        if positions is None:
+            positions = self.positions(ids, state, mask, cu_seqlens)
         h, memories = self.embed(ids), []
         for index, layer in enumerate(self.model.layers):
             before = None if state is None else state.layers[index]
