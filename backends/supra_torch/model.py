@@ -87,14 +87,18 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         mixed, memory = self.self_attn(self.mixer_input(h), positions, state, mask)
         h = self.add_mixed(h, mixed)
-        return h + self.feed_forward(h), memory if remember else {}
+        return h + self.feed_forward(h), _left(memory, remember)
 
     def mix(
-        self, x: Tensor, positions: Positions, state: LayerState | None = None
+        self,
+        x: Tensor,
+        positions: Positions,
+        state: LayerState | None = None,
+        remember: bool = False,
     ) -> tuple[Tensor, LayerState]:
         """The mixer alone, from its normed input x (B, T, D): output (B, T, D) and new state."""
         mixed, memory = self.self_attn(x, positions, state, None)
-        return mixed, memory
+        return mixed, _left(memory, remember)
 
     def mixer_input(self, h: Tensor) -> Tensor:
         """h (B, T, D), normed where the block does so, cast once for all projections of it."""
@@ -114,6 +118,15 @@ class Layer(nn.Module):
         if norm is not None:
             x = norm(x)
         return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+
+def _left(memory: LayerState, remember: bool) -> LayerState:
+    """What a layer returns of its mixer's state; where there is a graph no views, for FSDP."""
+    if not remember:
+        return {}
+    if not torch.is_grad_enabled():
+        return memory
+    return {name: x.clone() for name, x in memory.items()}
 
 
 def _frequencies(spec: ModelSpec) -> dict[str, Exact]:

@@ -78,7 +78,8 @@ def _match(
 
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
         own = positions if len(pieces) == 1 else positions.part(part)
-        output, after = ours.mix(x[:, part], own, None if before is None else before[0])
+        state = None if before is None else before[0]
+        output, after = ours.mix(x[:, part], own, state, remember=part != pieces[-1])
         return output, [after]
 
     def error(output: Tensor, part: slice) -> Tensor:
