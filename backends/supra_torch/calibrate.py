@@ -62,13 +62,15 @@ def calibrate(
     the output projections as they are: a better start for training, which has heads to improve.
     """
     pairs = zip(student.model.layers, teacher.model.layers, strict=True)
-    return calibrate_layers(pairs, len(student.model.layers), teacher, ids, outputs, progress)  # type: ignore[arg-type]
+    layers = len(student.model.layers)
+    return calibrate_layers(pairs, layers, student, teacher, ids, outputs, progress)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def calibrate_layers(
     pairs: Iterable[tuple[Layer, Layer]],
     layers: int,
+    student: SupraModel,
     teacher: SupraModel,
     ids: Tensor,
     outputs: bool,
@@ -76,9 +78,9 @@ def calibrate_layers(
 ) -> list[LayerFit]:
     """:func:`calibrate` for pairs of layers, the student's and the teacher's, made one by one.
 
-    Of ``teacher`` only the embedding is used.
+    Of ``student`` only the rotations are used, of ``teacher`` those and the embedding.
     """
-    positions = teacher.positions(ids[:1])
+    positions = teacher.positions(ids[:1]).joined(student.positions(ids[:1]))
     hidden = [teacher.embed(part) for part in ids.split(_TOGETHER)]
     fits = []
     for index, (ours, theirs) in enumerate(pairs):

@@ -95,18 +95,32 @@ def calibrated_tensors(
 
     with autocast(ids.device, precision):
         embedding = _embedding(*teacher, dtype).to(ids.device)
+        rotations = _rotations(spec).to(ids.device)
         layers = spec.num_hidden_layers
-        fits = calibrate_layers(pairs(), layers, embedding, ids, outputs, progress)
+        fits = calibrate_layers(pairs(), layers, rotations, embedding, ids, outputs, progress)
     return found, fits
 
 
 def _embedding(spec: ModelSpec, tensors: TensorSource, dtype: torch.dtype) -> SupraModel:
-    """The teacher's module with nothing loaded but what the first layer's input needs."""
-    with torch.device("meta"):
-        model = SupraModel(spec)
+    """The model with nothing but what the first layer's input needs."""
+    model = _bare(spec)
     names = ("model.embed_tokens.weight", "model.embed_norm.weight")
     weights = {n: to_torch(tensors[n]).to(dtype) for n in names if n in tensors}
     model.load_state_dict(weights, assign=True, strict=False)
+    return model
+
+
+def _rotations(spec: ModelSpec) -> SupraModel:
+    """The model with nothing but its positions."""
+    model = _bare(spec)
+    model.model.embed_tokens = model.model.embed_norm = nn.Identity()  # type: ignore[assignment]
+    return model
+
+
+def _bare(spec: ModelSpec) -> SupraModel:
+    """The model without layers, last norm and head; its embedding has no numbers yet."""
+    with torch.device("meta"):
+        model = SupraModel(spec)
     # Nothing may stay on the meta device, which has no numbers to move.
     model.model.layers = nn.ModuleList()
     model.model.norm = nn.Identity()  # type: ignore[assignment]

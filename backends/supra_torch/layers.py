@@ -52,6 +52,14 @@ class Positions:
     by_row: bool = False
     goes_on: Tensor | None = None
 
+    def joined(self, others: Positions) -> Positions:
+        """With the tables of another model at the same places, whose mixers rotate other widths."""
+        return replace(
+            self,
+            tables={**others.tables, **self.tables},
+            local_tables={**others.local_tables, **self.local_tables},
+        )
+
     def part(self, tokens: slice) -> Positions:
         """Those of some of the tokens of every row, to which a state comes from those before."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,8 +15,13 @@ from tests.tiny_models import SPECS, lazy_weights
 torch = pytest.importorskip("torch")
 
 from supra_core.convert import convert  # noqa: E402
-from supra_core.errors import SupraError  # noqa: E402
-from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
+from supra_core.errors import SpecError, SupraError  # noqa: E402
+from supra_core.linearize import (  # noqa: E402
+    FeatureMapName,
+    LinearizeOptions,
+    OutputNormName,
+    linearize,
+)
 from supra_core.progress import silent  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
 from supra_core.spec import ModelSpec, SoftmaxAttention  # noqa: E402
@@ -196,3 +201,24 @@ def test_too_little_text_is_named(tiny_transformer: Path, tokens: int) -> None:
     source = open_source(tiny_transformer)
     with pytest.raises(SupraError, match="too few for"):
         calibration(source, source.spec, source.tensors, silent)
+
+
+@pytest.mark.parametrize("preset", ["paper", "pure", "windowed"])
+@pytest.mark.parametrize("feature_map", get_args(FeatureMapName))
+@pytest.mark.parametrize("output_norm", get_args(OutputNormName))
+def test_every_choice_can_be_calibrated_and_trained(
+    preset: Any, feature_map: Any, output_norm: Any
+) -> None:
+    """Wherever the rotation stands, whatever its width; impossible choices are refused."""
+    for rope in (None, "before", "between", "after"):
+        options = LinearizeOptions(
+            preset=preset, feature_map=feature_map, output_norm=output_norm, rope=rope,
+            window=5 if preset == "windowed" else None,
+        )  # fmt: skip
+        try:
+            student, teacher = _pair(options)
+        except SpecError:
+            continue
+        ids = _ids(4, 20)
+        calibrate(student, teacher, ids)
+        assert transfer(student, teacher, Batch(ids)).isfinite()

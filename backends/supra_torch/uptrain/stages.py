@@ -97,7 +97,10 @@ def teacher_forced(
     That is the teacher's mixer input and its output, both (B, T, D) and without gradients, and
     the positions. Errors of one layer do not reach the next.
     """
-    positions = teacher.positions(batch.ids, cu_seqlens=batch.cu_seqlens)
+    positions, own = (
+        model.positions(batch.ids, cu_seqlens=batch.cu_seqlens) for model in (teacher, student)
+    )
+    positions = positions.joined(own)
     with torch.no_grad(), gathered(teacher):
         h = teacher.embed(batch.ids)
     for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
