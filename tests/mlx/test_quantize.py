@@ -16,9 +16,11 @@ from typer.testing import CliRunner  # noqa: E402
 from supra_cli.main import app  # noqa: E402
 from supra_core.backend import load  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
+from supra_core.spec import Experts  # noqa: E402
 from supra_mlx.weights import load_source, to_mlx  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
+from tests.tiny_models import with_experts  # noqa: E402
 
 runner = CliRunner()
 
@@ -29,9 +31,11 @@ def convert(source: Path, out: Path, *arguments: str) -> str:
     return told.output
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = replace(SPECS["windowed_sink"], hidden_size=64, intermediate_size=128)
+    if request.param == "experts":
+        spec = with_experts(spec, Experts(5, 2, 64), dense=(1,))
     return write_chat_model(tmp_path_factory.mktemp("models") / "model", spec)
 
 
@@ -41,6 +45,9 @@ def test_every_backend_computes_the_packed_model(folder: Path, tmp_path: Path, b
     convert(folder, out, "--quantize", str(bits))
     source = open_source(out)
     assert source.packed is not None
+    packed_experts = sum(".mlp.experts." in name for name in source.packed.modules)
+    assert packed_experts == (0 if source.spec.experts is None else 3 * 5)
+    assert not any(name.endswith("mlp.gate") for name in source.packed.modules)
     for name, packing in source.packed.modules.items():
         finer = name.endswith(("v_proj", "embed_tokens", "lm_head"))
         assert packing.bits == (min(bits + 2, 8) if finer else bits)
@@ -63,6 +70,42 @@ def test_every_backend_computes_the_packed_model(folder: Path, tmp_path: Path, b
     assert sum(f.stat().st_size for f in out.glob("*.safetensors")) < sum(
         f.stat().st_size for f in folder.glob("*.safetensors")
     )
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_what_mlx_lm_writes_of_experts_is_read(tmp_path: Path, bits: int | None) -> None:
+    """Its converter stacks a layer's experts, and quantises all matrices but routers."""
+    from mlx_lm.utils import quantize_model, save
+
+    spec = with_experts(replace(SPECS["windowed"], hidden_size=64), Experts(5, 2, 64), dense=(1,))
+    folder = write_chat_model(tmp_path / "model", spec)
+    theirs, config = load_model(folder, trust_remote_code=True)
+    if bits is not None:
+        theirs, config = quantize_model(theirs, config, 32, bits)
+    ids = np.random.default_rng(0).integers(0, 50, (2, 21))
+    expected = np.array(theirs(mx.array(ids)))
+    save(tmp_path / "saved", folder, theirs, _Tokenizer(), config)
+    source = open_source(tmp_path / "saved")
+    assert (source.spec.layers, source.spec.experts) == (spec.layers, spec.experts)
+    assert (source.packed is None) == (bits is None)
+    np.testing.assert_array_equal(np.array(load_source(source)(mx.array(ids))), expected)
+    again, _ = load_model(tmp_path / "saved", trust_remote_code=True)
+    np.testing.assert_array_equal(np.array(again(mx.array(ids))), expected)
+    if bits is None:
+        before = open_source(folder).tensors
+        assert before.keys() == source.tensors.keys()
+        for name, tensor in before.items():
+            np.testing.assert_array_equal(source.tensors[name].read(), tensor.read())
+    else:
+        found = load("reference", tmp_path / "saved").logits(ids)
+        np.testing.assert_allclose(found, expected, atol=1e-4 * expected.std())
+
+
+class _Tokenizer:
+    """What mlx-lm saves beside a model."""
+
+    def save_pretrained(self, path: Path) -> None:
+        """Nothing, here."""
 
 
 def test_more_bits_are_nearer(folder: Path, tmp_path: Path) -> None:
