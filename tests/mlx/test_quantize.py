@@ -72,42 +72,6 @@ def test_every_backend_computes_the_packed_model(folder: Path, tmp_path: Path, b
     )
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-def test_what_mlx_lm_writes_of_experts_is_read(tmp_path: Path, bits: int | None) -> None:
-    """Its converter stacks a layer's experts, and quantises all matrices but routers."""
-    from mlx_lm.utils import quantize_model, save
-
-    spec = with_experts(replace(SPECS["windowed"], hidden_size=64), Experts(5, 2, 64), dense=(1,))
-    folder = write_chat_model(tmp_path / "model", spec)
-    theirs, config = load_model(folder, trust_remote_code=True)
-    if bits is not None:
-        theirs, config = quantize_model(theirs, config, 32, bits)
-    ids = np.random.default_rng(0).integers(0, 50, (2, 21))
-    expected = np.array(theirs(mx.array(ids)))
-    save(tmp_path / "saved", folder, theirs, _Tokenizer(), config)
-    source = open_source(tmp_path / "saved")
-    assert (source.spec.layers, source.spec.experts) == (spec.layers, spec.experts)
-    assert (source.packed is None) == (bits is None)
-    np.testing.assert_array_equal(np.array(load_source(source)(mx.array(ids))), expected)
-    again, _ = load_model(tmp_path / "saved", trust_remote_code=True)
-    np.testing.assert_array_equal(np.array(again(mx.array(ids))), expected)
-    if bits is None:
-        before = open_source(folder).tensors
-        assert before.keys() == source.tensors.keys()
-        for name, tensor in before.items():
-            np.testing.assert_array_equal(source.tensors[name].read(), tensor.read())
-    else:
-        found = load("reference", tmp_path / "saved").logits(ids)
-        np.testing.assert_allclose(found, expected, atol=1e-4 * expected.std())
-
-
-class _Tokenizer:
-    """What mlx-lm saves beside a model."""
-
-    def save_pretrained(self, path: Path) -> None:
-        """Nothing, here."""
-
-
 def test_more_bits_are_nearer(folder: Path, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 40, (1, 30))
     exact, errors = load("reference", folder).logits(ids), []
