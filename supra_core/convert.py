@@ -26,7 +26,8 @@ TARGETS = tuple(WRITERS)
 class Conversion:
     """What was done. ``kind`` is the source's format, ``dtype`` the weights' type.
 
-    ``left_out``: what the transformer has and its linear layers cannot, one sentence each.
+    ``left_out``: what the transformer has and its linear layers cannot, ``notes``: what else the
+    user should know, one sentence each.
     """
 
     spec: ModelSpec
@@ -36,6 +37,7 @@ class Conversion:
     calibrated: bool
     folded: bool
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Calibrate(Protocol):
@@ -69,6 +71,8 @@ def convert(
     dtype: str | None = None,
     force: bool = False,
     config: Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
     progress: Progress = silent,
 ) -> Conversion:
     """Write the model at ``source`` to ``out``, whole or not at all.
@@ -76,7 +80,8 @@ def convert(
     ``linearize`` None linearizes a plain transformer on its way to ``supra``, and whatever
     ``options`` are given for; a model that is linear already stays as it is. ``calibrate`` fits
     what was linearized before it is written; ``quantise`` packs what is written. ``dtype`` None
-    keeps the source's. Raises :class:`SupraError` for bad input and impossible choices.
+    keeps the source's. ``revision``, ``offline``: of a source on the hub.
+    Raises :class:`SupraError` for bad input and impossible choices.
     """
     if to not in WRITERS:
         raise SupraError(f"--to '{to}' is unknown: use one of {', '.join(TARGETS)}")
@@ -96,7 +101,9 @@ def convert(
     check_replaceable(out, force, holds=artifact.CONFIG)
     if dtype is not None:
         dtype_named(dtype)
-    found = open_source(source, config=config)
+    found = open_source(
+        source, config=config, revision=revision, offline=offline, progress=progress
+    )
     spec, tensors = found.spec, dict(found.tensors)
     wanted = linearize
     if wanted is None:
@@ -138,5 +145,5 @@ def convert(
     )
     return Conversion(
         spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold,
-        linearizing.left_out(spec) if wanted else (),
+        linearizing.left_out(spec) if wanted else (), found.notes,
     )  # fmt: skip
