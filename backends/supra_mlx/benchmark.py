@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from supra_mlx.generate import PREFILL_STEP
 from supra_mlx.model import Model
 from supra_mlx.stock_backend import load as load_stock
 from supra_mlx.weights import load_source
-
-_ROUNDS = 5
 
 Log = Callable[[str], None]
 
@@ -84,18 +82,10 @@ class _Side:
             mx.eval(cache.state)
         self.context, self.seconds = context, None
 
-    def steps(self, count: int, caches: list[Any] | None = None) -> list[float]:
-        """Seconds of ``count`` steps by mlx-lm's generator; the caches stay as they were."""
+    def steps(self, caches: list[Any] | None = None) -> Iterator[object]:
+        """Steps by mlx-lm's generator, without an end; the caches stay as they were."""
         caches = copy.deepcopy(self.caches if caches is None else caches)
-        seconds = []
-        tokens = generate_step(mx.array([1]), self.model, max_tokens=count + 2, prompt_cache=caches)
-        # The first two pay for compiling, and for room in a growing cache.
-        next(tokens), next(tokens)
-        for _ in range(count):
-            start = time.perf_counter()
-            next(tokens)
-            seconds.append(time.perf_counter() - start)
-        return seconds
+        return generate_step(mx.array([1]), self.model, max_tokens=-1, prompt_cache=caches)
 
     @property
     def cache_bytes(self) -> int:
@@ -129,35 +119,31 @@ def benchmark(
     ids = np.random.default_rng(0).integers(100, stock.spec.vocab_size, max(contexts))
     tokens = mx.array(ids.astype(np.int32))
     rows, kept = [], []
-    each = -(-steps // _ROUNDS)
     for context in contexts:
         log(f"context {context:,}")
         ours.read(tokens[:context])
         theirs.read(tokens[: min(context, read_up_to)])
         if context > read_up_to:
             theirs.fill(context)
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(_ROUNDS):
-            for side, seconds in zip((ours, theirs), times, strict=True):
-                seconds += side.steps(each)
+        step, stock_step = in_turns([ours.steps(), theirs.steps()], steps)
         kept.append(copy.deepcopy(ours.caches))
         rows.append(
             Row(
                 context,
                 ours.seconds,
                 theirs.seconds,
-                statistics.median(times[0]),
-                statistics.median(times[1]),
+                step,
+                stock_step,
                 ours.cache_bytes,
                 theirs.cache_bytes,
                 0.0,
             )
         )
     log("every context in turns")
-    turns = [[ours.steps(each, caches) for caches in kept] for _ in range(_ROUNDS)]
-    for index, row in enumerate(rows):
-        together = [second for turn in turns for second in turn[index]]
-        rows[index] = replace(row, step_in_turns=statistics.median(together))
+    together = in_turns([ours.steps(caches) for caches in kept], steps)
+    rows = [
+        replace(row, step_in_turns=seconds) for row, seconds in zip(rows, together, strict=True)
+    ]
     return {
         "benchmark": "context",
         "model": model,
@@ -171,6 +157,23 @@ def benchmark(
         "rows": [asdict(row) for row in rows],
         "notes": [],
     }
+
+
+def in_turns(generators: Sequence[Iterator[object]], count: int) -> list[float]:
+    """Median seconds of ``count`` steps of each generator, one of each at a time.
+
+    What else the machine does at some moment slows all of them alike.
+    """
+    for generator in generators:
+        # The first two pay for compiling, and for room in a growing cache.
+        next(generator), next(generator)
+    seconds: list[list[float]] = [[] for _ in generators]
+    for _ in range(count):
+        for generator, times in zip(generators, seconds, strict=True):
+            start = time.perf_counter()
+            next(generator)
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
 
 
 def device_name() -> str:
@@ -210,11 +213,12 @@ def table(result: dict[str, Any]) -> Table:
         rows=rows,
         notes=(
             *result["notes"],
-            f"steps are medians of {result['steps']}, both models' in turns, by mlx-lm's generator",
+            f"steps are medians of {result['steps']}, one of each model at a time, by mlx-lm's "
+            "generator",
             "contexts are random tokens, read from the first one; where the transformer's speed "
             "of reading is missing, its cache was filled with random keys and values",
             "ratios above 1 are for the recurrent model",
-            "to the first: a step beside the first context's, all contexts timed in turns",
+            "to the first: a step beside the first context's, one of each context in turns",
         ),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,19 @@ class Positions:
     cu_seqlens: Tensor | None = None
     documents: Tensor | None = None
     local_tables: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def part(self, tokens: slice) -> Positions:
+        """Those of some of the tokens, where rows are not packed."""
+
+        def cut(tables: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+            return {size: (cos[:, tokens], sin[:, tokens]) for size, (cos, sin) in tables.items()}
+
+        return replace(
+            self,
+            positions=self.positions[:, tokens],
+            tables=cut(self.tables),
+            local_tables=cut(self.local_tables),
+        )
 
     def rotate(self, x: Tensor, rope: str = "global") -> Tensor:
         """x (B, T, heads, channels) rotated in float32, returned in its own type.

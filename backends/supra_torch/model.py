@@ -89,10 +89,12 @@ class Layer(nn.Module):
         h = self.add_mixed(h, mixed)
         return h + self.feed_forward(h), memory if remember else {}
 
-    def mix(self, x: Tensor, positions: Positions) -> Tensor:
-        """The mixer alone, from its normed input x (B, T, D): its output (B, T, D)."""
-        mixed: Tensor = self.self_attn(x, positions, None, None)[0]
-        return mixed
+    def mix(
+        self, x: Tensor, positions: Positions, state: LayerState | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """The mixer alone, from its normed input x (B, T, D): output (B, T, D) and new state."""
+        mixed, memory = self.self_attn(x, positions, state, None)
+        return mixed, memory
 
     def mixer_input(self, h: Tensor) -> Tensor:
         """h (B, T, D), normed where the block does so, cast once for all projections of it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.formats.atomic import atomic_file
+from supra_core.machine import processor_name
 
 
 def origin() -> dict[str, Any]:
@@ -18,8 +19,18 @@ def origin() -> dict[str, Any]:
     return {
         "command": shlex.join(["supra", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": {"processor": processor_name(), "gpu": _gpu(), **machine()},
     }
+
+
+def _gpu() -> str | None:
+    """The GPU of the library that computed, which is imported by now; None for the processor."""
+    torch, mlx = sys.modules.get("torch"), sys.modules.get("mlx.core")
+    if torch is not None and torch.cuda.is_initialized():
+        return str(torch.cuda.get_device_name())
+    if mlx is not None and mlx.default_device() == mlx.gpu:
+        return str(mlx.device_info().get("device_name", "GPU"))
+    return None
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

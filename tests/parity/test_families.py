@@ -192,7 +192,9 @@ def test_the_teachers_own_inputs(pair: Any) -> None:
     with torch.no_grad():
         for ours, x, target, positions in teacher_forced(student, teacher, Batch(ids)):
             # Calibrating leaves out a sequence's first eight tokens.
-            wrong, right = ((y - target)[:, 8:].square().sum() for y in (ours.mix(x, positions), 0))
+            wrong, right = (
+                (y - target)[:, 8:].square().sum() for y in (ours.mix(x, positions)[0], 0)
+            )
             errors.append(float(wrong / right))
     fits = calibrate(student, teacher, ids)
     np.testing.assert_allclose([fit.before for fit in fits], errors, rtol=1e-4)

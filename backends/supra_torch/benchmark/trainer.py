@@ -90,7 +90,7 @@ def _ours(
     def compute(batches: Sequence[Batch]) -> Tensor:
         (batch,) = batches
         with autocast(device, training.precision):
-            return gradients(stage.kind, student, teacher, batch)
+            return gradients(stage.kind, student, teacher, batch, segment=config.segment_tokens)
 
     optimiser = optimiser_for(student, stage)
     accumulate: Gradients = compute

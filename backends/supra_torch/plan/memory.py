@@ -91,7 +91,9 @@ def trace_stage(
                 synchronise(student, last)
                 ids = torch.zeros(size, length, dtype=torch.long)
                 with autocast(one.device, precision, sharded=one.mesh is not None):
-                    gradients(stage.kind, student, teacher, Batch(ids), size / own)
+                    gradients(
+                        stage.kind, student, teacher, Batch(ids), size / own, config.segment_tokens
+                    )
             trace.repeats = 1
             trained = list(trained_parameters(optimiser))
             trace.label((parameter.grad for parameter in trained), "gradients")

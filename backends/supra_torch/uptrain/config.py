@@ -118,6 +118,8 @@ class UptrainConfig(_Strict):
     tokens; ``checkpoint_every`` and ``evaluate_every`` in steps (0: only at the end of a stage).
     ``keep_checkpoints``: how many of the newest stay, beside the best.
     ``device_rows``: a device computes so many rows of a batch at a time (0: all of its share).
+    ``segment_tokens``: a device computes so many tokens of a row at a time (0: all), and passes the
+    state on to the next ones: memory of one segment, for one more forward.
     ``devices_together``: models are sharded over so many devices, and replicated over as many
     groups of them (0: over a node's where there are several nodes, else over all).
     ``compile``: every layer by torch.compile and, on a GPU, a step's forward and backward as one
@@ -140,7 +142,14 @@ class UptrainConfig(_Strict):
 
     # What may be changed while a run goes on: no result depends on it but by rounding.
     FREE: ClassVar[frozenset[str]] = frozenset(
-        {"device_rows", "devices_together", "keep_checkpoints", "profile_steps", "report_to"}
+        {
+            "device_rows",
+            "segment_tokens",
+            "devices_together",
+            "keep_checkpoints",
+            "profile_steps",
+            "report_to",
+        }
     )
 
     model: str
@@ -153,6 +162,7 @@ class UptrainConfig(_Strict):
     sequence_length: int = Field(default=512, ge=2)
     batch_tokens: int = Field(default=2048, ge=2)
     device_rows: int = Field(default=0, ge=0)
+    segment_tokens: int = Field(default=0, ge=0)
     devices_together: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -217,6 +227,14 @@ class UptrainConfig(_Strict):
                     f"sequence_length {self.sequence_length} cannot be cut into {stage.cut} for "
                     f"stages.{index}: choose a multiple of it, or set stages.{index}.cut"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _segments_are_of_joined_rows(self) -> UptrainConfig:
+        if self.segment_tokens and self.documents == "apart":
+            raise ValueError(
+                "segment_tokens passes states on through a whole row: set documents to joined too"
+            )
         return self
 
     def batch_shape(self, stage: Stage) -> tuple[int, int]:

@@ -95,7 +95,10 @@ class Session:
                 synchronise(student, number == len(batches))
                 with self.autocast():
                     share = len(batch.ids) / rows
-                    total += gradients(stage.kind, student, self.teacher, batch, share)
+                    total += gradients(
+                        stage.kind, student, self.teacher, batch, share,
+                        self.config.segment_tokens,
+                    )  # fmt: skip
             return total
 
         if not captured:

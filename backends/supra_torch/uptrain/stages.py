@@ -7,22 +7,25 @@ own input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supra_core import layout
 from supra_core.errors import SupraError
 from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 from supra_torch.layers import Positions, for_products
-from supra_torch.model import Layer, SupraModel
+from supra_torch.model import Layer, ModelState, SupraModel
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
 from supra_torch.ops.losses import IGNORED
+from supra_torch.uptrain import segments
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.config import ModelPart, Stage, StageKind
 from supra_torch.uptrain.lora import is_adapter
+from supra_torch.uptrain.segments import States
 from supra_torch.uptrain.sharding import gathered
 from supra_torch.uptrain.step import adamw
 
@@ -33,22 +36,25 @@ def gradients(
     teacher: SupraModel | None,
     batch: Batch,
     share: float = 1.0,
+    segment: int = 0,
 ) -> Tensor:
     """Accumulate the gradients of a stage's loss on a batch, times ``share``; returns both.
 
-    ``share``: of the batch that these rows are; every loss is a mean over rows. Nothing here
-    waits for the device.
+    ``share``: of the batch that these rows are; every loss is a mean over rows. ``segment``: the
+    student computes so many tokens of a row at a time (0: all). Nothing here waits for the device.
     """
     if kind == "uptrain":
-        return uptrain(student, batch, share)
+        return uptrain(student, batch, share, segment)
     if teacher is None:
         raise ValueError(f"a {kind} stage needs a teacher")
     if kind == "transfer":
-        return transfer(student, teacher, batch, share)
-    return distill(student, teacher, batch, share)
+        return transfer(student, teacher, batch, share, segment)
+    return distill(student, teacher, batch, share, segment)
 
 
-def transfer(student: SupraModel, teacher: SupraModel, batch: Batch, share: float = 1.0) -> Tensor:
+def transfer(
+    student: SupraModel, teacher: SupraModel, batch: Batch, share: float = 1.0, segment: int = 0
+) -> Tensor:
     """Accumulate gradients of every linear mixer's error.
 
     The error of a layer is the squared difference of the mixers' outputs over the teacher's
@@ -58,12 +64,28 @@ def transfer(student: SupraModel, teacher: SupraModel, batch: Batch, share: floa
     total, linear = torch.zeros((), dtype=torch.float64, device=batch.ids.device), 0
     for ours, x, target, positions in teacher_forced(student, teacher, batch):
         if is_linear(ours):
-            output = ours.mix(x, positions)
-            scale = target.float().square().mean((1, 2), keepdim=True).clamp(min=1e-12)
-            loss = ((output.float() - target.float()).square() / scale).mean() * share
-            loss.backward()  # type: ignore[no-untyped-call]
-            total, linear = total + loss.detach(), linear + 1
+            total += _match(ours, x, target, positions, share, segment)
+            linear += 1
     return total / max(linear, 1)
+
+
+def _match(
+    ours: Layer, x: Tensor, target: Tensor, positions: Positions, share: float, segment: int
+) -> Tensor:
+    """Accumulate the gradients of one mixer's error on x, times ``share``; returns both."""
+    scale = target.float().square().mean((1, 2), keepdim=True).clamp(min=1e-12)
+    pieces = segments.parts(x.shape[1], segment)
+
+    def run(part: slice, before: States | None) -> tuple[Tensor, States]:
+        own = positions if len(pieces) == 1 else positions.part(part)
+        output, after = ours.mix(x[:, part], own, None if before is None else before[0])
+        return output, [after]
+
+    def error(output: Tensor, part: slice) -> Tensor:
+        squares = (output.float() - target[:, part].float()).square() / scale
+        return squares.mean() * (share * output.shape[1] / x.shape[1])
+
+    return segments.backward(run, error, pieces)
 
 
 def teacher_forced(
@@ -87,29 +109,55 @@ def teacher_forced(
         yield ours, x, target, positions
 
 
-def distill(student: SupraModel, teacher: SupraModel, batch: Batch, share: float = 1.0) -> Tensor:
+def distill(
+    student: SupraModel, teacher: SupraModel, batch: Batch, share: float = 1.0, segment: int = 0
+) -> Tensor:
     """Accumulate gradients of KL(teacher || student), the mean over tokens in nats."""
     with torch.no_grad():
         target = last_hidden(teacher, batch)
-    hidden = last_hidden(student, batch)
-    loss = linear_kl_divergence(
-        for_products(hidden).flatten(0, 1),
-        student.head_weight,
-        target.flatten(0, 1),
-        teacher.head_weight,
-        softcap=student.spec.logits_softcap,
-        teacher_softcap=teacher.spec.logits_softcap,
-    )
-    loss = loss * share
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+
+    def divergence(hidden: Tensor, part: slice) -> Tensor:
+        loss = linear_kl_divergence(
+            for_products(hidden).flatten(0, 1),
+            student.head_weight,
+            target[:, part].flatten(0, 1),
+            teacher.head_weight,
+            softcap=student.spec.logits_softcap,
+            teacher_softcap=teacher.spec.logits_softcap,
+        )
+        return loss * (share * hidden.shape[1] / target.shape[1])
+
+    return _in_segments(student, batch, divergence, segment)
 
 
-def uptrain(student: SupraModel, batch: Batch, share: float = 1.0) -> Tensor:
+def uptrain(student: SupraModel, batch: Batch, share: float = 1.0, segment: int = 0) -> Tensor:
     """Accumulate gradients of :func:`next_token_loss`."""
-    loss = next_token_loss(student, batch) * share
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+    targets, divisor = next_tokens(batch), _targets(batch)
+
+    def loss(hidden: Tensor, part: slice) -> Tensor:
+        return _cross_entropy(student, hidden, targets[:, part], divisor) * share
+
+    return _in_segments(student, batch, loss, segment)
+
+
+def _in_segments(
+    student: SupraModel, batch: Batch, loss: Callable[[Tensor, slice], Tensor], segment: int
+) -> Tensor:
+    """Accumulate the gradients of a loss of the last hidden states, so many tokens at a time."""
+    pieces = segments.parts(batch.ids.shape[1], segment)
+    last = pieces[-1]
+
+    def run(part: slice, before: States | None) -> tuple[Tensor, States]:
+        seen = batch.ids.new_full(batch.ids.shape[:1], part.start)
+        hidden, after = student.hidden(
+            batch.ids[:, part],
+            None if before is None else ModelState(seen, tuple(before)),
+            remember=part != last,
+            cu_seqlens=batch.cu_seqlens,
+        )
+        return hidden, after.layers
+
+    return segments.backward(run, loss, pieces)
 
 
 def next_token_loss(model: SupraModel, batch: Batch) -> Tensor:
@@ -117,18 +165,30 @@ def next_token_loss(model: SupraModel, batch: Batch) -> Tensor:
 
     What begins a document inside a row counts as 0: nothing before it is its own.
     """
-    hidden = for_products(last_hidden(model, batch))[:, :-1].flatten(0, 1)
-    targets, borders = batch.ids, batch.cu_seqlens
-    if borders is not None:
-        flat = torch.cat([targets.flatten(), targets.new_zeros(1)])
+    return _cross_entropy(model, last_hidden(model, batch), next_tokens(batch), _targets(batch))
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """What follows each token, (B, T); ``IGNORED`` where that is no token of its document."""
+    targets = batch.ids.flatten()
+    if batch.cu_seqlens is not None:
         # The last border is behind the last token.
-        targets = flat.index_fill(0, borders.long(), IGNORED)[:-1].view_as(targets)
-    targets = targets[:, 1:].flatten()
+        targets = F.pad(targets, (0, 1)).index_fill(0, batch.cu_seqlens.long(), IGNORED)[:-1]
+    return F.pad(targets.view_as(batch.ids)[:, 1:], (0, 1), value=IGNORED)
+
+
+def _targets(batch: Batch) -> int:
+    """How many tokens a batch's loss is the mean of: all but each row's first."""
+    return batch.ids.numel() - len(batch.ids)
+
+
+def _cross_entropy(model: SupraModel, hidden: Tensor, targets: Tensor, divisor: int) -> Tensor:
+    """The sum over tokens of -log p(target) over ``divisor``; hidden (B, T, D), targets (B, T)."""
     return linear_cross_entropy(
-        hidden,
+        for_products(hidden).flatten(0, 1),
         model.head_weight,
-        targets,
-        divisor=len(targets),
+        targets.flatten(),
+        divisor=divisor,
         softcap=model.spec.logits_softcap,
     )
 

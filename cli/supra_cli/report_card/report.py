@@ -32,7 +32,8 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
             "the report's figures need matplotlib: install it with pip install 'supra-lm[report]'"
         )
     inputs = read_inputs(settings)
-    record = {**origin(), **measure(settings, inputs, progress)}
+    measured = measure(settings, inputs, progress)
+    record = {**origin(), **measured}
     record["seconds"] = round(time.monotonic() - start, 1)
     # First: a page can be drawn again, hours of measuring cannot.
     with atomic_file(settings.record_path) as beside:
