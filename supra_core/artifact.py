@@ -24,6 +24,7 @@ from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
 from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.jsonfile import read_object, write_object
+from supra_core.formats.mlx_experts import unstacked
 from supra_core.formats.mlx_quantized import Packed, read_packed, unpacked
 from supra_core.formats.safetensors import Progress
 from supra_core.hub.identity import hub_id
@@ -64,7 +65,7 @@ def read(folder: str | Path) -> Artifact:
     dtype = fields.text("torch_dtype", "dtype")
     if dtype not in DTYPES:
         raise fields.error(f"field torch_dtype is '{dtype}': known are {', '.join(DTYPES)}")
-    tensors, packed = _stored(folder), None
+    tensors, packed = unstacked(spec, _stored(folder)), None
     if config.get("quantization") is not None:
         packed = read_packed(tensors, config["quantization"], str(config_path))
         tensors = unpacked(packed)

@@ -7,12 +7,12 @@ from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.fields import Fields
-from supra_core.spec import MOST_LAYERS, ModelSpec, uses_later_fields
+from supra_core.spec import MOST_LAYERS, ModelSpec, format_version
 
 MODEL_TYPE = "supra"
 ARCHITECTURE = "SupraForCausalLM"
-# What needs nothing of version 2 is written as version 1, which older readers know.
-FORMAT_VERSION = 2
+# What needs nothing of a later version is written as version 1, which older readers know.
+FORMAT_VERSION = 3
 
 # Characters of JSON that a mixer may take, which stands once for each of its layers in the spec.
 _MIXER_LENGTH = 4000
@@ -25,7 +25,7 @@ def spec_to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     """``config.json`` of a model whose weights are stored as ``dtype``.
 
     Mixers that several layers share stand once, in ``mixers``; ``layer_mixers`` holds each
-    layer's index into it.
+    layer's index into it. ``layer_feed_forwards`` stands where a layer has experts.
     """
     fields = spec.to_dict()
     mixers: list[dict[str, Any]] = []
@@ -35,10 +35,12 @@ def spec_to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
             mixers.append(layer["mixer"])
         layer_mixers.append(mixers.index(layer["mixer"]))
     eos = fields["eos_token_id"]
+    kinds = [layer.feed_forward for layer in spec.layers]
+    feed_forwards = {"layer_feed_forwards": kinds} if spec.experts is not None else {}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "format_version": 2 if uses_later_fields(spec) else 1,
+        "format_version": format_version(spec),
         "torch_dtype": dtype,
         **fields,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
@@ -47,6 +49,7 @@ def spec_to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         "layer_types": [layer.mixer.layer_type for layer in spec.layers],
         "mixers": mixers,
         "layer_mixers": layer_mixers,
+        **feed_forwards,
     }
 
 
@@ -85,7 +88,17 @@ def _layers(fields: Fields) -> list[dict[str, Any]]:
     for index in indices:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(mixers):
             raise fields.error(f"field layer_mixers holds {index!r}, which is no index into mixers")
-    return [{"mixer": mixers[index]} for index in indices]
+    kinds = fields.values.get("layer_feed_forwards")
+    kinds = ["dense"] * len(indices) if kinds is None else kinds
+    if not isinstance(kinds, list) or len(kinds) != len(indices):
+        raise fields.error(
+            f"field layer_feed_forwards must be a list with one entry for each of {len(indices)} "
+            "layers"
+        )
+    return [
+        {"mixer": mixers[index], "feed_forward": kind}
+        for index, kind in zip(indices, kinds, strict=True)
+    ]
 
 
 def _table(fields: Fields, name: str) -> list[Any]:

@@ -43,12 +43,12 @@ def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec,
             "q_proj (rope between or after), and only once; leave out --fold"
         )
     new = dict(tensors)
-    layers = []
+    layers: list[LayerSpec] = []
     for index, layer in enumerate(spec.layers):
         if _foldable(spec, layer):
             assert isinstance(layer.mixer, LinearAttention)
             _fold_layer(spec, layer.mixer, layer_prefix(index) + "self_attn.", new)
-            layer = LayerSpec(_folded_mixer(spec, layer.mixer))
+            layer = replace(layer, mixer=_folded_mixer(spec, layer.mixer))
         layers.append(layer)
     folded = replace(spec, layers=tuple(layers))
     return folded, {name: new[name] for name in tensor_shapes(folded)}

@@ -7,10 +7,13 @@ add. A projection's weight is stored (out, in), as everywhere in that ecosystem.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 from supra_core.errors import LayoutError
 from supra_core.spec import (
+    Experts,
     Folded,
+    LayerSpec,
     LearnedDecay,
     LinearAttention,
     ModelSpec,
@@ -42,13 +45,38 @@ def mixer_shapes(spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> 
 
 def parameter_count(spec: ModelSpec) -> int:
     """Stored parameters; tied embeddings count once."""
-    total = 0
-    for shape in tensor_shapes(spec).values():
-        size = 1
-        for extent in shape:
-            size *= extent
-        total += size
-    return total
+    return sum(prod(shape) for shape in tensor_shapes(spec).values())
+
+
+def active_parameter_count(spec: ModelSpec) -> int:
+    """The parameters that one token goes through: of a mixture, those of its own experts."""
+    return parameter_count(spec) - idle_parameter_count(spec)
+
+
+def idle_parameter_count(spec: ModelSpec) -> int:
+    """The parameters of the experts that one token passes by, in all layers."""
+    if spec.experts is None:
+        return 0
+    idle = spec.experts.count - spec.experts.per_token
+    return expert_layers(spec) * idle * 3 * spec.hidden_size * spec.experts.intermediate_size
+
+
+def expert_parameter_count(spec: ModelSpec) -> int:
+    """The parameters of all mixtures of experts, routers included."""
+    if spec.experts is None:
+        return 0
+    each = spec.hidden_size * (1 + 3 * spec.experts.intermediate_size)
+    return expert_layers(spec) * spec.experts.count * each
+
+
+def expert_layers(spec: ModelSpec) -> int:
+    """How many layers have a mixture of experts."""
+    return sum(layer.feed_forward == "experts" for layer in spec.layers)
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a tensor belongs to a mixture of experts: to its router or to an expert."""
+    return ".mlp.gate." in name or ".mlp.experts." in name
 
 
 def check_tensors(spec: ModelSpec, found: Mapping[str, Shape], where: str) -> None:
@@ -72,7 +100,7 @@ def check_tensors(spec: ModelSpec, found: Mapping[str, Shape], where: str) -> No
 
 
 def _tensors(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    D, F = spec.hidden_size, spec.intermediate_size
+    D = spec.hidden_size
     yield "model.embed_tokens.weight", (spec.vocab_size, D)
     if spec.embedding_norm:
         yield "model.embed_norm.weight", (D,)
@@ -86,14 +114,30 @@ def _tensors(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
             yield prefix + "mixer_output_norm.weight", (D,)
         if spec.block_norm != "after":
             yield prefix + "post_attention_layernorm.weight", (D,)
-        yield prefix + "mlp.gate_proj.weight", (F, D)
-        yield prefix + "mlp.up_proj.weight", (F, D)
-        yield prefix + "mlp.down_proj.weight", (D, F)
+        for name, shape in _feed_forward_tensors(spec, layer):
+            yield f"{prefix}mlp.{name}", shape
         if spec.block_norm != "before":
             yield prefix + "mlp_output_norm.weight", (D,)
     yield "model.norm.weight", (D,)
     if not spec.tie_word_embeddings:
         yield "lm_head.weight", (spec.vocab_size, D)
+
+
+def _feed_forward_tensors(spec: ModelSpec, layer: LayerSpec) -> Iterator[tuple[str, Shape]]:
+    if layer.feed_forward == "dense":
+        yield from _gated_tensors("", spec.hidden_size, spec.intermediate_size)
+        return
+    assert isinstance(spec.experts, Experts)
+    yield "gate.weight", (spec.experts.count, spec.hidden_size)
+    for expert in range(spec.experts.count):
+        width = spec.experts.intermediate_size
+        yield from _gated_tensors(f"experts.{expert}.", spec.hidden_size, width)
+
+
+def _gated_tensors(prefix: str, size: int, width: int) -> Iterator[tuple[str, Shape]]:
+    yield prefix + "gate_proj.weight", (width, size)
+    yield prefix + "up_proj.weight", (width, size)
+    yield prefix + "down_proj.weight", (size, width)
 
 
 def _mixer_tensors(

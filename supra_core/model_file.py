@@ -30,6 +30,7 @@ MODULES = (
     "supra_mlx.metal",
     "supra_mlx.ops",
     "supra_mlx.window",
+    "supra_mlx.feed_forward",
     "supra_mlx.model",
 )
 _OURS = ("supra_core", "supra_mlx", "pydantic")

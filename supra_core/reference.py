@@ -214,7 +214,8 @@ class ReferenceModel:
             mixed, memory = self._mixer(prefix, layer.mixer, x, positions, before, form)
             h = h + spec.residual_scale * self._norm_after(prefix + "mixer_output_norm", mixed)
             x = self._norm_before(prefix + "post_attention_layernorm", h)
-            added = self._norm_after(prefix + "mlp_output_norm", self._feed_forward(prefix, x))
+            feed_forward = self._experts if layer.feed_forward == "experts" else self._gated
+            added = self._norm_after(prefix + "mlp_output_norm", feed_forward(prefix + "mlp.", x))
             h = h + spec.residual_scale * added
             layers.append(memory)
         h = normalise(h, self._weight("model.norm.weight"), spec.norm)
@@ -232,11 +233,29 @@ class ReferenceModel:
             return x
         return normalise(x, self._weight(name + ".weight"), self.spec.norm)
 
-    def _feed_forward(self, prefix: str, x: Float64) -> Float64:
-        gate = self._linear(prefix + "mlp.gate_proj", x)
-        up = self._linear(prefix + "mlp.up_proj", x)
+    def _gated(self, prefix: str, x: Float64) -> Float64:
+        """A feed-forward network: down(act(gate(x)) * up(x))."""
+        gate = self._linear(prefix + "gate_proj", x)
+        up = self._linear(prefix + "up_proj", x)
         gated = _ACTIVATIONS[self.spec.hidden_act](gate) * up
-        return self._linear(prefix + "mlp.down_proj", gated)
+        return self._linear(prefix + "down_proj", gated)
+
+    def _experts(self, prefix: str, x: Float64) -> Float64:
+        """The sum of a token's most probable experts, weighted by their probabilities."""
+        experts = self.spec.experts
+        assert experts is not None
+        p = softmax(self._linear(prefix + "gate", x))
+        # Of equal ones the first, as a stable sort leaves them.
+        chosen = np.argsort(-p, axis=-1, kind="stable")[:, : experts.per_token]
+        weights = np.take_along_axis(p, chosen, axis=-1)
+        if experts.normalise:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        out = np.zeros_like(x)
+        for expert in np.unique(chosen):
+            tokens, places = np.nonzero(chosen == expert)
+            y = self._gated(f"{prefix}experts.{expert}.", x[tokens])
+            out[tokens] += weights[tokens, places][:, None] * y
+        return out
 
     def _mixer(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from supra_core.layout import parameter_count
+from supra_core.layout import active_parameter_count, parameter_count
 from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention, SumNormaliser
 from supra_core.tensors import TensorSource
 
@@ -19,7 +19,9 @@ CACHE_ITEMSIZE = 2
 
 @dataclass(frozen=True)
 class Sizes:
-    """``state_bytes`` is fixed; ``growing_bytes_per_token`` is what remaining softmax layers add.
+    """``active_parameters``: those that a token goes through, which differ with experts alone.
+
+    ``state_bytes`` is fixed; ``growing_bytes_per_token`` is what remaining softmax layers add.
 
     ``kv_bytes_per_token``: the transformer's with the same heads. ``break_even_tokens``: the
     context from which the model's memory is the smaller one; None if it never is.
@@ -28,6 +30,7 @@ class Sizes:
     """
 
     parameters: int
+    active_parameters: int
     weight_bytes: int
     state_bytes: int
     growing_bytes_per_token: int
@@ -81,15 +84,17 @@ def of_spec(spec: ModelSpec, weight_bytes: int, *, cache_itemsize: int = CACHE_I
     # Of an embedding that is no output head as well, a step reads one row.
     unread = 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size
     itemsize = weight_bytes / parameters
+    active = active_parameter_count(spec)
     return Sizes(
         parameters=parameters,
+        active_parameters=active,
         weight_bytes=weight_bytes,
         state_bytes=state,
         growing_bytes_per_token=growing,
         kv_bytes_per_token=transformer,
         break_even_tokens=math.ceil(state / saved) if saved else None,
-        step_weight_bytes=round((parameters - unread) * itemsize),
-        transformer_step_weight_bytes=round((parameter_count(softmax) - unread) * itemsize),
+        step_weight_bytes=round((active - unread) * itemsize),
+        transformer_step_weight_bytes=round((active_parameter_count(softmax) - unread) * itemsize),
     )
 
 

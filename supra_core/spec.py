@@ -26,6 +26,8 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 # What no model reaches, so that a stranger's config cannot make its reader allocate by claims.
 LARGEST_SIZE = 2**31 - 1
 MOST_LAYERS = 10_000
+# Of all layers together: each has tensors of its own, whose names are listed.
+MOST_EXPERTS = 32_768
 
 RopePosition = Literal["none", "before", "between", "after"]
 
@@ -314,10 +316,38 @@ Mixer = Annotated[SoftmaxAttention | LinearAttention, Field(discriminator="kind"
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Experts:
+    """A mixture of gated feed-forward networks, of which each token goes through a few.
+
+    The router's p = softmax(W_r x) over all ``count`` experts; the output is the sum of the
+    ``per_token`` experts with the largest p, weighted by p, which ``normalise`` divides by its sum
+    over those experts (Mixtral, arXiv 2401.04088). ``intermediate_size``: channels inside each.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("count", "per_token", "intermediate_size"):
+            _require(getattr(self, name) > 0, f"experts.{name} must be positive")
+            _require(getattr(self, name) <= LARGEST_SIZE, f"experts.{name} is beyond any model")
+        _require(
+            self.per_token <= self.count,
+            f"a token cannot go through {self.per_token} of {self.count} experts",
+        )
+
+
+@dataclass(frozen=True, config=_STRICT)
 class LayerSpec:
-    """One residual block: mixer, then a gated feed-forward network (arXiv 2002.05202)."""
+    """One residual block: mixer, then a gated feed-forward network (arXiv 2002.05202).
+
+    ``feed_forward``: one network (``dense``), or the model's mixture of ``experts``.
+    """
 
     mixer: Mixer
+    feed_forward: Literal["dense", "experts"] = "dense"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -371,6 +401,8 @@ class ModelSpec:
     ``attention_softcap``, ``logits_softcap``: x becomes cap tanh(x / cap), for the scores of
     softmax attention and for the logits.
     ``local_rope``: a second rotation, for the mixers that name it.
+    ``experts``: the mixture of the layers whose feed-forward network is one; ``intermediate_size``
+    is that of the others.
     """
 
     vocab_size: int
@@ -401,6 +433,7 @@ class ModelSpec:
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
     local_rope: RotaryEmbedding | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -426,8 +459,21 @@ class ModelSpec:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        self._check_experts()
         for index, layer in enumerate(self.layers):
             self._check_layer(index, layer.mixer)
+
+    def _check_experts(self) -> None:
+        sparse = sum(layer.feed_forward == "experts" for layer in self.layers)
+        _require(
+            (self.experts is not None) == (sparse > 0),
+            "layers with experts and the field experts need each other: state both or neither",
+        )
+        if self.experts is not None:
+            _require(
+                sparse * self.experts.count <= MOST_EXPERTS,
+                f"a model has at most {MOST_EXPERTS} experts in all its layers",
+            )
 
     def _check_layer(self, index: int, mixer: SoftmaxAttention | LinearAttention) -> None:
         where = f"layer {index}: "
@@ -496,7 +542,8 @@ class ModelSpec:
 
     def with_mixers(self, mixers: list[SoftmaxAttention | LinearAttention]) -> ModelSpec:
         """The same model with other mixers, one for each layer."""
-        return replace(self, layers=tuple(LayerSpec(mixer) for mixer in mixers))
+        pairs = zip(self.layers, mixers, strict=True)
+        return replace(self, layers=tuple(replace(layer, mixer=mixer) for layer, mixer in pairs))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; :meth:`from_dict` reads it back to an equal spec."""
@@ -517,18 +564,31 @@ class ModelSpec:
 _ADAPTER: TypeAdapter[ModelSpec] = TypeAdapter(ModelSpec)
 
 # Fields that came later stand in a file only where they say something, so that what needs none of
-# them is written as ever.
+# them is written as ever. By the format's version that brought them:
 _LATER = {
-    "RotaryEmbedding": {"fraction"},
-    "SoftmaxAttention": {"rope"},
-    "LinearAttention": {"rotary"},
-    "Norm": {"weight_offset"},
-    "Provenance": {"replaced_mixers"},
-    "ModelSpec": {
-        "query_key_norm", "block_norm", "hidden_act", "embedding_scale", "residual_scale",
-        "attention_scale", "attention_softcap", "logits_divisor", "logits_softcap", "local_rope",
+    2: {
+        "RotaryEmbedding": {"fraction"},
+        "SoftmaxAttention": {"rope"},
+        "LinearAttention": {"rotary"},
+        "Norm": {"weight_offset"},
+        "Provenance": {"replaced_mixers"},
+        "ModelSpec": {
+            "query_key_norm", "block_norm", "hidden_act", "embedding_scale", "residual_scale",
+            "attention_scale", "attention_softcap", "logits_divisor", "logits_softcap",
+            "local_rope",
+        },
     },
+    3: {"LayerSpec": {"feed_forward"}, "ModelSpec": {"experts"}},
 }  # fmt: skip
+
+
+def _versions(kind: type) -> dict[str, int]:
+    """The fields of a part of the spec that came later, and the version each came with."""
+    return {
+        name: version
+        for version, later in _LATER.items()
+        for name in later.get(kind.__name__, set())
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -537,7 +597,7 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if not is_dataclass(value):
         return value
-    later = _LATER.get(type(value).__name__, set())
+    later = _versions(type(value))
     stated = {entry.name: (getattr(value, entry.name), entry.default) for entry in fields(value)}
     return {
         name: _plain(own)
@@ -546,16 +606,16 @@ def _plain(value: Any) -> Any:
     }
 
 
-def uses_later_fields(value: Any) -> bool:
-    """Whether a spec, or a part of it, says what readers of format version 1 do not know."""
+def format_version(value: Any) -> int:
+    """The first version of the format that can state a spec, or a part of it."""
     if isinstance(value, tuple):
-        return any(uses_later_fields(entry) for entry in value)
+        return max((format_version(entry) for entry in value), default=1)
     if not is_dataclass(value):
-        return False
-    later = _LATER.get(type(value).__name__, set())
-    return any(
-        getattr(value, entry.name) != entry.default
-        if entry.name in later
-        else uses_later_fields(getattr(value, entry.name))
-        for entry in fields(value)
-    )
+        return 1
+    later, needed = _versions(type(value)), 1
+    for entry in fields(value):
+        own = getattr(value, entry.name)
+        if entry.name in later and own != entry.default:
+            needed = max(needed, later[entry.name])
+        needed = max(needed, format_version(own))
+    return needed

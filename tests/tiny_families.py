@@ -37,6 +37,11 @@ FAMILIES: dict[str, TinyFamily] = {
         "llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
     ),
     "mistral": TinyFamily("mistral", {"sliding_window": 7, "head_dim": 10}),
+    # An odd number of experts in all layers, then in some.
+    "mixtral": TinyFamily("mixtral", {"num_local_experts": 5, "head_dim": 10}),
+    "mixtral-sliding": TinyFamily(
+        "mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 7}
+    ),
     "qwen2": TinyFamily("qwen2", {"tie_word_embeddings": True}),
     "qwen2-sliding": TinyFamily(
         "qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
@@ -48,6 +53,21 @@ FAMILIES: dict[str, TinyFamily] = {
             "head_dim": 10, "attention_bias": True, "use_sliding_window": True,
             "sliding_window": 7,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3_moe": TinyFamily(
+        "qwen3_moe",
+        {
+            "head_dim": 10, "num_experts": 5, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12, "norm_topk_prob": True, "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe-sliding": TinyFamily(
+        "qwen3_moe",
+        {
+            "head_dim": 10, "num_experts": 7, "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12, "decoder_sparse_step": 2, "attention_bias": True,
+            "use_sliding_window": True, "sliding_window": 7, "tie_word_embeddings": True,
         },
     ),
     "phi3": TinyFamily("phi3", {"sliding_window": 7}),

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from supra_core.layout import tensor_shapes
 from supra_core.reference import ReferenceModel
 from supra_core.spec import (
+    Experts,
     FeatureMap,
     Folded,
     GroupNorm,
@@ -56,6 +57,15 @@ LONG_WINDOW = replace(WINDOWED, window=70)
 
 def _model(*mixers: SoftmaxAttention | LinearAttention, **fields: Any) -> ModelSpec:
     return replace(_BASE, layers=tuple(LayerSpec(mixer) for mixer in mixers), **fields)
+
+
+def with_experts(spec: ModelSpec, experts: Experts, dense: tuple[int, ...] = ()) -> ModelSpec:
+    """The same model with a mixture of experts in every layer but the ``dense`` ones."""
+    layers = tuple(
+        layer if index in dense else replace(layer, feed_forward="experts")
+        for index, layer in enumerate(spec.layers)
+    )
+    return replace(spec, layers=layers, experts=experts)
 
 
 SPECS: dict[str, ModelSpec] = {
@@ -112,6 +122,11 @@ SPECS: dict[str, ModelSpec] = {
         rope=RotaryEmbedding(fraction=0.4), attention_bias="qkv",
     ),
     "hybrid": _model(WINDOWED, SoftmaxAttention(7), PAPER, SoftmaxAttention()),
+    "experts": with_experts(
+        _model(WINDOWED, SoftmaxAttention(), PAPER, hidden_act="gelu_pytorch_tanh"),
+        Experts(5, 2, 16), dense=(1,),
+    ),
+    "experts_linear": with_experts(_model(WINDOWED, PAPER), Experts(3, 2, 16, normalise=False)),
 }  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import BaseModelArgs, create_ssm_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
@@ -24,6 +23,7 @@ from supra_core.spec import (
     FeatureMap,
     Folded,
     GroupNorm,
+    LayerSpec,
     LearnedDecay,
     LinearAttention,
     ModelSpec,
@@ -32,6 +32,7 @@ from supra_core.spec import (
     SoftmaxAttention,
     SumNormaliser,
 )
+from supra_mlx.feed_forward import ROUTER, feed_forward, stacked
 from supra_mlx.ops import linear_attention
 from supra_mlx.rotary import Rotary, Rotate, unrotated
 from supra_mlx.window import WindowMemory, windowed_attention
@@ -281,31 +282,12 @@ class LinearMixer(_Projections):
         return self._fixed_decay
 
 
-class FeedForward(nn.Module):
-    """A gated feed-forward network."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
-        self._gated = swiglu if spec.hidden_act == "silu" else _geglu
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, T, D) -> (B, T, D)."""
-        return self.down_proj(self._gated(self.gate_proj(x), self.up_proj(x)))
-
-
-@mx.compile
-def _geglu(gate: mx.array, x: mx.array) -> mx.array:
-    return nn.gelu_approx(gate) * x
-
-
 class Block(nn.Module):
     """A residual block."""
 
-    def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__()
+        mixer = layer.mixer
         before, after = spec.block_norm != "after", spec.block_norm != "before"
         self._residual_scale = spec.residual_scale
         names = (("input_layernorm", before), ("mixer_output_norm", after),
@@ -317,7 +299,7 @@ class Block(nn.Module):
             self.self_attn = LinearMixer(spec, mixer)
         else:
             self.self_attn = SoftmaxMixer(spec, mixer)
-        self.mlp = FeedForward(spec)
+        self.mlp = feed_forward(spec, layer)
 
     def __call__(self, h: mx.array, cache: Any, context: _Context) -> mx.array:
         """(B, T, D) -> (B, T, D)."""
@@ -346,7 +328,7 @@ class Body(nn.Module):
         self._logits_divisor = spec.logits_divisor
         if spec.embedding_norm:
             self.embed_norm = _norm(spec, spec.hidden_size)
-        self.layers = [Block(spec, layer.mixer) for layer in spec.layers]
+        self.layers = [Block(spec, layer) for layer in spec.layers]
         self.norm = _norm(spec, spec.hidden_size)
 
     def __call__(self, inputs: mx.array, cache: list[Any], context: _Context) -> mx.array:
@@ -467,10 +449,15 @@ class Model(nn.Module):
         return caches
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Weights as they stand in a file, without a tied head's copy."""
+        """Weights as they stand in a file, without a tied head's copy, and experts stacked."""
         if self.spec.tie_word_embeddings:
             weights = {name: w for name, w in weights.items() if name != "lm_head.weight"}
-        return weights
+        return dict(stacked(weights.items(), self.spec))
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
+        """Which modules mlx-lm's converter may quantise: routers, small as they are, stay exact."""
+        return lambda path, module: not path.endswith(ROUTER)
 
     @property
     def cast_predicate(self) -> Callable[[str], bool]:

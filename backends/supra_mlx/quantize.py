@@ -13,6 +13,7 @@ from supra_core.formats.mlx_quantized import Packed, Packing
 from supra_core.layout import FLOAT32_SUFFIXES
 from supra_core.spec import ModelSpec
 from supra_core.tensors import Array, LazyTensor, TensorSource, dtype_named
+from supra_mlx.feed_forward import ROUTER, stacked_name
 from supra_mlx.model import Model, ModelArgs
 from supra_mlx.weights import to_mlx, to_numpy
 
@@ -28,8 +29,8 @@ def quantised(spec: ModelSpec, tensors: TensorSource, dtype: str, bits: int) -> 
     """The model with packed matrices; nothing is read yet.
 
     Values, embeddings and feature maps get two bits more, up to eight. What is no matrix, what
-    mixes single heads, and rows that no group divides stay in ``dtype``, as do scales. Raises
-    SupraError for other ``bits`` than 4, 6, 8 and when there is nothing to quantise.
+    mixes single heads, routers, and rows that no group divides stay in ``dtype``, as do scales.
+    Raises SupraError for other ``bits`` than 4, 6, 8 and when there is nothing to quantise.
     """
     check_bits(bits)
     packed: dict[str, LazyTensor] = {}
@@ -39,7 +40,7 @@ def quantised(spec: ModelSpec, tensors: TensorSource, dtype: str, bits: int) -> 
         module, _, part = name.rpartition(".")
         exact = name.endswith(FLOAT32_SUFFIXES)
         stored = tensor.astype(dtype_named("float32" if exact else dtype))
-        if part != "weight" or module not in matrices or tensor.shape[1] % GROUP_SIZE:
+        if part != "weight" or stacked_name(module) not in matrices or tensor.shape[1] % GROUP_SIZE:
             packed[name] = stored
             continue
         finer = module.rpartition(".")[2] in _FINER
@@ -60,9 +61,9 @@ def check_bits(bits: int) -> None:
 
 
 def _matrices(spec: ModelSpec) -> Iterator[str]:
-    """Modules that MLX can quantise."""
+    """Modules that MLX can quantise, but for routers, which are small and decide much."""
     for name, module in Model(ModelArgs(spec)).named_modules():
-        if hasattr(module, "to_quantized"):
+        if hasattr(module, "to_quantized") and not name.endswith(ROUTER):
             yield name
 
 

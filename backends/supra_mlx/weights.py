@@ -15,6 +15,7 @@ from supra_core.layout import FLOAT32_SUFFIXES, check_tensors
 from supra_core.sources import Source
 from supra_core.spec import ModelSpec
 from supra_core.tensors import BFLOAT16, LazyTensor, dtype_named
+from supra_mlx.feed_forward import stacked, stacked_name
 from supra_mlx.model import Model, ModelArgs
 
 
@@ -41,16 +42,16 @@ def build_model(
     LayoutError, naming ``where``, when the tensors do not match the spec.
     """
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, where)
-    model = Model(ModelArgs(spec))
-    return _loaded(model, _arrays(tensors, dtype))
+    return _loaded(Model(ModelArgs(spec)), _arrays(tensors, dtype))
 
 
 def build_packed(spec: ModelSpec, packed: Packed, *, dtype: str | None = None) -> Model:
     """The model of ``spec`` with quantised matrices, which MLX multiplies as they are."""
     model = Model(ModelArgs(spec))
+    packings = {stacked_name(name): packing for name, packing in packed.modules.items()}
 
     def packing(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        found = packed.modules.get(path)
+        found = packings.get(path)
         return found is not None and {"bits": found.bits, "group_size": found.group_size}
 
     nn.quantize(model, class_predicate=packing)
@@ -61,7 +62,12 @@ def build_packed(spec: ModelSpec, packed: Packed, *, dtype: str | None = None) -
 
 
 def _loaded(model: Model, arrays: Iterable[tuple[str, mx.array]]) -> Model:
-    model.load_weights(list(arrays), strict=True)
+    weights = []
+    for name, array in stacked(arrays, model.spec):
+        # At once, so that single experts are let go of.
+        mx.eval(array)
+        weights.append((name, array))
+    model.load_weights(weights, strict=True)
     model.eval()
     mx.eval(model.parameters())
     return model

@@ -34,7 +34,8 @@ class Decoder:
     """Steps of B sequences in static buffers; B, types and device are those of ``state``.
 
     The model's state must be of fixed size (:func:`has_fixed_state`; ValueError otherwise).
-    ``capture`` True captures the step in a CUDA graph, which takes a few steps' time.
+    ``capture`` True captures the step in a CUDA graph, which takes a few steps' time; not that of
+    a mixture of experts, which waits for its routers.
     """
 
     @torch.inference_mode()
@@ -48,7 +49,7 @@ class Decoder:
         self._newest: weakref.ref[ModelState] | None = None
         self.load(state)
         self._graph: torch.cuda.CUDAGraph | None = None
-        if capture:
+        if capture and model.spec.experts is None:
             self._graph, self._logits = self._captured()
         else:
             self._logits = self._advance()

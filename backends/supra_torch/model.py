@@ -5,9 +5,8 @@ Shapes: ids (B, T); hidden states (B, T, D).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from supra_core import layout
 from supra_core.rotary import inverse_frequencies
-from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
+from supra_core.spec import LayerSpec, LinearAttention, ModelSpec, SoftmaxAttention
 from supra_core.tensors import BFLOAT16, LazyTensor
+from supra_torch.feed_forward import feed_forward
 from supra_torch.layers import Exact, NormLayer, Positions, for_products
 from supra_torch.mixers import LayerState, LinearMixer, SoftmaxMixer
 from supra_torch.ops import document_numbers
@@ -33,33 +33,12 @@ class ModelState:
     layers: tuple[LayerState, ...]
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
-class FeedForward(nn.Module):
-    """A gated feed-forward network (arXiv 2002.05202)."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        D, F_ = spec.hidden_size, spec.intermediate_size
-        self.gate_proj = nn.Linear(D, F_, bias=False)
-        self.up_proj = nn.Linear(D, F_, bias=False)
-        self.down_proj = nn.Linear(F_, D, bias=False)
-        self.activation = _ACTIVATIONS[spec.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
 class Layer(nn.Module):
     """A residual block; ``remember`` False lets go of the mixer's new state."""
 
-    def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__()
+        mixer = layer.mixer
         before, after = spec.block_norm != "after", spec.block_norm != "before"
 
         def norm(present: bool) -> NormLayer | None:
@@ -74,7 +53,7 @@ class Layer(nn.Module):
         )
         self.mixer_output_norm = norm(after)
         self.post_attention_layernorm = norm(before)
-        self.mlp = FeedForward(spec)
+        self.mlp = feed_forward(spec, layer)
         self.mlp_output_norm = norm(after)
 
     def forward(
@@ -138,7 +117,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.embed_norm = NormLayer(spec.hidden_size, spec.norm) if spec.embedding_norm else None
-        self.layers = nn.ModuleList(Layer(spec, layer.mixer) for layer in spec.layers)
+        self.layers = nn.ModuleList(Layer(spec, layer) for layer in spec.layers)
         self.norm = NormLayer(spec.hidden_size, spec.norm)
 
 
@@ -296,7 +275,7 @@ def build_layer(
 ) -> Layer:
     """One layer of the model alone, with its weights, as :func:`build` would make it."""
     with torch.device("meta"):
-        layer = Layer(spec, spec.layers[index].mixer)
+        layer = Layer(spec, spec.layers[index])
     prefix, weights = layout.layer_prefix(index), {}
     for name in layer.state_dict():
         keep = name.endswith(layout.FLOAT32_SUFFIXES)

@@ -20,10 +20,12 @@ from supra_core.families import (
     granite,
     llama,
     mistral,
+    mixtral,
     olmo2,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from supra_core.families.tensors import inverse, renamed
@@ -74,10 +76,12 @@ FAMILIES: dict[str, Family] = {
         granite,
         llama,
         mistral,
+        mixtral,
         olmo2,
         phi3,
         qwen2,
         qwen3,
+        qwen3_moe,
         smollm3,
     )
 }

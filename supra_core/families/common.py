@@ -36,6 +36,7 @@ def spec_from_fields(
     partial_rope: bool = False,
     tied: bool = False,
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu",
+    feed_forwards: Sequence[Literal["dense", "experts"]] | None = None,
     **features: Any,
 ) -> ModelSpec:
     """The spec of a Llama-shaped config.
@@ -43,7 +44,8 @@ def spec_from_fields(
     ``key_value_heads`` (None: as many as query heads), ``head_dim`` (None: the hidden size over
     the heads), ``max_positions``, ``eps``, the rope's ``base`` and ``tied`` embeddings are what the
     family takes where the config states nothing. ``partial_rope``: whether its rope may
-    leave channels out. ``features``: further fields of the spec.
+    leave channels out. ``feed_forwards``: the kind of each layer's network, None where all are
+    dense. ``features``: further fields of the spec.
     """
     _refuse_unsupported(fields, partial_rope, activation)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -53,6 +55,7 @@ def spec_from_fields(
             "state head_dim or correct them"
         )
     head_dim = fields.integer("head_dim", default=head_dim or hidden // heads)
+    kinds = feed_forwards or ["dense"] * len(mixers)
     try:
         return ModelSpec(
             vocab_size=fields.integer("vocab_size"),
@@ -64,7 +67,7 @@ def spec_from_fields(
             ),
             head_dim=head_dim,
             value_head_dim=head_dim,
-            layers=tuple(LayerSpec(mixer) for mixer in mixers),
+            layers=tuple(LayerSpec(*parts) for parts in zip(mixers, kinds, strict=True)),
             norm=Norm("rms_norm", fields.number("rms_norm_eps", default=eps), weight_offset),
             rope=rope or rotary(fields, base, partial_rope),
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=tied),

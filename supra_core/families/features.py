@@ -18,6 +18,7 @@ LOGITS_SOFTCAP = "capped logits"
 PARTIAL_ROPE = "rope over a part of the channels"
 NO_ROPE_LAYERS = "layers without rope"
 LOCAL_ROPE = "a second rope"
+EXPERTS = "a mixture of experts"
 
 
 def later_features(spec: ModelSpec) -> set[str]:
@@ -40,5 +41,6 @@ def later_features(spec: ModelSpec) -> set[str]:
         LOCAL_ROPE: any(
             (m.rotary if isinstance(m, LinearAttention) else m.rope) == "local" for m in mixers
         ),
+        EXPERTS: spec.experts is not None,
     }
     return {feature for feature, there in present.items() if there}

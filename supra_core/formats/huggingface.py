@@ -13,6 +13,7 @@ from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
 from supra_core.formats.jsonfile import write_object
+from supra_core.formats.mlx_experts import unstacked
 from supra_core.formats.safetensors import Progress
 from supra_core.layout import check_tensors
 from supra_core.spec import ModelSpec
@@ -28,6 +29,7 @@ def read(
     """The model in ``folder`` under ``config``, which stands in the file ``where``."""
     spec = families.config_to_spec(config, where)
     tensors = families.family_of(spec).to_canonical(spec, _kept(spec, _read_weights(folder)))
+    tensors = unstacked(spec, tensors)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
     return spec, tensors
 

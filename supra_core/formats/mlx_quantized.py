@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from supra_core.errors import FormatError
+from supra_core.formats.mlx_experts import stacked_name
 from supra_core.tensors import Array, LazyTensor
 
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -104,7 +105,7 @@ def unpack(words: Array, bits: int) -> Array:
 
 
 def _packing(config: Mapping[str, Any], module: str, where: str) -> Packing:
-    stated = config.get(module, config)
+    stated = config.get(module, config.get(stacked_name(module), config))
     fields = stated if isinstance(stated, dict) else {}
     bits, group = fields.get("bits"), fields.get("group_size")
     # Exact types: true and 4.0 are equal to whole numbers.

@@ -59,16 +59,32 @@ class Model:
             mixed = self.mix(at + "self_attn.", c["mixers"][mixer], u)
             h = h + self.after(mixed, at + "mixer_output_norm.weight")
             u = self.before(h, at + "post_attention_layernorm.weight")
-            gate, up = (u @ t[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-            if c.get("hidden_act", "silu") == "silu":
-                gate = gate / (1 + np.exp(-gate))
-            else:
-                gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-            added = (gate * up) @ t[at + "mlp.down_proj.weight"].T
+            kind = c.get("layer_feed_forwards", ["dense"] * len(c["layer_mixers"]))[number]
+            added = self.mixture(at, u) if kind == "experts" else self.ffn(at + "mlp.", u)
             h = h + self.after(added, at + "mlp_output_norm.weight")
         head = "model.embed_tokens" if c.get("tie_word_embeddings") else "lm_head"
         logits = self.norm(h, "model.norm.weight") @ t[head + ".weight"].T
         return capped(logits / c.get("logits_divisor", 1.0), c.get("logits_softcap"))
+
+    def ffn(self, at: str, u: np.ndarray) -> np.ndarray:
+        t = self.tensors
+        gate, up = (u @ t[f"{at}{name}_proj.weight"].T for name in ("gate", "up"))
+        if self.config.get("hidden_act", "silu") == "silu":
+            gate = gate / (1 + np.exp(-gate))
+        else:
+            gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        return (gate * up) @ t[at + "down_proj.weight"].T
+
+    def mixture(self, at: str, u: np.ndarray) -> np.ndarray:
+        experts = self.config["experts"]
+        p = softmax(u @ self.tensors[at + "mlp.gate.weight"].T)
+        # Every expert of every token, and then nothing of those that were not chosen.
+        least = np.sort(p, -1)[:, -experts["per_token"], None]
+        p = np.where(p >= least, p, 0.0)
+        if experts.get("normalise", True):
+            p = p / p.sum(-1, keepdims=True)
+        each = [self.ffn(f"{at}mlp.experts.{m}.", u) for m in range(experts["count"])]
+        return np.einsum("tm,mtd->td", p, np.stack(each))
 
     def before(self, z: np.ndarray, name: str) -> np.ndarray:
         return z if self.config.get("block_norm") == "after" else self.norm(z, name)

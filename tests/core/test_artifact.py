@@ -190,7 +190,7 @@ def test_assets_cannot_replace_the_model(tmp_path: Path, name: str) -> None:
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "field model_type must be 'supra'"),
-        ({"format_version": 3}, "field format_version is 3, but this supra reads up to 2"),
+        ({"format_version": 4}, "field format_version is 4, but this supra reads up to 3"),
         ({"format_version": None}, "field format_version is missing"),
         ({"num_hidden_layers": 4}, "field num_hidden_layers contradicts layer_mixers"),
         ({"layer_types": ["full_attention"] * 3}, "field layer_types contradicts layer_mixers"),

@@ -14,6 +14,7 @@ from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.reference import ReferenceModel
 from supra_core.spec import (
     GroupNorm,
+    LayerSpec,
     LearnedDecay,
     LightningDecay,
     LinearAttention,
@@ -146,7 +147,7 @@ class TestSlopes:
 
 
 def test_every_so_manieth_layer_stays() -> None:
-    spec = SPECS["transformer"].with_mixers([SoftmaxAttention()] * 5)
+    spec = replace(SPECS["transformer"], layers=(LayerSpec(SoftmaxAttention()),) * 5)
     options = LinearizeOptions(keep_softmax=(0,), keep_softmax_every=2)
     linear, tensors = linearize(spec, lazy_weights(spec), options)
     kept = [isinstance(layer.mixer, SoftmaxAttention) for layer in linear.layers]

@@ -27,6 +27,7 @@ LIMITS: dict[str, tuple[int, ...]] = {
     "depth of JSON": (jsonfile.DEPTH,),
     "whole number of a config, size of a spec, token id": (fields.LARGEST,),
     "layers": (spec.MOST_LAYERS,),
+    "experts in all layers": (spec.MOST_EXPERTS,),
     "safetensors header": (safetensors.HEADER_BYTES,),
     "axes of a tensor": (safetensors.RANK, gguf_header.RANK),
     "characters of a tensor's name": (safetensors.NAME_LENGTH,),

@@ -202,7 +202,7 @@ def _changed(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 REFUSED = [
-    ("format_version", 3, "field format_version is 3, but configuration_supra.py reads up to 2"),
+    ("format_version", 4, "field format_version is 4, but configuration_supra.py reads up to 3"),
     ("quantization", {"bits": 4}, "packed for MLX"),
     ("hidden_act", "relu", "field config.hidden_act is 'relu', which modeling_supra.py does not"),
     ("block_norm", "around", "field config.block_norm is 'around'"),
@@ -223,11 +223,29 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "reason"), REFUSED)
+REFUSED_EXPERTS = [
+    ("experts.per_token", 6, "field experts.per_token is 6, more than the 5 experts"),
+    ("experts.count", 0, "field experts.count is 0"),
+    ("experts.capacity", 2, "field experts.capacity is unknown"),
+    ("experts", {"count": 5, "per_token": 2}, "field experts.intermediate_size is missing"),
+    ("experts", None, "layers with experts and the field experts need each other"),
+    ("layer_feed_forwards", None, "layers with experts and the field experts need each other"),
+    ("layer_feed_forwards", ["experts"], "for each of 3 layers"),
+    ("layer_feed_forwards", ["experts", "none", "dense"], "must be dense or experts"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "reason"),
+    [
+        *(("windowed", *row) for row in REFUSED),
+        *(("experts", *row) for row in REFUSED_EXPERTS),
+    ],
+)
 def test_what_is_not_computed_is_refused(
-    path: str, value: Any, reason: str, tmp_path: Path
+    name: str, path: str, value: Any, reason: str, tmp_path: Path
 ) -> None:
-    folder = write(tmp_path / "model", SPECS["windowed"])
+    folder = write(tmp_path / "model", SPECS[name])
     config = json.loads((folder / "config.json").read_text())
     _changed(config, path, value)
     (folder / "config.json").write_text(json.dumps(config))

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # What else a folder holds for supra and mlx-lm; a copy of the model gets copies of it.
 _COMPANIONS = ("original.safetensors",)
 _CHECKSUMS = "SHA256SUMS"
@@ -298,6 +298,37 @@ def _slopes(stated: Any, where: str, heads: int) -> tuple[float, ...] | None:
 Mixer = SoftmaxAttention | LinearAttention
 
 
+# --- feed-forward networks ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture: ``count`` networks of ``intermediate_size`` channels, ``per_token`` for each.
+
+    ``normalise``: whether the chosen ones' weights are made to sum to 1.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalise: bool
+
+    @staticmethod
+    def read(stated: Any) -> Experts:
+        """The mixture that config.json states; raises ValueError for what is not computed."""
+        fields = _read(
+            stated, "experts",
+            count=(_REQUIRED, _count), per_token=(_REQUIRED, _count),
+            intermediate_size=(_REQUIRED, _count), normalise=(True, _flag),
+        )  # fmt: skip
+        if fields["per_token"] > fields["count"]:
+            raise ValueError(
+                f"config.json: field experts.per_token is {fields['per_token']}, more than the "
+                f"{fields['count']} experts there are: get the file again"
+            )
+        return Experts(**fields)
+
+
 # --- the model ------------------------------------------------------------------------------
 
 # Of the model's own fields: the default and what is computed.
@@ -311,6 +342,8 @@ _FIELDS: dict[str, tuple[Any, _Check]] = {
     "value_head_dim": (_REQUIRED, _count),
     "mixers": (_REQUIRED, lambda value: isinstance(value, list | tuple) and len(value) > 0),
     "layer_mixers": (_REQUIRED, lambda value: isinstance(value, list | tuple) and len(value) > 0),
+    "layer_feed_forwards": (None, _or_none(lambda value: isinstance(value, list | tuple))),
+    "experts": (None, _or_none(_group)),
     "norm": ({}, _group),
     "rope": ({}, _group),
     "local_rope": (None, _or_none(_group)),
@@ -340,8 +373,8 @@ class SupraConfig(PreTrainedConfig):
     """All that a supra model's ``config.json`` states, as attributes of the same names.
 
     The fields are described in supra's documentation of the format; :meth:`layers`,
-    :meth:`ropes` and :meth:`norm_fields` read them. Raises ValueError, when it is made, for what
-    is missing, contradicts itself or is not computed by ``modeling_supra.py``.
+    :meth:`feed_forwards`, :meth:`ropes` and :meth:`norm_fields` read them. Raises ValueError, when
+    it is made, for what is missing, contradicts itself or is not computed by ``modeling_supra.py``.
     """
 
     model_type = "supra"
@@ -403,6 +436,26 @@ class SupraConfig(PreTrainedConfig):
                 )
         return [read[index] for index in self.layer_mixers]
 
+    def feed_forwards(self) -> list[Experts | None]:
+        """The mixture of each layer that has one; None where the feed-forward network is one."""
+        kinds = self.layer_feed_forwards
+        if kinds is None:
+            kinds = ["dense"] * len(self.layer_mixers)
+        if len(kinds) != len(self.layer_mixers) or any(
+            k not in ("dense", "experts") for k in kinds
+        ):
+            raise ValueError(
+                "config.json: field layer_feed_forwards must be dense or experts for each of "
+                f"{len(self.layer_mixers)} layers, not {kinds!r}: get the file again"
+            )
+        if ("experts" in kinds) != (self.experts is not None):
+            raise ValueError(
+                "config.json: layers with experts and the field experts need each other: get the "
+                "file again"
+            )
+        experts = None if self.experts is None else Experts.read(self.experts)
+        return [experts if kind == "experts" else None for kind in kinds]
+
     def ropes(self) -> dict[str, Rope]:
         """The rotary embeddings by the names that mixers have for them."""
         ropes = {"global": Rope.read(self.rope, "rope")}
@@ -432,6 +485,7 @@ class SupraConfig(PreTrainedConfig):
 
         ropes = self.ropes()
         self.norm_fields()
+        self.feed_forwards()
         heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads
         require(
             heads % key_value_heads == 0,

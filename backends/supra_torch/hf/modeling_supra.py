@@ -35,7 +35,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_supra import LinearAttention, Mixer, Rope, SoftmaxAttention, SupraConfig
+from .configuration_supra import (
+    Experts,
+    LinearAttention,
+    Mixer,
+    Rope,
+    SoftmaxAttention,
+    SupraConfig,
+)
 
 # With heads of 64 channels the weights inside a chunk then cost what its state costs.
 CHUNK = 64
@@ -338,9 +345,9 @@ class FeatureProjection(nn.Module):
 class FeedForward(nn.Module):
     """A gated feed-forward network (arXiv 2002.05202)."""
 
-    def __init__(self, config: SupraConfig) -> None:
+    def __init__(self, config: SupraConfig, inner: int) -> None:
         super().__init__()
-        D, inner = config.hidden_size, config.intermediate_size
+        D = config.hidden_size
         self.gate_proj = nn.Linear(D, inner, bias=False)
         self.up_proj = nn.Linear(D, inner, bias=False)
         self.down_proj = nn.Linear(inner, D, bias=False)
@@ -351,6 +358,34 @@ class FeedForward(nn.Module):
         gate = self.gate_proj(x)
         gate = F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")
         return self.down_proj(gate * self.up_proj(x))
+
+
+class MixtureOfExperts(nn.Module):
+    """A token's most probable experts, weighted by their probabilities (arXiv 2401.04088)."""
+
+    def __init__(self, config: SupraConfig, experts: Experts) -> None:
+        super().__init__()
+        self.per_token, self.normalise = experts.per_token, experts.normalise
+        self.gate = nn.Linear(config.hidden_size, experts.count, bias=False)
+        self.experts = nn.ModuleList(
+            FeedForward(config, experts.intermediate_size) for _ in range(experts.count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, T, D); sums are float32, experts without a token are left out."""
+        flat = x.flatten(0, -2)
+        weights, chosen = self.gate(flat).softmax(-1, dtype=torch.float32).topk(self.per_token)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)
+        loads = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        out = torch.zeros_like(flat, dtype=torch.float32)
+        for expert, places in zip(self.experts, order.split(loads), strict=True):
+            if len(places):
+                tokens = places // self.per_token
+                y = expert(flat[tokens]) * weights.flatten()[places, None]
+                out.index_add_(0, tokens, y.float())
+        return out.to(x.dtype).view_as(x)
 
 
 def activate(activation: str, z: Tensor) -> Tensor:
@@ -678,7 +713,9 @@ def gathered(x: Tensor, order: Tensor) -> Tensor:
 class SupraLayer(GradientCheckpointingLayer):
     """A residual block: mixer, then feed-forward network, with norms before, after or both."""
 
-    def __init__(self, config: SupraConfig, mixer: Mixer, index: int) -> None:
+    def __init__(
+        self, config: SupraConfig, mixer: Mixer, index: int, experts: Experts | None = None
+    ) -> None:
         super().__init__()
         self.index, self.residual_scale = index, config.residual_scale
         self.before, self.after = config.block_norm != "after", config.block_norm != "before"
@@ -693,7 +730,11 @@ class SupraLayer(GradientCheckpointingLayer):
             self.self_attn = LinearMixer(config, mixer)
         elif is_softmax(mixer):
             self.self_attn = SoftmaxMixer(config, mixer)
-        self.mlp = FeedForward(config)
+        self.mlp: FeedForward | MixtureOfExperts
+        if experts is None:
+            self.mlp = FeedForward(config, config.intermediate_size)
+        else:
+            self.mlp = MixtureOfExperts(config, experts)
 
     def forward(
         self,
@@ -788,7 +829,10 @@ class SupraModel(SupraPreTrainedModel):
         if config.embedding_norm:
             self.embed_norm = Norm(config.hidden_size, config)
         mixers = config.layers()
-        self.layers = nn.ModuleList(SupraLayer(config, m, i) for i, m in enumerate(mixers))
+        experts = config.feed_forwards()
+        self.layers = nn.ModuleList(
+            SupraLayer(config, mixer, index, experts[index]) for index, mixer in enumerate(mixers)
+        )
         self.norm = Norm(config.hidden_size, config)
         self._ropes: dict[str, tuple[Rope, int]] = {}
         for mixer in mixers:

@@ -18,6 +18,11 @@ def kind(x: Tensor) -> str:
     return x.device.type if _planned is None else _planned
 
 
+def is_planned() -> bool:
+    """Whether tensors hold no numbers, because a step is only traced."""
+    return _planned is not None
+
+
 @contextmanager
 def planned_for(device_type: str) -> Iterator[None]:
     """Inside, operators choose as on such a device; only for tensors that hold no numbers."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from supra_core.errors import SupraError
-from supra_core.layout import parameter_count
+from supra_core.layout import expert_parameter_count, parameter_count
 from supra_core.linearize import LinearizeOptions, linear_spec
 from supra_core.outline import outline
 from supra_core.progress import Progress, silent
@@ -35,8 +35,8 @@ _CONTEXT, _COMMUNICATORS = 0.7e9, 0.7e9
 _HEAP, _HEAP_SHARE = 0.2e9, 0.07
 # What of the roofline a step attains (docs/results/plan-memory.md).
 _ATTAINED = 0.6
-# Weights and the two moments of AdamW, in float32.
-_CHECKPOINT_ITEMSIZE = 12
+# Weights, and the two moments of AdamW of those that are trained, in float32.
+_WEIGHT_ITEMSIZE, _MOMENTS_ITEMSIZE = 4, 8
 # A trace takes its time with every part of a row.
 _MOST_DEVICES, _LONGEST = 65_536, 1_048_576
 # What may make a run fit, the cheapest first.
@@ -75,7 +75,8 @@ class StagePlan:
 class Plan:
     """A run on ``nodes`` machines with ``gpus`` devices each; ``student`` in bfloat16.
 
-    ``remedy``: settings with which it would fit, where it does not and some do.
+    ``untrained``: parameters that no stage trains, those of experts; ``remedy``: settings with
+    which it would fit, where it does not and some do.
     """
 
     config: UptrainConfig
@@ -85,6 +86,7 @@ class Plan:
     precision: str
     stages: tuple[StagePlan, ...]
     student: Sizes
+    untrained: int
     remedy: dict[str, int | bool] | None
 
     @property
@@ -121,7 +123,8 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Of one checkpoint inside a stage that trains everything."""
-        return self.student.parameters * _CHECKPOINT_ITEMSIZE
+        weights = self.student.parameters
+        return weights * _WEIGHT_ITEMSIZE + (weights - self.untrained) * _MOMENTS_ITEMSIZE
 
 
 def plan(
@@ -160,7 +163,7 @@ def plan(
     found = planner.stages(config, progress)
     made = Plan(
         config, planner.device, gpus, nodes, precision, tuple(found),
-        of_spec(student, 2 * parameter_count(student)), None,
+        of_spec(student, 2 * parameter_count(student)), expert_parameter_count(student), None,
     )  # fmt: skip
     return made if made.fits else planner.with_remedy(made, progress)
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from supra_torch.feed_forward import MixtureOfExperts
 from supra_torch.model import Layer, SupraModel
 from supra_torch.uptrain.config import StageKind
 
@@ -29,7 +30,8 @@ def compile_layers(
 ) -> list[nn.Module]:
     """Have compiled what a stage calls of each layer: mixers in transfer, else whole layers.
 
-    Names and weights stay as they are; compilation itself happens at the first call.
+    Of a layer with experts, its mixer in every stage. Names and weights stay as they are;
+    compilation itself happens at the first call.
     """
     modules = [part for model in (student, teacher) if model for part in _called(kind, model)]
     for module in modules:
@@ -53,7 +55,10 @@ def compiled_layers(
 def _called(kind: StageKind, model: SupraModel) -> Iterator[nn.Module]:
     for layer in model.model.layers:
         assert isinstance(layer, Layer)
-        if kind == "transfer":
+        if isinstance(layer.mlp, MixtureOfExperts):
+            # An expert gets other numbers of tokens in every batch, each a compilation of its own.
+            yield layer.self_attn
+        elif kind == "transfer":
             yield from (layer.self_attn, layer.mlp)
         else:
             yield layer

@@ -69,7 +69,7 @@ class Session:
 
     @property
     def compiles(self) -> bool:
-        """Whether steps are compiled, and on a single GPU captured."""
+        """Whether steps are compiled, and on a single GPU captured, but for mixtures of experts."""
         return compiles(self.config.compile, self.device)
 
     def compiled(self, stage: Stage, student: SupraModel) -> AbstractContextManager[object]:
@@ -85,6 +85,7 @@ class Session:
 
         alone = self.processes.mesh is None
         captured = self.compiles and self.device.type == "cuda" and alone
+        captured = captured and self.spec.experts is None
 
         def compute(batches: Sequence[Batch]) -> Tensor:
             rows = sum(len(batch.ids) for batch in batches)

@@ -204,10 +204,11 @@ def is_linear(layer: Layer) -> bool:
 
 
 def optimiser_for(student: SupraModel, stage: Stage) -> torch.optim.AdamW:
-    """AdamW over what the stage trains; everything else is frozen.
+    """AdamW over what the stage trains; everything else is frozen, experts and routers always.
 
-    Weights the transformer had and those that linearizing added have each their rate; weight
-    decay is for matrices that the transformer had. Raises SupraError when nothing is trained.
+    Nothing here would keep a router's choices balanced, as it was trained to. Weights the
+    transformer had and those that linearizing added have each their rate; weight decay is for
+    matrices that the transformer had. Raises SupraError when nothing is trained.
     """
     trained = list(_trained(student, stage))
     if not trained:
@@ -228,7 +229,7 @@ def _trained(student: SupraModel, stage: Stage) -> Iterator[tuple[nn.Parameter, 
         else:
             rate = 0.0
         in_reach = stage.kind != "transfer" or _in_linear_mixer(student.spec, name)
-        frozen = _part(name) in stage.freeze
+        frozen = _part(name) in stage.freeze or layout.is_of_experts(name)
         parameter.requires_grad_(rate > 0 and in_reach and not frozen)
         if parameter.requires_grad:
             decayed = parameter.dim() >= 2 and name not in new and not is_adapter(name)

@@ -15,7 +15,7 @@ CONTEXTS = (0, 2_048, 16_384, 65_536)
 if TYPE_CHECKING:
     from supra_core.sizes import Sizes
     from supra_core.sources import Source
-    from supra_core.spec import LinearAttention, SoftmaxAttention
+    from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 
 
 def command(
@@ -44,6 +44,7 @@ def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
         "kind": source.kind,
         "dtype": source.dtype,
         "parameters": sizes.parameters,
+        "active_parameters": sizes.active_parameters,
         "weight_bytes": sizes.weight_bytes,
         "state_bytes": sizes.state_bytes,
         "growing_bytes_per_token": sizes.growing_bytes_per_token,
@@ -75,6 +76,7 @@ def _show(source: Source, sizes: Sizes) -> None:
         ("parameters", f"{sizes.parameters:,} ({bytes_text(sizes.weight_bytes)})"),
         ("vocabulary", f"{spec.vocab_size:,}"),
         ("hidden, feed-forward", f"{spec.hidden_size}, {spec.intermediate_size}"),
+        *_expert_rows(spec, sizes),
         (
             "heads",
             f"{spec.num_attention_heads} query, {spec.num_key_value_heads} key/value, "
@@ -99,6 +101,23 @@ def _show(source: Source, sizes: Sizes) -> None:
         ("trained tokens", f"{spec.provenance.trained_tokens:,}"),
     ]
     print_table(rows, title=str(source.path))
+
+
+def _expert_rows(spec: ModelSpec, sizes: Sizes) -> list[tuple[str, str]]:
+    """What a mixture of experts is, and how much of the model a token goes through."""
+    from supra_core.layout import expert_layers
+
+    experts = spec.experts
+    if experts is None:
+        return []
+    return [
+        (
+            "experts",
+            f"{experts.per_token} of {experts.count} a token, {experts.intermediate_size} "
+            f"channels each, in {expert_layers(spec)} layers",
+        ),
+        ("parameters for a token", f"{sizes.active_parameters:,}"),
+    ]
 
 
 def _layer_rows(source: Source) -> list[tuple[str, str]]:
