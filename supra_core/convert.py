@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast, get_args
 
 from supra_core import artifact
 from supra_core import fold as folding
@@ -16,7 +16,7 @@ from supra_core.formats.mlx_quantized import Packed
 from supra_core.linearize import LinearizeOptions
 from supra_core.progress import Progress, silent
 from supra_core.sources import WRITERS, Source, open_source
-from supra_core.spec import ModelSpec
+from supra_core.spec import LongropeScaling, ModelSpec, RopeFactors
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named
 
 TARGETS = tuple(WRITERS)
@@ -38,6 +38,17 @@ class Conversion:
     folded: bool
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def with_factors(spec: ModelSpec, factors: str, where: str) -> ModelSpec:
+    """A model of longrope that turns by its ``short`` or ``long`` factors."""
+    if factors not in get_args(RopeFactors):
+        raise SupraError(f"--rope-factors '{factors}' is unknown: use short or long")
+    scaling = spec.rope.scaling
+    if not isinstance(scaling, LongropeScaling):
+        raise SupraError(f"{where} has no longrope scaling: leave out --rope-factors")
+    scaling = replace(scaling, factors=cast(RopeFactors, factors))
+    return replace(spec, rope=replace(spec.rope, scaling=scaling))
 
 
 class Calibrate(Protocol):
@@ -73,6 +84,7 @@ def convert(
     config: Path | None = None,
     revision: str | None = None,
     offline: bool = False,
+    rope_factors: str | None = None,
     progress: Progress = silent,
 ) -> Conversion:
     """Write the model at ``source`` to ``out``, whole or not at all.
@@ -80,7 +92,8 @@ def convert(
     ``linearize`` None linearizes a plain transformer on its way to ``supra``, and whatever
     ``options`` are given for; a model that is linear already stays as it is. ``calibrate`` fits
     what was linearized before it is written; ``quantise`` packs what is written. ``dtype`` None
-    keeps the source's. ``revision``, ``offline``: of a source on the hub.
+    keeps the source's. ``revision``, ``offline``: of a source on the hub. ``rope_factors``: which
+    of longrope's, ``short`` or ``long``, the model turns by.
     Raises :class:`SupraError` for bad input and impossible choices.
     """
     if to not in WRITERS:
@@ -104,6 +117,8 @@ def convert(
     found = open_source(
         source, config=config, revision=revision, offline=offline, progress=progress
     )
+    if rope_factors is not None:
+        found = replace(found, spec=with_factors(found.spec, rope_factors, str(source)))
     spec, tensors = found.spec, dict(found.tensors)
     wanted = linearize
     if wanted is None:

@@ -77,6 +77,13 @@ def command(
     offline: Annotated[
         bool, typer.Option("--offline", help="Take a hub id from the cache, or not at all.")
     ] = False,
+    rope_factors: Annotated[
+        str | None,
+        typer.Option(
+            help="Of longrope (Phi-3 128k): short (default), as for texts of up to the original "
+            "length, or long, as for longer ones."
+        ),
+    ] = None,
     push_to: Annotated[
         str | None, typer.Option(help="Hub id to put OUT on when it is written.")
     ] = None,
@@ -119,7 +126,7 @@ def command(
         done = convert(
             source, out, to=to, linearize=linearize, options=chosen, calibrate=fit, fold=fold,
             quantise=pack, dtype=dtype, force=force, config=config, revision=revision,
-            offline=offline, progress=progress,
+            offline=offline, rope_factors=rope_factors, progress=progress,
         )  # fmt: skip
     for sentence in done.notes:
         log(f"note: {sentence}")
