@@ -12,6 +12,7 @@ from supra_core import fold as folding
 from supra_core import linearize as linearizing
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import check_replaceable
+from supra_core.formats.finite import Watch, first_not_finite
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.linearize import LinearizeOptions
 from supra_core.progress import Progress, silent
@@ -27,7 +28,7 @@ class Conversion:
     """What was done. ``kind`` is the source's format, ``dtype`` the weights' type.
 
     ``left_out``: what the transformer has and its linear layers cannot, ``notes``: what else the
-    user should know, one sentence each.
+    user should know, one sentence each. ``not_finite``: tensors with NaN or infinity, by name.
     """
 
     spec: ModelSpec
@@ -37,6 +38,7 @@ class Conversion:
     calibrated: bool
     folded: bool
     left_out: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -137,6 +139,7 @@ def convert(
         quantise(spec, tensors, stored)
     originals: dict[str, LazyTensor] = {}
     if calibrate is not None:
+        _require_finite(found, source)
         used, changed = calibrate(found, spec, tensors, progress)
         originals = {name: tensors[name] for name in changed if name in found.tensors}
         spec = replace(spec, provenance=replace(spec.provenance, calibration_tokens=used))
@@ -145,6 +148,8 @@ def convert(
         new_spec, new_tensors = folding.fold(spec, tensors)
         spec, tensors = new_spec, dict(new_tensors)
     write = WRITERS[to]
+    watch = Watch()
+    tensors = watch.over(tensors)
     if quantise is not None:
         write = partial(artifact.write, packed=quantise(spec, tensors, stored))
     elif originals:
@@ -160,5 +165,15 @@ def convert(
     )
     return Conversion(
         spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold,
-        linearizing.left_out(spec) if wanted else (), found.notes,
+        linearizing.left_out(spec) if wanted else (), watch.found, found.notes,
     )  # fmt: skip
+
+
+def _require_finite(source: Source, where: str | Path) -> None:
+    """Calibrating would spread one such number over a whole layer."""
+    name = first_not_finite(source.tensors)
+    if name is not None:
+        raise SupraError(
+            f"{where}: {name} holds NaN or infinity, with which nothing can be calibrated: get the "
+            "model again, or convert it as it is with --no-calibrate"
+        )

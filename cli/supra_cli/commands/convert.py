@@ -130,6 +130,12 @@ def command(
         )  # fmt: skip
     for sentence in done.notes:
         log(f"note: {sentence}")
+    if done.not_finite:
+        more = f" and {len(done.not_finite) - 3} more" if len(done.not_finite) > 3 else ""
+        log(
+            f"warning: {', '.join(done.not_finite[:3])}{more} hold NaN or infinity, and so will "
+            "what is computed with them: get the model again"
+        )
     pushed = None if target is None else _pushed(out, target, private)
     layer_types = [layer.mixer.layer_type for layer in done.spec.layers]
     if json_output:
@@ -149,6 +155,7 @@ def command(
                 "parameters": parameter_count(done.spec),
                 "layer_types": layer_types,
                 "left_out": list(done.left_out),
+                "not_finite": list(done.not_finite),
                 "notes": list(done.notes),
                 "stated_source": done.spec.provenance.source,
                 "pushed": pushed,
