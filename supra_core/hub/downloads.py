@@ -118,7 +118,7 @@ def _listing(model: HubId) -> tuple[str, dict[str, int]]:
         raise sentence from None
     files = info.siblings or []
     sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
-    if info.sha is None or replace(model, revision=info.sha).is_pinned is False:
+    if info.sha is None or not HubId(model.name, info.sha).is_pinned:
         raise SupraError(f"{model}: the hub states no commit for it: check HF_ENDPOINT")
     return info.sha, sizes
 

@@ -101,7 +101,10 @@ def _files(folder: Path) -> list[Path]:
     ]
     names = {path.name for path in files}
     if CONFIG not in names or not any(name.endswith(_WEIGHTS) for name in names):
-        raise FormatError(f"{folder} is no model's folder ({CONFIG} and weights): name such a one")
+        raise FormatError(
+            f"{folder} is no model's folder ({CONFIG} and weights): name one, such as the folder "
+            "model in an uptraining run"
+        )
     if checksums.NAME in names:
         found = checksums.check(folder)
         if not found.passed:
