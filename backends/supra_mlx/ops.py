@@ -101,10 +101,15 @@ def _step(
     return q @ written, written
 
 
-@mx.compile
 def written_state(state: mx.array, decay: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """gamma S + k^T v, in one pass over the state: k (..., Dk, 1), v (..., 1, Dv)."""
-    return decay * state + k * v
+    """gamma S + k^T v, S (..., Dk, Dv): k (..., Dk, 1), v (..., 1, Dv).
+
+    A product that adds to S takes half the time of one compiled pass, whose broadcasts a CPU
+    computes element by element.
+    """
+    shape = state.shape[:-2]
+    k, v = (mx.broadcast_to(x, (*shape, *x.shape[-2:])) for x in (k, v))
+    return mx.addmm(decay * state, k, v)
 
 
 class _Weights(NamedTuple):

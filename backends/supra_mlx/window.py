@@ -139,24 +139,30 @@ def _one_token(
         for buffer, x in ((keys, k), (values, v), (features, phi_k))
     )
     scores = q.reshape(*heads, d).astype(mx.float32) @ keys.astype(mx.float32).swapaxes(-1, -2)
-    near, total, top = _softmax_sums(
-        scores, mx.array(d**-0.5), (mx.arange(window) <= seen[:, None])[:, None, None]
+    scores = mx.where(
+        (mx.arange(window) <= seen[:, None])[:, None, None], scores * d**-0.5, _MASKED
     )
-    near = near @ values.astype(mx.float32)
     gains = (x.astype(mx.float32).reshape(*heads[1:], 1) for x in (log_far_gain, log_sink))
-    output = _join(near, total, top, far[..., :-1], far[..., -1:], *gains)
+    average, *masses = _far_part(far[..., :-1], far[..., -1:], *gains)
+    # One softmax over the window's slots, the far part and the sink.
+    weights = mx.softmax(mx.concatenate([scores, *masses], axis=-1), axis=-1, precise=True)
+    output = weights[..., :window] @ values.astype(mx.float32)
+    output = output + weights[..., window : window + 1] * average
     return output.reshape(B, 1, H, Dv), state, keys, values, features
 
 
-@mx.compile
-def _softmax_sums(
-    scores: mx.array, scale: mx.array, seen: mx.array
+def _far_part(
+    far: mx.array, mass: mx.array, log_far_gain: mx.array, log_sink: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Weights exp(s - top), their sum, and top, the largest s = scale * score of a row."""
-    scores = mx.where(seen, scores * scale, _MASKED)
-    top = scores.max(axis=-1, keepdims=True)
-    weights = mx.exp(scores - top)
-    return weights, weights.sum(axis=-1, keepdims=True), top
+    """The far part's average (..., Dv), its logarithmic mass and the sink's (..., 1).
+
+    ``far`` are sums of values, ``mass`` of their weights; where nothing has left the window yet
+    neither part has a mass.
+    """
+    written = mass > 0.0
+    safe = mx.where(written, mass, 1.0)
+    log_far = mx.where(written, mx.log(safe) + log_far_gain, _MASKED)
+    return far / safe, log_far, mx.where(written, log_sink, _MASKED)
 
 
 def _at(buffer: mx.array, slot: mx.array) -> mx.array:
@@ -284,15 +290,11 @@ def _join(
     The near part is scaled by exp(-top); the far part joins through the logarithm of its sum,
     so that neither over- nor underflows.
     """
-    written = mass > 0.0
-    safe = mx.where(written, mass, 1.0)
-    log_far = mx.where(written, mx.log(safe) + log_far_gain, _MASKED)
-    sink = mx.where(written, log_sink, _MASKED)
+    average, log_far, sink = _far_part(far, mass, log_far_gain, log_sink)
     shift = mx.maximum(mx.maximum(top, log_far), sink)
-    near_scale = mx.exp(top - shift)
-    far_weight = mx.where(written, mx.exp(log_far - shift), 0.0)
+    near_scale, far_weight = mx.exp(top - shift), mx.exp(log_far - shift)
     sums = total * near_scale + far_weight + mx.exp(sink - shift)
-    return (near * near_scale + far / safe * far_weight) / sums
+    return (near * near_scale + average * far_weight) / sums
 
 
 # --- small pieces ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supra_core.spec import Norm, Projection
-from supra_torch.ops import rotate
+from supra_torch.ops import document_numbers, rotate
 from supra_torch.ops.rms_norm import rms_norm
 
 
@@ -39,6 +39,8 @@ class Positions:
     float32 for the first d channels, which rotate, computed once a forward; ``local_tables`` are
     those of the spec's local rope. ``cu_seqlens`` (N + 1,) and ``documents`` (B, T), where rows
     are packed: where each document begins among all B T tokens, and which one each belongs to.
+    ``by_row``: packed rows begin with a state or leave one. ``goes_on`` (B,) bool: which rows'
+    first document is the one of the state before; None for all.
     """
 
     positions: Tensor
@@ -47,18 +49,31 @@ class Positions:
     cu_seqlens: Tensor | None = None
     documents: Tensor | None = None
     local_tables: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    by_row: bool = False
+    goes_on: Tensor | None = None
 
     def part(self, tokens: slice) -> Positions:
-        """Those of some of the tokens, where rows are not packed."""
+        """Those of some of the tokens of every row, to which a state comes from those before."""
 
         def cut(tables: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
             return {size: (cos[:, tokens], sin[:, tokens]) for size, (cos, sin) in tables.items()}
 
-        return replace(
+        own = replace(
             self,
             positions=self.positions[:, tokens],
             tables=cut(self.tables),
             local_tables=cut(self.local_tables),
+        )
+        if self.cu_seqlens is None or self.documents is None:
+            return own
+        T, length = self.positions.shape[1], own.positions.shape[1]
+        borders = _borders_within(self.cu_seqlens, T, tokens.start, length, len(self.positions))
+        numbers = document_numbers(borders, own.positions.numel()).view(own.positions.shape)
+        at, before = (
+            self.documents[:, max(0, place)] for place in (tokens.start, tokens.start - 1)
+        )
+        return replace(
+            own, cu_seqlens=borders, documents=numbers, by_row=True, goes_on=at == before
         )
 
     def rotate(self, x: Tensor, rope: str = "global") -> Tensor:
@@ -75,6 +90,17 @@ class Positions:
             return rotate(x, cos, sin, self.pairing == "half")
         turned = rotate(x[..., :rotated], cos, sin, self.pairing == "half")
         return torch.cat([turned, x[..., rotated:]], dim=-1)
+
+
+def _borders_within(cu_seqlens: Tensor, T: int, start: int, length: int, rows: int) -> Tensor:
+    """Where documents begin among the tokens start to start + length of every row of T tokens.
+
+    (N + 1 + rows,): all there were, those elsewhere as empty ones, and one at each row's begin.
+    """
+    row, place = cu_seqlens // T, cu_seqlens % T
+    begins = row * length + (place - start).clamp(0, length)
+    own = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype) * length
+    return torch.cat([begins, own]).sort().values
 
 
 class NormLayer(nn.Module):

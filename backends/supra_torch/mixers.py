@@ -24,6 +24,7 @@ from supra_core.spec import (
 )
 from supra_torch.layers import Exact, FeatureProjection, NormLayer, Positions, activate
 from supra_torch.ops import WindowState, linear_attention, windowed_attention
+from supra_torch.ops.linear_attention import of_sequences
 from supra_torch.ops.step import linear_attention_step, linear_attention_step_
 
 LayerState = dict[str, Tensor]
@@ -31,6 +32,18 @@ LayerState = dict[str, Tensor]
 
 class OwnedLayerState(LayerState):
     """A layer's state that a decode step may overwrite."""
+
+
+def _kept(state: LayerState | None, positions: Positions) -> LayerState | None:
+    """The state before, empty for rows that begin a document of their own."""
+    if state is None or positions.goes_on is None:
+        return state
+    kept = dict(state)
+    if "valid" in state:
+        kept["valid"] = state["valid"] & positions.goes_on[:, None]
+    if "state" in state:
+        kept["state"] = state["state"] * positions.goes_on[:, None, None, None]
+    return kept
 
 
 class Mixer(nn.Module):
@@ -116,6 +129,7 @@ class SoftmaxMixer(Mixer):
         self, x: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
     ) -> tuple[Tensor, LayerState]:
         (q, k), v = self.rotated(x, positions), self.values(x)
+        state = _kept(state, positions)
         B, T = x.shape[:2]
         alike = state is None and mask is None and positions.documents is None
         if alike and (self.window is None or self.window >= T):
@@ -149,7 +163,10 @@ class SoftmaxMixer(Mixer):
         slot = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
         seen = (slot >= 0) & valid[:, None]
         if positions.documents is not None:
-            seen &= positions.documents[:, :, None] == positions.documents[:, None]
+            own = positions.documents
+            # What a row remembers is of its first document.
+            of_keys = torch.cat([own[:, :1].expand(B, S - T), own], dim=1)
+            seen &= own[:, :, None] == of_keys[:, None]
         if self.window is not None:
             seen &= place[:, :, None] - key_place[:, None] < self.window
         # A padding query sees itself: an empty row would be NaN.
@@ -165,6 +182,12 @@ class SoftmaxMixer(Mixer):
     ) -> LayerState:
         B, T = k.shape[:2]
         valid = torch.ones(B, T, dtype=torch.bool, device=k.device) if mask is None else mask
+        if positions.documents is not None:
+            own = positions.documents
+            valid = own == own[:, -1:]
+            if state is not None:
+                still = own[:, :1] == own[:, -1:]
+                state = {**state, "valid": state["valid"] & still}
         place = positions.positions.expand(B, T)
         new = {"keys": k, "values": v, "valid": valid, "positions": place}
         if state is None:
@@ -223,7 +246,7 @@ class LinearMixer(Mixer):
         self, x: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
     ) -> tuple[Tensor, LayerState]:
         """What o_proj receives, (B, T, H, Dv), and the new state."""
-        mixer = self.mixer
+        mixer, state = self.mixer, _kept(state, positions)
         q, k = self._projected(x, positions)
         v = self.values(x)
         if mixer.window is not None:
@@ -266,17 +289,22 @@ class LinearMixer(Mixer):
             return out[:, None], final
         B, packed = q.shape[0], positions.cu_seqlens
         q, k, v = (_as_packed(x, packed) for x in (q, k, v))
+        before = None if state is None else state["state"]
+        if packed is not None and positions.documents is not None and before is not None:
+            before = of_sequences(before, positions.documents[:, 0], len(packed) - 1)
         out, final = linear_attention(
             q,
             k,
             v,
             self.decay(),
-            initial_state=None if state is None else state["state"],
+            initial_state=before,
             mask=mask,
             cu_seqlens=packed,
             normaliser="sum" if normalise else None,
             sink=sink,
         )
+        if positions.by_row and positions.documents is not None:
+            final = final[positions.documents[:, -1]]
         return out.view(B, -1, *out.shape[2:]), final
 
     def _windowed(
@@ -290,7 +318,8 @@ class LinearMixer(Mixer):
     ) -> tuple[Tensor, LayerState]:
         assert self.mixer.window is not None
         B, packed = q.shape[0], positions.cu_seqlens
-        q, k, v = (_as_packed(x, packed) for x in (q, k, v))
+        if not positions.by_row:
+            q, k, v = (_as_packed(x, packed) for x in (q, k, v))
         phi_q, phi_k = (activate(self.mixer.feature_map.activation, z) for z in (q, k))
         out, memory = windowed_attention(
             q,

@@ -66,14 +66,18 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         mixed, memory = self.self_attn(self.mixer_input(h), positions, state, mask)
         h = self.add_mixed(h, mixed)
-        return h + self.feed_forward(h), memory if remember else {}
+        return h + self.feed_forward(h), _left(memory, remember)
 
     def mix(
-        self, x: Tensor, positions: Positions, state: LayerState | None = None
+        self,
+        x: Tensor,
+        positions: Positions,
+        state: LayerState | None = None,
+        remember: bool = False,
     ) -> tuple[Tensor, LayerState]:
         """The mixer alone, from its normed input x (B, T, D): output (B, T, D) and new state."""
         mixed, memory = self.self_attn(x, positions, state, None)
-        return mixed, memory
+        return mixed, _left(memory, remember)
 
     def mixer_input(self, h: Tensor) -> Tensor:
         """h (B, T, D), normed where the block does so, cast once for all projections of it."""
@@ -93,6 +97,15 @@ class Layer(nn.Module):
         if norm is not None:
             x = norm(x)
         return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+
+def _left(memory: LayerState, remember: bool) -> LayerState:
+    """What a layer returns of its mixer's state; where there is a graph no views, for FSDP."""
+    if not remember:
+        return {}
+    if not torch.is_grad_enabled():
+        return memory
+    return {name: x.clone() for name, x in memory.items()}
 
 
 def _frequencies(spec: ModelSpec) -> dict[str, Exact]:
@@ -198,15 +211,18 @@ class SupraModel(nn.Module):
         mask: Tensor | None = None,
         remember: bool = True,
         cu_seqlens: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> tuple[Tensor, ModelState]:
         """The last hidden states (B, T, D), as :meth:`last`, and the state after ids (B, T).
 
         ``remember`` False leaves the layers' states empty, for who goes no further.
         ``cu_seqlens`` (N + 1,) integers: rows are packed with N documents, none of which sees
         another; the n-th is tokens cu_seqlens[n] to cu_seqlens[n + 1] of all B T, row by row, and
-        lies in one row. Nothing can go on from there.
+        lies in one row. Nothing can go on from there, but by ``positions``: a part of a packed
+        batch's own, in place of ``cu_seqlens``.
         """
-        positions = self.positions(ids, state, mask, cu_seqlens)
+        if positions is None:
+            positions = self.positions(ids, state, mask, cu_seqlens)
         h, memories = self.embed(ids), []
         for index, layer in enumerate(self.model.layers):
             before = None if state is None else state.layers[index]

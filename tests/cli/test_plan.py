@@ -90,3 +90,12 @@ def test_every_device_takes_the_recipe_s_batch(tiny_transformer: Path) -> None:
     alone, many = planned(tiny_transformer), planned(tiny_transformer, "--gpus", "8")
     for stage, larger in zip(alone["stages"], many["stages"], strict=True):
         assert larger["step_tokens"] == 8 * stage["step_tokens"]
+
+
+def test_quality_is_that_of_a_measured_run(tiny_transformer: Path) -> None:
+    near = planned(tiny_transformer, *SMALL, "--tokens", "500000")["measured_quality"]
+    assert (near["recipe"], near["tokens"]) == ("windowed", 401_408)
+    other = planned(tiny_transformer, *SMALL, "--recipe", "pure", "--tokens", "100")
+    assert other["measured_quality"]["tokens"] == 30_720
+    done = runner.invoke(app, ["plan", str(tiny_transformer), *SMALL, "--recipe", "hybrid"])
+    assert "nothing was measured with hybrid" in " ".join(done.output.split())

@@ -60,6 +60,16 @@ def test_as_many_losses_as_one(
         np.testing.assert_allclose(ours[name], expected_weight, rtol=0, atol=1e-4, err_msg=name)
 
 
+def test_rows_in_segments(shared: UptrainConfig, alone: Path, tmp_path: Path) -> None:
+    """Every process passes its rows' states on; all go through as many segments."""
+    run = tmp_path / "run"
+    cut = shared.model_copy(update={"segment_tokens": 12})
+    assert run_in_processes(cut, run, 2).wait() == 0
+    np.testing.assert_allclose(
+        logged_losses(run), logged_losses(alone), rtol=100 * RELATIVE, atol=ABSOLUTE
+    )
+
+
 def test_it_goes_on_with_another_number_of_processes(
     shared: UptrainConfig, alone: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.model import SupraModel, build  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
-from supra_torch.uptrain.config import UptrainConfig, validate  # noqa: E402
+from supra_torch.uptrain.config import UptrainConfig  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from supra_torch.uptrain.stages import gradients  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
@@ -28,18 +26,23 @@ def _model(name: str) -> SupraModel:
 
 
 def _gradients(
-    kind: Any, model: SupraModel, teacher: SupraModel, ids: Any, segment: int
+    kind: Any, model: SupraModel, teacher: SupraModel, batch: Batch, segment: int
 ) -> tuple[float, dict[str, Any]]:
     model.zero_grad()
-    loss = gradients(kind, model, teacher, Batch(ids), 0.5, segment)
+    loss = gradients(kind, model, teacher, batch, 0.5, segment)
     return loss.item(), {
         n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
     }
 
 
+# Documents that begin at a segment's first token, end in its middle, go through several; two rows.
+BORDERS = torch.tensor([0, 7, 10, 11, 36, 61, 86, 120, 122, 122, 122], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("borders", [None, BORDERS], ids=["joined", "apart"])
 @pytest.mark.parametrize("kind", ["transfer", "distill", "uptrain"])
 @pytest.mark.parametrize("name", SPECS)
-def test_gradients_are_those_of_whole_rows(name: str, kind: str) -> None:
+def test_gradients_are_those_of_whole_rows(name: str, kind: str, borders: Any) -> None:
     """Also where the last segment is shorter, or the first is inside the window."""
     model, teacher = _model(name), _model(name).requires_grad_(False)
     with torch.no_grad():
@@ -48,9 +51,10 @@ def test_gradients_are_those_of_whole_rows(name: str, kind: str) -> None:
                 parameter.shape, generator=torch.Generator().manual_seed(number)
             )
     ids = torch.randint(0, 50, (2, 61), generator=torch.Generator().manual_seed(1))
-    loss, expected = _gradients(kind, model, teacher, ids, 0)
+    batch = Batch(ids, borders)
+    loss, expected = _gradients(kind, model, teacher, batch, 0)
     for segment in (7, 25, 61, 100):
-        found, ours = _gradients(kind, model, teacher, ids, segment)
+        found, ours = _gradients(kind, model, teacher, batch, segment)
         assert found == pytest.approx(loss, rel=1e-5)
         assert ours.keys() == expected.keys()
         for parameter, gradient in expected.items():
@@ -67,8 +71,8 @@ def test_what_else_a_stage_does_goes_with_it(part: str) -> None:
             parameter.requires_grad_("log_" in name or "feature" in name)
     ids = torch.randint(0, 50, (1, 40), generator=torch.Generator().manual_seed(1))
     for kind in ("transfer", "uptrain"):
-        _, expected = _gradients(kind, model, teacher, ids, 0)
-        _, ours = _gradients(kind, model, teacher, ids, 16)
+        _, expected = _gradients(kind, model, teacher, Batch(ids), 0)
+        _, ours = _gradients(kind, model, teacher, Batch(ids), 16)
         assert ours.keys() == expected.keys() != set()
         for parameter, gradient in expected.items():
             scale = max(1e-3, float(gradient.abs().max()))
@@ -105,13 +109,14 @@ def test_a_graph_is_that_of_one_segment() -> None:
     assert _most_held(model, long, 128) < 1.1 * _most_held(model, short, 128)
 
 
-def test_a_run_in_segments_is_the_run(settings: UptrainConfig, tmp_path: Path) -> None:
-    joined = {**settings.model_dump(), "documents": "joined", "tokens": 640}
-    whole = validate(json.loads(json.dumps(joined)), "whole")
+@pytest.mark.parametrize("packing", ["apart", "joined"])
+def test_a_run_in_segments_is_the_run(
+    settings: UptrainConfig, documents: Path, packing: str, tmp_path: Path
+) -> None:
+    changed = {"data": str(documents), "documents": packing, "tokens": 640}
+    whole = settings.model_copy(update=changed)
     uptrain(whole, tmp_path / "whole")
     uptrain(whole.model_copy(update={"segment_tokens": 12}), tmp_path / "cut")
     ours, theirs = logged_losses(tmp_path / "cut"), logged_losses(tmp_path / "whole")
     # Each is a difference of logarithms of some units, in float32.
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)
-    with pytest.raises(SupraError, match="documents to joined"):
-        validate({**json.loads(json.dumps(joined)), "documents": "apart", "segment_tokens": 8}, "x")

@@ -55,6 +55,7 @@ def benchmark(
     steps: int,
     precision: str = "auto",
     activation_checkpointing: bool = False,
+    segment_tokens: int = 0,
     compile: str = "auto",
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def benchmark(
             settings={
                 "sequence_length": length, "batch_tokens": batch_tokens, "precision": precision,
                 "activation_checkpointing": activation_checkpointing, "compile": compile,
+                "segment_tokens": segment_tokens,
             },
             device=device,
         )  # fmt: skip
@@ -96,6 +98,7 @@ def benchmark(
         "steps": steps,
         "precision": precision,
         "activation_checkpointing": activation_checkpointing,
+        "segment_tokens": segment_tokens,
         "compile": compiles(compile, device),
         "peak_flops": peak,
         **where,
@@ -138,6 +141,8 @@ def table(result: dict[str, Any]) -> Table:
 
 def _about(result: dict[str, Any]) -> list[str]:
     notes = []
+    if result["segment_tokens"]:
+        notes.append(f"ours compute {result['segment_tokens']:,} tokens of a row at a time")
     if result["compile"]:
         notes.append("ours are compiled layer by layer, the original is not, as in transformers")
     if result["peak_flops"] is not None:

@@ -111,6 +111,11 @@ def document_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].long(), places, right=True)
 
 
+def of_sequences(rows: Tensor, numbers: Tensor, sequences: int) -> Tensor:
+    """States (B, ...) as those of the packed sequences ``numbers`` (B,); the others' are zeros."""
+    return rows.new_zeros(sequences, *rows.shape[1:]).index_copy(0, numbers, rows)
+
+
 def _implementation(name: Implementation, q: Tensor, k: Tensor, v: Tensor) -> Operator:
     if name == "reference":
         return linear_attention_dense

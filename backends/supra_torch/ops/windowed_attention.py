@@ -19,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra_torch.ops.linear_attention import document_numbers, linear_attention_with_sums
+from supra_torch.ops.linear_attention import (
+    document_numbers,
+    linear_attention_with_sums,
+    of_sequences,
+)
 from supra_torch.ops.window_softmax import NEVER, window_softmax
 
 
@@ -70,16 +74,15 @@ def windowed_attention(
 
     q (B, T, H, d) and k (B, T, K, d) are what the activation receives; v (B, T, K, Dv), phi_q
     (B, T, H, Dk) and phi_k (B, T, K, Dk) >= 0; decay, log_far_gain and log_sink (H,), None
-    for no sink; mask (B, T) bool. With ``cu_seqlens`` (N + 1,) integers from 0 to T, B is 1 and
-    tokens cu_seqlens[n] to cu_seqlens[n + 1] are a sequence of their own, which begins without a
-    state.
-    Returns the output (B, T, H, Dv) in q's type and the state after the last token (none that
-    can be gone on from where sequences are packed). Raises ValueError for packed sequences with a
-    mask or a state.
+    for no sink; mask (B, T) bool. With ``cu_seqlens`` (N + 1,) integers from 0 to B T, tokens
+    cu_seqlens[n] to cu_seqlens[n + 1] of all rows, one after the other, are a sequence of their
+    own, in one row; a row's state is that of its first one.
+    Returns the output (B, T, H, Dv) in q's type and the state after each row's last token. Raises
+    ValueError for packed sequences with a mask.
     """
-    if cu_seqlens is not None and (mask is not None or initial_state is not None):
-        raise ValueError("packed sequences take no mask and no initial state")
-    T, H = q.shape[1], q.shape[2]
+    if cu_seqlens is not None and mask is not None:
+        raise ValueError("packed sequences take no mask")
+    B, T, H = q.shape[:3]
     before = initial_state or WindowState.empty(window, k, v, phi_k, H)
     new = mask if mask is not None else torch.ones_like(q[:, :, 0, 0], dtype=torch.bool)
     valid = torch.cat([before.valid, new], dim=1)
@@ -97,18 +100,21 @@ def windowed_attention(
     with torch.autocast(q.device.type, enabled=False):
         phi_q, phi_k = phi_q.to(v.dtype), phi_k.to(v.dtype)
         documents = written = None
+        initial = None if initial_state is None else before.state
         if cu_seqlens is not None:
-            documents = F.pad(document_numbers(cu_seqlens, T)[None], (window, 0), value=-1)
+            numbers = document_numbers(cu_seqlens, B * T).view(B, T)
+            documents = torch.cat([numbers[:, :1].where(before.valid, -1), numbers], dim=1)
             # What lags behind a sequence's first tokens is another's.
             written = documents[:, :T] == documents[:, window:]
+            valid = documents == numbers[:, -1:]
+            if initial is not None:
+                initial = of_sequences(initial, numbers[:, 0], len(cu_seqlens) - 1)
         elif mask is not None or initial_state is not None:
             # Without either chunks are alike, and an empty buffer's zeros write nothing.
             documents, written = valid.int() - 1, valid[:, :T]
-        initial = None if initial_state is None else before.state
-        far, total, state = linear_attention_with_sums(
-            phi_q, phi_k[:, :T], v[:, :T], decay,
-            initial_state=initial, mask=written, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+        far, total, state = _far(phi_q, phi_k[:, :T], v[:, :T], decay, initial, written, cu_seqlens)
+        if cu_seqlens is not None:
+            state = state[numbers[:, -1]]
         mass = _log_mass(total, log_far_gain.float())
         if log_sink is not None:
             far, mass = _with_sink(far, mass, log_sink.float())
@@ -117,6 +123,26 @@ def windowed_attention(
         output = _gather(_in_front(output, window), torch.argsort(order, dim=1))[:, window:]
     after = WindowState(k[:, T:], v[:, T:], phi_k[:, T:], valid=valid[:, T:], state=state)
     return output.to(q.dtype), after
+
+
+def _far(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`linear_attention_with_sums`, for packed sequences in several rows too."""
+    shape = q.shape[:2]
+    if cu_seqlens is not None:
+        q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
+        mask = None if mask is None else mask.reshape(1, -1)
+    far, total, state = linear_attention_with_sums(
+        q, k, v, decay, initial_state=initial, mask=mask, cu_seqlens=cu_seqlens
+    )
+    return far.view(*shape, *far.shape[2:]), total.view(*shape, *total.shape[2:]), state
 
 
 def _in_front(x: Tensor, slots: int) -> Tensor:

@@ -44,6 +44,7 @@ _REMEDIES: tuple[dict[str, int | bool], ...] = (
     {"device_rows": 1},
     {"activation_checkpointing": True},
     {"activation_checkpointing": True, "device_rows": 1},
+    {"segment_tokens": 1024, "device_rows": 1},
 )
 
 

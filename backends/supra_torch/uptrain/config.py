@@ -229,14 +229,6 @@ class UptrainConfig(_Strict):
                 )
         return self
 
-    @model_validator(mode="after")
-    def _segments_are_of_joined_rows(self) -> UptrainConfig:
-        if self.segment_tokens and self.documents == "apart":
-            raise ValueError(
-                "segment_tokens passes states on through a whole row: set documents to joined too"
-            )
-        return self
-
     def batch_shape(self, stage: Stage) -> tuple[int, int]:
         """Rows a step of the stage, and tokens in a row."""
         length = self.sequence_length // stage.cut

@@ -40,7 +40,9 @@ def backward(run: Run, loss: Callable[[Tensor, slice], Tensor], pieces: Sequence
     begins: list[States | None] = [None]
     with torch.no_grad():
         for part in pieces[:-1]:
-            begins.append(run(part, begins[-1])[1])
+            # Copies: a view would keep the whole segment that it is the end of.
+            left = run(part, begins[-1])[1]
+            begins.append([{name: x.clone() for name, x in state.items()} for state in left])
     total: Tensor | None = None
     gradients: list[Tensor | None] = []
     for part in reversed(pieces):

@@ -78,7 +78,8 @@ def _match(
 
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
         own = positions if len(pieces) == 1 else positions.part(part)
-        output, after = ours.mix(x[:, part], own, None if before is None else before[0])
+        state = None if before is None else before[0]
+        output, after = ours.mix(x[:, part], own, state, remember=part != pieces[-1])
         return output, [after]
 
     def error(output: Tensor, part: slice) -> Tensor:
@@ -145,15 +146,15 @@ def _in_segments(
 ) -> Tensor:
     """Accumulate the gradients of a loss of the last hidden states, so many tokens at a time."""
     pieces = segments.parts(batch.ids.shape[1], segment)
-    last = pieces[-1]
+    positions = student.positions(batch.ids, cu_seqlens=batch.cu_seqlens)
+    seen = torch.zeros_like(batch.ids[:, 0])
 
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
-        seen = batch.ids.new_full(batch.ids.shape[:1], part.start)
         hidden, after = student.hidden(
             batch.ids[:, part],
             None if before is None else ModelState(seen, tuple(before)),
-            remember=part != last,
-            cu_seqlens=batch.cu_seqlens,
+            remember=part != pieces[-1],
+            positions=positions if len(pieces) == 1 else positions.part(part),
         )
         return hidden, after.layers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,9 @@ def command(
 
 
 def _result(made: Plan, price: float | None) -> dict[str, Any]:
+    from supra_torch.plan.quality import nearest
+
+    measured = nearest(made.config.recipe, made.config.tokens)
     return {
         "settings": made.config.model_dump(mode="json"),
         "device": made.device.name,
@@ -125,6 +129,7 @@ def _result(made: Plan, price: float | None) -> dict[str, Any]:
         "growing_bytes_per_token": made.student.growing_bytes_per_token,
         "kv_bytes_per_token": made.student.kv_bytes_per_token,
         "break_even_tokens": made.student.break_even_tokens,
+        "measured_quality": None if measured is None else asdict(measured),
     }
 
 
@@ -181,7 +186,19 @@ def _summary(made: Plan, price: float | None) -> list[tuple[str, str]]:
     cache = bytes_text(student.kv_bytes_per_token) + " a token"
     if student.break_even_tokens is not None:
         cache += f", more than the state from {student.break_even_tokens:,} tokens"
-    return [*rows, ("the transformer's cache", cache)]
+    return [*rows, ("the transformer's cache", cache), ("quality", _quality(made))]
+
+
+def _quality(made: Plan) -> str:
+    from supra_torch.plan.quality import nearest
+
+    run = nearest(made.config.recipe, made.config.tokens)
+    if run is None:
+        return f"not predicted; nothing was measured with {made.config.recipe}"
+    return (
+        f"not predicted; {run.model} after {run.tokens:,} tokens: perplexity {run.outside:g} x the "
+        f"transformer's outside the training domain, {run.inside:g} x inside"
+    )
 
 
 def _verdict(made: Plan) -> str:

@@ -28,6 +28,10 @@ def command(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Less memory, more time; for all.")
     ] = False,
+    segment_tokens: Annotated[
+        int,
+        typer.Option(help="Ours compute so many tokens of a row at a time; 0: all of them."),
+    ] = 0,
     compile: Annotated[
         str, typer.Option(help="auto (on a GPU), always or never; for ours alone.")
     ] = "auto",
@@ -53,6 +57,7 @@ def command(
         steps=steps,
         precision=precision,
         activation_checkpointing=activation_checkpointing,
+        segment_tokens=segment_tokens,
         compile=compile,
         log=log,
     )
