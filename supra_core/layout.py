@@ -6,6 +6,7 @@ add. A projection's weight is stored (out, in), as everywhere in that ecosystem.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from math import prod
 
@@ -23,6 +24,8 @@ from supra_core.spec import (
 )
 
 Shape = tuple[int, ...]
+
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
 # Read and written in float32 whatever the model's type: small, and their rounding is not.
 FLOAT32_SUFFIXES = ("self_attn.log_slope", "self_attn.log_far_gain", "self_attn.log_sink")
@@ -72,6 +75,17 @@ def expert_parameter_count(spec: ModelSpec) -> int:
 def expert_layers(spec: ModelSpec) -> int:
     """How many layers have a mixture of experts."""
     return sum(layer.feed_forward == "experts" for layer in spec.layers)
+
+
+def stacked_name(name: str) -> str:
+    """What mlx-lm calls an expert's tensor or module, which is one for all of a layer's experts."""
+    return _EXPERT.sub(".mlp.switch_mlp.", name)
+
+
+def expert_number(name: str) -> int | None:
+    """Which of its layer's experts a tensor or a module belongs to, if to any."""
+    found = _EXPERT.search(name)
+    return None if found is None else int(found[1])
 
 
 def is_of_experts(name: str) -> bool:

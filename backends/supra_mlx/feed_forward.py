@@ -6,7 +6,6 @@ them, so that one product gathers those that the tokens chose.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 import mlx.core as mx
@@ -14,11 +13,11 @@ import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from supra_core.layout import expert_number, stacked_name
 from supra_core.spec import LayerSpec, ModelSpec
 
 # How the modules of routers end.
 ROUTER = ".mlp.gate"
-_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(\d+)\.(.+)")
 
 
 class FeedForward(nn.Module):
@@ -70,11 +69,6 @@ def feed_forward(spec: ModelSpec, layer: LayerSpec) -> nn.Module:
     return MixtureOfExperts(spec) if layer.feed_forward == "experts" else FeedForward(spec)
 
 
-def stacked_name(name: str) -> str:
-    """Where a tensor or a module of the canonical layout stands in MLX; an expert's is shared."""
-    return _EXPERT.sub(r"\1.switch_mlp.\3", name)
-
-
 def stacked(
     arrays: Iterable[tuple[str, mx.array]], spec: ModelSpec
 ) -> Iterator[tuple[str, mx.array]]:
@@ -85,13 +79,13 @@ def stacked(
     count = 0 if spec.experts is None else spec.experts.count
     waiting: dict[str, dict[int, tuple[str, mx.array]]] = {}
     for name, array in arrays:
-        found = _EXPERT.fullmatch(name)
-        if found is None:
+        number = expert_number(name)
+        if number is None:
             yield name, array
             continue
         whole = stacked_name(name)
         parts = waiting.setdefault(whole, {})
-        parts[int(found[2])] = name, array
+        parts[number] = name, array
         if len(parts) == count and max(parts) == count - 1:
             del waiting[whole]
             yield whole, mx.stack([parts[index][1] for index in range(count)])

@@ -27,10 +27,8 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     """The spec of a Qwen3-MoE config; ``where`` names its file in errors."""
     fields = Fields(config, where)
     mixers = uniform_mixers(fields, _window(fields))
-    dense, step = (
-        _dense_layers(fields, len(mixers)),
-        fields.integer("decoder_sparse_step", default=1),
-    )
+    dense = _dense_layers(fields, len(mixers))
+    step = fields.integer("decoder_sparse_step", default=1)
     sparse = [index not in dense and (index + 1) % step == 0 for index in range(len(mixers))]
     if not any(sparse):
         raise fields.error(

@@ -153,7 +153,10 @@ def _refuse_unsupported(path: Path, metadata: dict[str, Any]) -> None:
     if metadata.get("split.count", 1) not in (0, 1):
         raise FormatError(f"{path} is one part of a split model: merge it with gguf-split first")
     if metadata.get(f"{architecture}.expert_count", 0) != 0:
-        raise SpecError(f"{path} is a mixture of experts, which is not supported")
+        raise SpecError(
+            f"{path} is a mixture of experts, which is not read from GGUF files: convert from the "
+            "Hugging Face folder instead"
+        )
 
 
 def _shortest(value: float) -> float:

@@ -6,17 +6,14 @@ tensors, ``mlp.experts.0.up_proj.weight`` and so on; ``scales`` and ``biases`` l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
 
-from supra_core.layout import layer_prefix
+from supra_core.layout import layer_prefix, stacked_name
 from supra_core.spec import ModelSpec
 from supra_core.tensors import Array, LazyTensor
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
-_STACK = ".switch_mlp."
 _MODULES = ("gate_proj", "up_proj", "down_proj")
 _PARTS = ("weight", "scales", "biases")
 
@@ -34,20 +31,16 @@ def unstacked(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> dict[str, L
             continue
         for module in _MODULES:
             for part in _PARTS:
-                prefix = f"{layer_prefix(index)}mlp"
-                name = f"{prefix}{_STACK}{module}.{part}"
-                tensor = tensors.get(name)
-                if tensor is None or tensor.shape[:1] != (spec.experts.count,):
+                names = [
+                    f"{layer_prefix(index)}mlp.experts.{expert}.{module}.{part}"
+                    for expert in range(spec.experts.count)
+                ]
+                tensor = tensors.get(stacked_name(names[0]))
+                if tensor is None or tensor.shape[:1] != (len(names),):
                     continue
-                del single[name]
-                for expert in range(spec.experts.count):
-                    single[f"{prefix}.experts.{expert}.{module}.{part}"] = _one(tensor, expert)
+                del single[stacked_name(names[0])]
+                single |= {name: _one(tensor, expert) for expert, name in enumerate(names)}
     return single
-
-
-def stacked_name(name: str) -> str:
-    """What mlx-lm calls an expert's module, which it has in common with the layer's others."""
-    return _EXPERT.sub(_STACK, name)
 
 
 def _one(tensor: LazyTensor, index: int) -> LazyTensor:

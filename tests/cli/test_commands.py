@@ -11,6 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from supra_cli.main import app
+from supra_core import artifact
+from tests.tiny_models import SPECS, lazy_weights
 
 runner = CliRunner()
 
@@ -81,6 +83,17 @@ def test_inspect(converted: Path) -> None:
     assert found["break_even_tokens"] > 0
     shown = runner.invoke(app, ["inspect", str(converted)])
     assert "window 16" in shown.stdout
+
+
+def test_inspect_experts(tmp_path: Path) -> None:
+    spec = SPECS["experts"]
+    artifact.write(tmp_path / "m", spec, lazy_weights(spec), {}, dtype="float32")
+    found = result("inspect", tmp_path / "m")
+    # Two layers of three have five experts, of which a token goes through two.
+    assert found["parameters"] - found["active_parameters"] == 2 * 3 * 3 * 24 * 16
+    shown = runner.invoke(app, ["inspect", str(tmp_path / "m")]).stdout
+    assert "2 of 5 a token, 16 channels each, in 2 layers" in shown
+    assert f"{found['active_parameters']:,}" in shown
 
 
 def test_verify_between_backends(converted: Path, tmp_path: Path) -> None:

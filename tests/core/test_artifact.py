@@ -186,6 +186,9 @@ def test_assets_cannot_replace_the_model(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+EXPERTS = {"count": 3, "per_token": 2, "intermediate_size": 8}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -194,6 +197,14 @@ def test_assets_cannot_replace_the_model(tmp_path: Path, name: str) -> None:
         ({"format_version": None}, "field format_version is missing"),
         ({"num_hidden_layers": 4}, "field num_hidden_layers contradicts layer_mixers"),
         ({"layer_types": ["full_attention"] * 3}, "field layer_types contradicts layer_mixers"),
+        ({"layer_feed_forwards": ["dense"]}, "must be a list with one entry for each of 3 layers"),
+        ({"layer_feed_forwards": {"0": "dense"}}, "layer_feed_forwards must be a list"),
+        ({"layer_feed_forwards": ["dense", "dense", "sparse"]}, "layers.2.feed_forward: input"),
+        ({"layer_feed_forwards": ["experts"] * 3}, "layers with experts and the field experts"),
+        ({"experts": EXPERTS}, "layers with experts and the field experts need each other"),
+        ({"experts": {**EXPERTS, "per_token": 4}}, "a token cannot go through 4 of 3 experts"),
+        ({"experts": {**EXPERTS, "count": 0}}, "experts.count must be positive"),
+        ({"experts": {**EXPERTS, "capacity": 1}}, "field experts.capacity"),
         ({"layer_mixers": [0, 2, 0]}, "field layer_mixers holds 2, which is no index"),
         ({"layer_mixers": []}, "field layer_mixers must be a list"),
         ({"mixers": None}, "field mixers must be a list"),

@@ -14,6 +14,7 @@ from supra_core import artifact, families
 from supra_core.config import config_to_spec, spec_to_config
 from supra_core.errors import SpecError, SupraError
 from supra_core.formats import openlm_config
+from supra_core.layout import check_tensors
 from tests.tiny_models import SPECS, lazy_weights
 
 LLAMA: dict[str, Any] = {
@@ -64,6 +65,27 @@ def test_layers_that_are_many() -> None:
     config = spec_to_config(SPECS["paper"], "float32")
     refused(config_to_spec, {**config, "layer_mixers": [0] * 10_001})
     refused(config_to_spec, {**config, "mixers": config["mixers"] * 20_000})
+
+
+def test_experts_that_are_many() -> None:
+    mixtral = {**LLAMA, "model_type": "mixtral", "num_key_value_heads": 2}
+    assert families.config_to_spec({**mixtral, "num_local_experts": 16_384}, "c").experts
+    refused(families.config_to_spec, {**mixtral, "num_local_experts": 16_385})
+    refused(families.config_to_spec, {**mixtral, "num_local_experts": 2**31 - 1})
+    config = spec_to_config(SPECS["experts"], "float32")
+    for count in (16_385, 2**31 - 1, 2**31, 2**63):
+        refused(config_to_spec, {**config, "experts": {**config["experts"], "count": count}})
+    refused(config_to_spec, {**config, "layer_feed_forwards": ["experts"] * 10_000})
+
+
+def test_the_largest_claim_of_experts_is_cheap() -> None:
+    """Names are made for all of them, before the file is seen to have none."""
+    config = spec_to_config(SPECS["experts"], "float32")
+    config["experts"]["count"] = 16_384
+    spec, begin = config_to_spec(config, "c.json"), time.monotonic()
+    with pytest.raises(SupraError, match="and 98\\d+ more"):
+        check_tensors(spec, {}, "m")
+    assert time.monotonic() - begin < 2
 
 
 def test_a_large_mixer_is_not_repeated_for_every_layer() -> None:

@@ -93,6 +93,28 @@ RELEASED: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", "use_sliding_window": True, "attention_bias": True,
         "layer_types": ["full_attention", "sliding_attention"] * 2,
     },
+    "Mixtral-8x7B-v0.1": {
+        "model_type": "mixtral", "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "max_position_embeddings": 32768, "num_experts_per_tok": 2,
+        "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+    "Mixtral, defaults": {"model_type": "mixtral"},
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "attention_bias": False, "bos_token_id": 151643,
+        "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128,
+        "num_experts_per_tok": 8, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+        "tie_word_embeddings": False, "use_sliding_window": False,
+    },
+    "Qwen3-MoE, mixed": {
+        "model_type": "qwen3_moe", "decoder_sparse_step": 2, "mlp_only_layers": [3],
+        "use_sliding_window": True, "num_experts": 4, "num_experts_per_tok": 3,
+    },
+    "Qwen3-MoE, defaults": {"model_type": "qwen3_moe", "num_key_value_heads": 4},
     "Phi-3-mini-4k": {
         "model_type": "phi3", "bos_token_id": 1, "eos_token_id": 32000, "hidden_act": "silu",
         "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
@@ -158,6 +180,9 @@ SLIDING: dict[str, Any] = {
     "model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }  # fmt: skip
+
+MIXTRAL: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 8}
+QWEN: dict[str, Any] = {"model_type": "qwen3_moe"}
 
 
 def _spec(**changes: Any) -> ModelSpec:
@@ -265,6 +290,19 @@ def test_old_and_new_rope_fields_agree() -> None:
         ({**SLIDING, "sliding_window": None}, "use_sliding_window is not true"),
         ({**SLIDING, "sliding_window": 0}, "field sliding_window must be a positive integer"),
         ({**SLIDING, "max_window_layers": -1}, "max_window_layers must be an integer of at least"),
+        ({**MIXTRAL, "num_experts_per_tok": 9}, "a token cannot go through 9 of 8 experts"),
+        ({**MIXTRAL, "num_local_experts": 0}, "num_local_experts must be a positive integer"),
+        ({**MIXTRAL, "num_experts": 4}, "fields num_local_experts and num_experts differ"),
+        ({**MIXTRAL, "num_local_experts": 10_923}, "has at most 32768 experts in all its layers"),
+        ({**MIXTRAL, "intermediate_size": None}, "field intermediate_size is missing"),
+        ({**QWEN, "mlp_only_layers": [3]}, "mlp_only_layers must be a list of layers from 0 to 2"),
+        ({**QWEN, "mlp_only_layers": [True]}, "must be a list of layers from 0 to 2, not [True]"),
+        ({**QWEN, "mlp_only_layers": 1}, "must be a list of layers from 0 to 2, not 1"),
+        ({**QWEN, "mlp_only_layers": [0, 1, 2]}, "no layer has experts"),
+        ({**QWEN, "decoder_sparse_step": 4}, "no layer has experts"),
+        ({**QWEN, "decoder_sparse_step": 0}, "decoder_sparse_step must be a positive integer"),
+        ({**QWEN, "norm_topk_prob": 1}, "field norm_topk_prob must be true or false"),
+        ({**QWEN, "num_experts": 4}, "a token cannot go through 8 of 4 experts"),
     ],
 )
 def test_bad_configs_name_the_file_and_the_field(changes: dict[str, Any], message: str) -> None:
@@ -291,7 +329,9 @@ def test_what_a_transformer_cannot_express() -> None:
             families.spec_to_config(model)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "olmo2", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3", "qwen3_moe", "olmo2", "gemma2", "gemma3_text"]
+)
 def test_what_a_family_always_has(family: str) -> None:
     """A model without it is not written as one that has it."""
     spec = replace(_spec(), provenance=Provenance(family=family))
@@ -299,6 +339,17 @@ def test_what_a_family_always_has(family: str) -> None:
         SpecError, match=f"cannot be written as {family}|differs from what {family}"
     ):
         families.spec_to_config(spec)
+
+
+def test_a_mixture_that_a_family_cannot_state() -> None:
+    spec = _spec(**MIXTRAL)
+    assert spec.experts is not None
+    wider = replace(spec, experts=replace(spec.experts, intermediate_size=65))
+    for changed in (wider, replace(spec, experts=replace(spec.experts, normalise=False))):
+        with pytest.raises(SpecError, match="differs from what mixtral can state"):
+            families.spec_to_config(changed)
+    with pytest.raises(SpecError, match="a mixture of experts cannot be written as a plain llama"):
+        families.spec_to_config(replace(spec, provenance=Provenance(family="llama")))
 
 
 def test_a_window_makes_it_mistral() -> None:

@@ -16,6 +16,7 @@ from supra_core.formats.openlm_config import config_to_spec, is_config, spec_to_
 from supra_core.formats.openlm_tensors import published_tensors
 from supra_core.layout import tensor_shapes
 from supra_core.spec import (
+    Experts,
     FeatureMap,
     GroupNorm,
     LightningDecay,
@@ -30,6 +31,7 @@ from supra_core.spec import (
     SoftmaxAttention,
 )
 from supra_core.tensors import LazyTensor
+from tests.tiny_models import with_experts
 
 CONFIG: dict[str, Any] = {
     "hidden_dim": 32,
@@ -248,6 +250,7 @@ def test_what_the_layout_cannot_express() -> None:
     models["attention biases"] = replace(spec, attention_bias="qkv")
     models["heads that do not divide"] = replace(spec, head_dim=16)
     models["capped logits"] = replace(spec, logits_softcap=5.0)
+    models["a mixture of experts"] = with_experts(spec, Experts(3, 2, 16))
     models["a norm of queries and keys"] = replace(spec, query_key_norm="per_head")
     for message, model in models.items():
         with pytest.raises(SpecError, match=f"the OpenLM layout cannot express {message}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from supra_core.errors import FormatError, SupraError
 from supra_core.evaluate import losses_of, perplexity
 from supra_core.generate import Sampling, generate, penalised, sample
+from supra_core.layout import parameter_count
 from supra_core.sizes import kv_bytes_per_token, measure
 from supra_core.spec import (
+    Experts,
     FeatureMap,
     LayerSpec,
     LearnedDecay,
@@ -25,7 +28,7 @@ from supra_core.spec import (
 )
 from supra_core.text import EncodedText
 from supra_core.verify import candidates, compare, random_ids, read_ids
-from tests.tiny_models import lazy_weights
+from tests.tiny_models import lazy_weights, with_experts
 
 SOFTMAX = SoftmaxAttention()
 LINEAR = LinearAttention(
@@ -183,6 +186,19 @@ def test_a_step_reads_weights_and_moves_the_state() -> None:
     spec = model(SOFTMAX, SOFTMAX)
     plain = measure(spec, lazy_weights(spec))
     assert found.transformer_step_bytes(7) == plain.step_bytes(7) == plain.transformer_step_bytes(7)
+
+
+def test_a_step_reads_the_experts_of_its_token() -> None:
+    spec = with_experts(model(LINEAR, SOFTMAX), Experts(5, 2, 16), dense=(1,))
+    found = measure(spec, lazy_weights(spec))
+    assert found.parameters == parameter_count(spec)
+    one = 3 * spec.hidden_size * 16
+    assert found.active_parameters == found.parameters - 3 * one
+    head = spec.vocab_size * spec.hidden_size
+    assert found.step_weight_bytes == 4 * (found.active_parameters - head)
+    two = replace(spec, experts=Experts(2, 2, 16))
+    # The router has a row for every expert.
+    assert found.active_parameters - 3 * spec.hidden_size == parameter_count(two)
 
 
 def test_a_window_adds_its_buffers() -> None:

@@ -16,9 +16,11 @@ from typer.testing import CliRunner  # noqa: E402
 from supra_cli.main import app  # noqa: E402
 from supra_core.backend import load  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
+from supra_core.spec import Experts  # noqa: E402
 from supra_mlx.weights import load_source, to_mlx  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
+from tests.tiny_models import with_experts  # noqa: E402
 
 runner = CliRunner()
 
@@ -29,9 +31,11 @@ def convert(source: Path, out: Path, *arguments: str) -> str:
     return told.output
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = replace(SPECS["windowed_sink"], hidden_size=64, intermediate_size=128)
+    if request.param == "experts":
+        spec = with_experts(spec, Experts(5, 2, 64), dense=(1,))
     return write_chat_model(tmp_path_factory.mktemp("models") / "model", spec)
 
 
@@ -41,6 +45,9 @@ def test_every_backend_computes_the_packed_model(folder: Path, tmp_path: Path, b
     convert(folder, out, "--quantize", str(bits))
     source = open_source(out)
     assert source.packed is not None
+    packed_experts = sum(".mlp.experts." in name for name in source.packed.modules)
+    assert packed_experts == (0 if source.spec.experts is None else 3 * 5)
+    assert not any(name.endswith("mlp.gate") for name in source.packed.modules)
     for name, packing in source.packed.modules.items():
         finer = name.endswith(("v_proj", "embed_tokens", "lm_head"))
         assert packing.bits == (min(bits + 2, 8) if finer else bits)
