@@ -44,13 +44,17 @@ class Conversion:
 
 def with_factors(spec: ModelSpec, factors: str, where: str) -> ModelSpec:
     """A model of longrope that turns by its ``short`` or ``long`` factors."""
-    if factors not in get_args(RopeFactors):
-        raise SupraError(f"--rope-factors '{factors}' is unknown: use short or long")
+    _require_known(factors)
     scaling = spec.rope.scaling
     if not isinstance(scaling, LongropeScaling):
         raise SupraError(f"{where} has no longrope scaling: leave out --rope-factors")
     scaling = replace(scaling, factors=cast(RopeFactors, factors))
     return replace(spec, rope=replace(spec.rope, scaling=scaling))
+
+
+def _require_known(factors: str) -> None:
+    if factors not in get_args(RopeFactors):
+        raise SupraError(f"--rope-factors '{factors}' is unknown: use short or long")
 
 
 class Calibrate(Protocol):
@@ -116,6 +120,8 @@ def convert(
     check_replaceable(out, force, holds=artifact.CONFIG)
     if dtype is not None:
         dtype_named(dtype)
+    if rope_factors is not None:
+        _require_known(rope_factors)
     found = open_source(
         source, config=config, revision=revision, offline=offline, progress=progress
     )

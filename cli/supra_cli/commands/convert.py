@@ -133,8 +133,8 @@ def command(
     if done.not_finite:
         more = f" and {len(done.not_finite) - 3} more" if len(done.not_finite) > 3 else ""
         log(
-            f"warning: {', '.join(done.not_finite[:3])}{more} hold NaN or infinity, and so will "
-            "what is computed with them: get the model again"
+            f"warning: there is NaN or infinity in {', '.join(done.not_finite[:3])}{more}, and so "
+            "will be in the answers: get the model again"
         )
     pushed = None if target is None else _pushed(out, target, private)
     layer_types = [layer.mixer.layer_type for layer in done.spec.layers]
