@@ -23,7 +23,6 @@ from supra_core.progress import Progress
 CONFIG = "config.json"
 # What calibrating leaves of the transformer; see supra_core.artifact.
 _ORIGINAL = "original.safetensors"
-_SMALL = (CONFIG, *ASSET_NAMES)
 # The forms of weights, the first of which is taken: an index with its shards, or one file.
 _INDICES = (safetensors.INDEX, torch_pickle.INDEX)
 _WEIGHTS = (safetensors.INDEX, safetensors.SINGLE, torch_pickle.INDEX, torch_pickle.SINGLE)
@@ -62,7 +61,13 @@ def download_config(model: HubId) -> Path:
             return folder / CONFIG
     if _is_offline():
         raise _not_cached(model)
-    _, sizes = _listing(model)
+    try:
+        _, sizes = _listing(model)
+    except _OutageError:
+        folder = cached_folder(model)
+        if folder is None:
+            raise
+        return folder / CONFIG
     if CONFIG not in sizes:
         raise FormatError(f"{model} holds no {CONFIG}: name a model of a known format")
     return _fetch(model, model.revision, CONFIG, None)
@@ -70,10 +75,8 @@ def download_config(model: HubId) -> Path:
 
 def cached_folder(model: HubId) -> Path | None:
     """The folder of a model in the cache, or None; nothing is looked up on the hub."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model.name, CONFIG, revision=model.revision)
-    return Path(found).parent if isinstance(found, str) else None
+    found = _cached(model, CONFIG)
+    return None if found is None else found.parent
 
 
 # What this process has asked for, so that opening a model twice asks the hub once.
@@ -97,6 +100,13 @@ def _download(model: HubId, offline: bool, progress: Progress | None) -> Snapsho
         return replace(found, note=f"{outage}; what the cache holds is {found.model}")
     exact = replace(model, revision=commit)
     return Snapshot(_fetch_all(model, exact, sizes, progress), exact)
+
+
+def _cached(model: HubId, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.name, name, revision=model.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 class _OutageError(SupraError):
@@ -142,7 +152,8 @@ def _fetch_all(
                 )
     small = [name for name in (*ASSET_NAMES, _ORIGINAL) if name in sizes]
     names = [*small, *weights, CONFIG]
-    meter = _Meter(sum(sizes[name] for name in names), progress)
+    sizes = {name: 0 if _cached(exact, name) else sizes[name] for name in names}
+    meter = _Meter(sum(sizes.values()), progress)
     for name in names:
         revision = model.revision if name == CONFIG else commit
         folder = _fetch(model, revision, name, meter).parent
@@ -173,7 +184,7 @@ class _Meter:
         self._say()
 
     def finish(self, size: int) -> None:
-        """A file is there, whether it was fetched or found."""
+        """A file is there; what was there before has no size here."""
         self._before, self._now = self._before + size, 0
         self._say()
 

@@ -11,6 +11,9 @@ LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"
 PATIENCE = 10.0
 
 
+_HAD = "be had from"
+
+
 def is_outage(error: Exception) -> bool:
     """Whether the hub was not reached, or is out of order: what is in the cache then has to do."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -21,7 +24,7 @@ def is_outage(error: Exception) -> bool:
     return type(error).__module__.startswith("httpx") or isinstance(error, ConnectionError)
 
 
-def explained(error: Exception, model: HubId, doing: str = "be had from") -> SupraError:
+def explained(error: Exception, model: HubId, doing: str = _HAD) -> SupraError:
     """``error`` of the hub's library as a :class:`SupraError`; ``doing`` completes "cannot"."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -44,7 +47,8 @@ def explained(error: Exception, model: HubId, doing: str = "be had from") -> Sup
         )
     if isinstance(error, RepositoryNotFoundError):
         able = "whether your token may see it" if has_token() else f"if it is private, {LOG_IN}"
-        return SupraError(f"{model.name} is not on the hub: check the id; {able}")
+        here = "no folder here and not" if doing == _HAD else "not"
+        return SupraError(f"{model.name} is {here} on the hub: check the id; {able}")
     if isinstance(error, HFValidationError):
         return SupraError(f"{model.name} is no hub id: write org/name")
     if isinstance(error, UnicodeError) or "bearer" in str(error).lower():
