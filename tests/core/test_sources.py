@@ -95,12 +95,14 @@ def test_linear_attention_is_no_plain_transformer(oracles: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pickled_weights(mistral: Path) -> None:
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights(mistral: Path, zipped: bool) -> None:
     torch = pytest.importorskip("torch")
     source = open_source(mistral)
     arrays = {name: torch.from_numpy(t.read().copy()) for name, t in source.tensors.items()}
     (mistral / "model.safetensors").unlink()
-    torch.save(arrays, mistral / "pytorch_model.bin")
+    place = mistral / "pytorch_model.bin"
+    torch.save(arrays, place, _use_new_zipfile_serialization=zipped)
     found = open_source(mistral)
     for name, array in arrays.items():
         np.testing.assert_array_equal(found.tensors[name].read(), array.numpy())
