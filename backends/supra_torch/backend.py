@@ -17,7 +17,7 @@ from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.evaluate import Greedy, Losses
 from supra_core.sources import Source, open_source
 from supra_core.tensors import dtype_named
-from supra_torch.decode import Decoders, has_fixed_state
+from supra_torch.decode import Decoders, captures
 from supra_torch.model import ModelState, SupraModel, build
 
 
@@ -30,7 +30,7 @@ class TorchBackend:
         self.spec = model.spec
         self.model = model.to(device).eval()
         self.device = device
-        captured = device.type == "cuda" and has_fixed_state(model.spec)
+        captured = captures(model.spec, device)
         self._decoders = Decoders(self.model, capture=True) if captured else None
 
     @torch.inference_mode()

@@ -30,12 +30,17 @@ def has_fixed_state(spec: ModelSpec) -> bool:
     return all(isinstance(layer.mixer, LinearAttention) for layer in spec.layers)
 
 
+def captures(spec: ModelSpec, device: torch.device) -> bool:
+    """Whether a CUDA graph can hold a step: that of a mixture of experts waits for its routers."""
+    return device.type == "cuda" and has_fixed_state(spec) and spec.experts is None
+
+
 class Decoder:
     """Steps of B sequences in static buffers; B, types and device are those of ``state``.
 
     The model's state must be of fixed size (:func:`has_fixed_state`; ValueError otherwise).
-    ``capture`` True captures the step in a CUDA graph, which takes a few steps' time; not that of
-    a mixture of experts, which waits for its routers.
+    ``capture`` True captures the step in a CUDA graph, which takes a few steps' time
+    (:func:`captures` says where).
     """
 
     @torch.inference_mode()
@@ -49,7 +54,7 @@ class Decoder:
         self._newest: weakref.ref[ModelState] | None = None
         self.load(state)
         self._graph: torch.cuda.CUDAGraph | None = None
-        if capture and model.spec.experts is None:
+        if capture:
             self._graph, self._logits = self._captured()
         else:
             self._logits = self._advance()

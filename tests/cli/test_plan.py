@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ pytest.importorskip("torch")
 from typer.testing import CliRunner  # noqa: E402
 
 from supra_cli.main import app  # noqa: E402
+from tests.tiny_families import FAMILIES  # noqa: E402
 
 runner = CliRunner()
 SMALL = ["--set", "sequence_length=64", "--set", "batch_tokens=256", "--tokens", "100000"]
@@ -53,6 +55,17 @@ def test_a_run_s_settings_are_planned(tiny_transformer: Path, tmp_path: Path) ->
     assert result["cost"] == pytest.approx(2 * 2 * result["seconds"] / 3600)
     assert result["peak_bytes"] == sum(stage["memory_bytes"].values())
     assert result["fits"]
+
+
+def test_experts_are_planned_from_a_config_alone(tmp_path: Path) -> None:
+    tiny = FAMILIES["mixtral"]
+    stated = {"model_type": tiny.model_type, **tiny.config}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    done = runner.invoke(app, ["plan", str(tmp_path), *SMALL])
+    found = re.findall(r"(\d+) (?:parameters|of them)", done.output.replace(",", ""))
+    total, active = map(int, found)
+    # Three layers of five experts, of which a token goes through two.
+    assert total - active == 3 * 3 * 3 * 24 * 40
 
 
 def test_people_see_memory_time_and_cost(tiny_transformer: Path) -> None:

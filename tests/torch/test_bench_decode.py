@@ -13,10 +13,12 @@ torch = pytest.importorskip("torch")
 
 from supra_cli.main import app  # noqa: E402
 from supra_core import artifact  # noqa: E402
+from supra_core.layout import active_parameter_count  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
 from supra_torch.benchmark import decode  # noqa: E402
 from supra_torch.decode import Decoder  # noqa: E402
+from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,15 @@ def test_both_steps_are_timed(converted: Path) -> None:
         assert row["reason"] is None
         assert row["tokens_per_second"] == pytest.approx(row["batch"] / row["seconds"])
     assert rows[2]["state_bytes"] == 3 * rows[0]["state_bytes"]
+
+
+def test_the_floor_of_a_mixture_is_one_token_s(tmp_path: Path) -> None:
+    spec = SPECS["experts_linear"]
+    artifact.write(tmp_path / "m", spec, lazy_weights(spec), {}, dtype="float32")
+    found = decode.benchmark(str(tmp_path / "m"), batches=[1], steps=2, log=lambda line: None)
+    assert [row["step"] for row in found["rows"]] == ["eager", "static"]
+    head = spec.vocab_size * spec.hidden_size
+    assert found["weight_bytes"] == 4 * (active_parameter_count(spec) - head)
 
 
 def test_a_wrong_decoder_is_not_timed(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from supra_core.errors import SupraError
+from supra_core.layout import idle_parameter_count
 from supra_core.tables import Table, milliseconds, origin
 from supra_torch.backend import load
 from supra_torch.benchmark.timing import copy_bandwidth, environment, median_seconds
-from supra_torch.decode import Decoder, has_fixed_state
+from supra_torch.decode import Decoder, captures, has_fixed_state
 from supra_torch.model import ModelState, SupraModel
 
 _PROMPT_TOKENS = 16
@@ -127,12 +128,13 @@ def _measure(
     floor = (weights + 2 * state_bytes) / copied
     eager = _Eager(model, state)
     row = _timed(Row(batch, "eager", state_bytes, floor), eager, ids[:, 0], device, steps)
-    name = "CUDA graph" if device.type == "cuda" else "static"
+    captured = captures(model.spec, device)
+    name = "CUDA graph" if captured else "static"
     other = Row(batch, name, state_bytes, floor)
     if not has_fixed_state(model.spec):
         reason = "not available: softmax layers have a state that grows"
         return [row, replace(other, reason=reason)]
-    decoder = Decoder(model, state, capture=device.type == "cuda")
+    decoder = Decoder(model, state, capture=captured)
     difference = _difference(_Eager(model, state), decoder, ids[:, _PROMPT_TOKENS:])
     other = replace(other, max_difference=difference)
     tolerance = _TOLERANCES[model.head_weight.dtype]
@@ -172,6 +174,10 @@ def _timed(
 
 
 def _weight_bytes(model: SupraModel) -> int:
-    """What a step reads: all parameters, but of an embedding that is not the head only rows."""
+    """What a step reads: all parameters, but of an embedding that is not the head only rows.
+
+    Of a mixture of experts, those of one token, which is the least that a batch reads.
+    """
     total = sum(parameter.nbytes for parameter in model.parameters())
+    total -= idle_parameter_count(model.spec) * model.head_weight.itemsize
     return total if model.lm_head is None else total - model.model.embed_tokens.weight.nbytes

@@ -11,6 +11,7 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
+    from supra_core.sizes import Sizes
     from supra_torch.plan.plan import Plan
 
 # What the parts of memory are, for people.
@@ -125,6 +126,7 @@ def _result(made: Plan, price: float | None) -> dict[str, Any]:
         "cost": None if price is None else made.device_hours * price,
         "checkpoint_bytes": made.checkpoint_bytes,
         "parameters": made.student.parameters,
+        "active_parameters": made.student.active_parameters,
         "state_bytes": made.student.state_bytes,
         "growing_bytes_per_token": made.student.growing_bytes_per_token,
         "kv_bytes_per_token": made.student.kv_bytes_per_token,
@@ -178,7 +180,7 @@ def _summary(made: Plan, price: float | None) -> list[tuple[str, str]]:
         ("time", f"{duration(made.seconds)}; {duration(made.least_seconds)} at the device's peak"),
         ("cost", hours if price is None else f"{made.device_hours * price:,.2f} for {hours}"),
         ("a checkpoint", f"{_gigabytes(made.checkpoint_bytes)} GB on disk"),
-        ("the model", f"{student.parameters:,} parameters"),
+        ("the model", _parameters(student)),
         ("its state", bytes_text(student.state_bytes) + " a sequence, whatever the context"),
     ]
     if student.growing_bytes_per_token:
@@ -187,6 +189,14 @@ def _summary(made: Plan, price: float | None) -> list[tuple[str, str]]:
     if student.break_even_tokens is not None:
         cache += f", more than the state from {student.break_even_tokens:,} tokens"
     return [*rows, ("the transformer's cache", cache), ("quality", _quality(made))]
+
+
+def _parameters(student: Sizes) -> str:
+    """All, and of a mixture of experts those that a token goes through."""
+    text = f"{student.parameters:,} parameters"
+    if student.active_parameters == student.parameters:
+        return text
+    return f"{text}, {student.active_parameters:,} of them for a token"
 
 
 def _quality(made: Plan) -> str:
