@@ -27,6 +27,7 @@ from supra_core.formats.jsonfile import read_object, write_object
 from supra_core.formats.mlx_experts import unstacked
 from supra_core.formats.mlx_quantized import Packed, read_packed, unpacked
 from supra_core.formats.safetensors import Progress
+from supra_core.hub.identity import hub_id
 from supra_core.layout import FLOAT32_SUFFIXES, check_tensors, parameter_count
 from supra_core.linearize import left_out
 from supra_core.spec import ModelSpec
@@ -173,8 +174,11 @@ def model_card(spec: ModelSpec, dtype: str, *, quantised: bool = False) -> str:
     kinds = [layer.mixer.layer_type for layer in spec.layers]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     origin = spec.provenance
+    model = hub_id(origin.source)
+    title = origin.source if model is None else model.name
     rows = {
-        "Source": origin.source or "not stated",
+        "Source": title or "not stated",
+        **({"Revision of the source": model.revision} if model and model.revision else {}),
         "Source family": origin.family or "not stated",
         "Recipe": origin.recipe or "none (converted as it was)",
         "Tokens calibrated on": f"{origin.calibration_tokens:,}",
@@ -186,9 +190,11 @@ def model_card(spec: ModelSpec, dtype: str, *, quantised: bool = False) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     without = "\n".join(f"- {sentence}" for sentence in left_out(spec))
     section = f"## Left out\n\n{without}\n\n" if without else ""
+    base = "" if model is None else f"base_model: {model.name}\n"
     return (
-        "---\nlibrary_name: supra\npipeline_tag: text-generation\ntags:\n- supra\n---\n\n"
-        f"# {origin.source or 'A supra model'}\n\n"
+        "---\nlibrary_name: supra\npipeline_tag: text-generation\n"
+        f"{base}tags:\n- supra\n---\n\n"
+        f"# {title or 'A supra model'}\n\n"
         "Converted with supra. The terms of the source "
         "model's licence apply.\n\n"
         f"| | |\n|---|---|\n{table}\n\n{section}"

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast, get_args
 
 from supra_core import artifact
 from supra_core import fold as folding
 from supra_core import linearize as linearizing
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import check_replaceable
+from supra_core.formats.finite import Watch, first_not_finite
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.linearize import LinearizeOptions
 from supra_core.progress import Progress, silent
 from supra_core.sources import WRITERS, Source, open_source
-from supra_core.spec import ModelSpec
+from supra_core.spec import LongropeScaling, ModelSpec, RopeFactors
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named
 
 TARGETS = tuple(WRITERS)
@@ -26,7 +27,8 @@ TARGETS = tuple(WRITERS)
 class Conversion:
     """What was done. ``kind`` is the source's format, ``dtype`` the weights' type.
 
-    ``left_out``: what the transformer has and its linear layers cannot, one sentence each.
+    ``left_out``: what the transformer has and its linear layers cannot, ``notes``: what else the
+    user should know, one sentence each. ``not_finite``: tensors with NaN or infinity, by name.
     """
 
     spec: ModelSpec
@@ -36,6 +38,23 @@ class Conversion:
     calibrated: bool
     folded: bool
     left_out: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def with_factors(spec: ModelSpec, factors: str, where: str) -> ModelSpec:
+    """A model of longrope that turns by its ``short`` or ``long`` factors."""
+    _require_known(factors)
+    scaling = spec.rope.scaling
+    if not isinstance(scaling, LongropeScaling):
+        raise SupraError(f"{where} has no longrope scaling: leave out --rope-factors")
+    scaling = replace(scaling, factors=cast(RopeFactors, factors))
+    return replace(spec, rope=replace(spec.rope, scaling=scaling))
+
+
+def _require_known(factors: str) -> None:
+    if factors not in get_args(RopeFactors):
+        raise SupraError(f"--rope-factors '{factors}' is unknown: use short or long")
 
 
 class Calibrate(Protocol):
@@ -69,6 +88,9 @@ def convert(
     dtype: str | None = None,
     force: bool = False,
     config: Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    rope_factors: str | None = None,
     progress: Progress = silent,
 ) -> Conversion:
     """Write the model at ``source`` to ``out``, whole or not at all.
@@ -76,7 +98,9 @@ def convert(
     ``linearize`` None linearizes a plain transformer on its way to ``supra``, and whatever
     ``options`` are given for; a model that is linear already stays as it is. ``calibrate`` fits
     what was linearized before it is written; ``quantise`` packs what is written. ``dtype`` None
-    keeps the source's. Raises :class:`SupraError` for bad input and impossible choices.
+    keeps the source's. ``revision``, ``offline``: of a source on the hub. ``rope_factors``: which
+    of longrope's, ``short`` or ``long``, the model turns by.
+    Raises :class:`SupraError` for bad input and impossible choices.
     """
     if to not in WRITERS:
         raise SupraError(f"--to '{to}' is unknown: use one of {', '.join(TARGETS)}")
@@ -96,7 +120,13 @@ def convert(
     check_replaceable(out, force, holds=artifact.CONFIG)
     if dtype is not None:
         dtype_named(dtype)
-    found = open_source(source, config=config)
+    if rope_factors is not None:
+        _require_known(rope_factors)
+    found = open_source(
+        source, config=config, revision=revision, offline=offline, progress=progress
+    )
+    if rope_factors is not None:
+        found = replace(found, spec=with_factors(found.spec, rope_factors, str(source)))
     spec, tensors = found.spec, dict(found.tensors)
     wanted = linearize
     if wanted is None:
@@ -115,6 +145,7 @@ def convert(
         quantise(spec, tensors, stored)
     originals: dict[str, LazyTensor] = {}
     if calibrate is not None:
+        _require_finite(found, source)
         used, changed = calibrate(found, spec, tensors, progress)
         originals = {name: tensors[name] for name in changed if name in found.tensors}
         spec = replace(spec, provenance=replace(spec.provenance, calibration_tokens=used))
@@ -123,6 +154,8 @@ def convert(
         new_spec, new_tensors = folding.fold(spec, tensors)
         spec, tensors = new_spec, dict(new_tensors)
     write = WRITERS[to]
+    watch = Watch()
+    tensors = watch.over(tensors)
     if quantise is not None:
         write = partial(artifact.write, packed=quantise(spec, tensors, stored))
     elif originals:
@@ -138,5 +171,15 @@ def convert(
     )
     return Conversion(
         spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold,
-        linearizing.left_out(spec) if wanted else (),
+        linearizing.left_out(spec) if wanted else (), watch.found, found.notes,
     )  # fmt: skip
+
+
+def _require_finite(source: Source, where: str | Path) -> None:
+    """Calibrating would spread one such number over a whole layer."""
+    name = first_not_finite(source.tensors)
+    if name is not None:
+        raise SupraError(
+            f"{where}: {name} holds NaN or infinity, with which nothing can be calibrated: get the "
+            "model again, or convert it as it is with --no-calibrate"
+        )

@@ -31,6 +31,7 @@ from supra_core.spec import (
     LearnedDecay,
     LightningDecay,
     LinearAttention,
+    LongropeScaling,
     ModelSpec,
     NoDecay,
     Normaliser,
@@ -145,6 +146,14 @@ def left_out(spec: ModelSpec) -> tuple[str, ...]:
             f"The transformer caps its attention scores at {spec.attention_softcap:g} by a tanh; "
             f"{len(linear)} linear layers do without, because their weights are no function of a "
             "score."
+        )
+    scaling = spec.rope.scaling
+    if linear and isinstance(scaling, LongropeScaling):
+        length = scaling.original_max_position_embeddings
+        sentences.append(
+            f"The transformer turns texts of more than {length:,} tokens by other factors than "
+            f"shorter ones (longrope); this model turns all by the {scaling.factors} ones, because "
+            "its state cannot be turned again."
         )
     replaced = spec.provenance.replaced_mixers
     sliding = [i for i in linear if replaced and replaced[i].window is not None]

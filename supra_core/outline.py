@@ -8,10 +8,10 @@ from typing import Any
 
 from supra_core import config as artifact_config
 from supra_core import families
-from supra_core.errors import SupraError
 from supra_core.formats import openlm_config
 from supra_core.formats.jsonfile import read_object
-from supra_core.sources import CONFIG, is_hub_id, open_source, reason_of
+from supra_core.hub import download_config, hub_id
+from supra_core.sources import CONFIG, open_source
 from supra_core.spec import ModelSpec
 
 
@@ -22,8 +22,9 @@ def outline(path: str | Path) -> ModelSpec:
     :func:`~supra_core.sources.open_source` does.
     """
     place = Path(path)
-    if not place.exists() and is_hub_id(str(path)):
-        spec = _stated(_downloaded(str(path)))
+    model = None if place.exists() else hub_id(str(path))
+    if model is not None:
+        spec = _stated(download_config(model))
         return replace(spec, provenance=replace(spec.provenance, source=str(path)))
     if place.suffix == ".json" and place.is_file():
         return _stated(place)
@@ -39,15 +40,3 @@ def _stated(file: Path) -> ModelSpec:
     if openlm_config.is_config(config):
         return openlm_config.config_to_spec(config, str(file))
     return families.config_to_spec(config, str(file))
-
-
-def _downloaded(hub_id: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(hub_id, CONFIG))
-    except Exception as error:  # Offline, no such id, no access: each has its own type there.
-        raise SupraError(
-            f"the config of {hub_id} cannot be had from the hub ({reason_of(error)}): check the "
-            "id and the network, or name a config.json"
-        ) from None

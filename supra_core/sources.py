@@ -6,7 +6,6 @@ artifact, or an uptraining run.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,13 +18,15 @@ from supra_core import artifact
 from supra_core.config import MODEL_TYPE
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats import gguf, huggingface, openlm
-from supra_core.formats.assets import ASSET_NAMES, read_assets
+from supra_core.formats.assets import read_assets
 from supra_core.formats.inside import file_in, files_in, has_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.formats.openlm_config import is_config as is_openlm_config
 from supra_core.formats.safetensors import Progress
 from supra_core.formats.state_file import is_state
+from supra_core.hub import cached_folder, download, hub_id
+from supra_core.progress import Progress as Reporter
 from supra_core.spec import ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource
 
@@ -35,7 +36,6 @@ CONFIG = artifact.CONFIG
 RUN_FILE = "run.json"
 # In a checkpoint inside a stage that trains adapters.
 ADAPTERS = "adapters"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -45,7 +45,8 @@ class Source:
 
     ``dtype`` is what most of its numbers are stored as; quantised weights count as float32.
     ``originals``: a calibrated model's tensors as the transformer had them. ``packed``: the
-    tensors of a folder that MLX quantised, as they stand.
+    tensors of a folder that MLX quantised, as they stand. ``notes``: what the user should know
+    of how it was had, one sentence each.
     """
 
     spec: ModelSpec
@@ -56,6 +57,7 @@ class Source:
     path: Path
     originals: dict[str, LazyTensor] = field(default_factory=dict)
     packed: Packed | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Writer(Protocol):
@@ -81,40 +83,42 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def open_source(path: str | Path, *, config: str | Path | None = None) -> Source:
+def open_source(
+    path: str | Path,
+    *,
+    config: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: Reporter | None = None,
+) -> Source:
     """The model at ``path``, or under that id on the hub; no tensor is read yet.
 
     ``config`` names the config of an OpenLM checkpoint that has none, or several, beside it.
+    ``revision``: of a model on the hub, as in the id ``org/name@revision``. ``offline``: nothing
+    but what was fetched before. ``progress``: of what is fetched.
     Raises :class:`SupraError` with one sentence for whatever is missing, damaged or unknown.
     """
     place = Path(path)
-    if not place.exists():
-        if not is_hub_id(str(path)):
-            raise FormatError(f"{path} does not exist: check the path, or name a hub id org/name")
-        place, name = _download(str(path)), str(path)
-    else:
+    notes: tuple[str, ...] = ()
+    if place.exists():
+        if revision is not None:
+            raise SupraError(f"{path} is no hub id and has no revisions: leave out --revision")
         name = place.resolve().name
+    else:
+        model = hub_id(str(path))
+        if model is None:
+            raise FormatError(f"{path} does not exist: check the path, or name a hub id org/name")
+        found = download(model.at(revision), offline=offline, progress=progress)
+        place, name = found.folder, str(found.model)
+        notes = (found.note,) if found.note else ()
     source = _open(place, None if config is None else Path(config))
-    return replace(source, spec=_from(source.spec, name))
+    return replace(source, spec=_from(source.spec, name), notes=notes)
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether it has the form of a hub id, org/name, which the path of a config has not."""
-    return _HUB_ID.fullmatch(text) is not None and not text.endswith(".json")
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what the hub's library says, or the kind of error."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def is_cached(hub_id: str) -> bool:
-    """Whether a model of that id has been downloaded; nothing is looked up on the hub."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = is_hub_id(hub_id) and try_to_load_from_cache(hub_id, CONFIG)
-    return isinstance(found, str)
+def is_cached(name: str) -> bool:
+    """Whether a model of that hub id has been fetched; nothing is looked up on the hub."""
+    model = hub_id(name)
+    return model is not None and cached_folder(model) is not None
 
 
 def _open(place: Path, config: Path | None) -> Source:
@@ -225,20 +229,3 @@ def _from(spec: ModelSpec, name: str) -> ModelSpec:
     if spec.provenance.source:
         return spec
     return replace(spec, provenance=replace(spec.provenance, source=name))
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_NAMES]
-    pickles = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-    try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*patterns, *pickles]))
-    except Exception as error:  # Offline, no such id, no access: each has its own type there.
-        raise SupraError(
-            f"{hub_id} is no folder here and cannot be had from the hub ({reason_of(error)}): "
-            "check the id and the network, or name a folder"
-        ) from None
-    return folder

@@ -30,6 +30,7 @@ MOST_LAYERS = 10_000
 MOST_EXPERTS = 32_768
 
 RopePosition = Literal["none", "before", "between", "after"]
+RopeFactors = Literal["short", "long"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -41,6 +42,13 @@ def _require_window(window: int | None) -> None:
     if window is not None and window < 1:
         raise SpecError(f"window must be at least 1 token, not {window}; leave it out for none")
     _require(window is None or window <= LARGEST_SIZE, f"window must be at most {LARGEST_SIZE}")
+
+
+def _require_original(length: int) -> None:
+    _require(
+        0 < length <= LARGEST_SIZE,
+        f"original_max_position_embeddings must be from 1 to {LARGEST_SIZE}",
+    )
 
 
 # --- positions ------------------------------------------------------------------------------
@@ -73,13 +81,68 @@ class Llama3Scaling:
             0 < self.low_freq_factor < self.high_freq_factor,
             "rope scaling needs 0 < low_freq_factor < high_freq_factor",
         )
+        _require_original(self.original_max_position_embeddings)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071; Hugging Face ``rope_type: yarn``).
+
+    Pairs that turn less than ``beta_slow`` times over the original length are slowed down by
+    ``factor``, those that turn more than ``beta_fast`` times are not, and between them it changes
+    linearly; ``truncate``: the ends of that range are whole pairs. What rotates is multiplied by
+    ``attention_factor``.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    kind: Literal["yarn"] = "yarn"
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "attention_factor", "beta_fast", "beta_slow"):
+            _require(getattr(self, name) > 0, f"rope scaling {name} must be positive")
+        _require_original(self.original_max_position_embeddings)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LongropeScaling:
+    """LongRoPE (arXiv 2402.13753; Hugging Face ``rope_type: longrope``), with one choice made.
+
+    Each pair of channels is slowed down by a factor of its own. The transformer takes
+    ``short_factor`` for texts of up to the original length and ``long_factor`` for longer ones,
+    all of whose tokens then turn otherwise; a state cannot be turned again, so that ``factors``
+    says which it is at every length. What rotates is multiplied by ``attention_factor``.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float = 1.0
+    factors: RopeFactors = "short"
+    kind: Literal["longrope"] = "longrope"
+
+    def __post_init__(self) -> None:
         _require(
-            0 < self.original_max_position_embeddings <= LARGEST_SIZE,
-            f"original_max_position_embeddings must be from 1 to {LARGEST_SIZE}",
+            0 < len(self.short_factor) == len(self.long_factor),
+            "rope scaling needs as many factors in short_factor as in long_factor",
         )
+        for factor in (*self.short_factor, *self.long_factor, self.attention_factor):
+            _require(factor > 0, "rope scaling factors must be positive")
+        _require_original(self.original_max_position_embeddings)
+
+    @property
+    def chosen(self) -> tuple[float, ...]:
+        """The factors that are taken, one for each pair of channels."""
+        return self.short_factor if self.factors == "short" else self.long_factor
 
 
-RopeScaling = Annotated[LinearScaling | Llama3Scaling, Field(discriminator="kind")]
+RopeScaling = Annotated[
+    LinearScaling | Llama3Scaling | YarnScaling | LongropeScaling, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -100,6 +163,15 @@ class RotaryEmbedding:
     def __post_init__(self) -> None:
         _require(self.base > 0, "rope base must be positive")
         _require(0 < self.fraction <= 1, "rope fraction must be above 0 and at most 1")
+        if isinstance(self.scaling, YarnScaling):
+            _require(self.base > 1, "rope scaling by yarn needs a base above 1")
+
+    @property
+    def magnitude(self) -> float:
+        """What the rotated channels are multiplied by."""
+        if isinstance(self.scaling, YarnScaling | LongropeScaling):
+            return self.scaling.attention_factor
+        return 1.0
 
     def rotated(self, channels: int) -> int:
         """How many of ``channels`` rotate."""
@@ -488,6 +560,14 @@ class ModelSpec:
                 turned > 0 and turned % 2 == 0,
                 where + f"rope needs an even number of rotated channels, not {turned}",
             )
+            scaling = self.rope_of(mixer).scaling
+            if isinstance(scaling, LongropeScaling):
+                pairs = len(scaling.chosen)
+                _require(
+                    turned == 2 * pairs,
+                    where + f"longrope has factors for {2 * pairs} channels, but {turned} rotate: "
+                    "choose a feature map that rotates as many",
+                )
         if isinstance(mixer, SoftmaxAttention):
             return
         phi = mixer.feature_map
@@ -582,6 +662,10 @@ _LATER = {
 }  # fmt: skip
 
 
+# And whole kinds of parts:
+_LATER_KINDS = {"YarnScaling": 3, "LongropeScaling": 3}
+
+
 def _versions(kind: type) -> dict[str, int]:
     """The fields of a part of the spec that came later, and the version each came with."""
     return {
@@ -612,7 +696,7 @@ def format_version(value: Any) -> int:
         return max((format_version(entry) for entry in value), default=1)
     if not is_dataclass(value):
         return 1
-    later, needed = _versions(type(value)), 1
+    later, needed = _versions(type(value)), _LATER_KINDS.get(type(value).__name__, 1)
     for entry in fields(value):
         own = getattr(value, entry.name)
         if entry.name in later and own != entry.default:

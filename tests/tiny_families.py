@@ -16,6 +16,9 @@ _LLAMA3: dict[str, Any] = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32, "rope_theta": 10000.0,
 }  # fmt: skip
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ FAMILIES: dict[str, TinyFamily] = {
     "llama-llama3": TinyFamily("llama", {"rope_parameters": _LLAMA3, "attention_bias": True}),
     "llama-linear": TinyFamily(
         "llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+    ),
+    "llama-yarn": TinyFamily(
+        # Ends of the range that are no whole pairs, and a magnitude from two numbers.
+        "llama",
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 6.0, "rope_theta": 1000.0, "beta_fast": 20.0,
+                "beta_slow": 2.0, "truncate": False, "mscale": 0.8, "mscale_all_dim": 2.0,
+                "original_max_position_embeddings": 256,
+            },
+        },
     ),
     "mistral": TinyFamily("mistral", {"sliding_window": 7, "head_dim": 10}),
     # An odd number of experts in all layers, then in some.
@@ -70,7 +85,22 @@ FAMILIES: dict[str, TinyFamily] = {
             "use_sliding_window": True, "sliding_window": 7, "tie_word_embeddings": True,
         },
     ),
+    "qwen3-yarn": TinyFamily(
+        "qwen3", {"head_dim": 16, "rope_parameters": {**_YARN, "rope_theta": 1e6}}
+    ),
     "phi3": TinyFamily("phi3", {"sliding_window": 7}),
+    "phi3-longrope": TinyFamily(
+        # Six channels of eight.
+        "phi3",
+        {
+            "hidden_size": 32, "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.6], "long_factor": [1.0, 4.0, 30.0],
+            },
+        },
+    ),
     "phi3-partial": TinyFamily(
         # Four channels of ten.
         "phi3", {"hidden_size": 40, "partial_rotary_factor": 0.4, "tie_word_embeddings": True}

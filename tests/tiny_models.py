@@ -22,6 +22,7 @@ from supra_core.spec import (
     LinearAttention,
     LinearScaling,
     Llama3Scaling,
+    LongropeScaling,
     ModelSpec,
     NoDecay,
     Norm,
@@ -30,6 +31,7 @@ from supra_core.spec import (
     RotaryEmbedding,
     SoftmaxAttention,
     SumNormaliser,
+    YarnScaling,
 )
 from supra_core.tensors import LazyTensor
 
@@ -96,6 +98,17 @@ SPECS: dict[str, ModelSpec] = {
         LinearAttention(FeatureMap("none", _SIZE, Identity()), "none", NoDecay(), GroupNorm(1e-3)),
         HEDGEHOG,
         rope=RotaryEmbedding(500000.0, "interleaved", Llama3Scaling(8.0, 1.0, 4.0, 32)),
+    ),
+    "yarn": _model(
+        replace(HEDGEHOG, rope="before"), WINDOWED, SoftmaxAttention(7),
+        replace(WINDOWED, rope="between"),
+        rope=RotaryEmbedding(1000.0, "half", YarnScaling(4.0, 64, 1.3, 16.0, 2.0, truncate=False)),
+    ),
+    "longrope": _model(
+        WINDOWED, SoftmaxAttention(),
+        rope=RotaryEmbedding(
+            scaling=LongropeScaling((1.0, 1.5), (3.0, 9.0), 16, 1.2, "long"), fraction=0.4
+        ),
     ),
     "windowed": _model(WINDOWED, LONG_WINDOW),
     "windowed_between": _model(

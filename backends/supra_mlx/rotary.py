@@ -47,7 +47,7 @@ class Rotary:
             if channels not in tables:
                 phase = ((wrapped * self._frequencies(channels)) >> 32).astype(mx.uint32)
                 angle = phase.view(mx.int32).astype(mx.float32) * _RADIANS
-                cos, sin = (f(angle)[:, :, None] for f in (mx.cos, mx.sin))
+                cos, sin = (self._rope.magnitude * f(angle)[:, :, None] for f in (mx.cos, mx.sin))
                 tables[channels] = self._paired(cos, cos), self._paired(-sin, sin)
             turning = x[..., :rotated]
             first, second = self._pairs(turning)

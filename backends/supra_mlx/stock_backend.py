@@ -138,12 +138,12 @@ class StockBackend:
 
 
 def load(path: str | Path, *, dtype: str | None = None) -> StockBackend:
-    """The transformer folder at ``path`` by mlx-lm's own code, and by none of the folder's.
+    """The transformer folder or hub id ``path`` by mlx-lm's own code, and by none of the folder's.
 
     ``dtype``: the type to compute in; None keeps the weights' own. Raises SupraError when the
     folder is one that mlx-lm cannot load.
     """
-    folder = Path(path)
+    folder = Path(path) if Path(path).exists() else open_source(path).path
     if not (folder / "config.json").is_file():
         raise SupraError(
             f"{folder} is no folder with a config.json, which mlx-lm needs: convert it with "

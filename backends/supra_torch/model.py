@@ -196,8 +196,11 @@ class SupraModel(nn.Module):
             assert isinstance(theta, Exact)
             # float64: a float32 angle is off by 4e-3 at position 65,536.
             angles = steps.double()[..., None, None] * theta.values
-            of = local_tables if name.startswith(_LOCAL) else tables
-            of[int(name.removeprefix(_LOCAL))] = (angles.cos().float(), angles.sin().float())
+            local = name.startswith(_LOCAL)
+            rope = self.spec.local_rope if local and self.spec.local_rope else self.spec.rope
+            cos, sin = rope.magnitude * angles.cos(), rope.magnitude * angles.sin()
+            of = local_tables if local else tables
+            of[int(name.removeprefix(_LOCAL))] = (cos.float(), sin.float())
         pairing = self.spec.rope.pairing
         return Positions(steps, tables, pairing, cu_seqlens, documents, local_tables)
 

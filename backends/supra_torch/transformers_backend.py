@@ -99,7 +99,7 @@ class TransformersBackend:
 
 
 def load(path: str | Path, *, dtype: str | None = None) -> TransformersBackend:
-    """A plain transformer's folder or GGUF file; ``dtype`` None is float32."""
+    """A plain transformer's folder, hub id or GGUF file; ``dtype`` None is float32."""
     path = Path(path)
     source = open_source(path)
     spec = source.spec
@@ -110,7 +110,7 @@ def load(path: str | Path, *, dtype: str | None = None) -> TransformersBackend:
             f"{path} is a folder of supra's own, which transformers reads by the code in it, and "
             "supra runs no code of a folder: use another backend, or convert it with --to hf"
         )
-    model = causal_language_model(path, dtype=getattr(torch, dtype or "float32"))
+    model = causal_language_model(source.path, dtype=getattr(torch, dtype or "float32"))
     return TransformersBackend(model.eval(), spec)
 
 

@@ -24,6 +24,7 @@ from supra_cli.commands import (
     inspect,
     launch,
     plan,
+    push,
     report,
     serve,
     state,
@@ -70,6 +71,7 @@ app = typer.Typer(
 )
 
 app.command("convert")(convert.command)
+app.command("push")(push.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("plan")(plan.command)

@@ -15,6 +15,9 @@ Dtype = Annotated[
     typer.Option(help="float32, bfloat16 or float16; default: the type the weights have."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Private = Annotated[
+    bool, typer.Option("--private", help="What is new on the hub is seen by its owner alone.")
+]
 ReportFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the result as JSON and as markdown.")
 ]

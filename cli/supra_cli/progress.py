@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from supra_cli.output import bytes_text
 from supra_core.progress import duration
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _SECONDS_BETWEEN_LINES = 5.0
+# The stages that count bytes.
+_BYTES = ("download", "write")
 
 
 class ProgressReporter:
@@ -40,6 +43,8 @@ class ProgressReporter:
     def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
         """``done`` of ``total`` in ``stage``, with the latest figures."""
         figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        if stage in _BYTES:
+            figures = f"{bytes_text(done)} of {bytes_text(total)}"
         if self._bars is not None:
             self._show(self._bars, stage, done, total, figures)
         else:

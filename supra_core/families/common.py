@@ -8,10 +8,9 @@ from typing import Any, Literal
 from supra_core.errors import SpecError
 from supra_core.families.features import later_features
 from supra_core.families.fields import Fields, layer_count
+from supra_core.families.rope import SCALINGS, rotary, scaling_config
 from supra_core.spec import (
     LayerSpec,
-    LinearScaling,
-    Llama3Scaling,
     ModelSpec,
     Norm,
     Provenance,
@@ -34,6 +33,7 @@ def spec_from_fields(
     base: float = 10000.0,
     rope: RotaryEmbedding | None = None,
     partial_rope: bool = False,
+    original_positions: int | None = None,
     tied: bool = False,
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu",
     feed_forwards: Sequence[Literal["dense", "experts"]] | None = None,
@@ -44,8 +44,9 @@ def spec_from_fields(
     ``key_value_heads`` (None: as many as query heads), ``head_dim`` (None: the hidden size over
     the heads), ``max_positions``, ``eps``, the rope's ``base`` and ``tied`` embeddings are what the
     family takes where the config states nothing. ``partial_rope``: whether its rope may
-    leave channels out. ``feed_forwards``: the kind of each layer's network, None where all are
-    dense. ``features``: further fields of the spec.
+    leave channels out; ``original_positions``: the length that a scaled rope started from, where
+    the config states none beside it. ``feed_forwards``: the kind of each layer's network, None
+    where all are dense. ``features``: further fields of the spec.
     """
     _refuse_unsupported(fields, partial_rope, activation)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -69,7 +70,14 @@ def spec_from_fields(
             value_head_dim=head_dim,
             layers=tuple(LayerSpec(*parts) for parts in zip(mixers, kinds, strict=True)),
             norm=Norm("rms_norm", fields.number("rms_norm_eps", default=eps), weight_offset),
-            rope=rope or rotary(fields, base, partial_rope),
+            rope=rope
+            or rotary(
+                fields,
+                base,
+                partial_rope,
+                max_positions=max_positions,
+                original_positions=original_positions,
+            ),
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=tied),
             attention_bias=attention_bias,
             max_position_embeddings=fields.integer(
@@ -98,16 +106,19 @@ def config_from_spec(
     *,
     states: Collection[str] = (),
     biases: Collection[str] = ("none", "qkvo"),
-    scales: bool = True,
+    scales: Collection[str] = SCALINGS,
 ) -> dict[str, Any]:
     """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``.
 
     ``states``: the features (:mod:`supra_core.families.features`) and ``biases`` the family has;
-    ``scales``: whether its rope may be scaled.
+    ``scales``: the kinds of scaled rope it has.
     """
     _refuse_inexpressible(spec, family, states, biases)
-    if spec.rope.scaling is not None and not scales:
-        raise SpecError(f"a scaled rope cannot be written as {family}: write the model as supra")
+    scaling = spec.rope.scaling
+    if scaling is not None and scaling.kind not in scales:
+        raise SpecError(
+            f"a rope scaled by {scaling.kind} cannot be written as {family}: write it as supra"
+        )
     eos = list(spec.eos_token_id)
     return {
         "architectures": [architecture],
@@ -123,7 +134,7 @@ def config_from_spec(
         "rms_norm_eps": spec.norm.eps,
         "max_position_embeddings": spec.max_position_embeddings,
         "rope_theta": spec.rope.base,
-        "rope_scaling": _scaling_config(spec.rope),
+        "rope_scaling": scaling_config(spec.rope, spec.max_position_embeddings),
         "tie_word_embeddings": spec.tie_word_embeddings,
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
@@ -166,69 +177,6 @@ def _refuse_unsupported(fields: Fields, partial_rope: bool, activation: str) -> 
         )
     if not partial_rope and fields.number("partial_rotary_factor", default=1.0) != 1.0:
         raise fields.error("field partial_rotary_factor must be 1: others are not supported")
-
-
-# Frequencies that change with the length of what is read.
-_VARYING = ("longrope", "su", "dynamic")
-
-
-def rotary(fields: Fields, default: float, partial: bool) -> RotaryEmbedding:
-    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
-
-    ``default``: the base where none is stated; ``partial``: whether a part may rotate alone.
-    """
-    name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
-    stated = fields.values.get(name)
-    stated = {} if stated is None else stated
-    if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
-        raise fields.error(f"field {name} must be one object for all layers, not {stated!r}")
-    # The inner rope_theta is the newer statement; released files carry one or the other.
-    base = fields.number("rope_theta", default=default)
-    fraction = fields.number("partial_rotary_factor", default=1.0)
-    return rotary_of(Fields(stated, f"{fields.where}: field {name}"), base, partial, fraction)
-
-
-def rotary_of(inner: Fields, base: float, partial: bool, fraction: float = 1.0) -> RotaryEmbedding:
-    """From the parameters of one rope; ``base`` and ``fraction`` where those do not state them."""
-    base = inner.number("rope_theta", default=base)
-    fraction = inner.number("partial_rotary_factor", default=fraction)
-    if fraction != 1.0 and not partial:
-        raise inner.error("partial_rotary_factor must be 1: others are not supported")
-    kind = inner.text("rope_type", "type", default="default")
-    if kind == "default":
-        return RotaryEmbedding(base=base, fraction=fraction)
-    if kind == "linear":
-        scaling = LinearScaling(inner.number("factor"))
-        return RotaryEmbedding(base=base, scaling=scaling, fraction=fraction)
-    if kind == "llama3":
-        llama3 = Llama3Scaling(
-            factor=inner.number("factor"),
-            low_freq_factor=inner.number("low_freq_factor"),
-            high_freq_factor=inner.number("high_freq_factor"),
-            original_max_position_embeddings=inner.integer("original_max_position_embeddings"),
-        )
-        return RotaryEmbedding(base=base, scaling=llama3, fraction=fraction)
-    if kind in _VARYING:
-        raise inner.error(
-            f"rope_type '{kind}' is not supported, because its rotations depend on the length of "
-            "the text, which a recurrent state does not wait for: use a variant of the model "
-            "without it"
-        )
-    raise inner.error(f"rope_type '{kind}' is not supported: known are default, linear and llama3")
-
-
-def _scaling_config(rope: RotaryEmbedding) -> dict[str, Any] | None:
-    if rope.scaling is None:
-        return None
-    if isinstance(rope.scaling, LinearScaling):
-        return {"rope_type": "linear", "factor": rope.scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": rope.scaling.factor,
-        "low_freq_factor": rope.scaling.low_freq_factor,
-        "high_freq_factor": rope.scaling.high_freq_factor,
-        "original_max_position_embeddings": rope.scaling.original_max_position_embeddings,
-    }
 
 
 def _refuse_inexpressible(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.common import rotary, rotary_of
 from supra_core.families.features import (
     ATTENTION_SCALE,
     LOCAL_ROPE,
@@ -30,6 +29,7 @@ from supra_core.families.layer_kinds import (
     softmax_mixers,
     windows,
 )
+from supra_core.families.rope import rotary, rotary_of
 from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
 from supra_core.spec import ModelSpec, RotaryEmbedding, SoftmaxAttention
 
@@ -37,6 +37,7 @@ MODEL_TYPE = "gemma3_text"
 MODULES = {**SANDWICH, **NORM_NAMES}
 
 _BASE, _LOCAL_BASE = 1000000.0, 10000.0
+_MAX_POSITIONS = 131072
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
@@ -55,7 +56,7 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         MODEL_TYPE,
         activation="hidden_activation",
         key_value_heads=4,
-        max_positions=131072,
+        max_positions=_MAX_POSITIONS,
         mixers=[
             SoftmaxAttention(window, rope="local" if slides else "global")
             for window, slides in zip(windows(fields, sliding), sliding, strict=True)
@@ -79,7 +80,8 @@ def _ropes(fields: Fields) -> tuple[RotaryEmbedding, RotaryEmbedding]:
     local_base = fields.number("rope_local_base_freq", default=_LOCAL_BASE)
     stated = fields.values.get("rope_parameters")
     if stated is None:
-        return rotary(fields, _BASE, partial=False), RotaryEmbedding(local_base)
+        rope = rotary(fields, _BASE, partial=False, max_positions=_MAX_POSITIONS)
+        return rope, RotaryEmbedding(local_base)
     if not isinstance(stated, dict) or not set(stated) <= {FULL, SLIDING}:
         raise fields.error(f"field rope_parameters must have {FULL} and {SLIDING}, not {stated!r}")
     if not all(isinstance(entry, dict | None) for entry in stated.values()):

@@ -13,10 +13,12 @@ from supra_core.families.common import (
 from supra_core.families.features import PARTIAL_ROPE
 from supra_core.families.fields import Fields
 from supra_core.families.tensors import fused, parts, split_name
-from supra_core.spec import ModelSpec
+from supra_core.spec import LongropeScaling, ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 
 MODEL_TYPE = "phi3"
+# What transformers takes where the config states none.
+_ORIGINAL_POSITIONS = 4096
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
@@ -32,18 +34,29 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         mixers=uniform_mixers(fields, window),
         eps=1e-5,
         partial_rope=True,
+        original_positions=_ORIGINAL_POSITIONS,
     )
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
     """The Phi-3 config of ``spec``."""
     config = config_from_spec(
-        spec, MODEL_TYPE, "Phi3ForCausalLM", states={PARTIAL_ROPE}, biases=("none",), scales=False
+        spec,
+        MODEL_TYPE,
+        "Phi3ForCausalLM",
+        states={PARTIAL_ROPE},
+        biases=("none",),
+        scales=("longrope",),
     )
+    scaling = spec.rope.scaling
     return {
         **config,
         "partial_rotary_factor": spec.rope.fraction,
-        "original_max_position_embeddings": spec.max_position_embeddings,
+        "original_max_position_embeddings": (
+            scaling.original_max_position_embeddings
+            if isinstance(scaling, LongropeScaling)
+            else spec.max_position_embeddings
+        ),
         "sliding_window": uniform_window(spec, MODEL_TYPE),
     }
 

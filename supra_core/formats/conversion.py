@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from supra_core.errors import SupraError
+from supra_core.formats.finite import is_finite
 from supra_core.tensors import Array, LazyTensor
 
 
@@ -27,6 +28,6 @@ def converted(name: str, tensor: LazyTensor, dtype: np.dtype[np.generic]) -> Laz
 
 
 def _same_finiteness(before: Array, after: Array) -> bool:
-    if bool(np.isfinite(after).all()):
+    if is_finite(after):
         return True
     return bool((np.isfinite(before) == np.isfinite(after)).all())

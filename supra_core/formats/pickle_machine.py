@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 # Opcodes of a pickle; values on the stack; marks on it, which nesting needs; numbers to remember.
 OPCODES = 4_000_000
@@ -47,11 +47,13 @@ class Described:
 
 
 def load(
-    content: bytes,
+    content: bytes | BinaryIO,
     resolve: Callable[[str, str], Any],
     reference: Callable[[Any], Any],
 ) -> Any:
-    """What ``content`` holds. ``resolve(module, name)``: a global as a plain value, a
+    """What ``content`` holds; a file is read from where it stands to the end of one pickle.
+
+    ``resolve(module, name)``: a global as a plain value, a
     :class:`Function` or a :class:`Described`, or None to refuse it; ``reference(id)``: what a
     persistent id means.
 

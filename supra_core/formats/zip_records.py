@@ -173,7 +173,4 @@ def _data_offset(path: Path, file: BinaryIO, header_at: int, name: str, raw: byt
 
 
 def _no_archive(path: Path) -> FormatError:
-    return FormatError(
-        f"{path}: truncated, or not a checkpoint of PyTorch 1.6 or later: get the file again, "
-        "or save it again with a current PyTorch"
-    )
+    return FormatError(f"{path}: truncated, or no checkpoint of PyTorch: get the file again")

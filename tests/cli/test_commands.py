@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from supra_cli.main import app
 from supra_core import artifact
+from supra_core.sources import WRITERS, open_source
+from supra_core.tensors import LazyTensor
 from tests.tiny_models import SPECS, lazy_weights
 
 runner = CliRunner()
@@ -38,6 +40,30 @@ def test_convert_leaves_a_linear_source_as_it_is(converted: Path, tmp_path: Path
     found = result("convert", converted, tmp_path / "again")
     assert not found["linearized"]
     assert found["recipe"] == "windowed"
+
+
+def test_weights_that_are_no_numbers_are_told(tiny_transformer: Path, tmp_path: Path) -> None:
+    source = open_source(tiny_transformer)
+    tensors = dict(source.tensors)
+    for name in list(tensors)[:5]:
+        tensors[name] = LazyTensor.of(np.full(tensors[name].shape, np.inf, np.float32))
+    out = tmp_path / "damaged"
+    WRITERS["hf"](out, source.spec, tensors, source.assets(), dtype="float32")
+    done = runner.invoke(app, ["convert", str(out), str(tmp_path / "a"), "--no-calibrate"])
+    assert done.exit_code == 0, done.output
+    assert "warning: there is NaN or infinity in " in done.stderr and " and 2 more, " in done.stderr
+    found = result("convert", out, tmp_path / "b", "--no-calibrate")
+    assert sorted(found["not_finite"]) == sorted(list(tensors)[:5])
+    done = runner.invoke(app, ["convert", str(out), str(tmp_path / "c"), "--calibrate"])
+    assert done.exit_code == 2 and "nothing can be calibrated" in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
+def test_rope_factors_are_for_longrope(tiny_transformer: Path, tmp_path: Path) -> None:
+    for factors, message in (("both", "'both' is unknown"), ("long", "has no longrope scaling")):
+        arguments = ("convert", str(tiny_transformer), str(tmp_path / "a"), "--no-calibrate")
+        done = runner.invoke(app, [*arguments, "--rope-factors", factors])
+        assert done.exit_code == 2 and message in done.stderr
 
 
 def test_what_is_not_calibrated_is_said_or_refused(

@@ -115,14 +115,28 @@ class Model:
             turns = scaling["original_max_position_embeddings"] * theta / (2 * np.pi)
             s = np.clip((turns - low) / (high - low), 0, 1)
             theta = (1 - s) * theta / scaling["factor"] + s * theta
+        elif scaling["kind"] == "yarn":
+            n, r = scaling["original_max_position_embeddings"], c // 2
+            low, high = (
+                r * np.log(n / (2 * np.pi * beta)) / np.log(rope.get("base", 10000.0))
+                for beta in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1))
+            )
+            if scaling.get("truncate", True):
+                low, high = np.floor(low), np.ceil(high)
+            low, high = max(low, 0), min(high, c - 1)
+            s = np.clip((np.arange(r) - low) / (high - low if high != low else 0.001), 0, 1)
+            theta = s * theta / scaling["factor"] + (1 - s) * theta
+        elif scaling["kind"] == "longrope":
+            theta = theta / np.array(scaling[scaling.get("factors", "short") + "_factor"])
         angle = np.arange(len(z))[:, None, None] * theta
         if rope.get("pairing", "half") == "half":
             first, second = slice(0, c // 2), slice(c // 2, c)
         else:
             first, second = slice(0, c, 2), slice(1, c, 2)
         a, b, out = z[..., first], z[..., second], z.copy()
-        out[..., first] = a * np.cos(angle) - b * np.sin(angle)
-        out[..., second] = b * np.cos(angle) + a * np.sin(angle)
+        by = scaling.get("attention_factor", 1.0)
+        out[..., first] = by * (a * np.cos(angle) - b * np.sin(angle))
+        out[..., second] = by * (b * np.cos(angle) + a * np.sin(angle))
         return out
 
     def mix(self, at: str, mixer: dict[str, Any], u: np.ndarray) -> np.ndarray:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from supra_core import families
 from supra_core.errors import SpecError
+from supra_core.rotary import inverse_frequencies
 from supra_core.spec import (
     LayerSpec,
     LinearScaling,
     Llama3Scaling,
+    LongropeScaling,
     ModelSpec,
     Norm,
     Provenance,
@@ -52,6 +55,28 @@ RELEASED: dict[str, dict[str, Any]] = {
         "hidden_act": "silu", "max_position_embeddings": 32768, "max_window_layers": 24,
         "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
         "tie_word_embeddings": True, "use_mrope": False, "use_sliding_window": False,
+    },
+    "Qwen2.5 beyond 32,768 tokens": {
+        "model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+        "sliding_window": 131072, "use_sliding_window": False,
+        "rope_scaling": {
+            "factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn",
+        },
+    },
+    "Phi-3-mini-128k": {
+        "model_type": "phi3", "num_key_value_heads": 4, "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 262144,
+        "rope_scaling": {
+            "long_factor": [1.07, 4.5, 19.2, 64.7], "short_factor": [1.0, 1.1, 1.6, 2.8],
+            "type": "longrope",
+        },
+    },
+    "Phi-4-mini": {
+        "model_type": "phi3", "max_position_embeddings": 131072, "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 4096, "sliding_window": 262144,
+        "rope_scaling": {
+            "long_factor": [1.0, 4.5, 64.7], "short_factor": [1.0, 1.0, 1.0], "type": "longrope",
+        },
     },
     "Qwen2.5, sliding": {
         "model_type": "qwen2", "max_window_layers": 2, "sliding_window": 64,
@@ -224,7 +249,14 @@ def test_old_and_new_rope_fields_agree() -> None:
         ({"attention_bias": "yes"}, "field attention_bias must be true or false"),
         ({"quantization_config": {"bits": 4}}, "quantised weights"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "ntk"}}, "rope_type 'ntk' is not supported: known are def"),
+        (
+            {"rope_scaling": {"type": "dynamic"}},
+            "'dynamic' is not supported, because its rot",
+        ),
+        ({"rope_scaling": {"type": "yarn"}}, "field rope_scaling: field factor is missing"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "truncate": 1}}, "truncate must be true"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1}, "a base above 1"),
         ({"rope_scaling": {"type": "linear"}}, "field rope_scaling: field factor is missing"),
         ({"rope_parameters": {"full_attention": {}}}, "one object for all layers"),
         ({"rms_norm_eps": -1}, "field rms_norm_eps must be a positive number"),
@@ -237,9 +269,21 @@ def test_old_and_new_rope_fields_agree() -> None:
         ({"model_type": "gemma3", "text_config": {}}, "save that by itself, as gemma3_text"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must hold 0 or 1 for"),
         ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling must be a positive"),
-        ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "'su' is not supported, because"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "short_factor must be a list"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.1}, "even number of rotated channels"),
-        ({"rope_scaling": {"type": "longrope"}}, "its rotations depend on the length of the text"),
+        ({"rope_scaling": {"type": "longrope"}}, "field short_factor must be a list of numbers"),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1, 2], "long_factor": [1, "x"]}},
+            "field long_factor[1] must be a positive number",
+        ),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1] * 3, "long_factor": [1] * 4}},
+            "needs as many factors in short_factor",
+        ),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1] * 3, "long_factor": [1] * 3}},
+            "longrope has factors for 6 channels, but 8 rotate",
+        ),
         ({**SLIDING, "layer_types": ["full_attention"]}, "layer_types must name 3 layers"),
         ({**SLIDING, "layer_types": ["chunked_attention"] * 3}, "each full_attention or sliding"),
         ({**SLIDING, "use_sliding_window": False}, "but use_sliding_window is not true"),
@@ -332,6 +376,78 @@ def test_released_configs(name: str) -> None:
     assert families.config_to_spec(written, "again") == spec
     again = transformers.AutoConfig.for_model(**written).to_dict()
     assert families.config_to_spec(again, "theirs") == spec
+
+
+def _frequencies(config: dict[str, Any], length: int) -> tuple[Any, float]:
+    """What transformers computes of a config for texts of a length."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = transformers.AutoConfig.for_model(**config)
+    kind = theirs.rope_parameters["rope_type"]
+    values, magnitude = ROPE_INIT_FUNCTIONS[kind](theirs, None, seq_len=length)
+    return values.double().numpy(), magnitude
+
+
+YARNS: dict[str, dict[str, Any]] = {
+    "qwen": {"factor": 4.0, "original_max_position_embeddings": 32768},
+    "no original": {"factor": 4.0},
+    "no factor": {"factor": None, "original_max_position_embeddings": 4096},
+    "attention": {"factor": 8.0, "attention_factor": 1.7},
+    "mscales": {"factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.3},
+    "one mscale": {"factor": 40.0, "mscale": 0.7},
+    "betas": {"factor": 3.0, "beta_fast": 64.0, "beta_slow": 4.0},
+    "not truncated": {"factor": 3.0, "truncate": False},
+    "short": {"factor": 3.0, "original_max_position_embeddings": 4},
+    "as short as a turn": {"factor": 3.0, "original_max_position_embeddings": 6},
+    "narrow": {"factor": 3.0, "beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+    "shrunk": {"factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", YARNS)
+def test_yarn_is_that_of_transformers(name: str) -> None:
+    config = {
+        **LLAMA, "head_dim": 128, "max_position_embeddings": 131072,
+        "rope_scaling": {"rope_type": "yarn", **YARNS[name]},
+    }  # fmt: skip
+    rope = families.config_to_spec(config, "x").rope
+    expected, magnitude = _frequencies(config, 10)
+    np.testing.assert_allclose(inverse_frequencies(rope, 128), expected, rtol=1e-6)
+    assert rope.magnitude == pytest.approx(magnitude, rel=1e-12)
+    written = families.spec_to_config(families.config_to_spec(config, "x"))
+    assert families.config_to_spec(written, "again").rope == rope
+    again, magnitude = _frequencies(written, 10)
+    np.testing.assert_array_equal(again, expected)
+    assert rope.magnitude == pytest.approx(magnitude, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_longrope_is_that_of_transformers(kind: str, beside: bool) -> None:
+    short, long = ([base + 0.1 * i * i for i in range(6)] for base in (1.0, 2.0))
+    config: dict[str, Any] = {
+        **LLAMA, "model_type": "phi3", "hidden_size": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "partial_rotary_factor": 0.75,
+        "max_position_embeddings": 131072, "rope_theta": 10000.0,
+        "rope_scaling": {"type": kind, "short_factor": short, "long_factor": long},
+    }  # fmt: skip
+    if beside:
+        config["original_max_position_embeddings"] = 8192
+    spec = families.config_to_spec(config, "x")
+    scaling = spec.rope.scaling
+    assert isinstance(scaling, LongropeScaling)
+    assert scaling.original_max_position_embeddings == (8192 if beside else 4096)
+    written = families.spec_to_config(spec)
+    assert families.config_to_spec(written, "again") == spec
+    # Of the earliest name transformers 5 makes nothing any more.
+    config["rope_scaling"]["type"] = kind if kind != "su" else "longrope"
+    for chosen, length in (("short", 4000), ("long", 8193)):
+        rope = replace(spec.rope, scaling=replace(scaling, factors=chosen))
+        for stated in (config, written):
+            expected, magnitude = _frequencies(stated, length)
+            np.testing.assert_allclose(inverse_frequencies(rope, 16), expected, rtol=1e-6)
+            assert rope.magnitude == pytest.approx(magnitude, rel=1e-12)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])

@@ -16,6 +16,7 @@ from supra_core.formats import (
     pickle_machine,
     safetensors,
     torch_pickle,
+    torch_values,
     zip_records,
 )
 
@@ -31,7 +32,9 @@ LIMITS: dict[str, tuple[int, ...]] = {
     "safetensors header": (safetensors.HEADER_BYTES,),
     "axes of a tensor": (safetensors.RANK, gguf_header.RANK),
     "characters of a tensor's name": (safetensors.NAME_LENGTH,),
-    "`data.pkl`": (torch_pickle.PICKLE_BYTES,),
+    "`data.pkl`, or all that comes before the numbers in files before 1.6": (
+        torch_pickle.PICKLE_BYTES,
+    ),
     "opcodes of a pickle": (pickle_machine.OPCODES,),
     "its stack, its open levels, its memory": (
         pickle_machine.STACK, pickle_machine.MARKS, pickle_machine.MEMO,
@@ -43,7 +46,7 @@ LIMITS: dict[str, tuple[int, ...]] = {
     "records of a zip, bytes of its directory": (
         zip_records.RECORDS, zip_records.DIRECTORY_BYTES,
     ),
-    "numbers of a view that repeats its storage by strides of 0": (torch_pickle.REPEATED,),
+    "numbers of a view that repeats its storage by strides of 0": (torch_values.REPEATED,),
     "tensors of one file that share storages": (
         torch_pickle.SHARING, torch_pickle.SHARING_BYTES,
     ),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supra_core import artifact, sources
+from supra_core import artifact
 from supra_core.errors import SupraError
 from supra_core.formats import safetensors
 from supra_core.sources import WRITERS, Source, open_source
@@ -95,12 +95,14 @@ def test_linear_attention_is_no_plain_transformer(oracles: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pickled_weights(mistral: Path) -> None:
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights(mistral: Path, zipped: bool) -> None:
     torch = pytest.importorskip("torch")
     source = open_source(mistral)
     arrays = {name: torch.from_numpy(t.read().copy()) for name, t in source.tensors.items()}
     (mistral / "model.safetensors").unlink()
-    torch.save(arrays, mistral / "pytorch_model.bin")
+    place = mistral / "pytorch_model.bin"
+    torch.save(arrays, place, _use_new_zipfile_serialization=zipped)
     found = open_source(mistral)
     for name, array in arrays.items():
         np.testing.assert_array_equal(found.tensors[name].read(), array.numpy())
@@ -136,25 +138,9 @@ def test_a_run_gives_its_model_or_newest_checkpoint(mistral: Path, tmp_path: Pat
     assert open_source(run).dtype == "bfloat16"
 
 
-def test_a_hub_id_is_the_source_that_is_stated(
-    mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not the folder of the cache, which is named by a hash."""
-    snapshot = tmp_path / "0123abcd"
-    shutil.copytree(mistral, snapshot)
-    monkeypatch.setattr(sources, "_download", lambda hub_id: snapshot)
-    assert open_source("org/model").spec.provenance.source == "org/model"
-    assert open_source(snapshot).spec.provenance.source == "0123abcd"
-
-
-def test_hub_id_while_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SupraError) as error:
-        open_source("org/model")
-    assert str(error.value).startswith("org/model is no folder here and cannot be had from the hub")
-    assert "\n" not in str(error.value)
+def test_a_folder_has_no_revisions(mistral: Path) -> None:
+    with pytest.raises(SupraError, match="mistral is no hub id and has no revisions"):
+        open_source(mistral, revision="main")
 
 
 def _truncate(folder: Path) -> None:

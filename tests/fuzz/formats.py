@@ -211,14 +211,14 @@ def _text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value.encode("utf-8", "replace"))) + value.encode()
 
 
-def _snippets() -> list[bytes]:
-    """A checkpoint's pickle in pieces of one or few opcodes."""
+def _snippets(view: bytes = b"") -> list[bytes]:
+    """A checkpoint's pickle in pieces of one or few opcodes; ``view``: what ends its references."""
     pieces = [b"\x80\x02", b"}", b"q\0", b"("]
     for index, (name, shape) in enumerate(tensor_shapes(PLAIN).items()):
         steps = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
         pieces += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"(", b"("]
         pieces += [_text("storage"), b"ctorch\nFloatStorage\n", _text(str(index)), _text("cpu")]
-        pieces += [b"M" + struct.pack("<H", int(np.prod(shape))), b"t", b"Q", b"K\0"]
+        pieces += [b"M" + struct.pack("<H", int(np.prod(shape))), view + b"t", b"Q", b"K\0"]
         for numbers in (shape, steps):
             pieces += [b"(", *(b"K" + bytes([number]) for number in numbers), b"t"]
         pieces += [b"\x89", b"ccollections\nOrderedDict\n", b")", b"R", b"t", b"R"]
@@ -242,8 +242,8 @@ OPCODES = (
 
 
 @st.composite
-def _pickles(draw: st.DrawFn) -> bytes:
-    pieces = _snippets()
+def _pickles(draw: st.DrawFn, view: bytes = b"") -> bytes:
+    pieces = _snippets(view)
     kind = draw(st.integers(0, 3))
     if kind == 0:
         return draw(mutated(b"".join(pieces)))
@@ -274,10 +274,27 @@ def _valid_zip() -> bytes:
     return _zipped(b"".join(_snippets()))
 
 
+def _legacy(pickled: bytes) -> bytes:
+    """What PyTorch before 1.6 wrote: pickles, and the numbers behind them."""
+    head = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True, "protocol_version": 1001})
+    arrays = list(_arrays(PLAIN).values())
+    parts = [pickle.dumps(part, 2) for part in head]
+    parts += [pickled, pickle.dumps([str(index) for index in range(len(arrays))], 2)]
+    parts += [struct.pack("<q", array.size) + array.tobytes() for array in arrays]
+    return b"".join(parts)
+
+
 @cache
 def _valid_legacy() -> bytes:
-    head = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True, "protocol_version": 1001})
-    return b"".join(pickle.dumps(part, 2) for part in head) + b"".join(_snippets())
+    return _legacy(b"".join(_snippets(b"N")))
+
+
+@st.composite
+def _damaged_tail(draw: st.DrawFn) -> bytes:
+    """The list of keys and the counts, where the places of the numbers are stated."""
+    content = _valid_legacy()
+    at = content.index(b"".join(_snippets(b"N"))) + len(b"".join(_snippets(b"N")))
+    return content[:at] + draw(mutated(content[at:]))
 
 
 @st.composite
@@ -288,18 +305,26 @@ def _damaged_directory(draw: st.DrawFn) -> bytes:
     return content[:at] + draw(mutated(content[at:]))
 
 
-@st.composite
-def _torch(draw: st.DrawFn) -> tuple[Files, str]:
-    content = draw(
-        st.one_of(
-            _pickles().map(_zipped),
-            _damaged_directory(),
-            mutated(_valid_zip()),
-            mutated(_valid_legacy()),
-            _pickles(),
-            st.binary(max_size=100),
-        )
+def _torch() -> st.SearchStrategy[tuple[Files, str]]:
+    return _checkpoints(
+        _pickles().map(_zipped),
+        _damaged_directory(),
+        mutated(_valid_zip()),
+        _pickles(),
+        st.binary(max_size=100),
     )
+
+
+def _torch_legacy() -> st.SearchStrategy[tuple[Files, str]]:
+    return _checkpoints(
+        _pickles(b"N").map(_legacy), _damaged_tail(), mutated(_valid_legacy()),
+        st.just(_valid_legacy()),
+    )  # fmt: skip
+
+
+@st.composite
+def _checkpoints(draw: st.DrawFn, *kinds: st.SearchStrategy[bytes]) -> tuple[Files, str]:
+    content = draw(st.one_of(*kinds))
     if draw(st.booleans()):
         config = json.dumps(_PLAIN_CONFIG).encode()
         return {"config.json": config, "pytorch_model.bin": content}, ""
@@ -490,6 +515,7 @@ FORMATS = {
     for found in (
         Format("safetensors", _safetensors),
         Format("torch", _torch),
+        Format("torch_legacy", _torch_legacy),
         Format("gguf", _gguf),
         Format("config", _configs),
         Format("openlm", _openlm),

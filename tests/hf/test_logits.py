@@ -201,6 +201,10 @@ def _changed(config: dict[str, Any], path: str, value: Any) -> None:
     place[last] = value
 
 
+_LONGROPE = {
+    "kind": "longrope", "short_factor": [1.0], "long_factor": [2.0],
+    "original_max_position_embeddings": 8,
+}  # fmt: skip
 REFUSED = [
     ("format_version", 4, "field format_version is 4, but configuration_supra.py reads up to 3"),
     ("quantization", {"bits": 4}, "packed for MLX"),
@@ -208,7 +212,11 @@ REFUSED = [
     ("block_norm", "around", "field config.block_norm is 'around'"),
     ("norm", {"kind": "batch_norm"}, "field norm.kind is 'batch_norm'"),
     ("norm", {"bias": True}, "field norm.bias is unknown"),
-    ("rope", {"scaling": {"kind": "yarn", "factor": 2.0}}, "field rope.scaling.kind is 'yarn'"),
+    ("rope", {"scaling": {"kind": "ntk", "factor": 2.0}}, "field rope.scaling.kind is 'ntk'"),
+    ("rope", {"scaling": {"kind": "yarn", "factor": 2.0}}, "original_max_position_embeddings is m"),
+    ("rope.scaling", _LONGROPE, "longrope as many as it has factors for, not 10 of 10"),
+    ("rope.scaling", {**_LONGROPE, "factors": "both"}, "field rope.scaling.factors is 'both'"),
+    ("rope.scaling", {**_LONGROPE, "long_factor": []}, "rope.scaling.long_factor is \\[\\]"),
     ("mixers.0.kind", "delta_rule", "field mixers.0.kind is 'delta_rule'"),
     ("mixers.0.decay", {"kind": "data"}, "field mixers.0.decay.kind is 'data'"),
     ("mixers.0.beta", 1.0, "field mixers.0.beta is unknown to configuration_supra.py"),

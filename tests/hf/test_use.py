@@ -268,6 +268,28 @@ def test_it_says_what_supra_says(folder: Path, tmp_path: Path) -> None:
     assert said.strip("\n") == _supra_says(folder, PROMPT, 24).strip("\n")
 
 
+def test_the_tokenizer_needs_no_code(folder: Path, tmp_path: Path) -> None:
+    """AutoTokenizer reads config.json first, and asks there; no is an answer."""
+    code = (
+        f"{ALONE}from transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
+        "folder, text = sys.argv[1:]\n"
+        "ids = [\n"
+        "    AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(text).input_ids,\n"
+        "    PreTrainedTokenizerFast.from_pretrained(folder)(text).input_ids,\n"
+        "]\n"
+        "assert not [name for name in sys.modules if 'supra' in name]\n"
+        "print(ids)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), PROMPT], capture_output=True, text=True,
+        check=False, stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert done.stdout.strip() == str([tokenizer(PROMPT).input_ids] * 2)
+
+
 def test_chat_pipeline(folder: Path) -> None:
     """Conversations in a padded batch, each answered as alone."""
     generator = transformers.pipeline(

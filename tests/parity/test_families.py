@@ -13,13 +13,13 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from supra_core.backend import Form  # noqa: E402
-from supra_core.convert import convert  # noqa: E402
-from supra_core.errors import SpecError  # noqa: E402
+from supra_core.convert import convert, with_factors  # noqa: E402
+from supra_core.errors import SpecError, SupraError  # noqa: E402
 from supra_core.fold import fold  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.reference import ReferenceModel  # noqa: E402
 from supra_core.sources import Source, open_source  # noqa: E402
-from supra_core.spec import ModelSpec  # noqa: E402
+from supra_core.spec import ModelSpec, RotaryEmbedding  # noqa: E402
 from supra_core.teacher import original_spec  # noqa: E402
 from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
@@ -255,3 +255,27 @@ def test_folded(pair: Any) -> None:
     _close(ReferenceModel(folded, fewer).logits(ids), expected)
     for backend in (_torch, _mlx):
         _close(backend(folded, fewer).logits(ids), expected)
+
+
+def test_longrope_is_one_choice(tmp_path: Path) -> None:
+    """Up to the original length the short factors, beyond it the long ones, as transformers has
+    it; a choice lasts through every form, conversion and runtime."""
+    model = write("phi3-longrope", tmp_path / "phi3")
+    source = open_source(tmp_path / "phi3")
+    for factors, T in (("short", 64), ("long", 70)):
+        ids = _ids(source.spec, 1, T)
+        spec = with_factors(source.spec, factors, "phi3")
+        expected = _theirs(model, ids)
+        for loaded in (_torch(spec, source.tensors), _mlx(spec, source.tensors)):
+            _close(loaded.logits(ids, form="step"), expected)
+        other = with_factors(source.spec, "long" if factors == "short" else "short", "phi3")
+        assert np.abs(_torch(other, source.tensors).logits(ids) - expected).max() > 0.1
+    done = convert(tmp_path / "phi3", tmp_path / "out", rope_factors="long")
+    (sentence,) = done.left_out
+    assert "more than 64 tokens" in sentence and "turns all by the long ones" in sentence
+    assert sentence in (tmp_path / "out" / "README.md").read_text()
+    assert open_source(tmp_path / "out").spec.rope == with_factors(source.spec, "long", "").rope
+    with pytest.raises(SupraError, match="'both' is unknown: use short or long"):
+        with_factors(source.spec, "both", "phi3")
+    with pytest.raises(SupraError, match="phi3 has no longrope scaling"):
+        with_factors(replace(source.spec, rope=RotaryEmbedding()), "long", "phi3")

@@ -47,6 +47,10 @@ def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
 
+def _positives(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_positive, value))
+
+
 def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -104,39 +108,103 @@ class Rope:
             scaling=(None, _or_none(_group)),
             fraction=(1.0, lambda value: _positive(value) and value <= 1),
         )  # fmt: skip
-        scaling, where = fields["scaling"], where + ".scaling"
-        if scaling is not None and scaling.get("kind") == "linear":
-            _read(scaling, where, kind=("linear", _one_of("linear")), factor=(_REQUIRED, _positive))
-        elif scaling is not None:
-            _read(
-                scaling, where,
-                kind=(_REQUIRED, _one_of("llama3")), factor=(_REQUIRED, _positive),
-                low_freq_factor=(_REQUIRED, _positive), high_freq_factor=(_REQUIRED, _positive),
-                original_max_position_embeddings=(_REQUIRED, _count),
-            )  # fmt: skip
+        if fields["scaling"] is not None:
+            fields["scaling"] = _read_scaling(fields["scaling"], where + ".scaling")
         return Rope(**fields)
+
+    @property
+    def magnitude(self) -> float:
+        """What the rotated channels are multiplied by."""
+        return 1.0 if self.scaling is None else float(self.scaling.get("attention_factor", 1.0))
+
+    def fits(self, channels: int) -> bool:
+        """Whether there is a rotation of so many channels, of which a part may rotate."""
+        rotated = int(channels * self.fraction)
+        if self.scaling is not None and self.scaling["kind"] == "longrope":
+            factors = self.scaling["short_factor"], self.scaling["long_factor"]
+            if any(2 * len(listed) != rotated for listed in factors):
+                return False
+        return channels % 2 == 0 and rotated > 0 and rotated % 2 == 0
 
     def frequencies(self, channels: int) -> list[float]:
         """Radians a position for each pair of the rotated ones of ``channels``, float64.
 
-        theta_i = base^(-2 i / d), then the scaling; Llama 3's divides slow frequencies, keeps
-        fast ones and blends between (transformers, ``_compute_llama3_parameters``).
+        theta_i = base^(-2 i / d), then the scaling: linear divides by a factor; Llama 3's and YaRN
+        divide slow frequencies, keep fast ones and blend between; LongRoPE divides each by a
+        factor of its own (transformers, ``modeling_rope_utils``).
         """
         rotated = int(channels * self.fraction)
         theta = [self.base ** (-i / rotated) for i in range(0, rotated, 2)]
         if self.scaling is None:
             return theta
-        factor = self.scaling["factor"]
-        if self.scaling["kind"] == "linear":
-            return [value / factor for value in theta]
-        low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
-        original = self.scaling["original_max_position_embeddings"]
-        scaled = []
-        for value in theta:
-            smooth = (original * value / (2 * math.pi) - low) / (high - low)
-            smooth = min(max(smooth, 0.0), 1.0)
-            scaled.append((1 - smooth) * value / factor + smooth * value)
-        return scaled
+        kind = self.scaling["kind"]
+        if kind == "linear":
+            return [value / self.scaling["factor"] for value in theta]
+        if kind == "longrope":
+            factors = self.scaling[self.scaling["factors"] + "_factor"]
+            return [value / factor for value, factor in zip(theta, factors, strict=True)]
+        if kind == "yarn":
+            return _yarn(theta, self.base, self.scaling)
+        return _llama3(theta, self.scaling)
+
+
+def _read_scaling(stated: dict[str, Any], where: str) -> dict[str, Any]:
+    """The scaling that config.json states, with what it leaves out."""
+    kind = stated.get("kind")
+    fields: dict[str, tuple[Any, _Check]] = {
+        "kind": (_REQUIRED, _one_of("linear", "llama3", "yarn", "longrope"))
+    }
+    if kind == "longrope":
+        fields |= {
+            "short_factor": (_REQUIRED, _positives), "long_factor": (_REQUIRED, _positives),
+            "factors": ("short", _one_of("short", "long")),
+        }  # fmt: skip
+    else:
+        fields["factor"] = (_REQUIRED, _positive)
+    if kind == "llama3":
+        fields |= {
+            "low_freq_factor": (_REQUIRED, _positive), "high_freq_factor": (_REQUIRED, _positive),
+        }  # fmt: skip
+    if kind == "yarn":
+        fields |= {
+            "beta_fast": (32.0, _positive), "beta_slow": (1.0, _positive),
+            "truncate": (True, _flag),
+        }  # fmt: skip
+    if kind in ("yarn", "longrope"):
+        fields["attention_factor"] = (1.0, _positive)
+    if kind != "linear":
+        fields["original_max_position_embeddings"] = (_REQUIRED, _count)
+    return _read(stated, where, **fields)
+
+
+def _llama3(theta: list[float], scaling: dict[str, Any]) -> list[float]:
+    """``_compute_llama3_parameters`` of transformers."""
+    factor, length = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    scaled = []
+    for value in theta:
+        smooth = (length * value / (2 * math.pi) - low) / (high - low)
+        smooth = min(max(smooth, 0.0), 1.0)
+        scaled.append((1 - smooth) * value / factor + smooth * value)
+    return scaled
+
+
+def _yarn(theta: list[float], base: float, scaling: dict[str, Any]) -> list[float]:
+    """``_compute_yarn_parameters`` of transformers."""
+    pairs, length = len(theta), scaling["original_max_position_embeddings"]
+    low, high = (
+        pairs * math.log(length / (times * 2 * math.pi)) / math.log(base)
+        for times in (scaling["beta_fast"], scaling["beta_slow"])
+    )
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    width = 0.001 if low == high else high - low
+    scaled = []
+    for i, value in enumerate(theta):
+        slowed = min(max((i - low) / width, 0.0), 1.0)
+        scaled.append(slowed * value / scaling["factor"] + (1 - slowed) * value)
+    return scaled
 
 
 # --- mixers ---------------------------------------------------------------------------------
@@ -501,10 +569,11 @@ class SupraConfig(PreTrainedConfig):
             width = self.rotated_width(mixer)
             if width is not None:
                 require(mixer.rotary in ropes, where + "field local_rope is missing")
-                rotated = int(width * ropes[mixer.rotary].fraction)
+                rope = ropes[mixer.rotary]
                 require(
-                    width % 2 == 0 and rotated > 0 and rotated % 2 == 0,
-                    where + f"rope needs an even number of channels, not {rotated} of {width}",
+                    rope.fits(width),
+                    where + "rope needs an even number of channels, and longrope as many as it has "
+                    f"factors for, not {int(width * rope.fraction)} of {width}",
                 )
             if isinstance(mixer, SoftmaxAttention):
                 continue

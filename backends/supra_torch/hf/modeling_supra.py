@@ -962,7 +962,10 @@ class SupraModel(SupraPreTrainedModel):
             )
 
     def _rotations(self, places: Tensor) -> Rotations:
-        """Cosines and sines, (B or 1, T, 1, R / 2) float32, by the names layers know them by."""
+        """Cosines and sines, (B or 1, T, 1, R / 2) float32, by the names layers know them by.
+
+        Both are multiplied by the rope's magnitude.
+        """
         device = places.device
         # float64: a float32 angle is off by 4e-3 at position 65,536. Metal has no float64.
         places = places.to("cpu" if device.type == "mps" else device).double()
@@ -970,7 +973,8 @@ class SupraModel(SupraPreTrainedModel):
         for name, (rope, width) in self._ropes.items():
             theta = torch.tensor(rope.frequencies(width), dtype=torch.float64, device=places.device)
             angles = places[..., None, None] * theta
-            rotations[name] = (angles.cos().float().to(device), angles.sin().float().to(device))
+            cos, sin = rope.magnitude * angles.cos(), rope.magnitude * angles.sin()
+            rotations[name] = (cos.float().to(device), sin.float().to(device))
         return rotations
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,9 @@ from supra_cli import options
 
 if TYPE_CHECKING:
     from supra_core.convert import Calibrate, Quantise
+    from supra_core.hub import HubId
     from supra_core.linearize import LinearizeOptions
+    from supra_core.sources import Source
 
 
 def command(
@@ -66,15 +70,36 @@ def command(
     config: Annotated[
         Path | None, typer.Option(help="Config of an OpenLM checkpoint that has none beside it.")
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a hub id; the same as org/name@REVISION."),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Take a hub id from the cache, or not at all.")
+    ] = False,
+    rope_factors: Annotated[
+        str | None,
+        typer.Option(
+            help="Of longrope (Phi-3 128k): short (default), as for texts of up to the original "
+            "length, or long, as for longer ones."
+        ),
+    ] = None,
+    push_to: Annotated[
+        str | None, typer.Option(help="Hub id to put OUT on when it is written.")
+    ] = None,
+    private: options.Private = False,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
     """Convert a model, and linearize it on the way."""
+    from supra_cli import pushing
     from supra_cli.output import log, print_json
     from supra_cli.progress import ProgressReporter
     from supra_core.convert import convert
+    from supra_core.errors import SupraError
     from supra_core.formats.atomic import check_replaceable
     from supra_core.layout import parameter_count
+    from supra_core.sources import open_source
     from supra_core.tensors import dtype_named
 
     chosen = _linearize_options(seed, recipe, feature_map, decay, output_norm, window, keep_softmax)
@@ -84,15 +109,34 @@ def command(
     if dtype is not None:
         dtype_named(dtype)
     pack = None if quantize is None else _quantisation(quantize)
+    if private and push_to is None:
+        raise SupraError("--private goes with --push-to: name where to, or leave it out")
+    target = None
+    if push_to is not None:
+        target = pushing.target(push_to, source=source, offline=offline)
     possible = to == "supra" and recipe != "paper" and linearize is not False
-    fit = _calibration(
-        source, config, calibrate, possible, fold, calibration_text, calibration_tokens
-    )
     with ProgressReporter() as progress:
+        read = partial(
+            open_source, source, config=config, revision=revision, offline=offline,
+            progress=progress,
+        )  # fmt: skip
+        fit = _calibration(
+            source, read, calibrate, possible, fold, calibration_text, calibration_tokens
+        )
         done = convert(
             source, out, to=to, linearize=linearize, options=chosen, calibrate=fit, fold=fold,
-            quantise=pack, dtype=dtype, force=force, config=config, progress=progress,
+            quantise=pack, dtype=dtype, force=force, config=config, revision=revision,
+            offline=offline, rope_factors=rope_factors, progress=progress,
         )  # fmt: skip
+    for sentence in done.notes:
+        log(f"note: {sentence}")
+    if done.not_finite:
+        more = f" and {len(done.not_finite) - 3} more" if len(done.not_finite) > 3 else ""
+        log(
+            f"warning: there is NaN or infinity in {', '.join(done.not_finite[:3])}{more}, and so "
+            "will be in the answers: get the model again"
+        )
+    pushed = None if target is None else _pushed(out, target, private)
     layer_types = [layer.mixer.layer_type for layer in done.spec.layers]
     if json_output:
         print_json(
@@ -111,6 +155,10 @@ def command(
                 "parameters": parameter_count(done.spec),
                 "layer_types": layer_types,
                 "left_out": list(done.left_out),
+                "not_finite": list(done.not_finite),
+                "notes": list(done.notes),
+                "stated_source": done.spec.provenance.source,
+                "pushed": pushed,
                 "seconds": round(time.monotonic() - start, 2),
             }
         )
@@ -122,9 +170,19 @@ def command(
         log(f"note: {sentence}")
 
 
-def _quantisation(bits: int) -> Quantise:
-    from functools import partial
+def _pushed(out: Path, target: HubId, private: bool) -> dict[str, Any]:
+    from supra_cli import pushing
+    from supra_core.errors import SupraError
 
+    try:
+        return pushing.push(out, target, private)
+    except SupraError as error:
+        raise SupraError(
+            f"{error}; {out} is written and whole: supra push {out} {target}"
+        ) from None
+
+
+def _quantisation(bits: int) -> Quantise:
     from supra_cli.backends import require
 
     require("mlx", "quantising")
@@ -136,7 +194,7 @@ def _quantisation(bits: int) -> Quantise:
 
 def _calibration(
     source: str,
-    config: Path | None,
+    read: Callable[[], Source],
     wanted: bool | None,
     possible: bool,
     fold: bool,
@@ -150,7 +208,6 @@ def _calibration(
     from supra_cli.backends import require
     from supra_cli.output import log
     from supra_core.errors import SupraError
-    from supra_core.sources import open_source
     from supra_core.text import TOKENIZER, read_text
 
     if tokens < 1:
@@ -161,7 +218,7 @@ def _calibration(
     if wanted is False or not (possible or asked):
         return None
     if not asked:
-        found = open_source(source, config=config)
+        found = read()
         if not found.spec.is_transformer:
             return None
         reason = None

@@ -1,0 +1,25 @@
+"""``supra push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supra_cli import options
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="A model's folder, as convert writes it.")],
+    model: Annotated[str, typer.Argument(help="Hub id, org/name.")],
+    private: options.Private = False,
+    json_output: options.Json = False,
+) -> None:
+    """Put a model's folder on the hub, all of it in one commit."""
+    from supra_cli import pushing
+    from supra_cli.output import print_json
+
+    done = pushing.push(folder, pushing.target(model), private)
+    if json_output:
+        print_json(done)

@@ -1,0 +1,50 @@
+"""A folder that was written goes to the hub, and what is asked before the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from supra_core.errors import SupraError
+
+if TYPE_CHECKING:
+    from supra_core.hub import HubId
+
+
+def target(name: str, *, source: str | None = None, offline: bool = False) -> HubId:
+    """Where to push, once it is known that it can be; ``source``: what is converted."""
+    from supra_core.hub import check_upload, hub_id
+
+    if offline:
+        raise SupraError("--offline contradicts --push-to: leave one of them out")
+    found = hub_id(name)
+    if found is None:
+        raise SupraError(f"'{name}' is no hub id: write org/name")
+    origin = None if source is None else hub_id(source)
+    if origin is not None and origin.name == found.name:
+        raise SupraError(f"{name} is the source itself: choose another name to push to")
+    check_upload(found)
+    return found
+
+
+def push(folder: Path, model: HubId, private: bool) -> dict[str, Any]:
+    """Upload ``folder``, with huggingface_hub's bars on a terminal and lines elsewhere."""
+    import sys
+
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+
+    from supra_cli.output import bytes_text, log
+    from supra_core.hub import upload
+
+    log(f"push  {folder} to {model}")
+    if not sys.stderr.isatty() and not are_progress_bars_disabled():
+        disable_progress_bars()
+    done = upload(folder, model, private=private)
+    log(f"push  {done.files} files, {bytes_text(done.size)}, in one commit: {done.url}")
+    return {
+        "model": str(model),
+        "commit": done.commit,
+        "url": done.url,
+        "files": done.files,
+        "bytes": done.size,
+    }

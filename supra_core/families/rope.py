@@ -1,0 +1,191 @@
+"""The rotary embedding that a transformers config states, and the same written again."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from supra_core.families.fields import Fields
+from supra_core.spec import (
+    LinearScaling,
+    Llama3Scaling,
+    LongropeScaling,
+    RopeScaling,
+    RotaryEmbedding,
+    YarnScaling,
+)
+
+SCALINGS = ("linear", "llama3", "yarn", "longrope")
+_ORIGINAL = "original_max_position_embeddings"
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0
+# Numbers of a config's lists; more channels has no head.
+_MOST_FACTORS = 65_536
+
+
+def rotary(
+    fields: Fields,
+    default: float,
+    partial: bool,
+    *,
+    max_positions: int,
+    original_positions: int | None = None,
+) -> RotaryEmbedding:
+    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
+
+    ``default``: the base where none is stated; ``partial``: whether a part may rotate alone;
+    ``max_positions``, ``original_positions``: what the family takes where the config states no
+    length, and no original length beside its rope.
+    """
+    name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
+    stated = fields.values.get(name)
+    stated = {} if stated is None else stated
+    if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
+        raise fields.error(f"field {name} must be one object for all layers, not {stated!r}")
+    # The inner rope_theta is the newer statement; released files carry one or the other.
+    base = fields.number("rope_theta", default=default)
+    fraction = fields.number("partial_rotary_factor", default=1.0)
+    longest = fields.integer("max_position_embeddings", default=max_positions)
+    # An original length beside the rope comes before one inside, as transformers reads them.
+    original = fields.integer(_ORIGINAL) if fields.has(_ORIGINAL) else original_positions
+    inner = {"max_position_embeddings": longest, **stated}
+    if original is not None:
+        inner[_ORIGINAL] = original
+    return rotary_of(Fields(inner, f"{fields.where}: field {name}"), base, partial, fraction)
+
+
+def rotary_of(inner: Fields, base: float, partial: bool, fraction: float = 1.0) -> RotaryEmbedding:
+    """From the parameters of one rope; ``base`` and ``fraction`` where those do not state them."""
+    base = inner.number("rope_theta", default=base)
+    fraction = inner.number("partial_rotary_factor", default=fraction)
+    if fraction != 1.0 and not partial:
+        raise inner.error("partial_rotary_factor must be 1: others are not supported")
+    return RotaryEmbedding(base=base, scaling=_scaling(inner), fraction=fraction)
+
+
+def scaling_config(rope: RotaryEmbedding, max_positions: int) -> dict[str, Any] | None:
+    """``rope_scaling`` as transformers and mlx-lm read it; what they compute from the rest and
+    from ``max_positions`` is left out."""
+    scaling = rope.scaling
+    if scaling is None:
+        return None
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    original = {_ORIGINAL: scaling.original_max_position_embeddings}
+    if isinstance(scaling, Llama3Scaling):
+        return {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            **original,
+        }
+    start, attention = scaling.original_max_position_embeddings, scaling.attention_factor
+    if isinstance(scaling, LongropeScaling):
+        lists = (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor))
+        return {
+            "rope_type": "longrope",
+            **{name: list(factors) for name, factors in lists},
+            **original,
+            **_unless(_stretched(max_positions / start, start), attention_factor=attention),
+        }
+    return {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        **original,
+        **_unless(_magnitude(scaling.factor), attention_factor=attention),
+        **_unless(_BETA_FAST, beta_fast=scaling.beta_fast),
+        **_unless(_BETA_SLOW, beta_slow=scaling.beta_slow),
+        **_unless(True, truncate=scaling.truncate),
+    }
+
+
+def _unless(default: object, **stated: object) -> dict[str, object]:
+    """One field, or none where it has its default."""
+    return {name: value for name, value in stated.items() if value != default}
+
+
+def _scaling(inner: Fields) -> RopeScaling | None:
+    kind = inner.text("rope_type", "type", default="default")
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(inner.number("factor"))
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor=inner.number("factor"),
+            low_freq_factor=inner.number("low_freq_factor"),
+            high_freq_factor=inner.number("high_freq_factor"),
+            original_max_position_embeddings=inner.integer(_ORIGINAL),
+        )
+    # Early Phi-3 files have these names for it.
+    if kind in ("longrope", "su") or (kind == "yarn" and inner.has("long_factor")):
+        return _longrope(inner)
+    if kind == "yarn":
+        return _yarn(inner)
+    if kind == "dynamic":
+        raise inner.error(
+            "rope_type 'dynamic' is not supported, because its rotations depend on the length of "
+            "the text, which a recurrent state does not wait for: use a variant of the model "
+            "without it"
+        )
+    raise inner.error(
+        f"rope_type '{kind}' is not supported: known are default, {', '.join(SCALINGS)}"
+    )
+
+
+def _yarn(inner: Fields) -> YarnScaling:
+    """As transformers' ``_compute_yarn_parameters`` reads it."""
+    original = inner.integer(_ORIGINAL, "max_position_embeddings")
+    if "factor" not in inner.values:
+        raise inner.error("field factor is missing: get the file again")
+    stretched = inner.integer("max_position_embeddings", default=original) / original
+    factor = inner.number("factor", default=stretched)
+    if inner.has("attention_factor"):
+        attention = inner.number("attention_factor")
+    elif inner.values.get("mscale") and inner.values.get("mscale_all_dim"):
+        attention = _magnitude(factor, inner.number("mscale"))
+        attention /= _magnitude(factor, inner.number("mscale_all_dim"))
+    else:
+        attention = _magnitude(factor)
+    return YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=original,
+        attention_factor=attention,
+        beta_fast=inner.number("beta_fast", default=_BETA_FAST),
+        beta_slow=inner.number("beta_slow", default=_BETA_SLOW),
+        truncate=inner.flag("truncate", default=True),
+    )
+
+
+def _magnitude(factor: float, mscale: float = 1.0) -> float:
+    """What YaRN multiplies queries and keys by (arXiv 2309.00071, equation 22)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _longrope(inner: Fields) -> LongropeScaling:
+    """As transformers' ``_compute_longrope_parameters`` reads it."""
+    original = inner.integer(_ORIGINAL, "max_position_embeddings")
+    stretched = inner.integer("max_position_embeddings", default=original) / original
+    factor = inner.number("factor", default=stretched)
+    attention = inner.number("attention_factor", default=_stretched(factor, original))
+    return LongropeScaling(
+        short_factor=_factors(inner, "short_factor"),
+        long_factor=_factors(inner, "long_factor"),
+        original_max_position_embeddings=original,
+        attention_factor=attention,
+    )
+
+
+def _stretched(factor: float, original: int) -> float:
+    """What longrope multiplies queries and keys by (arXiv 2402.13753)."""
+    if factor <= 1 or original == 1:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _factors(inner: Fields, name: str) -> tuple[float, ...]:
+    stated = inner.values.get(name)
+    if not isinstance(stated, list) or not 0 < len(stated) <= _MOST_FACTORS:
+        raise inner.error(f"field {name} must be a list of numbers, one for each pair of channels")
+    entries = Fields({f"{name}[{i}]": value for i, value in enumerate(stated)}, inner.where)
+    return tuple(entries.number(entry) for entry in entries.values)

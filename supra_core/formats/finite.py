@@ -1,0 +1,69 @@
+"""Whether weights are numbers at all: what is NaN or infinite makes every answer NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from supra_core.tensors import BFLOAT16, Array, LazyTensor, TensorSource
+
+# By type: the bits as whole numbers, without the sign, and the first that is no finite number.
+_BITS: dict[np.dtype[np.generic], tuple[type[np.unsignedinteger], int, int]] = {
+    np.dtype(np.float64): (np.uint64, 2**63 - 1, 0x7FF << 52),
+    np.dtype(np.float32): (np.uint32, 2**31 - 1, 0xFF << 23),
+    np.dtype(np.float16): (np.uint16, 2**15 - 1, 0x1F << 10),
+    BFLOAT16: (np.uint16, 2**15 - 1, 0xFF << 7),
+}
+# Numbers looked at together, which stay in the processor's cache: ten times as fast as isfinite.
+_BLOCK = 1 << 18
+
+
+def is_finite(array: Array) -> bool:
+    """Whether no number is NaN or infinite; whole numbers never are."""
+    if array.dtype not in _BITS:
+        return True
+    kind, mask, limit = _BITS[array.dtype]
+    flat = np.ascontiguousarray(array).reshape(-1).view(kind)
+    room = np.empty(min(_BLOCK, flat.size), kind)
+    for start in range(0, flat.size, _BLOCK):
+        part = flat[start : start + _BLOCK]
+        magnitudes = np.bitwise_and(part, kind(mask), out=room[: part.size])
+        if magnitudes.max() >= limit:
+            return False
+    return True
+
+
+class Watch:
+    """Looks at tensors whenever they are read; ``found``: the names of those not finite."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, None] = {}
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        return tuple(self._found)
+
+    def over(self, tensors: TensorSource) -> dict[str, LazyTensor]:
+        """The same tensors, watched."""
+        return {name: self._watched(name, tensor) for name, tensor in tensors.items()}
+
+    def _watched(self, name: str, tensor: LazyTensor) -> LazyTensor:
+        def look(array: Array) -> Array:
+            if not is_finite(array):
+                self._found[name] = None
+            return array
+
+        rows: Callable[[int, int], Array] | None = None
+        if tensor.read_rows is not None:
+            read_rows = tensor.read_rows
+
+            def rows(start: int, stop: int) -> Array:
+                return look(read_rows(start, stop))
+
+        return LazyTensor(tensor.shape, tensor.dtype, lambda: look(tensor.read()), rows)
+
+
+def first_not_finite(tensors: TensorSource) -> str | None:
+    """The first tensor that holds NaN or infinity; all are read up to it."""
+    return next((name for name, tensor in tensors.items() if not is_finite(tensor.read())), None)

@@ -1,0 +1,56 @@
+"""What names a model on the hub: ``org/name``, or ``org/name@revision``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from supra_core.errors import SupraError
+
+_PART = r"[A-Za-z0-9][\w.-]*"
+_NAME = re.compile(f"{_PART}/{_PART}")
+# A branch, a tag, a commit or refs/pr/N, as git names them.
+_REVISION = re.compile(rf"{_PART}(/{_PART})*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A model's repository, and which state of it: a branch, a tag or a commit; None the newest."""
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit, so that it is the same model for ever."""
+        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+
+    def at(self, revision: str | None) -> HubId:
+        """The same repository at ``revision``, which an id that states another one contradicts."""
+        if revision is None:
+            return self
+        if not _is_revision(revision):
+            raise SupraError(f"'{revision}' is no revision: name a branch, a tag or a commit")
+        if self.revision not in (None, revision):
+            raise SupraError(
+                f"{self} states another revision than {revision}: leave one of them out"
+            )
+        return replace(self, revision=revision)
+
+
+def hub_id(text: str) -> HubId | None:
+    """The id that ``text`` is; None where it is none, as the path of a config is not."""
+    name, at, revision = text.partition("@")
+    if _NAME.fullmatch(name) is None or name.endswith(".json") or ".." in text or "--" in name:
+        return None
+    if at and not _is_revision(revision):
+        return None
+    return HubId(name, revision or None)
+
+
+def _is_revision(text: str) -> bool:
+    return _REVISION.fullmatch(text) is not None and ".." not in text
