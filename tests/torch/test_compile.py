@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from supra_torch.model import build  # noqa: E402
+from supra_torch.uptrain.batches import Batch  # noqa: E402
+from supra_torch.uptrain.compilation import compiled_layers  # noqa: E402
+from supra_torch.uptrain.stages import gradients  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
 
 # Logits of order one and their sums' gradients, float32 rounding in another order of operations;
@@ -52,6 +57,32 @@ def test_every_model_is_one_graph(name: str) -> None:
 def test_activation_checkpointing_is_one_graph() -> None:
     found = _results("hybrid", "aot_eager", checkpointing=True)
     _assert_same(found, _results("hybrid", None))
+
+
+_compile = torch.nn.Module.compile
+
+
+def _by_tracing(module: Any, **settings: Any) -> None:
+    """As a run compiles, without generating code, and no part of it eagerly."""
+    _compile(module, **settings, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("kind", ["transfer", "uptrain"])
+@pytest.mark.parametrize("borders", [None, [0, 20, 33, 75, 150]])
+def test_layers_compile_in_segments(kind: Any, borders: list[int] | None) -> None:
+    """Each with a state and without one, with a graph and without one."""
+    spec = SPECS["windowed_sink"]
+    ids = torch.randint(spec.vocab_size, (2, 75), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, None if borders is None else torch.tensor(borders, dtype=torch.int32))
+    results = []
+    for compiled in (False, True):
+        model, teacher = (build(spec, lazy_weights(spec)).train() for _ in range(2))
+        teacher.requires_grad_(False)
+        inside = compiled_layers(kind, model, None) if compiled else nullcontext()
+        with patch.object(torch.nn.Module, "compile", _by_tracing), inside:
+            loss = gradients(kind, model, teacher, batch, 1.0, 20)
+        results.append([loss, *(parameter.grad for parameter in model.parameters())])
+    _assert_same(*results)
 
 
 @pytest.mark.slow

@@ -155,11 +155,14 @@ def test_every_model_is_the_reference(name: str) -> None:
         assert near.mean() >= (1.0 if spec.experts is None else 0.9)
 
 
-@pytest.mark.parametrize("recipe", ["windowed", "pure", "paper"])
+@pytest.mark.parametrize(
+    ("recipe", "segment"),
+    [("windowed", 0), ("pure", 0), ("paper", 0), ("windowed", 12), ("pure", 12)],
+)
 def test_compiled_layers_train_as_eager_ones(
-    recipe: str, settings: UptrainConfig, tmp_path: Path
+    recipe: str, segment: int, settings: UptrainConfig, tmp_path: Path
 ) -> None:
-    """In a CUDA graph too: the same steps up to the order of sums, and the loss falls."""
+    """In a CUDA graph and in segments too: the same steps up to the order of sums."""
     from supra_torch.uptrain.config import resolve
     from supra_torch.uptrain.run import uptrain
 
@@ -171,6 +174,7 @@ def test_compiled_layers_train_as_eager_ones(
             overrides={
                 "tokens": "2560", "sequence_length": "32", "batch_tokens": "64", "epochs": "100",
                 "precision": "float32", "calibrate": "none", "compile": compile, **window,
+                "segment_tokens": str(segment if compile == "always" else 0),
             },
         )  # fmt: skip
         said: list[str] = []

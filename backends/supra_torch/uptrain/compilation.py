@@ -17,6 +17,9 @@ from supra_torch.feed_forward import MixtureOfExperts
 from supra_torch.model import Layer, SupraModel
 from supra_torch.uptrain.config import StageKind
 
+# The compiler's own limit is 8, beyond which it computes eagerly.
+_MOST_GRAPHS = 32
+
 
 def compiles(setting: str, device: torch.device) -> bool:
     """Whether a run compiles: ``auto`` does on a GPU with Triton, which the compiler needs."""
@@ -44,9 +47,13 @@ def compiled_layers(
     kind: StageKind, student: SupraModel, teacher: SupraModel | None
 ) -> Iterator[None]:
     """:func:`compile_layers`, undone at the end."""
+    from torch._dynamo import config  # Takes seconds to import.
+
     modules = compile_layers(kind, student, teacher)
     try:
-        yield
+        # In segments a layer has up to five graphs, and models have several kinds of layers.
+        with config.patch(recompile_limit=_MOST_GRAPHS):
+            yield
     finally:
         for module in modules:
             module._compiled_call_impl = None

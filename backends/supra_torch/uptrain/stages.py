@@ -79,7 +79,7 @@ def _match(
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
         own = positions if len(pieces) == 1 else positions.part(part)
         state = None if before is None else before[0]
-        output, after = ours.mix(x[:, part], own, state, remember=part != pieces[-1])
+        output, after = ours.mix(x[:, part], own, state, remember=len(pieces) > 1)
         return output, [after]
 
     def error(output: Tensor, part: slice) -> Tensor:
@@ -156,7 +156,7 @@ def _in_segments(
         hidden, after = student.hidden(
             batch.ids[:, part],
             None if before is None else ModelState(seen, tuple(before)),
-            remember=part != pieces[-1],
+            remember=len(pieces) > 1,
             positions=positions if len(pieces) == 1 else positions.part(part),
         )
         return hidden, after.layers
