@@ -67,8 +67,9 @@ def _by_tracing(module: Any, **settings: Any) -> None:
     _compile(module, **settings, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("kind", ["transfer", "uptrain"])
-@pytest.mark.parametrize("borders", [None, [0, 20, 33, 75, 150]])
+@pytest.mark.parametrize(
+    ("kind", "borders"), [("transfer", [0, 20, 33, 75, 150]), ("uptrain", None)]
+)
 def test_layers_compile_in_segments(kind: Any, borders: list[int] | None) -> None:
     """Each with a state and without one, with a graph and without one."""
     spec = SPECS["windowed_sink"]
