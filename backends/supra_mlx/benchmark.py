@@ -120,11 +120,12 @@ def benchmark(
     tokens = mx.array(ids.astype(np.int32))
     rows, kept = [], []
     for context in contexts:
-        log(f"context {context:,}")
+        log(f"context {context:,}: reading")
         ours.read(tokens[:context])
         theirs.read(tokens[: min(context, read_up_to)])
         if context > read_up_to:
             theirs.fill(context)
+        log(f"context {context:,}: timing steps")
         step, stock_step = in_turns([ours.steps(), theirs.steps()], steps)
         kept.append(copy.deepcopy(ours.caches))
         rows.append(
@@ -139,7 +140,7 @@ def benchmark(
                 0.0,
             )
         )
-    log("every context in turns")
+    log("all contexts: timing steps")
     together = in_turns([ours.steps(caches) for caches in kept], steps)
     rows = [
         replace(row, step_in_turns=seconds) for row, seconds in zip(rows, together, strict=True)
