@@ -18,6 +18,7 @@ from supra_core.spec import LayerSpec, ModelSpec
 
 # How the modules of routers end.
 ROUTER = ".mlp.gate"
+_STACKED = ".mlp.switch_mlp."
 
 
 class FeedForward(nn.Module):
@@ -60,7 +61,10 @@ class MixtureOfExperts(nn.Module):
         weights = mx.take_along_axis(p, chosen, axis=-1)
         if self._normalise:
             weights = weights / weights.sum(axis=-1, keepdims=True)
-        out = self.switch_mlp(x, chosen) * weights[..., None]
+        # In the type that the experts are kept in, where that is not packed bits.
+        kept = self.switch_mlp.gate_proj.weight.dtype
+        experts_input = x.astype(kept) if mx.issubdtype(kept, mx.floating) else x
+        out = self.switch_mlp(experts_input, chosen) * weights[..., None]
         return out.sum(axis=-2).astype(x.dtype)
 
 
@@ -75,22 +79,33 @@ def stacked(
     """Named arrays with the experts' (out, ·) of a layer as one, (count, out, ·); others as is.
 
     Where experts are missing, or too many, each keeps its name, which strict loading reports.
+    On a CPU experts become float32, the one type that MLX gathers products in there.
     """
+    alike = _gathered_alike if mx.default_device() == mx.cpu else lambda array: array
     count = 0 if spec.experts is None else spec.experts.count
     waiting: dict[str, dict[int, tuple[str, mx.array]]] = {}
     for name, array in arrays:
         number = expert_number(name)
         if number is None:
-            yield name, array
+            yield name, alike(array) if _STACKED in name else array
             continue
         whole = stacked_name(name)
         parts = waiting.setdefault(whole, {})
         parts[number] = name, array
         if len(parts) == count and max(parts) == count - 1:
             del waiting[whole]
-            yield whole, mx.stack([parts[index][1] for index in range(count)])
+            yield whole, alike(mx.stack([parts[index][1] for index in range(count)]))
     for parts in waiting.values():
         yield from parts.values()
+
+
+def _gathered_alike(array: mx.array) -> mx.array:
+    """An expert's numbers in float32; packed bits and their scales stay as they are."""
+    return array.astype(mx.float32) if array.ndim == 3 and _is_half(array) else array
+
+
+def _is_half(array: mx.array) -> bool:
+    return array.dtype in (mx.bfloat16, mx.float16)
 
 
 @mx.compile

@@ -29,7 +29,7 @@ from supra_core.families import (
     smollm3,
 )
 from supra_core.families.tensors import inverse, renamed
-from supra_core.spec import ModelSpec, SoftmaxAttention
+from supra_core.spec import LongropeScaling, ModelSpec, SoftmaxAttention
 from supra_core.tensors import LazyTensor, TensorSource
 
 Translate = Callable[[ModelSpec, TensorSource], dict[str, LazyTensor]]
@@ -117,8 +117,13 @@ def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
     config = family.to_config(spec)
     again = family.to_spec(config, f"the {family.model_type} config")
     if replace(again, provenance=spec.provenance) != spec:
+        scaling = spec.rope.scaling
+        chosen = isinstance(scaling, LongropeScaling) and scaling.factors == "long"
         raise SpecError(
-            f"the model differs from what {family.model_type} can state: write it as supra instead"
+            f"the model differs from what {family.model_type} can state"
+            + (", since the long factors of its longrope were chosen" if chosen else "")
+            + ": write it as supra instead"
+            + (", or convert it with --rope-factors short" if chosen else "")
         )
     return config
 

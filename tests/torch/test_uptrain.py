@@ -160,6 +160,7 @@ def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path
     ("overrides", "message"),
     [
         ({"tokens": "many"}, "field tokens"),
+        ({"segment_tokens": "true"}, "field segment_tokens: a number is needed"),
         ({"tokns": "3"}, "field tokns"),
         ({"stages.7.learning_rate": "1e-3"}, "no such setting"),
         ({"stages.0.kind": "guess"}, r"field stages\.0\.kind"),
@@ -171,6 +172,20 @@ def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path
 def test_wrong_settings_are_named(overrides: dict[str, str], message: str) -> None:
     with pytest.raises(SupraError, match=message):
         resolve(config=None, model="m", recipe=None, data="d", overrides=overrides)
+
+
+def test_weights_that_are_no_numbers_are_not_trained(
+    settings: UptrainConfig, tmp_path: Path
+) -> None:
+    source = open_source(settings.model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = source.tensors[name].read().copy()
+    broken[3, 2] = np.nan
+    tensors = {**source.tensors, name: LazyTensor.of(broken)}
+    artifact.write(tmp_path / "model", source.spec, tensors, source.assets(), dtype="float32")
+    config = settings.model_copy(update={"model": str(tmp_path / "model")})
+    with pytest.raises(SupraError, match=r"up_proj\.weight holds NaN or infinity"):
+        uptrain(config, tmp_path / "run")
 
 
 def test_a_run_that_never_began_may_be_corrected(settings: UptrainConfig, tmp_path: Path) -> None:

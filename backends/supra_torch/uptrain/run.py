@@ -19,6 +19,7 @@ from supra_core import artifact
 from supra_core.errors import SupraError, WriteError
 from supra_core.formats import safetensors
 from supra_core.formats.atomic import atomic_file
+from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress, silent
 from supra_core.tensors import LazyTensor
@@ -193,6 +194,13 @@ def _calibrated(
     By the first process, for all and once a run, with one layer of each model in memory.
     """
     file = run / CALIBRATED
+    if every.is_first and checkpoint.newest(run) is None:
+        broken = first_not_finite(inputs.student_tensors)
+        if broken is not None:
+            raise SupraError(
+                f"{config.model}: {broken} holds NaN or infinity, which nothing can be learned "
+                "with: get the model again"
+            )
     origin = inputs.student_spec.provenance
     before = origin.trained_tokens or origin.calibration_tokens
     wanted = config.calibrate != "none" and config.calibrate_tokens and not before
