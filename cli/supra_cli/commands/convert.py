@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,6 +129,13 @@ def command(
             quantise=pack, dtype=dtype, force=force, config=config, revision=revision,
             offline=offline, rope_factors=rope_factors, progress=progress,
         )  # fmt: skip
+    if quantize is not None:
+        packed = _packed_share(out)
+        if packed < _MOST:
+            log(
+                f"note: {packed:.0%} of the parameters are packed: what has rows of no multiple of "
+                f"64 numbers stays {done.dtype}"
+            )
     for sentence in done.notes:
         log(f"note: {sentence}")
     if done.not_finite:
@@ -180,6 +188,21 @@ def _pushed(out: Path, target: HubId, private: bool) -> dict[str, Any]:
         raise SupraError(
             f"{error}; {out} is written and whole: supra push {out} {target}"
         ) from None
+
+
+# Norms and what else is no matrix are less than the rest.
+_MOST = 0.95
+
+
+def _packed_share(out: Path) -> float:
+    """How many of the parameters that were just written are in quantised matrices."""
+    from supra_core.layout import parameter_count
+    from supra_core.sources import open_source
+
+    written = open_source(out)
+    modules = {} if written.packed is None else written.packed.modules
+    packed = sum(prod(written.tensors[f"{name}.weight"].shape) for name in modules)
+    return packed / parameter_count(written.spec)
 
 
 def _quantisation(bits: int) -> Quantise:
