@@ -32,10 +32,10 @@ HUGE = [2**31, 10**12, 2**63, 10**400, 1e999, float("nan"), -1, 0, 2.5, True, "2
 
 
 def refused(read: Callable[[dict[str, Any], str], Any], config: dict[str, Any]) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(SpecError) as error:
         read(config, "c.json")
-    assert time.monotonic() - begin < 1
+    assert time.process_time() - begin < 1
     assert str(error.value).startswith("c.json: ")
     assert len(str(error.value).splitlines()) == 1
 
@@ -82,10 +82,10 @@ def test_the_largest_claim_of_experts_is_cheap() -> None:
     """Names are made for all of them, before the file is seen to have none."""
     config = spec_to_config(SPECS["experts"], "float32")
     config["experts"]["count"] = 16_384
-    spec, begin = config_to_spec(config, "c.json"), time.monotonic()
+    spec, begin = config_to_spec(config, "c.json"), time.process_time()
     with pytest.raises(SupraError, match="and 98\\d+ more"):
         check_tensors(spec, {}, "m")
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_a_large_mixer_is_not_repeated_for_every_layer() -> None:

@@ -42,10 +42,10 @@ def test_depth_is_counted_outside_strings() -> None:
     "text", ['"' + '\\"' * 500_000, '["' * 300_000, "[" * 10**6, "{" * 10**6, "\\" * 10**6]
 )
 def test_time_is_in_proportion(text: str) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(ValueError):
         parse(text)
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_files(tmp_path: Path) -> None:

@@ -52,10 +52,10 @@ def build(
 
 
 def refused(path: Path) -> str:
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(FormatError) as error:
         read_header(path)
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
     assert len(str(error.value).splitlines()) == 1
     assert "truncated or damaged GGUF file" in str(error.value)
     return str(error.value)
