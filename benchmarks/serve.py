@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,8 +52,9 @@ def main() -> None:
             flush=True,
         )
     if arguments.out is not None:
-        settings = {key: str(value) for key, value in vars(arguments).items() if key != "key"}
-        write_record(arguments.out, {"benchmark": "serve", "settings": settings, "rows": rows})
+        hidden = ["***" if text == arguments.key else text for text in sys.argv[1:]]
+        command = shlex.join(["python", "benchmarks/serve.py", *hidden])
+        write_record(arguments.out, {"command": command, "benchmark": "serve", "rows": rows})
 
 
 def parsed() -> argparse.Namespace:
