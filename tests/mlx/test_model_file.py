@@ -193,15 +193,15 @@ def test_stock_lora_and_fuse(folder: Path, tmp_path: Path) -> None:
     run(
         "lora", "--model", str(folder), "--train", "--data", str(data), "--iters", "4",
         "--batch-size", "2", "--num-layers", "2", "--adapter-path", str(adapters),
-        "--learning-rate", "1e-2", "--val-batches", "1",
+        "--learning-rate", "1e-3", "--val-batches", "1",
     )  # fmt: skip
     run(
         "fuse", "--model", str(folder), "--adapter-path", str(adapters), "--save-path", str(fused),
     )  # fmt: skip
     # A fused folder is ours again.
     told = generated(fused)
-    # mlx-lm leaves out a space that an answer begins with.
-    assert answers(fused, "Hello")[0].strip() == told.strip()
+    # mlx-lm leaves out a space that an answer begins with, and shows special tokens.
+    assert answers(fused, "Hello")[0].strip() == re.sub(r"<[|\w]+>", "", told).strip()
     if not folder.name.endswith("4bit"):
         # What is fused into four bits is rounded to them.
         assert told == generated(folder, "--adapter-path", str(adapters))
