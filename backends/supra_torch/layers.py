@@ -39,8 +39,8 @@ class Positions:
     float32 for the first d channels, which rotate, computed once a forward; ``local_tables`` are
     those of the spec's local rope. ``cu_seqlens`` (N + 1,) and ``documents`` (B, T), where rows
     are packed: where each document begins among all B T tokens, and which one each belongs to.
-    ``by_row``: packed rows begin with a state or leave one. ``goes_on`` (B,) bool: which rows'
-    first document is the one of the state before; None for all.
+    ``goes_on`` (B,) bool, of a part of packed rows: which rows' first document is the one of the
+    state before.
     """
 
     positions: Tensor
@@ -49,8 +49,12 @@ class Positions:
     cu_seqlens: Tensor | None = None
     documents: Tensor | None = None
     local_tables: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    by_row: bool = False
     goes_on: Tensor | None = None
+
+    @property
+    def by_row(self) -> bool:
+        """Whether these are a part of packed rows, each of which has a state of its own."""
+        return self.goes_on is not None
 
     def joined(self, others: Positions) -> Positions:
         """With the tables of another model at the same places, whose mixers rotate other widths."""
@@ -80,9 +84,7 @@ class Positions:
         at, before = (
             self.documents[:, max(0, place)] for place in (tokens.start, tokens.start - 1)
         )
-        return replace(
-            own, cu_seqlens=borders, documents=numbers, by_row=True, goes_on=at == before
-        )
+        return replace(own, cu_seqlens=borders, documents=numbers, goes_on=at == before)
 
     def rotate(self, x: Tensor, rope: str = "global") -> Tensor:
         """x (B, T, heads, channels) rotated in float32, returned in its own type.

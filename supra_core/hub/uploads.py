@@ -58,6 +58,12 @@ def check_upload(model: HubId) -> None:
     _check_account(model, user)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise SupraError where there is no folder to upload."""
+    if not folder.is_dir():
+        raise SupraError(f"{folder} is no folder: name the folder of a model")
+
+
 def upload(folder: str | Path, model: HubId, *, private: bool = False) -> Upload:
     """Put every file of ``folder`` on the hub in one commit; ``private``: for a new repository.
 
@@ -94,8 +100,7 @@ def upload(folder: str | Path, model: HubId, *, private: bool = False) -> Upload
 
 def _files(folder: Path) -> list[Path]:
     """What is uploaded: the folder's own files, none hidden and none that differs from its sum."""
-    if not folder.is_dir():
-        raise SupraError(f"{folder} is no folder: name the folder of a model")
+    check_folder(folder)
     files = [
         path for path in files_in(folder, "*") if path.is_file() and not path.name.startswith(".")
     ]

@@ -19,10 +19,9 @@ def command(
     """Put a model's folder on the hub, all of it in one commit."""
     from supra_cli import pushing
     from supra_cli.output import print_json
-    from supra_core.errors import SupraError
+    from supra_core.hub import check_folder
 
-    if not folder.is_dir():
-        raise SupraError(f"{folder} is no folder: name the folder of a model")
+    check_folder(folder)
     done = pushing.push(folder, pushing.target(model), private)
     if json_output:
         print_json(done)
