@@ -7,7 +7,7 @@ own input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -62,23 +62,36 @@ def transfer(
     Returns its mean over linear layers.
     """
     total, linear = torch.zeros((), dtype=torch.float64, device=batch.ids.device), 0
+    pieces, places = segments.parts(batch.ids.shape[1], segment), None
     for ours, x, target, positions in teacher_forced(student, teacher, batch):
+        # The positions are those of all layers.
+        places = places or _places(positions, pieces)
         if is_linear(ours):
-            total += _match(ours, x, target, positions, share, segment)
+            total += _match(ours, x, target, pieces, places, share)
             linear += 1
     return total / max(linear, 1)
 
 
+def _places(positions: Positions, pieces: Sequence[slice]) -> dict[int, Positions]:
+    """The positions of every piece of the rows, by its first token."""
+    if len(pieces) == 1:
+        return {pieces[0].start: positions}
+    return {part.start: positions.part(part) for part in pieces}
+
+
 def _match(
-    ours: Layer, x: Tensor, target: Tensor, positions: Positions, share: float, segment: int
+    ours: Layer,
+    x: Tensor,
+    target: Tensor,
+    pieces: Sequence[slice],
+    places: Mapping[int, Positions],
+    share: float,
 ) -> Tensor:
     """Accumulate the gradients of one mixer's error on x, times ``share``; returns both."""
     scale = target.float().square().mean((1, 2), keepdim=True).clamp(min=1e-12)
-    pieces = segments.parts(x.shape[1], segment)
 
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
-        own = positions if len(pieces) == 1 else positions.part(part)
-        state = None if before is None else before[0]
+        state, own = None if before is None else before[0], places[part.start]
         output, after = ours.mix(x[:, part], own, state, remember=len(pieces) > 1)
         return output, [after]
 
@@ -149,7 +162,7 @@ def _in_segments(
 ) -> Tensor:
     """Accumulate the gradients of a loss of the last hidden states, so many tokens at a time."""
     pieces = segments.parts(batch.ids.shape[1], segment)
-    positions = student.positions(batch.ids, cu_seqlens=batch.cu_seqlens)
+    places = _places(student.positions(batch.ids, cu_seqlens=batch.cu_seqlens), pieces)
     seen = torch.zeros_like(batch.ids[:, 0])
 
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
@@ -157,7 +170,7 @@ def _in_segments(
             batch.ids[:, part],
             None if before is None else ModelState(seen, tuple(before)),
             remember=len(pieces) > 1,
-            positions=positions if len(pieces) == 1 else positions.part(part),
+            positions=places[part.start],
         )
         return hidden, after.layers
 
