@@ -23,6 +23,7 @@ from supra_torch.plan.plan import plan  # noqa: E402
 from supra_torch.plan.trace import Trace  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
+from supra_torch.uptrain.exact import Float64Sums  # noqa: E402
 from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
 from supra_torch.uptrain.operations import flops_per_token  # noqa: E402
 from supra_torch.uptrain.processes import Processes  # noqa: E402
@@ -89,13 +90,18 @@ def allocated_peak(config: UptrainConfig, number: int) -> int:
         teacher = frozen_teacher(*inputs.teacher, "float32", one)
     optimiser = optimiser_for(student, stage)
     rows, length = config.batch_shape(stage)
-    together = config.device_rows or rows
+    together = 1 if config.sums_exactly else config.device_rows or rows
+    sums = Float64Sums(list(trained_parameters(optimiser))) if config.sums_exactly else None
 
     def accumulate() -> Any:
         total = torch.zeros(())
         for _ in range(0, rows, together):
             batch = Batch(torch.zeros(together, length, dtype=torch.long))
             total = total + gradients(stage.kind, student, teacher, batch, together / rows)
+            if sums is not None:
+                sums.add()
+        if sums is not None:
+            sums.leave()
         return total
 
     def step() -> None:
@@ -121,6 +127,7 @@ def allocated_peak(config: UptrainConfig, number: int) -> int:
         ("windowed", 1, {}),
         ("windowed", 1, {"activation_checkpointing": "true"}),
         ("windowed", 1, {"device_rows": 1}),
+        ("windowed", 1, {"reduce_dtype": "float64"}),
         ("pure", 1, {}),
         ("paper", 0, {}),
         ("lora", 1, {}),

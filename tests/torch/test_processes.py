@@ -104,3 +104,35 @@ def test_sigterm_says_start_again(shared: UptrainConfig, tmp_path: Path) -> None
 def test_an_uneven_share_is_refused(shared: UptrainConfig) -> None:
     with pytest.raises(SupraError, match=r"4 rows of 32 .* 3 processes .* multiple of 96"):
         shared.refuse_uneven(3)
+
+
+@pytest.fixture(scope="module")
+def exactly(shared: UptrainConfig) -> UptrainConfig:
+    """Twelve rows a step, which two, three and four processes share."""
+    update = {"reduce_dtype": "float64", "batch_tokens": 384, "tokens": 12 * 384}
+    return shared.model_copy(update=update)
+
+
+@pytest.fixture(scope="module")
+def exactly_alone(exactly: UptrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "exactly_alone"
+    assert run_in_process(exactly, run).wait() == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("count", "together"),
+    [(2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (3, 0), (4, 2)))],
+)
+def test_sums_in_float64_do_not_show_how_many_there_are(
+    exactly: UptrainConfig, exactly_alone: Path, tmp_path: Path, count: int, together: int
+) -> None:
+    """The same weights to the last bit, and the losses but for the order of their sum."""
+    run = tmp_path / "run"
+    config = exactly.model_copy(update={"devices_together": together})
+    assert run_in_processes(config, run, count).wait() == 0
+    ours, theirs = weights_in(run / "model"), weights_in(exactly_alone / "model")
+    for name, expected in theirs.items():
+        np.testing.assert_array_equal(ours[name], expected, err_msg=name)
+    assert len(logged_losses(run)) == 12
+    np.testing.assert_allclose(logged_losses(run), logged_losses(exactly_alone), rtol=1e-14)

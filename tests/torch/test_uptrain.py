@@ -166,6 +166,14 @@ def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path
         ({"stages.0.kind": "guess"}, r"field stages\.0\.kind"),
         ({"linearize.window": "-4"}, r"field linearize\.window"),
         ({"sequence_length": "33", "stages.0.cut": "2"}, "33 cannot be cut into 2"),
+        (
+            {"reduce_dtype": "float64", "device_rows": "2"},
+            "device_rows 2 and reduce_dtype float64 exclude each other",
+        ),
+        (
+            {"reduce_dtype": "float64", "segment_tokens": "64"},
+            "segment_tokens 64 and reduce_dtype float64 exclude each other",
+        ),
         ({"recipe": "magic"}, "unknown recipe 'magic'"),
     ],
 )

@@ -19,6 +19,7 @@ from supra_torch.plan.trace import Cost, Trace
 from supra_torch.uptrain import lora
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.config import Stage, UptrainConfig
+from supra_torch.uptrain.exact import Float64Sums
 from supra_torch.uptrain.processes import Processes, mesh_over
 from supra_torch.uptrain.sharding import meta_model, placed, settle, synchronise
 from supra_torch.uptrain.stages import gradients, optimiser_for
@@ -71,9 +72,11 @@ def trace_stage(
         teacher = meta_model(teacher_spec, dtype=product_type(precision))
         teacher.eval().requires_grad_(False)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _processes(where) as one, fake, planned_for(where.device_type):
-        for model in filter(None, (student, teacher)):
-            placed(model, one)
+    exactly = config.sums_exactly
+    with _processes(where, exactly) as one, fake, planned_for(where.device_type):
+        placed(student, one, torch.float64 if exactly else None)
+        if teacher is not None:
+            placed(teacher, one)
         trace = Trace()
         trace.label(_all(student), "weights")
         trace.label(_all(teacher), "teacher")
@@ -86,7 +89,9 @@ def trace_stage(
             trace.costs.clear()
             trace.sent.clear()
             began = trace.now()
-            for count, size, last in _turns(own, config.device_rows or own):
+            trained = list(trained_parameters(optimiser))
+            sums = Float64Sums(trained) if exactly and one.mesh is None else None
+            for count, size, last in _turns(own, 1 if exactly else config.device_rows or own):
                 trace.repeats = count
                 synchronise(student, last)
                 ids = torch.zeros(size, length, dtype=torch.long)
@@ -94,11 +99,19 @@ def trace_stage(
                     gradients(
                         stage.kind, student, teacher, Batch(ids), size / own, config.segment_tokens
                     )
+                if sums is not None:
+                    sums.add()
+                    trace.label(sums.tensors(), "gradients")
+            if sums is not None:
+                sums.leave()
             trace.repeats = 1
-            trained = list(trained_parameters(optimiser))
             trace.label((parameter.grad for parameter in trained), "gradients")
             nn.utils.clip_grad_norm_(trained, stage.clip)
             optimiser.step()
+        if where.together == where.devices:
+            # Along an axis of one there is nobody to sum with.
+            for name in [name for name in trace.sent if "allreduce" in name]:
+                del trace.sent[name]
         return StepTrace(trace.peak(began), trace.costs, trace.sent)
 
 
@@ -139,7 +152,7 @@ def _all(model: nn.Module | None) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _processes(where: Layout) -> Iterator[Processes]:
+def _processes(where: Layout, two_axes: bool) -> Iterator[Processes]:
     """One process of several that do not exist: what it sends is lost."""
     cpu = torch.device("cpu")
     if where.devices == 1:
@@ -149,7 +162,7 @@ def _processes(where: Layout) -> Iterator[Processes]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=where.devices)
     try:
-        mesh = mesh_over("cpu", where.devices, where.together)
+        mesh = mesh_over("cpu", where.devices, where.together, two_axes=two_axes)
         yield Processes(0, where.devices, cpu, mesh)
     finally:
         dist.destroy_process_group()

@@ -204,6 +204,8 @@ class _Planner:
         for remedy in _REMEDIES:
             if all(getattr(made.config, name) == value for name, value in remedy.items()):
                 continue
+            if made.config.sums_exactly and "segment_tokens" in remedy:
+                continue
             changed = made.config.model_copy(update=remedy)
             largest = max(self.stages(changed, progress), key=lambda stage: stage.bytes)
             if largest.bytes <= made.device_bytes:

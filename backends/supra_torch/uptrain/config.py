@@ -129,6 +129,8 @@ class UptrainConfig(_Strict):
     ``device_rows``: a device computes so many rows of a batch at a time (0: all of its share).
     ``segment_tokens``: a device computes so many tokens of a row at a time (0: all), and passes the
     state on to the next ones: memory of one segment, for one more forward.
+    ``reduce_dtype``: what gradients are summed in. In float64, a row at a time, the weights are the
+    same to the last bit whatever number of processes computes them, even if it changes.
     ``devices_together``: models are sharded over so many devices, and replicated over as many
     groups of them (0: over a node's where there are several nodes, else over all).
     ``compile``: every layer by torch.compile and, on a GPU, a step's forward and backward as one
@@ -172,6 +174,7 @@ class UptrainConfig(_Strict):
     batch_tokens: int = Field(default=2048, ge=2)
     device_rows: int = Field(default=0, ge=0)
     segment_tokens: int = Field(default=0, ge=0)
+    reduce_dtype: Literal["float32", "float64"] = "float32"
     devices_together: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -227,6 +230,21 @@ class UptrainConfig(_Strict):
     def needs_teacher(self) -> bool:
         """Whether any stage learns from the original transformer."""
         return any(stage.kind != "uptrain" for stage in self.stages)
+
+    @property
+    def sums_exactly(self) -> bool:
+        """Whether the sums of gradients are not to show their order."""
+        return self.reduce_dtype == "float64"
+
+    @model_validator(mode="after")
+    def _rows_are_summed_one_by_one(self) -> UptrainConfig:
+        if self.sums_exactly and (self.device_rows > 1 or self.segment_tokens):
+            name = "segment_tokens" if self.segment_tokens else "device_rows"
+            raise ValueError(
+                f"{name} {getattr(self, name)} and reduce_dtype float64 exclude each other, which "
+                f"computes one whole row at a time: leave {name} out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cuts_divide(self) -> UptrainConfig:

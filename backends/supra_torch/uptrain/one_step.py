@@ -50,6 +50,7 @@ def one_step(session: Session, place: Place, work: Work, most: float) -> dict[st
         clip=stage.clip,
         mean=lambda loss: every.sums([loss])[0] / every.size,
         most=most,
+        clip_gradients=session.clip_gradients,
     )
     seconds, tokens = time.perf_counter() - began, own.ids.size * every.size
     record: dict[str, Any] = {

@@ -80,12 +80,13 @@ def is_first() -> bool:
 
 
 @contextmanager
-def processes(devices_together: int = 0) -> Iterator[Processes]:
+def processes(devices_together: int = 0, *, two_axes: bool = False) -> Iterator[Processes]:
     """Join the others, where torchrun started this process; leave them at the end.
 
     Models are sharded over ``devices_together`` devices (0: over all of a node if there are
-    several nodes, else over all), and replicated over as many groups of them. Raises SupraError
-    when that does not divide the number of processes.
+    several nodes, else over all), and replicated over as many groups of them. ``two_axes``: the
+    mesh has both axes even if there is one group. Raises SupraError when that does not divide the
+    number of processes.
     """
     if "WORLD_SIZE" not in os.environ:
         yield Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -116,7 +117,7 @@ def processes(devices_together: int = 0) -> Iterator[Processes]:
                 rank,
                 size,
                 device,
-                mesh_over(device.type, size, together),
+                mesh_over(device.type, size, together, two_axes=two_axes),
                 dist.new_group(backend="gloo", timeout=_PATIENCE),
                 dist.new_group(backend="gloo", timeout=_PATIENCE),
             )
@@ -124,9 +125,9 @@ def processes(devices_together: int = 0) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def mesh_over(device_type: str, size: int, together: int) -> DeviceMesh:
-    """The mesh of so many processes, in groups of ``together`` if those are not all."""
-    if together == size:
+def mesh_over(device_type: str, size: int, together: int, *, two_axes: bool = False) -> DeviceMesh:
+    """The mesh of so many processes, in groups of ``together``; with an axis of one if asked."""
+    if together == size and not two_axes:
         return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
     shape = (size // together, together)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))

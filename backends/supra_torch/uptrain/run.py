@@ -67,7 +67,8 @@ def uptrain(
     A process by itself keeps the memory that it frees (:func:`keep_freed_memory`).
     """
     # Until all have joined there is nothing to save, and who waits for the others hears no signal.
-    with processes(config.devices_together) as every, Stop() as stop:
+    joined = processes(config.devices_together, two_axes=config.sums_exactly)
+    with joined as every, Stop() as stop:
         if not every.is_first:
             progress, say = silent, lambda text: None
         lock = Lock(run, say)

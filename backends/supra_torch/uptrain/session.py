@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from supra_core.progress import Progress
 from supra_core.spec import ModelSpec
@@ -21,12 +21,13 @@ from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
 from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.data import Mixture
+from supra_torch.uptrain.exact import Float64Sums, clip_gradients
 from supra_torch.uptrain.folder import log
 from supra_torch.uptrain.interrupts import Stop, stop_if_asked
 from supra_torch.uptrain.processes import Processes
 from supra_torch.uptrain.sharding import synchronise
 from supra_torch.uptrain.stages import gradients
-from supra_torch.uptrain.step import autocast, trained_parameters
+from supra_torch.uptrain.step import autocast, clip_by_norm, trained_parameters
 from supra_torch.uptrain.watch import Sink, figures
 
 
@@ -83,12 +84,15 @@ class Session:
     ) -> Gradients:
         """What a step of the stage computes of this process's part of a batch."""
 
-        alone = self.processes.mesh is None
-        captured = self.compiles and self.device.type == "cuda" and alone
+        alone, exactly = self.processes.mesh is None, self.config.sums_exactly
+        captured = self.compiles and self.device.type == "cuda" and alone and not exactly
         captured = captured and self.spec.experts is None
+        sums = Float64Sums(list(trained_parameters(optimiser))) if exactly and alone else None
+        # FSDP takes means over processes, but sums where each row is to count the same wherever.
+        sharing = self.processes.size if exactly else 1
 
         def compute(batches: Sequence[Batch]) -> Tensor:
-            rows = sum(len(batch.ids) for batch in batches)
+            rows = sum(len(batch.ids) for batch in batches) * sharing
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for number, batch in enumerate(batches, start=1):
                 if number > 1 and not captured:
@@ -100,7 +104,11 @@ class Session:
                         stage.kind, student, self.teacher, batch, share,
                         self.config.segment_tokens,
                     )  # fmt: skip
-            return total
+                if sums is not None:
+                    sums.add()
+            if sums is not None:
+                sums.leave()
+            return total * sharing
 
         if not captured:
             return compute
@@ -108,7 +116,14 @@ class Session:
 
     def batches(self, cut: int) -> Batches:
         """Puts rows on the device, for a stage that cuts sequences so."""
-        return Batches(self.data, cut, self.config.device_rows, self.device)
+        together = 1 if self.config.sums_exactly else self.config.device_rows
+        return Batches(self.data, cut, together, self.device)
+
+    def clip_gradients(self, parameters: Sequence[nn.Parameter], most: float) -> float:
+        """Scale gradients to a norm of at most ``most``; returns the norm that they had."""
+        if self.config.sums_exactly:
+            return clip_gradients(parameters, most, self.processes)
+        return clip_by_norm(parameters, most)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """One line in metrics.jsonl and where else figures are reported, by the first process."""

@@ -3,7 +3,8 @@
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 
 Weights are gathered in their own type and products taken by autocast, so that one process and
-many compute the same; gradients are reduced in float32, the type of trained weights.
+many compute the same; gradients are reduced in float32, the type of trained weights, unless
+another is asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -35,14 +41,15 @@ def load_model(
     *,
     dtype: torch.dtype,
     adapters: lora.Adapters | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> SupraModel:
     """The module on its device, with this process's part of the weights.
 
-    ``adapters``: of a stage that trains them, by their names in the module. Raises LayoutError
-    when names or shapes differ from the spec's.
+    ``adapters``: of a stage that trains them, by their names in the module. ``reduce_dtype``: as
+    :func:`placed`. Raises LayoutError when names or shapes differ from the spec's.
     """
     layout.check_tensors(spec, {name: t.shape for name, t in tensors.items()}, "the model")
-    model = placed(meta_model(spec, dtype=dtype, adapters=adapters), processes)
+    model = placed(meta_model(spec, dtype=dtype, adapters=adapters), processes, reduce_dtype)
     named = {**tensors, **(adapters.tensors if adapters else {})}
     for name, parameter in model.named_parameters():
         fill(parameter, named[lora.canonical(name)])
@@ -65,10 +72,15 @@ def meta_model(
     return model
 
 
-def placed(model: SupraModel, processes: Processes) -> SupraModel:
-    """The module of :func:`meta_model` with memory on this process's device, for its part of it."""
+def placed(
+    model: SupraModel, processes: Processes, reduce_dtype: torch.dtype | None = None
+) -> SupraModel:
+    """The module of :func:`meta_model` with memory on this process's device, for its part of it.
+
+    ``reduce_dtype``: gradients are summed over processes in it, instead of the mean in their own.
+    """
     if processes.mesh is not None:
-        _shard(model, processes.mesh)
+        _shard(model, processes.mesh, reduce_dtype)
     return model.to_empty(device=processes.device)
 
 
@@ -86,7 +98,10 @@ def trained_student(
         if adapters is None:
             adapters = lora.begun(spec, stage.lora_rank, config.seed)
         added = lora.Adapters(stage.lora_rank, stage.lora_alpha, adapters)
-    student = load_model(spec, tensors, processes, dtype=torch.float32, adapters=added).train()
+    student = load_model(
+        spec, tensors, processes, dtype=torch.float32, adapters=added,
+        reduce_dtype=torch.float64 if config.sums_exactly else None,
+    ).train()  # fmt: skip
     student.activation_checkpointing = config.activation_checkpointing
     return student
 
@@ -112,12 +127,17 @@ def fill(tensor: Tensor, source: LazyTensor) -> None:
         tensor.to_local().copy_(numbers(source.rows(offset[0], offset[0] + shape[0])))
 
 
-def _shard(model: SupraModel, mesh: DeviceMesh) -> None:
+def _shard(model: SupraModel, mesh: DeviceMesh, reduce_dtype: torch.dtype | None) -> None:
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(layer, "mix")
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "hidden")
+    if reduce_dtype is not None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
 
 
 def settle(model: SupraModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,16 @@ def trained_parameters(optimiser: torch.optim.Optimizer) -> Iterator[nn.Paramete
         yield from group["params"]
 
 
+Clip = Callable[[Sequence[nn.Parameter], float], float]
+"""Scales gradients to a norm of at most so much; returns the norm that they had."""
+
+
+def clip_by_norm(parameters: Sequence[nn.Parameter], most: float) -> float:
+    """A :data:`Clip` by torch's own means."""
+    total = nn.utils.clip_grad_norm_(parameters, most)
+    return (total.full_tensor() if isinstance(total, DTensor) else total).item()
+
+
 class StepResult(NamedTuple):
     """A step's loss and gradient norm, and whether the weights were moved."""
 
@@ -78,6 +88,7 @@ def training_step(
     clip: float,
     mean: Callable[[float], float] = lambda loss: loss,
     most: float = math.inf,
+    clip_gradients: Clip = clip_by_norm,
 ) -> StepResult:
     """Gradients by ``accumulate``, which returns the loss; clip; optimiser.
 
@@ -87,8 +98,7 @@ def training_step(
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * learning_rate_factor
     loss = mean(accumulate().item())
-    total = nn.utils.clip_grad_norm_(list(trained_parameters(optimiser)), clip)
-    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+    norm = clip_gradients(list(trained_parameters(optimiser)), clip)
     taken = math.isfinite(loss) and math.isfinite(norm) and norm <= most
     if taken:
         optimiser.step()
