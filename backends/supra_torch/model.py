@@ -137,15 +137,15 @@ class Trunk(nn.Module):
 class SupraModel(nn.Module):
     """Any model a spec can describe.
 
-    ``activation_checkpointing``: keep only what enters each layer for backward, and compute the
-    layer again there.
+    ``activation_checkpointing``: of every so-manieth layer keep only what enters it for backward,
+    and compute it again there; True: of each.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
         self.model = Trunk(spec)
-        self.activation_checkpointing = False
+        self.activation_checkpointing: bool | int = False
         self.frequencies = nn.ModuleDict(_frequencies(spec))
         self.lm_head = (
             None
@@ -224,9 +224,10 @@ class SupraModel(nn.Module):
         if positions is None:
             positions = self.positions(ids, state, mask, cu_seqlens)
         h, memories = self.embed(ids), []
+        again = int(self.activation_checkpointing) if torch.is_grad_enabled() else 0
         for index, layer in enumerate(self.model.layers):
             before = None if state is None else state.layers[index]
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if again and index % again == 0:
                 h, memory = checkpoint(
                     layer, h, positions, before, mask, remember,
                     use_reentrant=False, preserve_rng_state=False,

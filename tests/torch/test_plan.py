@@ -126,6 +126,7 @@ def allocated_peak(config: UptrainConfig, number: int) -> int:
         ("windowed", 0, {}),
         ("windowed", 1, {}),
         ("windowed", 1, {"activation_checkpointing": "true"}),
+        ("windowed", 1, {"activation_checkpointing": 2}),
         ("windowed", 1, {"device_rows": 1}),
         ("windowed", 1, {"reduce_dtype": "float64"}),
         ("pure", 1, {}),

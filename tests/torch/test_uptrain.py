@@ -161,6 +161,7 @@ def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path
     [
         ({"tokens": "many"}, "field tokens"),
         ({"segment_tokens": "true"}, "field segment_tokens: a number is needed"),
+        ({"activation_checkpointing": "-2"}, "true, false or a number of layers is needed, not -2"),
         ({"tokns": "3"}, "field tokns"),
         ({"stages.7.learning_rate": "1e-3"}, "no such setting"),
         ({"stages.0.kind": "guess"}, r"field stages\.0\.kind"),
@@ -291,8 +292,9 @@ def test_a_run_from_before_a_setting_existed_goes_on(
 ) -> None:
     file = finished / "run.json"
     record = json.loads(file.read_text())
-    del record["config"]["activation_checkpointing"]
+    del record["config"]["divergence"]
     file.write_text(json.dumps(record))
     assert uptrain(settings, finished)["already_finished"]
-    with pytest.raises(SupraError, match="another setting of activation_checkpointing"):
-        uptrain(settings.model_copy(update={"activation_checkpointing": True}), finished)
+    assert uptrain(settings.model_copy(update={"device_rows": 1}), finished)["already_finished"]
+    with pytest.raises(SupraError, match="another setting of divergence"):
+        uptrain(settings.model_copy(update={"divergence": 4.0}), finished)

@@ -42,6 +42,7 @@ _MOST_DEVICES, _LONGEST = 65_536, 1_048_576
 # What may make a run fit, the cheapest first.
 _REMEDIES: tuple[dict[str, int | bool], ...] = (
     {"device_rows": 1},
+    {"activation_checkpointing": 2},
     {"activation_checkpointing": True},
     {"activation_checkpointing": True, "device_rows": 1},
     {"segment_tokens": 1024, "device_rows": 1},

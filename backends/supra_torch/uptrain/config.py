@@ -135,12 +135,13 @@ class UptrainConfig(_Strict):
     groups of them (0: over a node's where there are several nodes, else over all).
     ``compile``: every layer by torch.compile and, on a GPU, a step's forward and backward as one
     CUDA graph; ``auto`` does so on a GPU, where it takes half a minute a stage.
-    ``activation_checkpointing`` computes every layer's forward again in backward: less memory,
-    more time. ``divergence``: a stage whose mean loss of 16 steps exceeds its lowest so many times
-    has diverged; it goes back to its last good checkpoint and on with other text ``rollbacks``
-    times, then it stops. ``spike``: a step is left out whose gradient norm exceeds the median of
-    the last 64 so many times (0: none is); so is one whose loss or gradient is not finite. More
-    than ``skips`` in a row stop the run.
+    ``activation_checkpointing`` computes every layer's forward again in backward, or every
+    so-manieth's: less memory, more time.
+    ``divergence``: a stage whose mean loss of 16 steps exceeds its lowest so many times has
+    diverged; it goes back to its last good checkpoint and on with other text ``rollbacks`` times,
+    then it stops. ``spike``: a step is left out whose gradient norm exceeds the median of the last
+    64 so many times (0: none is); so is one whose loss or gradient is not finite. More than
+    ``skips`` in a row stop the run.
     ``report_to``: curves in TensorBoard or Weights & Biases too. ``profile_steps``: so many steps
     of each stage are profiled.
     ``calibrate``: fit a freshly converted model in closed form on ``calibrate_tokens`` before the
@@ -154,6 +155,7 @@ class UptrainConfig(_Strict):
     # What may be changed while a run goes on: no result depends on it but by rounding.
     FREE: ClassVar[frozenset[str]] = frozenset(
         {
+            "activation_checkpointing",
             "device_rows",
             "segment_tokens",
             "devices_together",
@@ -181,7 +183,7 @@ class UptrainConfig(_Strict):
     evaluate_every: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "float32"] = "auto"
     compile: Compile = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int = False
     divergence: float = Field(default=3.0, gt=1)
     rollbacks: int = Field(default=0, ge=0)
     spike: float = Field(default=0.0, ge=0)
@@ -198,6 +200,13 @@ class UptrainConfig(_Strict):
     def data_parts(self) -> tuple[DataPart, ...]:
         """The texts; at least one."""
         return (DataPart(path=self.data),) if isinstance(self.data, str) else self.data
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _every_so_many(cls, value: Any) -> bool | int:
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"true, false or a number of layers is needed, not {value}")
+        return value if value > 1 else bool(value)
 
     @field_validator("data", mode="before")
     @classmethod
