@@ -150,6 +150,11 @@ def load(path: str | Path, *, dtype: str | None = None) -> StockBackend:
             "supra convert --to hf"
         )
     spec = open_source(folder).spec
+    if not spec.is_transformer:
+        raise SupraError(
+            f"{folder} has linear attention, which mlx-lm computes by the folder's own code alone; "
+            "this backend runs none of it: use the backend mlx"
+        )
     try:
         model, _ = load_model(folder, lazy=dtype is not None)
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:

@@ -69,8 +69,18 @@ def test_what_stock_mlx_lm_cannot_do(backend: Any, folder: Path, tmp_path: Path)
     with pytest.raises(SupraError, match="no folder with a config.json"):
         stock_backend.load(tmp_path)
     artifact = write_chat_model(tmp_path / "artifact", SPECS["paper"])
-    with pytest.raises(SupraError, match=r"cannot be loaded by stock mlx-lm .*use the backend mlx"):
+    with pytest.raises(SupraError, match=r"has linear attention, .*: use the backend mlx"):
         stock_backend.load(artifact)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     half = stock_backend.load(folder, dtype="bfloat16")
     assert half.logits(ids).dtype == np.float32
+
+
+def test_why_mlx_lm_cannot_load_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: object, **settings: object) -> None:
+        raise ValueError("Model type unheard_of not supported.")
+
+    monkeypatch.setattr(stock_backend, "load_model", refused)
+    message = r"cannot be loaded by stock mlx-lm \(Model type unheard_of not supported\): use"
+    with pytest.raises(SupraError, match=message):
+        stock_backend.load(folder)

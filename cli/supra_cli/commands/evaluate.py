@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,7 +183,9 @@ class _Side:
         from supra_torch.evaluate import evaluate
 
         loaded = load(self.backend, self.path, dtype=self.dtype)
-        found = evaluate(loaded, self.tokenizer(), tasks, form=self.form, limit=limit)
+        # Some of the harness's data sets print, which is not to end up in a record on stdout.
+        with redirect_stdout(sys.stderr):
+            found = evaluate(loaded, self.tokenizer(), tasks, form=self.form, limit=limit)
         common = {
             "model": self.path, "backend": self.backend, "form": self.form, "dtype": self.dtype
         }  # fmt: skip
