@@ -219,6 +219,21 @@ def test_eval_says_when_no_teacher_is_known(
     assert "is no transformer" in done.stderr
 
 
+def test_what_the_harness_prints_is_not_in_the_record(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = pytest.importorskip("supra_torch.evaluate", reason="torch is not installed")
+
+    def talkative(*arguments: object, **settings: object) -> dict[str, Any]:
+        print("a data set's own line")
+        return {"arc_easy": {"acc": 0.5}}
+
+    monkeypatch.setattr(evaluate, "evaluate", talkative)
+    monkeypatch.setattr("supra_cli.commands.evaluate._Side.check", lambda side: None)
+    found = result("eval", converted, "--tasks", "arc_easy", "--backend", "torch", "--no-teacher")
+    assert found["results"]["arc_easy"]["acc"] == 0.5
+
+
 def test_eval_forms_agree(converted: Path, text_file: Path) -> None:
     found = [
         result("eval", converted, "--data", text_file, "--limit", "100", "--form", form)
