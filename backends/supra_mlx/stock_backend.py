@@ -152,8 +152,8 @@ def load(path: str | Path, *, dtype: str | None = None) -> StockBackend:
     spec = open_source(folder).spec
     if not spec.is_transformer:
         raise SupraError(
-            f"{folder} has linear attention, which stock mlx-lm has not, and none of the folder's own "
-            "code is run here: name a transformer, or use the backend mlx"
+            f"{folder} has linear attention, which stock mlx-lm has not, and none of the folder's "
+            "own code is run here: name a transformer, or use the backend mlx"
         )
     try:
         model, _ = load_model(folder, lazy=dtype is not None)
