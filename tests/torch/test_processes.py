@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 
 from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
-from supra_torch.uptrain.config import UptrainConfig  # noqa: E402
+from supra_torch.uptrain.config import Stage, UptrainConfig  # noqa: E402
+from supra_torch.uptrain.step import adamw  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     end_by,
     logged_losses,
@@ -136,3 +137,24 @@ def test_sums_in_float64_do_not_show_how_many_there_are(
         np.testing.assert_array_equal(ours[name], expected, err_msg=name)
     assert len(logged_losses(run)) == 12
     np.testing.assert_allclose(logged_losses(run), logged_losses(exactly_alone), rtol=1e-14)
+
+
+def test_an_optimiser_that_is_not_fused_rounds_shards_alike() -> None:
+    """Its fused form does not: the tails of tensors are rounded otherwise."""
+    stage = Stage(kind="uptrain", share=1.0, learning_rate=1e-2, new_learning_rate=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for size in range(1, 60):
+        whole = torch.randn(size, generator=generator)
+        cut = size // 2
+        groups = [[whole.clone()], [whole[:cut].clone(), whole[cut:].clone()]]
+        optimisers = [adamw(((p, 1e-2, 0.1) for p in g), stage, fused=False) for g in groups]
+        for _ in range(3):
+            gradient = torch.randn(size, generator=generator)
+            for optimiser, parameters in zip(optimisers, groups, strict=True):
+                optimiser.param_groups[0]["lr"] = 1e-2
+                for p, part in zip(
+                    parameters, gradient.split([p.numel() for p in parameters]), strict=True
+                ):
+                    p.grad = part.clone()
+                optimiser.step()
+        assert torch.equal(groups[0][0], torch.cat(groups[1]))

@@ -81,7 +81,7 @@ def trace_stage(
         trace.label(_all(student), "weights")
         trace.label(_all(teacher), "teacher")
         with trace:
-            optimiser = optimiser_for(student, stage)
+            optimiser = optimiser_for(student, stage, fused=not exactly)
             _warm(optimiser, trace)
             if one.mesh is not None:
                 for model in filter(None, (student, teacher)):

@@ -220,7 +220,7 @@ def is_linear(layer: Layer) -> bool:
     return hasattr(layer.self_attn, "mixer")
 
 
-def optimiser_for(student: SupraModel, stage: Stage) -> torch.optim.AdamW:
+def optimiser_for(student: SupraModel, stage: Stage, *, fused: bool = True) -> torch.optim.AdamW:
     """AdamW over what the stage trains; everything else is frozen, experts and routers always.
 
     Nothing here would keep a router's choices balanced, as it was trained to. Weights the
@@ -232,7 +232,7 @@ def optimiser_for(student: SupraModel, stage: Stage) -> torch.optim.AdamW:
         raise SupraError(
             f"the {stage.kind} stage has nothing to train: give it a learning rate, or leave it out"
         )
-    return adamw(trained, stage)
+    return adamw(trained, stage, fused=fused)
 
 
 def _trained(student: SupraModel, stage: Stage) -> Iterator[tuple[nn.Parameter, float, float]]:

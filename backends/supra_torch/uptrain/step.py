@@ -40,8 +40,13 @@ def autocast(device: torch.device, precision: str, *, sharded: bool = False) -> 
     )
 
 
-def adamw(trained: Iterable[tuple[nn.Parameter, float, float]], stage: Stage) -> torch.optim.AdamW:
-    """AdamW over parameters, each with its peak learning rate and weight decay."""
+def adamw(
+    trained: Iterable[tuple[nn.Parameter, float, float]], stage: Stage, *, fused: bool = True
+) -> torch.optim.AdamW:
+    """AdamW over parameters, each with its peak learning rate and weight decay.
+
+    The fused one rounds the last elements of a tensor, or of a shard, otherwise than the others.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter, peak, weight_decay in trained:
         groups.setdefault((peak, weight_decay), []).append(parameter)
@@ -52,7 +57,7 @@ def adamw(trained: Iterable[tuple[nn.Parameter, float, float]], stage: Stage) ->
         ],
         lr=0.0,
         betas=(stage.beta1, stage.beta2),
-        fused=True,
+        fused=fused,
     )
 
 

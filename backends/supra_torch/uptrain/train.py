@@ -96,7 +96,7 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     )  # fmt: skip
     if place.step == 0:
         place = _evaluate(session, place, student)
-    optimiser = optimiser_for(student, stage)
+    optimiser = optimiser_for(student, stage, fused=not config.sums_exactly)
     names = {parameter: name for name, parameter in student.named_parameters()}
     if within:
         taken = place.stage_step - place.left_out
