@@ -90,7 +90,7 @@ def allocated_peak(config: UptrainConfig, number: int) -> int:
         teacher = frozen_teacher(*inputs.teacher, "float32", one)
     optimiser = optimiser_for(student, stage, fused=not config.sums_exactly)
     rows, length = config.batch_shape(stage)
-    together = 1 if config.sums_exactly else config.device_rows or rows
+    together = config.rows_together or rows
     sums = Float64Sums(list(trained_parameters(optimiser))) if config.sums_exactly else None
 
     def accumulate() -> Any:

@@ -91,7 +91,7 @@ def trace_stage(
             began = trace.now()
             trained = list(trained_parameters(optimiser))
             sums = Float64Sums(trained) if exactly and one.mesh is None else None
-            for count, size, last in _turns(own, 1 if exactly else config.device_rows or own):
+            for count, size, last in _turns(own, config.rows_together or own):
                 trace.repeats = count
                 synchronise(student, last)
                 ids = torch.zeros(size, length, dtype=torch.long)
@@ -108,7 +108,7 @@ def trace_stage(
             trace.label((parameter.grad for parameter in trained), "gradients")
             nn.utils.clip_grad_norm_(trained, stage.clip)
             optimiser.step()
-        if where.together == where.devices:
+        if exactly and where.together == where.devices:
             # Along an axis of one there is nobody to sum with.
             for name in [name for name in trace.sent if "allreduce" in name]:
                 del trace.sent[name]

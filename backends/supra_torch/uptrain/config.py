@@ -245,6 +245,11 @@ class UptrainConfig(_Strict):
         """Whether the sums of gradients are not to show their order."""
         return self.reduce_dtype == "float64"
 
+    @property
+    def rows_together(self) -> int:
+        """Rows of a batch that a device computes at a time; 0: all of its share."""
+        return 1 if self.sums_exactly else self.device_rows
+
     @model_validator(mode="after")
     def _rows_are_summed_one_by_one(self) -> UptrainConfig:
         if self.sums_exactly and (self.device_rows > 1 or self.segment_tokens):

@@ -116,8 +116,7 @@ class Session:
 
     def batches(self, cut: int) -> Batches:
         """Puts rows on the device, for a stage that cuts sequences so."""
-        together = 1 if self.config.sums_exactly else self.config.device_rows
-        return Batches(self.data, cut, together, self.device)
+        return Batches(self.data, cut, self.config.rows_together, self.device)
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], most: float) -> float:
         """Scale gradients to a norm of at most ``most``; returns the norm that they had."""
