@@ -26,6 +26,7 @@ from supra_torch.layers import Exact, FeatureProjection, NormLayer, Positions, a
 from supra_torch.ops import WindowState, linear_attention, windowed_attention
 from supra_torch.ops.linear_attention import of_sequences
 from supra_torch.ops.step import linear_attention_step, linear_attention_step_
+from supra_torch.ops.target import kind
 
 LayerState = dict[str, Tensor]
 
@@ -112,11 +113,15 @@ class SoftmaxMixer(Mixer):
         mask (T, S) or (B, 1, T, S) bool, None for all keys or, if ``causal``, those up to a
         query's own, S being T.
         """
+        group = q.shape[1] // k.shape[1]
+        # On a GPU what takes a mask takes no groups, or everything is computed at full length.
+        if self.softcap is not None or (mask is not None and kind(q) == "cuda"):
+            k, v = (z.repeat_interleave(group, dim=1) for z in (k, v))
         if self.softcap is None:
+            grouped = k.shape[1] < q.shape[1]
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
             )
-        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
         scores = q @ k.mT / (q.shape[-1] ** 0.5 * self.softcap)
         scores = self.softcap * torch.tanh(scores.float())
         if causal:

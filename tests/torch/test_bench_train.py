@@ -13,6 +13,7 @@ from supra_core import artifact  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
+from supra_torch.benchmark import train  # noqa: E402
 from supra_torch.benchmark.train import ORIGINAL, benchmark, table  # noqa: E402
 
 SETTINGS: dict[str, Any] = {
@@ -83,6 +84,35 @@ def test_a_linear_model_is_measured_alone_and_it_is_said(converted: Path) -> Non
 def test_bad_input_is_named(tiny_transformer: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SupraError, match=message):
         benchmark(str(tiny_transformer), **{**SETTINGS, **settings})
+
+
+def test_what_is_measured_outlives_a_process_that_dies(
+    tiny_transformer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[list[str | None]] = []
+    step = train._Trainer.step
+
+    def dies(trainer: train._Trainer, number: int) -> str:
+        doomed = trainer.row.name.endswith("transfer") and trainer.length == 48
+        if number == 4 and (doomed or trainer.length == 64):
+            trainer._process.kill()
+        return step(trainer, number)
+
+    monkeypatch.setattr(train._Trainer, "step", dies)
+    settings = {**SETTINGS, "kinds": ["uptrain", "transfer"], "lengths": [32, 48]}
+    result = benchmark(
+        str(tiny_transformer), **settings,
+        keep=lambda result: kept.append([row["reason"] for row in result["rows"]]),
+    )  # fmt: skip
+    assert kept[0] == [None] * 3
+    assert kept[1][:5] == [None] * 5
+    reason = result["rows"][-1]["reason"]
+    assert "'windowed: transfer' at length 48 ended with code -9" in reason
+    assert reason in result["notes"]
+    assert result["rows"][-1]["tokens_per_second"] is None
+    assert table(result).rows[-1][2:] == ("-",) * 7
+    with pytest.raises(SupraError, match="at length 64 ended with code -9"):
+        benchmark(str(tiny_transformer), **{**settings, "lengths": [64]})
 
 
 def test_a_process_that_cannot_begin_says_why(tmp_path: Path, tiny_transformer: Path) -> None:

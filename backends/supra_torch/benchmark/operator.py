@@ -47,6 +47,8 @@ def benchmark(
     notes = [f"{len(chosen)} of {len(SHAPES)} shapes"] if len(chosen) < len(SHAPES) else []
     if where.type == "cpu" and not shapes:
         notes = [f"on a CPU only {', '.join(CPU_SHAPES)}: name others with --shape"]
+    # First: a kernel that reads where it must not leaves a GPU unusable.
+    copied = copy_bandwidth(where)
     rows = []
     for shape in chosen:
         problem = Problem(shape, kind, where)
@@ -57,7 +59,7 @@ def benchmark(
         "benchmark": "op",
         "dtype": dtype,
         "repeats": repeats,
-        "copy_bytes_per_second": copy_bandwidth(where),
+        "copy_bytes_per_second": copied,
         **environment(where),
         "rows": [asdict(row) for row in rows],
         "notes": notes,

@@ -71,10 +71,8 @@ class Problem:
             found = self._results(run)
         except (ImportError, ValueError, NotImplementedError) as error:
             return replace(row, reason=f"not available: {_first_line(error)}")
-        except torch.OutOfMemoryError:
-            return replace(row, reason="not measured: out of memory")
-        except RuntimeError as error:
-            return replace(row, reason=f"failed: {_first_line(error)}", failed=True)
+        except Exception as error:
+            return _unmeasured(row, error)
         errors = self._errors(found, softmax=candidate.softmax)
         del found
         tolerance = TOLERANCES[self.q.dtype]
@@ -105,8 +103,8 @@ class Problem:
 
         try:
             seconds = [median_seconds(part, device, repeats) for part in (forward, both)]
-        except torch.OutOfMemoryError:
-            return replace(row, reason="not measured: out of memory")
+        except Exception as error:
+            return _unmeasured(row, error)
         moved = self.shape.forward_bytes(self.q.dtype.itemsize)
         return replace(
             row,
@@ -194,6 +192,13 @@ def _softmax_slices(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
 
 def _float64(x: Tensor) -> Tensor:
     return x.detach().double().requires_grad_()
+
+
+def _unmeasured(row: Row, error: Exception) -> Row:
+    """The row of what a kernel, a compiler or a driver raised: the other rows are still measured."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return replace(row, reason="not measured: out of memory")
+    return replace(row, reason=f"failed: {type(error).__name__}: {_first_line(error)}", failed=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from supra_core.errors import SupraError
 from supra_core.sources import Source, open_source
 from supra_core.tables import Table, origin
 from supra_torch.benchmark.timing import environment
-from supra_torch.benchmark.trainer import Training, serve
+from supra_torch.benchmark.trainer import Summary, Training, serve
 from supra_torch.devices import recognised
 from supra_torch.uptrain.compilation import compiles
 from supra_torch.uptrain.config import (
@@ -58,20 +58,39 @@ def benchmark(
     segment_tokens: int = 0,
     compile: str = "auto",
     log: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Median seconds of a training step for every kind, recipe and length, and of the original's.
 
     ``recipes`` linearize a transformer (None: the default one); a model that is linear already
     takes none. ``kinds`` are those of a recipe's stages. Tokens are random, the same for all.
     Returns ``rows`` and what they were measured with; ``notes`` say what was not measured, and
-    why. Raises SupraError when the input is bad or a process dies.
+    why; ``keep`` is given the same after every length. A row whose process died has a ``reason``
+    instead of figures. Raises SupraError when the input is bad or every process died.
     """
     if steps < 1:
         raise SupraError(f"--steps {steps}: at least one step must be measured")
     source = open_source(model)
     notes = _notes(model, source, lengths, batch_tokens)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
+    where = environment(device)
+    kind = resolved_precision(precision, device)
+    known = recognised(where["device"])
+    peak = None if known is None else known.products(kind)
+    result: dict[str, Any] = {
+        "benchmark": "train",
+        "model": model,
+        "batch_tokens": batch_tokens,
+        "steps": steps,
+        "precision": kind,
+        "activation_checkpointing": activation_checkpointing,
+        "segment_tokens": segment_tokens,
+        "compile": compiles(compile, device),
+        "peak_flops": peak,
+        **where,
+        "rows": [],
+        "notes": notes,
+    }
     for length in lengths:
         plan = _plan(
             model, source, recipes, kinds,
@@ -83,28 +102,29 @@ def benchmark(
             device=device,
         )  # fmt: skip
         log(f"length {length}: {', '.join(row.name for row in plan)}")
-        rows.extend(_measure(plan, steps, log))
-    where = environment(device)
-    precision = resolved_precision(precision, device)
-    known = recognised(where["device"])
-    peak = None if known is None else known.products(precision)
-    for row in rows:
-        flops, speed = row["flops_per_token"], row["tokens_per_second"]
-        row["mfu"] = None if peak is None else flops * speed / peak
-    return {
-        "benchmark": "train",
-        "model": model,
-        "batch_tokens": batch_tokens,
-        "steps": steps,
-        "precision": precision,
-        "activation_checkpointing": activation_checkpointing,
-        "segment_tokens": segment_tokens,
-        "compile": compiles(compile, device),
-        "peak_flops": peak,
-        **where,
-        "rows": rows,
-        "notes": notes,
-    }
+        rows = _measure(plan, steps, log)
+        result["rows"] += [{**row, "mfu": _utilisation(row, peak)} for row in rows]
+        notes += [note for row in rows for note in _shortcomings(row)]
+        if any(row["reason"] is None for row in result["rows"]):
+            keep(result)
+    if all(row["reason"] for row in result["rows"]):
+        raise SupraError(result["rows"][0]["reason"])
+    return result
+
+
+def _utilisation(row: dict[str, Any], peak: float | None) -> float | None:
+    speed = row["tokens_per_second"]
+    return None if peak is None or speed is None else row["flops_per_token"] * speed / peak
+
+
+def _shortcomings(row: dict[str, Any]) -> Iterator[str]:
+    if row["reason"]:
+        yield row["reason"]
+    if row["captured"] is False:
+        yield (
+            f"'{row['name']}' at length {row['length']} could not be captured as a CUDA graph: "
+            "the host launched every kernel"
+        )
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -113,13 +133,13 @@ def table(result: dict[str, Any]) -> Table:
         (
             row["name"],
             str(row["length"]),
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['seconds_median']:.2f}",
-            f"{row['seconds_least']:.2f}",
-            f"{row['seconds_most']:.2f}",
-            f"{row['peak_memory_bytes'] / 1e9:,.2f}",
-            "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
-            "-" if row["speed_ratio"] is None else f"{row['speed_ratio']:.2f} x",
+            _shown(row["tokens_per_second"], ",.0f"),
+            _shown(row["seconds_median"], ".2f"),
+            _shown(row["seconds_least"], ".2f"),
+            _shown(row["seconds_most"], ".2f"),
+            _shown(row["peak_memory_bytes"], ",.2f", scale=1e-9),
+            _shown(row["mfu"], ".1f", scale=100, unit=" %"),
+            _shown(row["speed_ratio"], ".2f", unit=" x"),
         )
         for row in result["rows"]
     ]
@@ -137,6 +157,10 @@ def table(result: dict[str, Any]) -> Table:
             *_about(result),
         ),
     )  # fmt: skip
+
+
+def _shown(value: float | None, form: str, *, scale: float = 1.0, unit: str = "") -> str:
+    return "-" if value is None else f"{value * scale:{form}}{unit}"
 
 
 def _about(result: dict[str, Any]) -> list[str]:
@@ -213,10 +237,13 @@ def _config(model: str, kind: str, recipe: str, settings: dict[str, Any]) -> Upt
 
 
 class _Trainer:
-    """A process that trains when told to."""
+    """A process that trains when told to. ``reason``: why it has died, if it has."""
 
-    def __init__(self, row: _Row) -> None:
-        self.name, self.length = row.name, row.training.config.sequence_length
+    def __init__(self, row: _Row, log: Callable[[str], None]) -> None:
+        self.row, self.length = row, row.training.config.sequence_length
+        self.seconds: list[float] = []
+        self.reason: str | None = None
+        self._log = log
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(row.training, theirs), daemon=True)
@@ -224,20 +251,36 @@ class _Trainer:
         theirs.close()
 
     def ask(self, *message: Any) -> Any:
-        """Send a message, if there is one, and wait for the answer."""
+        """Send a message, if there is one, and wait for the answer; None from a dead process.
+
+        Raises SupraError when the answer is that the input is bad.
+        """
+        if self.reason is not None:
+            return None
         try:
             for part in message:
                 self._pipe.send(part)
             answer = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
-            raise SupraError(
-                f"'{self.name}' at length {self.length} ended with code {self._process.exitcode} "
-                "(-9: out of memory): use fewer --batch-tokens, or see its error above"
-            ) from None
+            self.reason = (
+                f"'{self.row.name}' at length {self.length} ended with code "
+                f"{self._process.exitcode} (-9: out of memory): use fewer --batch-tokens or one "
+                "--recipe at a time, or see its error above"
+            )
+            self._log(self.reason)
+            return None
         if isinstance(answer, str) and answer != "ready":
             raise SupraError(answer)
         return answer
+
+    def step(self, number: int) -> str:
+        """Take one step; what it took, for people."""
+        seconds = self.ask(number)
+        if seconds is None:
+            return "-"
+        self.seconds.append(seconds)
+        return f"{seconds:.2f}"
 
     def close(self) -> None:
         self._pipe.close()
@@ -247,44 +290,42 @@ class _Trainer:
 
 
 def _measure(plan: Sequence[_Row], steps: int, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    seconds: list[list[float]] = [[] for _ in plan]
     with ExitStack() as stack:
         trainers = []
         for row in plan:
-            trainers.append(_Trainer(row))
+            trainers.append(_Trainer(row, log))
             stack.callback(trainers[-1].close)
             # One after the other: loading needs more memory than it leaves behind.
             trainers[-1].ask()
         for number in range(_WARMUP + steps):
-            for trainer, measured in zip(trainers, seconds, strict=True):
-                measured.append(trainer.ask(number))
-            spent = ", ".join(f"{measured[-1]:.2f}" for measured in seconds)
+            spent = ", ".join(trainer.step(number) for trainer in trainers)
             log(f"  step {number + 1} of {_WARMUP + steps}: {spent} s")
-        ends = [trainer.ask(None) for trainer in trainers]
-    rows = [
-        _result(row, measured[_WARMUP:], *end)
-        for row, measured, end in zip(plan, seconds, ends, strict=True)
-    ]
+        rows = [_result(trainer, trainer.ask(None)) for trainer in trainers]
     base = rows[0]["tokens_per_second"] if plan[0].training.original else None
-    return [
-        {**row, "speed_ratio": None if base is None else row["tokens_per_second"] / base}
-        for row in rows
-    ]
+    for row in rows:
+        speed = row["tokens_per_second"]
+        row["speed_ratio"] = None if base is None or speed is None else speed / base
+    return rows
 
 
-def _result(row: _Row, seconds: Sequence[float], peak: int, flops: int) -> dict[str, Any]:
-    config = row.training.config
-    tokens, median = math.prod(config.batch_shape(config.stages[0])), statistics.median(seconds)
+def _result(trainer: _Trainer, summary: Summary | None) -> dict[str, Any]:
+    """What a trainer measured; nothing but the reason where it has died."""
+    config = trainer.row.training.config
+    tokens = math.prod(config.batch_shape(config.stages[0]))
+    seconds = [] if summary is None else trainer.seconds[_WARMUP:]
+    median = statistics.median(seconds) if seconds else None
     return {
-        "name": row.name,
-        "original": row.training.original,
+        "name": trainer.row.name,
+        "original": trainer.row.training.original,
         "kind": config.stages[0].kind,
-        "length": config.sequence_length,
+        "length": trainer.length,
         "step_tokens": tokens,
         "seconds_median": median,
-        "seconds_least": min(seconds),
-        "seconds_most": max(seconds),
-        "tokens_per_second": tokens / median,
-        "peak_memory_bytes": peak,
-        "flops_per_token": flops,
+        "seconds_least": min(seconds, default=None),
+        "seconds_most": max(seconds, default=None),
+        "tokens_per_second": None if median is None else tokens / median,
+        "peak_memory_bytes": None if summary is None else summary.peak_bytes,
+        "flops_per_token": None if summary is None else summary.flops_per_token,
+        "captured": None if summary is None else summary.captured,
+        "reason": trainer.reason,
     }

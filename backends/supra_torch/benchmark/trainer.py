@@ -39,9 +39,17 @@ class Training:
     threads: int
 
 
+@dataclass(frozen=True)
+class Summary:
+    """``captured``: whether the steps were a CUDA graph; None where that was not tried."""
+
+    peak_bytes: int
+    flops_per_token: int
+    captured: bool | None
+
+
 def serve(training: Training, pipe: Connection) -> None:
-    """Answer ``ready``, then each step's number with its seconds, then None with two numbers:
-    peak bytes, and floating-point operations a token.
+    """Answer ``ready``, then each step's number with its seconds, then None with a Summary.
 
     A SupraError is answered with its message as a string, and ends the process.
     """
@@ -72,7 +80,8 @@ def serve(training: Training, pipe: Connection) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         pipe.send(time.perf_counter() - began)
-    pipe.send((peak_memory(device), flops))
+    captured = accumulate.succeeded if isinstance(accumulate, CapturedGradients) else None
+    pipe.send(Summary(peak_memory(device), flops, captured))
 
 
 def _ours(

@@ -152,8 +152,8 @@ def segment_kernel(
     rows = tl.arange(0, BLOCK_T)
     channels = tl.arange(0, BLOCK_K)
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    k += batch * k_b + (head // k_group) * k_h
-    v += batch * v_b + (head // v_group) * v_h
+    k += batch * k_b + (head // k_group).to(tl.int64) * k_h
+    v += batch * v_b + (head // v_group).to(tl.int64) * v_h
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     vector = _widened(tl.zeros((BLOCK_K if ROLE == "output" else BLOCK_V,), tl.float32), ROLE)
     seen = tl.zeros((), tl.float32)
@@ -233,12 +233,12 @@ def scan_kernel(
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
     inner = _within(channels[:, None] >= 0, channels[:, None], K, BLOCK_K)
     inner = _within(inner, columns[None, :], V, BLOCK_V)
-    q += batch * q_b + (head // q_group) * q_h
-    k += batch * k_b + (head // k_group) * k_h
-    v += batch * v_b + (head // v_group) * v_h
+    q += batch * q_b + (head // q_group).to(tl.int64) * q_h
+    k += batch * k_b + (head // k_group).to(tl.int64) * k_h
+    v += batch * v_b + (head // v_group).to(tl.int64) * v_h
     output += (batch * T * H + head) * V
     if dots is not None:
-        partner += batch * partner_b + (head // partner_group) * partner_h
+        partner += batch * partner_b + (head // partner_group).to(tl.int64) * partner_h
         dots += block.to(tl.int64) * dots_block + batch * T * H + head
     if NORMALISE:
         if ROLE == "output":

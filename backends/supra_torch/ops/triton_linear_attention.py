@@ -361,12 +361,15 @@ def _ages(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, slope, initial_state, mask, cu_seqlens, normalise = inputs
+    # The state has no gradient in most steps: none is made of zeros and read.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, slope, initial_state, mask, cu_seqlens, *output)
 
 
-def _backward(ctx: Any, do: Tensor, dsums: Tensor | None, dstate: Tensor | None) -> Any:
+def _backward(ctx: Any, do: Tensor | None, dsums: Tensor | None, dstate: Tensor | None) -> Any:
     q, k, v, slope, initial_state, mask, cu_seqlens, output, sums, state = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    do = torch.zeros_like(output) if do is None else do
     dq, dk, dv, dslope, dinitial = linear_attention_triton_backward(
         do, dsums if sums.numel() else None, dstate, q, k, v, slope, initial_state, mask,
         cu_seqlens, output, sums, state, needs[3], needs[4],

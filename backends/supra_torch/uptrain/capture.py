@@ -36,6 +36,11 @@ class CapturedGradients:
         self._captured: _Captured | None = None
         self._possible = True
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether a graph was captured; False before the first call."""
+        return self._captured is not None
+
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         if self._captured is None and self._possible:
             try:

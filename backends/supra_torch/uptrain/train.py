@@ -23,6 +23,7 @@ from supra_torch.uptrain.estimate import Estimate
 from supra_torch.uptrain.folder import logged_steps, metrics_of, trim_log
 from supra_torch.uptrain.guard import Guards, LossGuard
 from supra_torch.uptrain.interrupts import stop_if_asked
+from supra_torch.uptrain.memory import reset_peak
 from supra_torch.uptrain.one_step import Work, one_step
 from supra_torch.uptrain.operations import flops_per_token
 from supra_torch.uptrain.profile import profiled
@@ -102,6 +103,8 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
         taken = place.stage_step - place.left_out
         checkpoint.load_optimiser(within, optimiser, names, taken)
     peak = session.peak_flops
+    # A stage's memory is its own: neither the loading of weights nor the stage before counts.
+    reset_peak(session.device)
     work = Work(
         session.gradients(stage, student, optimiser), session.batches(stage.cut), optimiser, steps,
         None if peak is None else flops_per_token(stage, session.spec) / peak,

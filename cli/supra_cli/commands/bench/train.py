@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,9 +45,16 @@ def command(
     from supra_cli.output import log
 
     require("torch", "measuring training")
+    from supra_core.tables import write
     from supra_torch.benchmark.train import benchmark, table
 
     check("train", out=out, force=force)
+
+    def keep(measured: dict[str, Any]) -> None:
+        """What is measured stays if a later length fails."""
+        if out is not None:
+            write(out, "train", measured, table(measured), force=True)
+
     result = benchmark(
         model,
         recipes=recipe,
@@ -60,5 +67,6 @@ def command(
         segment_tokens=segment_tokens,
         compile=compile,
         log=log,
+        keep=keep,
     )
-    show("train", result, table(result), out=out, force=force, json_output=json_output)
+    show("train", result, table(result), out=out, force=True, json_output=json_output)
