@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,9 @@ class BackendEngine:
         """Token ids of a text as it stands."""
         return [int(token) for token in self.tokenizer.encode(text)]
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
+    def render(self, messages: Sequence[Message], now: datetime | None = None) -> list[int]:
         """As the chat template has it; SupraError when the tokenizer has none."""
-        return render_chat(self.tokenizer, messages)
+        return render_chat(self.tokenizer, messages, now)
 
     def fresh(self) -> Held:
         """The state before the first token."""
@@ -64,13 +65,15 @@ class BackendEngine:
         sampling: Sampling,
         progress: Progress = silent,
         seen: Sequence[int] = (),
+        continues: bool = False,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text, up to the end of the turn, which is none."""
         if not len(ids):
             raise SupraError("the prompt is empty: give at least one token to go on from")
         self.feed(ids[:-1], state, progress)
         logits = self._show(ids[-1:], state)[0, -1]
-        text, recent = detokenizer(self.tokenizer), (*seen, *ids)
+        recent = (*seen, *ids)
+        text = detokenizer(self.tokenizer, recent if continues else ())
         for token, after in continuation(self.model, logits, state.state, recent, sampling):
             state.state = after
             yield token, text(token)

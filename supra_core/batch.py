@@ -32,11 +32,17 @@ class Batch(Protocol):
     """Sequences being spoken; each may come and go at any step."""
 
     def add(
-        self, ids: Sequence[int], state: Any, sampling: Sampling, seen: Sequence[int] = ()
+        self,
+        ids: Sequence[int],
+        state: Any,
+        sampling: Sampling,
+        seen: Sequence[int] = (),
+        continues: bool = False,
     ) -> int:
         """Begin a sequence after ``ids``, at least one, fed to ``state``; returns its key.
 
         ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
+        ``continues``: the text goes on from theirs, and does not begin anew as an answer does.
         """
         ...
 
@@ -70,11 +76,16 @@ class InTurns:
         self._next_key = 0
 
     def add(
-        self, ids: Sequence[int], state: Any, sampling: Sampling, seen: Sequence[int] = ()
+        self,
+        ids: Sequence[int],
+        state: Any,
+        sampling: Sampling,
+        seen: Sequence[int] = (),
+        continues: bool = False,
     ) -> int:
         """Nothing is computed before the next step."""
         key, self._next_key = self._next_key, self._next_key + 1
-        pieces = self._engine.speak(ids, state, sampling, silent, seen)
+        pieces = self._engine.speak(ids, state, sampling, silent, seen, continues)
         self._sequences[key] = _Sequence(state, pieces, sampling.max_tokens)
         return key
 

@@ -7,8 +7,10 @@ marks in place of the messages, it shows what it puts between them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from supra_core.errors import FormatError
@@ -22,6 +24,12 @@ Messages = Sequence[Mapping[str, str]]
 # No template changes these: no white space at the ends, no case to fold, nothing to escape.
 _MARKS = ("Xq7userA", "Xq7answerA", "Xq7userB")
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+# What templates ask for the time, as transformers has it.
+_CLOCK = "strftime_now"
+# The time for templates that must have one, whenever they are rendered: 1 January 2025, noon.
+FIXED_TIME = datetime(2025, 1, 1, 12)
+_CLOCK_CALL = re.compile(rf"""\b{_CLOCK}\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\\n])*)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -74,20 +82,43 @@ def render(
 ) -> str:
     """The conversation by the template; ``answer_next`` adds the answer's header.
 
-    The clock is not offered to the template: the same messages give the same text on every day.
-    Raises FormatError when the template is broken or refuses the messages.
+    The clock is not offered to the template, and one that cannot do without is told FIXED_TIME:
+    the same messages give the same text on every day. Raises FormatError when the template is
+    broken or refuses the messages.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, UndefinedError
+
+    def rendered(**more: Any) -> str:
+        return _environment().from_string(template).render(
+            messages=list(messages), add_generation_prompt=answer_next, **tokens, **more
+        )  # fmt: skip
 
     try:
-        return _environment().from_string(template).render(
-            messages=list(messages), add_generation_prompt=answer_next, **tokens
-        )  # fmt: skip
+        try:
+            return rendered()
+        except UndefinedError as error:
+            if error.message != f"'{_CLOCK}' is undefined":
+                raise
+            return rendered(**{_CLOCK: FIXED_TIME.strftime})
     # A template is a program: whatever it raises is its own fault.
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise FormatError(
             f"the model's chat template cannot be rendered ({error}): correct chat_template.jinja"
         ) from None
+
+
+def with_time(template: str, now: datetime) -> str:
+    """The template with ``now`` written where it asks for the time, by a format that it spells.
+
+    transformers' own clock cannot be set: of variables only plain values reach a template.
+    """
+
+    def written(call: re.Match[str]) -> str:
+        quote, form = call.groups()
+        time = now.strftime(form)
+        return call[0] if quote in time or "\\" in time else f"{quote}{time}{quote}"
+
+    return _CLOCK_CALL.sub(written, template)
 
 
 def split_template(template: str, tokens: Mapping[str, str]) -> ChatTurns:

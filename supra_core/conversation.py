@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Protocol
 
 from supra_core.backend import StateArrays
@@ -32,8 +33,11 @@ class Engine(Protocol):
         """Token ids of a text as it stands."""
         ...
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the conversation by the model's chat template, up to the next answer."""
+    def render(self, messages: Sequence[Message], now: datetime | None = None) -> list[int]:
+        """Token ids of the conversation by the model's chat template, up to the next answer.
+
+        ``now``: what a template is told that asks for the time; None: the clock's.
+        """
         ...
 
     def fresh(self) -> Any:
@@ -55,10 +59,12 @@ class Engine(Protocol):
         sampling: Sampling,
         progress: Progress,
         seen: Sequence[int] = (),
+        continues: bool = False,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids``, each with the text that became certain; the state has seen them.
 
         ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
+        ``continues``: the text goes on from theirs, and does not begin anew as an answer does.
         """
         ...
 
@@ -77,11 +83,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A recurrent state cannot be wound back, only kept."""
+    """A recurrent state cannot be wound back, only kept.
+
+    ``began``: the time that the chat template was told, None where it is not known.
+    """
 
     messages: tuple[Message, ...]
     tokens: tuple[int, ...]
     state: Any
+    began: datetime | None = None
 
 
 class Conversation:
@@ -90,12 +100,15 @@ class Conversation:
     The whole transcript is rendered by the chat template every turn; what the state has seen of
     it is not fed again. If the rendering differs from what was seen (a template may strip white
     space, a stop string cuts what was said), the last kept state that still fits is taken up.
-    ``fed`` and ``said``: tokens of the last turn's prompt and of its answer so far.
+    ``fed`` and ``said``: tokens of the last turn's prompt and of its answer so far. ``began``: when
+    the first token was read, which is the time that the chat template is told from then on: many
+    a template puts today's date before everything, and on another day nothing would fit.
     """
 
     messages: list[Message]
     tokens: list[int]
     state: Any
+    began: datetime | None
     fed = said = 0
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
@@ -116,16 +129,30 @@ class Conversation:
 
     def snapshot(self) -> Snapshot:
         """Where the conversation stands; it may go on."""
-        return Snapshot(tuple(self.messages), tuple(self.tokens), self.engine.copy(self.state))
+        state = self.engine.copy(self.state)
+        return Snapshot(tuple(self.messages), tuple(self.tokens), state, self.began)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from there; turns before it can be taken back by feeding the rest again."""
+        """Go on from there; turns before it can be taken back by feeding the rest again.
+
+        Where the snapshot does not say when it began, it is now; see :meth:`fits`.
+        """
+        if snapshot.began is None:
+            snapshot = replace(snapshot, began=clock())
         before = [message for message in snapshot.messages if message["role"] == "system"]
         asked = len(before) < len(snapshot.messages)
-        fresh = Snapshot(tuple(before), (), self.engine.fresh())
+        fresh = Snapshot(tuple(before), (), self.engine.fresh(), snapshot.began)
         self._begin(fresh if asked else snapshot)
         self.messages = list(snapshot.messages)
         self._take_up(snapshot)
+
+    def fits(self) -> bool:
+        """Whether the next turn goes on from the state, and need not feed everything again.
+
+        Raises as the engine's ``render``.
+        """
+        following = [*self.messages, {"role": "user", "content": "Why?"}]
+        return not self.tokens or _fits(self.tokens, self.engine.render(following, self.began))
 
     def branch(self) -> Conversation:
         """Another conversation with the same past."""
@@ -158,9 +185,10 @@ class Conversation:
             raise ValueError("a text is read before the first turn")
         before = [message["content"] for message in self.messages]
         system = {"role": "system", "content": "\n\n".join([*before, text])}
+        began = clock()
         # What both have in common stands before any question.
         one, other = (
-            self.engine.render([system, {"role": "user", "content": question}])
+            self.engine.render([system, {"role": "user", "content": question}], began)
             for question in ("a", "Which?")
         )
         pairs = enumerate(zip(one, other, strict=False))
@@ -172,7 +200,7 @@ class Conversation:
         state = self.engine.fresh()
         if shared:
             self.engine.feed(one[:shared], state, progress)
-        self._begin(Snapshot((system,), tuple(one[:shared]), state))
+        self._begin(Snapshot((system,), tuple(one[:shared]), state, began))
         return shared
 
     def reply(
@@ -191,11 +219,13 @@ class Conversation:
         self._snapshots.append(self.snapshot())
         del self._snapshots[:-_SNAPSHOTS]
         self.fed = self.said = 0
+        if not self.tokens:
+            self.began = clock()
         self.messages.append({"role": "user", "content": text})
         said: list[str] = []
         started = False
         try:
-            ids = self._unseen(self.engine.render(self.messages))
+            ids = self._unseen(self.engine.render(self.messages, self.began))
             self.fed = len(ids)
             held = HeldBack(stop)
             seen = self.tokens[-REPETITION_CONTEXT:]
@@ -231,12 +261,15 @@ class Conversation:
     def _unseen(self, ids: list[int]) -> list[int]:
         """What of ``ids`` the state has yet to see; takes up an earlier state if need be."""
         if not _fits(self.tokens, ids):
+            # Whichever state it is, what is rendered was told this time.
+            began = self.began
             for snapshot in reversed([self._start, *self._snapshots]):
                 if _fits(snapshot.tokens, ids):
                     self._take_up(snapshot)
                     break
             else:
                 self.tokens, self.state = [], self.engine.fresh()
+            self.began = began
         return ids[len(self.tokens) :]
 
     def _begin(self, start: Snapshot) -> None:
@@ -246,6 +279,7 @@ class Conversation:
     def _take_up(self, snapshot: Snapshot) -> None:
         self.tokens = list(snapshot.tokens)
         self.state = self.engine.copy(snapshot.state)
+        self.began = snapshot.began
 
 
 class HeldBack:
@@ -281,6 +315,11 @@ class HeldBack:
             ),
             default=0,
         )
+
+
+def clock() -> datetime:
+    """The local time in whole seconds, as templates are told it."""
+    return datetime.now().replace(microsecond=0)
 
 
 def _fits(seen: Sequence[int], ids: Sequence[int]) -> bool:

@@ -23,13 +23,16 @@ def fingerprint(source: Source) -> str:
     beside it.
     """
     digest = hashlib.sha256()
-    spec = replace(source.spec, provenance=Provenance())
+    # What ends a text beside the config's tokens changes no number, and no state of before.
+    ends = source.spec.eos_token_id
+    stated = ends[: len(ends) - len(source.further_ends)]
+    spec = replace(source.spec, provenance=Provenance(), eos_token_id=stated)
     digest.update(json.dumps(spec.to_dict(), sort_keys=True).encode())
-    ends = {f"model.layers.{i}.self_attn." for i in (0, source.spec.num_hidden_layers - 1)}
+    mixers = {f"model.layers.{i}.self_attn." for i in (0, source.spec.num_hidden_layers - 1)}
     for name, tensor in sorted(source.tensors.items()):
         digest.update(f"{name} {tensor.shape} {tensor.dtype}\n".encode())
         size = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
         small = len(tensor.shape) == 1 and size <= _SMALL
-        if small or any(name.startswith(end) for end in ends):
+        if small or any(name.startswith(mixer) for mixer in mixers):
             digest.update(np.ascontiguousarray(tensor.read()).tobytes())
     return digest.hexdigest()

@@ -78,12 +78,16 @@ Event = Reading | Piece | Finished | Failed
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way; ``deliver`` is called from the model's thread and must not block."""
+    """A request on its way; ``deliver`` is called from the model's thread and must not block.
+
+    ``continues``: its text goes on from the prompt's, and does not begin anew as an answer does.
+    """
 
     ids: list[int]
     sampling: Sampling
     stop: tuple[str, ...]
     deliver: Callable[[Event], None]
+    continues: bool = False
     cancelled: bool = False
     state: Any = None
     known: int = 0
@@ -239,7 +243,7 @@ class Scheduler:
             if job.fed < len(job.ids) - 1:
                 return
             seen = job.ids[max(0, job.fed - REPETITION_CONTEXT) : job.fed]
-            key = self._batch.add(job.ids[job.fed :], job.state, job.sampling, seen)
+            key = self._batch.add(job.ids[job.fed :], job.state, job.sampling, seen, job.continues)
         # Of the one request, whatever is wrong: the others go on.
         except Exception as error:
             self._reading = None

@@ -19,6 +19,7 @@ from supra_core.config import MODEL_TYPE
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats import gguf, huggingface, openlm
 from supra_core.formats.assets import read_assets
+from supra_core.formats.generation_config import further_ends
 from supra_core.formats.inside import file_in, files_in, has_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
@@ -46,7 +47,8 @@ class Source:
     ``dtype`` is what most of its numbers are stored as; quantised weights count as float32.
     ``originals``: a calibrated model's tensors as the transformer had them. ``packed``: the
     tensors of a folder that MLX quantised, as they stand. ``notes``: what the user should know
-    of how it was had, one sentence each.
+    of how it was had, one sentence each. ``further_ends``: those of the spec's end-of-text tokens,
+    its last, that generation_config.json alone states.
     """
 
     spec: ModelSpec
@@ -58,6 +60,7 @@ class Source:
     originals: dict[str, LazyTensor] = field(default_factory=dict)
     packed: Packed | None = None
     notes: tuple[str, ...] = ()
+    further_ends: tuple[int, ...] = ()
 
 
 class Writer(Protocol):
@@ -174,7 +177,8 @@ def _open_gguf(path: Path) -> Source:
 
 def _open_huggingface(folder: Path, config: dict[str, Any]) -> Source:
     spec, tensors = huggingface.read(folder, config, str(folder / CONFIG))
-    return Source(spec, tensors, partial(read_assets, folder), _dtype(tensors), "hf", folder)
+    source = Source(spec, tensors, partial(read_assets, folder), _dtype(tensors), "hf", folder)
+    return _with_further_ends(source)
 
 
 def _open_openlm(path: Path, config: Path | None) -> Source:
@@ -185,10 +189,11 @@ def _open_openlm(path: Path, config: Path | None) -> Source:
 
 def _open_artifact(folder: Path) -> Source:
     read = artifact.read(folder)
-    return Source(
+    source = Source(
         read.spec, read.tensors, partial(read_assets, folder), read.dtype, "supra", folder,
         read.originals, read.packed,
     )  # fmt: skip
+    return _with_further_ends(source)
 
 
 def _open_run(folder: Path) -> Source:
@@ -214,6 +219,13 @@ def _open_run(folder: Path) -> Source:
             "what was trained: give supra uptrain again to finish it"
         )
     return replace(_open_artifact(newest), kind="run", path=folder)
+
+
+def _with_further_ends(source: Source) -> Source:
+    """The config's end-of-text tokens come first: the first one stands between documents."""
+    more = further_ends(source.path, source.spec)
+    spec = replace(source.spec, eos_token_id=(*source.spec.eos_token_id, *more))
+    return replace(source, spec=spec, further_ends=more)
 
 
 def _dtype(tensors: Mapping[str, LazyTensor]) -> str:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from supra_core.chat_template import with_time
 from supra_core.errors import FormatError, SupraError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+
+# Tokens of a prompt that its continuation is decoded with.
+_CONTEXT = 16
+# What stands for bytes that are no whole character.
+_UNKNOWN = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,13 @@ def load_tokenizer(assets: Mapping[str, bytes], where: str) -> Tokenizer:
         raise FormatError(f"{where}: {TOKENIZER} cannot be read ({error}): get it again") from None
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], now: datetime | None = None
+) -> list[int]:
     """The conversation's token ids by the tokenizer's chat template, up to the next answer.
 
-    ``tokenizer`` is one of transformers' or mlx-lm's. Raises SupraError when it has no template,
+    ``tokenizer`` is one of transformers' or mlx-lm's; ``now`` is what the template is told when it
+    asks for the time, None: the clock's. Raises SupraError when it has no template,
     :class:`FormatError` when the template is broken or refuses the messages.
     """
     # mlx-lm's wrapper may have one of its own.
@@ -65,7 +75,10 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[i
         )
     try:
         ids: list[int] = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False
+            list(messages),
+            add_generation_prompt=True,
+            return_dict=False,
+            **_template_at(tokenizer, now),
         )
     # A template is a program of someone else's: it may fail in any way.
     except Exception as error:
@@ -75,15 +88,63 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[i
     return ids
 
 
-def detokenizer(tokenizer: Any) -> Callable[[int], str]:
+def _template_at(tokenizer: Any, now: datetime | None) -> dict[str, str]:
+    """The argument of ``apply_chat_template`` for another time than the clock's, if it matters."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        # Several by name, of which transformers takes this one where none is named.
+        template = template.get("default")
+    if now is None or not isinstance(template, str):
+        return {}
+    dated = with_time(template, now)
+    return {} if dated == template else {"chat_template": dated}
+
+
+def detokenizer(tokenizer: Any, after: Sequence[int] = ()) -> Callable[[int], str]:
     """Token -> the text that became certain with it; a character may span several tokens.
 
-    ``tokenizer`` is transformers'. Special tokens are no text.
+    ``tokenizer`` is transformers'. Special tokens are no text. ``after``: the tokens that the text
+    goes on from; without any it begins a text, at whose beginning some tokenizers drop a space.
     """
-    from tokenizers.decoders import DecodeStream
+    return _TextStream(tokenizer.backend_tokenizer, after).take
 
-    stream = DecodeStream(skip_special_tokens=True)
-    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""
+
+class _TextStream:
+    """Tokens decoded together with those of the piece before, whose text is known.
+
+    As tokenizers' own DecodeStream, which fails where bytes that are no character follow others
+    that are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = self._whole(list(after)[-_CONTEXT:])
+        self._known, self._known_ids = self._decode(self._ids), len(self._ids)
+
+    def take(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith(_UNKNOWN):
+            # The next token may complete the character.
+            return ""
+        new_ids = self._ids[self._known_ids :]
+        whole = text.startswith(self._known)
+        piece = text[len(self._known) :] if whole else self._decode(new_ids)
+        if piece:
+            self._ids, self._known = new_ids, self._decode(new_ids)
+            self._known_ids = len(new_ids)
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _whole(self, ids: list[int]) -> list[int]:
+        """The last of ``ids`` that are whole characters; none where they end inside one."""
+        for start in range(len(ids)):
+            text = self._decode(ids[start:])
+            if not text.startswith(_UNKNOWN) and not text.endswith(_UNKNOWN):
+                return ids[start:]
+        return []
 
 
 def encode(tokenizer: Tokenizer, text: str) -> EncodedText:

@@ -43,7 +43,12 @@ class MLXBatch:
         self._ended: dict[int, list[Any]] = {}
 
     def add(
-        self, ids: Sequence[int], state: list[Any], sampling: Sampling, seen: Sequence[int] = ()
+        self,
+        ids: Sequence[int],
+        state: list[Any],
+        sampling: Sampling,
+        seen: Sequence[int] = (),
+        continues: bool = False,
     ) -> int:
         """The caches in ``state`` are copied: they stay as they are."""
         if not len(ids):
@@ -61,7 +66,7 @@ class MLXBatch:
             samplers=[_sampler(sampling)],
             logits_processors=[processors],
         )
-        self._texts[key] = detokenizer(self._tokenizer)
+        self._texts[key] = detokenizer(self._tokenizer, (*seen, *ids) if continues else ())
         return int(key)
 
     def step(self) -> list[Spoken]:

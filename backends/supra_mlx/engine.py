@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Sequence
+from datetime import datetime
 from typing import Any
 
 import mlx.core as mx
@@ -37,9 +38,9 @@ class MLXEngine:
         """Token ids of a text as it stands."""
         return [int(token) for token in self.tokenizer.encode(text)]
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
+    def render(self, messages: Sequence[Message], now: datetime | None = None) -> list[int]:
         """As the chat template has it; SupraError when the tokenizer has none."""
-        return render_chat(self.tokenizer, messages)
+        return render_chat(self.tokenizer, messages, now)
 
     def fresh(self) -> Caches:
         """The state before the first token."""
@@ -65,10 +66,11 @@ class MLXEngine:
         sampling: Sampling,
         progress: Progress = silent,
         seen: Sequence[int] = (),
+        continues: bool = False,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text; the end of a turn is one of them."""
         # mlx-lm's own text has special tokens in it, which a template would read as its own.
-        text = detokenizer(self.tokenizer)
+        text = detokenizer(self.tokenizer, (*seen, *ids) if continues else ())
         for response in stream(
             self.model, self.tokenizer, ids, sampling, cache=state, progress=progress, seen=seen
         ):

@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from supra_cli.output import log
 from supra_core.backend import default_for_generation, load
 from supra_core.backend_engine import BackendEngine
 from supra_core.conversation import Conversation, Engine, HeldBack, Snapshot
@@ -30,20 +31,21 @@ class Speaker:
     """A loaded model.
 
     ``owner`` says what its states are known by, which takes reading some weights once; ``begun``:
-    what its first conversation goes on from.
+    the file that its first conversation goes on from, and what is in it.
     """
 
     engine: Engine
     owner: Callable[[], Owner]
     sizes: Sizes
-    begun: SavedState | None = None
+    begun: tuple[Path, SavedState] | None = None
 
     def continuation(
         self, prompt: str, sampling: Sampling, stop: Sequence[str] = ()
     ) -> Iterator[str]:
         """What follows ``prompt``, fed as it stands, piece by piece, before any of ``stop``."""
         ids, held = self.engine.encode(prompt), HeldBack(stop)
-        with closing(self.engine.speak(ids, self.engine.fresh(), sampling, silent)) as pieces:
+        said = self.engine.speak(ids, self.engine.fresh(), sampling, silent, continues=True)
+        with closing(said) as pieces:
             for _, piece in pieces:
                 yield held.take(piece)
                 if held.stopped:
@@ -54,25 +56,27 @@ class Speaker:
         """Write where the conversation stands; raises as :func:`write_state`."""
         now = conversation.snapshot()
         arrays = self.engine.arrays(now.state)
-        write_state(path, SavedState(self.owner(), now.messages, now.tokens, arrays), force=force)
+        saved = SavedState(self.owner(), now.messages, now.tokens, arrays, now.began)
+        write_state(path, saved, force=force)
 
     def loaded(self, path: Path) -> Conversation:
         """The conversation in a file; SupraError when it is no state of this model."""
-        return self._resumed(self.saved(path))
-
-    def saved(self, path: Path) -> SavedState:
-        """What is in a file; SupraError when it is no state of this model."""
-        return _fitting(path, self.owner)
+        return self._resumed(path, _fitting(path, self.owner))
 
     def conversation(self, system: str | None) -> Conversation:
         """A new one, or the one that was begun, which has its own system prompt."""
         return (
-            Conversation(self.engine, system) if self.begun is None else self._resumed(self.begun)
+            Conversation(self.engine, system) if self.begun is None else self._resumed(*self.begun)
         )
 
-    def _resumed(self, saved: SavedState) -> Conversation:
+    def _resumed(self, path: Path, saved: SavedState) -> Conversation:
         conversation, state = Conversation(self.engine), self.engine.restored(saved.arrays)
-        conversation.restore(Snapshot(saved.messages, saved.tokens, state))
+        conversation.restore(Snapshot(saved.messages, saved.tokens, state, saved.began))
+        if not conversation.fits():
+            log(
+                f"{path}: the chat template now gives another text than the state has seen: the "
+                "next question reads everything again"
+            )
         return conversation
 
 
@@ -89,7 +93,7 @@ def load_speaker(
     """
     name, source = backend or default_for_generation(), open_source(model)
     owner = cache(partial(_owner, source, name, dtype or source.dtype))
-    begun = None if state is None else _fitting(state, owner)
+    begun = None if state is None else (state, _fitting(state, owner))
     make = _mlx_engine if name == "mlx" else partial(_backend_engine, name)
     return Speaker(make(source, dtype), owner, measure(source.spec, source.tensors), begun)
 

@@ -1,8 +1,9 @@
 """A conversation in a file: the state, the tokens it has seen, and the transcript.
 
 Safetensors: ``tokens`` (n,) int64, the state's arrays as ``state.NAME``, and in the metadata
-``format`` (supra-state-1), ``model`` (its fingerprint), ``source``, ``backend``, ``dtype``,
-``messages`` (JSON) and ``sha256`` over all of it.
+``format`` (supra-state-2), ``model`` (its fingerprint), ``source``, ``backend``, ``dtype``,
+``messages`` (JSON), ``began`` (ISO 8601) and ``sha256`` over all of it. A file of supra-state-1
+has no ``began``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,10 @@ from supra_core.formats.safetensors import metadata as read_metadata
 from supra_core.formats.safetensors import read_file, write_file
 from supra_core.tensors import LazyTensor
 
-FORMAT = "supra-state-1"
+# By version, the fields of the metadata that ``sha256`` is over.
+_FIELDS_1 = ("model", "source", "backend", "dtype", "messages")
+FORMATS = {"supra-state-1": _FIELDS_1, "supra-state-2": (*_FIELDS_1, "began")}
 _PREFIX = "state."
-_FIELDS = ("model", "source", "backend", "dtype", "messages", "sha256")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,13 @@ class Owner:
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a file holds."""
+    """What a file holds; ``began``: the time that the chat template was told, None: not known."""
 
     owner: Owner
     messages: tuple[Message, ...]
     tokens: tuple[int, ...]
     arrays: StateArrays
+    began: datetime | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -67,7 +71,10 @@ def write_state(path: str | Path, state: SavedState, *, force: bool = False) -> 
         "dtype": state.owner.dtype,
         "messages": json.dumps(state.messages, ensure_ascii=False),
     }
-    metadata = {"format": FORMAT, **metadata, "sha256": _digest(metadata, arrays)}
+    version = "supra-state-1"
+    if state.began is not None:
+        version, metadata["began"] = "supra-state-2", state.began.isoformat()
+    metadata = {"format": version, **metadata, "sha256": _digest(metadata, arrays)}
     with atomic_file(path) as beside:
         write_file(beside, {name: LazyTensor.of(a) for name, a in arrays.items()}, metadata)
 
@@ -76,12 +83,13 @@ def read_state(path: str | Path) -> SavedState:
     """The file's content; FormatError when it is no state, truncated, or not as it was written."""
     path = Path(path)
     metadata = _metadata(path)
-    if metadata.get("format") != FORMAT or not all(field in metadata for field in _FIELDS):
+    fields = FORMATS.get(metadata.get("format", ""), ())
+    if not fields or not all(field in metadata for field in (*fields, "sha256")):
         raise FormatError(
             f"{path} is no saved state: name a file that /save or supra state read wrote"
         )
     arrays = {name: np.array(tensor.read()) for name, tensor in read_file(path).items()}
-    stated = {field: metadata[field] for field in _FIELDS if field != "sha256"}
+    stated = {field: metadata[field] for field in fields}
     if _digest(stated, arrays) != metadata["sha256"] or "tokens" not in arrays:
         raise FormatError(f"{path} is not as it was written: save the state again")
     tokens = arrays["tokens"]
@@ -98,6 +106,7 @@ def read_state(path: str | Path) -> SavedState:
         tuple(messages),
         tuple(tokens.tolist()),
         {name.removeprefix(_PREFIX): a for name, a in arrays.items() if name != "tokens"},
+        _time(path, stated["began"]) if "began" in stated else None,
     )
 
 
@@ -118,7 +127,7 @@ def check_owner(path: str | Path, found: Owner, wanted: Owner) -> None:
 def is_state(path: Path) -> bool:
     """Whether a file is a state that :func:`write_state` wrote."""
     try:
-        return _metadata(path).get("format") == FORMAT
+        return _metadata(path).get("format") in FORMATS
     except FormatError:
         return False
 
@@ -134,6 +143,13 @@ def _metadata(path: Path) -> dict[str, str]:
         raise FormatError(
             f"{path} is no saved state, or a truncated one: save the state again"
         ) from error
+
+
+def _time(path: Path, text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise FormatError(f"{path}: field began is no time: save the state again") from None
 
 
 def _is_message(value: object) -> bool:

@@ -6,6 +6,8 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +22,16 @@ from supra_cli.main import app  # noqa: E402
 from supra_cli.speech import Speaker, load_speaker  # noqa: E402
 from supra_cli.talk.markdown import MarkdownStream, split_blocks  # noqa: E402
 from supra_cli.talk.session import Left, Line, Questions, Session  # noqa: E402
-from supra_core.conversation import Conversation  # noqa: E402
+from supra_core import conversation as conversations  # noqa: E402
+from supra_core.batch import Spoken  # noqa: E402
+from supra_core.conversation import Conversation, Engine  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
+from supra_core.formats.state_file import read_state, write_state  # noqa: E402
 from supra_core.generate import Sampling  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
+from tests.tiny_tokenizers import sentencepiece  # noqa: E402
 
 runner = CliRunner()
 SAMPLING = Sampling(max_tokens=8)
@@ -237,8 +243,12 @@ def test_a_text_read_from_the_command_line(folders: dict[str, Path], tmp_path: P
     assert record["file_bytes"] == out.stat().st_size
     shown = runner.invoke(app, ["state", "info", str(out)])
     assert "Be brief.\n\nSome facts." in shown.stdout
+    began = read_state(out).began
+    assert began is not None and abs((datetime.now() - began).total_seconds()) < 600
+    assert f"begun {began:%Y-%m-%d %H:%M}" in shown.stdout
     info = json.loads(runner.invoke(app, ["state", "info", str(out), "--json"]).stdout)
     assert (info["tokens"], info["model"]) == (record["tokens"], model)
+    assert info["began"] == began.isoformat()
     speaker = load_speaker(model)
     whole = Session(speaker, SAMPLING, Conversation(speaker.engine, "Be brief.\n\nSome facts."))
     asked = ["generate", model, "Why?", "--max-tokens", "8"]
@@ -246,6 +256,82 @@ def test_a_text_read_from_the_command_line(folders: dict[str, Path], tmp_path: P
     assert answered.stdout == talk(whole, "Why?")[0] + "\n"
     assert runner.invoke(app, [*asked, "--state", str(out), "--raw"]).exit_code == 2
     assert runner.invoke(app, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_a_state_is_gone_on_with_on_another_day(
+    backend: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The template begins with the day; with another one, nothing that was read would fit."""
+    model = str(write_chat_model(tmp_path / "model", SPECS["windowed"], dated=True))
+    path, speaker = tmp_path / "talk", load_speaker(model, backend, "float32")
+    session = Session(speaker, SAMPLING)
+    with monkeypatch.context() as patch:
+        patch.setattr(conversations, "clock", lambda: datetime(2019, 3, 7))
+        talk(session, "Hello", "Why?", f"/save {path}")
+    begun = load_speaker(model, backend, "float32", state=path).conversation(None)
+    loaded = Session(speaker, SAMPLING)
+    talk(loaded, f"/load {path}")
+    expected = talk(session, "And?")
+    for conversation in (begun, loaded.conversation):
+        seen = speaker.engine.tokenizer.decode(conversation.tokens)  # type: ignore[attr-defined]
+        assert "Today: 07 Mar 2019" in seen
+        assert ["".join(conversation.reply("And?", SAMPLING))] == expected
+        assert conversation.fed == session.conversation.fed < 40
+    assert "reads everything again" not in capsys.readouterr().err
+    # A file from before the day was kept goes on, too, and says what that costs.
+    write_state(path, replace(read_state(path), began=None), force=True)
+    old = speaker.loaded(path)
+    assert f"{path}: the chat template now gives another text" in capsys.readouterr().err
+    assert "".join(old.reply("And?", SAMPLING))
+    assert old.fed > 60
+    assert str(datetime.now().year) in speaker.engine.tokenizer.decode(old.tokens)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_a_continuation_keeps_its_first_space(backend: str, tmp_path: Path) -> None:
+    """Where words bring their space, what follows a text begins with it, and an answer does not."""
+    tokenizer = sentencepiece()
+    model = write_chat_model(tmp_path / "model", SPECS["windowed"], tokenizer=tokenizer)
+    speaker = load_speaker(str(model), backend, "float32")
+    engine, prompt = speaker.engine, "hello"
+    before = engine.encode(prompt)
+    asked = engine.render([{"role": "user", "content": prompt}])
+    texts, answers = [], []
+    for seed in range(30):
+        sampling = Sampling(1.0, max_tokens=2, seed=seed)
+        alone = list(engine.speak(before, engine.fresh(), sampling, silent, continues=True))
+        for pairs in (alone, together(engine, before, sampling)):
+            said, text = [token for token, _ in pairs], "".join(piece for _, piece in pairs)
+            texts.append((text, tokenizer.decode([*before, *said]).removeprefix(prompt)))
+        continued = "".join(speaker.continuation(prompt, sampling))
+        assert continued == "".join(piece for _, piece in alone)
+        conversation = Conversation(engine)
+        answer = "".join(conversation.reply(prompt, sampling))
+        answers.append((answer, tokenizer.decode(conversation.tokens[len(asked) :])))
+    # Bytes that are no character are another test's.
+    texts, answers = (
+        [pair for pair in pairs if "\ufffd" not in pair[1]] for pairs in (texts, answers)
+    )
+    assert len(texts) > 10 < len(answers)
+    assert all(text == expected for text, expected in texts + answers)
+    assert any(text.startswith(" ") for text, _ in texts)
+    assert not any(answer.startswith(" ") for answer, _ in answers)
+
+
+def together(engine: Engine, ids: list[int], sampling: Sampling) -> list[tuple[int, str]]:
+    """Tokens and texts by the engine's batch, behind a state of all but the last of ``ids``."""
+    batch, state = engine.batch(2), engine.fresh()
+    engine.feed(ids[:-1], state, silent)
+    batch.add(ids[-1:], state, sampling, ids[:-1], continues=True)
+    spoken: list[Spoken] = []
+    while not spoken or spoken[-1].finish is None:
+        spoken += batch.step()
+    batch.close()
+    return [(piece.token, piece.text) for piece in spoken if piece.token is not None]
 
 
 def test_triple_quotes_make_one_question() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from datetime import datetime
 
 import numpy as np
 
@@ -14,21 +15,27 @@ from supra_core.progress import Progress, silent
 
 
 class Echo:
-    """Characters are tokens; a state is what it has seen, and an answer depends on all of it."""
+    """Characters are tokens; a state is what it has seen, and an answer depends on all of it.
+
+    ``trim``: its template strips contents; ``dated``: it begins with the day. ``continued``: of
+    each text that was spoken, whether it went on from the prompt's.
+    """
 
     backend = "echo"
 
-    def __init__(self, trim: bool = False) -> None:
-        self.trim, self.fed = trim, 0
+    def __init__(self, trim: bool = False, dated: bool = False) -> None:
+        self.trim, self.dated, self.fed = trim, dated, 0
+        self.continued: list[bool] = []
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
+    def render(self, messages: Sequence[Message], now: datetime | None = None) -> list[int]:
         said = [
             (m["role"][0], m["content"].strip() if self.trim else m["content"]) for m in messages
         ]
-        return self.encode("".join(f"<{role}>{text}</>" for role, text in said) + "<a>")
+        day = f"[{now or datetime.now():%Y-%m-%d}]" if self.dated else ""
+        return self.encode(day + "".join(f"<{role}>{text}</>" for role, text in said) + "<a>")
 
     def fresh(self) -> list[int]:
         return []
@@ -47,7 +54,9 @@ class Echo:
         sampling: Sampling,
         progress: Progress,
         seen: Sequence[int] = (),
+        continues: bool = False,
     ) -> Generator[tuple[int, str]]:
+        self.continued.append(continues)
         self.feed(ids, state, progress)
         for _ in range(sampling.max_tokens):
             letter = chr(ord("a") + sum(state) % 26)

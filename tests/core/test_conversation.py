@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supra_core.conversation import Conversation, HeldBack
+from supra_core import conversation as conversations
+from supra_core.conversation import Conversation, HeldBack, Snapshot
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats.safetensors import read_file, write_file
+from supra_core.formats.safetensors import metadata, read_file, write_file
 from supra_core.formats.state_file import (
     Owner,
     SavedState,
@@ -179,12 +184,122 @@ def test_a_text_is_read_once() -> None:
     )
 
 
+# --- days -----------------------------------------------------------------------------------
+
+FIRST_DAY = datetime(2024, 7, 26, 23, 59)
+
+
+@pytest.fixture
+def _a_day_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks at the clock sees a later day than those before."""
+    days = itertools.count()
+    monkeypatch.setattr(conversations, "clock", lambda: FIRST_DAY + timedelta(next(days)))
+
+
+def read_by(conversation: Conversation) -> str:
+    return "".join(map(chr, conversation.tokens))
+
+
+@pytest.mark.usefixtures("_a_day_each_time")
+def test_a_conversation_stays_on_its_day() -> None:
+    conversation = Conversation(Echo(dated=True), "Be brief.")
+    said(conversation, "one", "two")
+    assert conversation.fed == len("</><u>two</><a>")
+    assert read_by(conversation).startswith("[2024-07-26]<s>Be brief.")
+    other = conversation.branch()
+    said(other, "three")
+    assert other.fed == len("</><u>three</><a>")
+    conversation.undo()
+    said(conversation, "four")
+    assert conversation.fed == len("</><u>four</><a>")
+    # What begins anew begins on a day of its own.
+    conversation.clear()
+    said(conversation, "one")
+    assert not read_by(conversation).startswith("[2024-07-26]")
+
+
+@pytest.mark.usefixtures("_a_day_each_time")
+def test_what_is_read_again_is_read_on_the_same_day() -> None:
+    conversation = Conversation(Echo(trim=True, dated=True))
+    said(conversation, "one")
+    conversation.messages[-1]["content"] = "other"
+    said(conversation, "two", "three")
+    assert conversation.fed == len("</><u>three</><a>")
+    assert read_by(conversation).startswith("[2024-07-26]<u>one</><a>other</>")
+
+
 # --- files ----------------------------------------------------------------------------------
 
 
 def saved(conversation: Conversation) -> SavedState:
     now = conversation.snapshot()
-    return SavedState(OWNER, now.messages, now.tokens, conversation.engine.arrays(now.state))
+    arrays = conversation.engine.arrays(now.state)
+    return SavedState(OWNER, now.messages, now.tokens, arrays, now.began)
+
+
+def resumed(path: Path, engine: Echo) -> Conversation:
+    state, conversation = read_state(path), Conversation(engine)
+    restored = engine.restored(state.arrays)
+    conversation.restore(Snapshot(state.messages, state.tokens, restored, state.began))
+    return conversation
+
+
+@pytest.mark.usefixtures("_a_day_each_time")
+def test_a_state_file_is_gone_on_with_on_another_day(tmp_path: Path) -> None:
+    before, path = Conversation(Echo(dated=True)), tmp_path / "talk"
+    said(before, "one", "two")
+    write_state(path, saved(before))
+    conversation = resumed(path, Echo(dated=True))
+    assert conversation.fits()
+    assert said(conversation, "three") == said(before, "three")
+    assert conversation.fed == len("</><u>three</><a>")
+    # So is a text that was read, by every conversation that begins behind it.
+    reader = Conversation(Echo(dated=True))
+    tokens = reader.read("A long document.")
+    write_state(path, saved(reader), force=True)
+    for _ in range(2):
+        conversation = resumed(path, Echo(dated=True))
+        assert conversation.fits() and len(conversation.tokens) == tokens
+        said(conversation, "one")
+        assert conversation.fed < len("<u>one</><a>") + 1
+        conversation.clear()
+        said(conversation, "two")
+        assert conversation.fed < len("<u>two</><a>") + 1
+
+
+@pytest.mark.usefixtures("_a_day_each_time")
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_state_file_from_before_days_were_kept(tmp_path: Path, dated: bool) -> None:
+    before, path = Conversation(Echo(dated=dated)), tmp_path / "talk"
+    said(before, "one")
+    write_state(path, replace(saved(before), began=None))
+    assert metadata(path)["format"] == "supra-state-1"
+    assert "began" not in metadata(path)
+    conversation = resumed(path, Echo(dated=dated))
+    # Another day has come: of a template that shows it, nothing can be used.
+    assert conversation.fits() == (not dated)
+    said(conversation, "two")
+    assert (conversation.fed == len("</><u>two</><a>")) == (not dated)
+    said(conversation, "three")
+    assert conversation.fed == len("</><u>three</><a>")
+    write_state(path, saved(conversation), force=True)
+    assert resumed(path, Echo(dated=dated)).fits()
+
+
+def test_a_day_in_a_file_is_checked(tmp_path: Path) -> None:
+    conversation, path = Conversation(Echo()), tmp_path / "talk"
+    said(conversation, "one")
+    write_state(path, replace(saved(conversation), began=FIRST_DAY))
+    assert metadata(path)["format"] == "supra-state-2"
+    assert read_state(path).began == FIRST_DAY
+    changed = tmp_path / "changed"
+    changed.write_bytes(path.read_bytes().replace(b"2024-07-26", b"2024-07-27"))
+    with pytest.raises(FormatError, match="not as it was written"):
+        read_state(changed)
+    never = SimpleNamespace(isoformat=lambda: "yesterday")
+    write_state(changed, replace(saved(conversation), began=never), force=True)  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="field began is no time: save the state again"):
+        read_state(changed)
 
 
 def test_a_state_file_keeps_everything(tmp_path: Path) -> None:
@@ -194,6 +309,7 @@ def test_a_state_file_keeps_everything(tmp_path: Path) -> None:
     write_state(path, state)
     found = read_state(path)
     assert (found.owner, found.messages, found.tokens) == (OWNER, state.messages, state.tokens)
+    assert found.began == state.began is not None
     np.testing.assert_array_equal(found.arrays["seen"], state.arrays["seen"])
     with pytest.raises(SupraError, match="exists: name another place, or replace it with --force"):
         write_state(path, state)

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -189,17 +190,22 @@ def test_quantised_matrices(bits: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_saved_states(tmp_path: Path) -> None:
+@pytest.mark.parametrize("began", [None, datetime(2024, 7, 26, 23, 59)])
+def test_saved_states(tmp_path: Path, began: datetime | None) -> None:
     state = SavedState(
         Owner("m", "é", "mlx", "float32"), ({"role": "user", "content": "ä"},), (1, 2),
         {"layers.0.state": np.ones((1, 2), np.float32), "layers.10.keys": np.zeros(3, np.float32)},
+        began,
     )  # fmt: skip
     write_state(tmp_path / "s", state)
     content = (tmp_path / "s").read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     stated = header.pop("__metadata__")
-    names = ("backend", "dtype", "messages", "model", "source")
+    names = ["backend", "dtype", "messages", "model", "source"]
+    if began is not None:
+        names.insert(0, "began")
+        assert stated["began"] == "2024-07-26T23:59:00"
     text = json.dumps({name: stated[name] for name in names}, ensure_ascii=False)
     digest = hashlib.sha256(text.encode())
     for name in sorted(header):
@@ -207,7 +213,8 @@ def test_saved_states(tmp_path: Path) -> None:
         digest.update(f"{name} {shape} {dtype[header[name]['dtype']]}\n".encode())
         digest.update(data[slice(*header[name]["data_offsets"])])
     assert stated["sha256"] == digest.hexdigest()
-    assert stated["format"] == "supra-state-1"
+    assert stated["format"] == ("supra-state-1" if began is None else "supra-state-2")
+    assert stated["format"] in PAGE and stated.keys() == {"format", "sha256", *names}
     assert header.keys() == {"tokens", "state.layers.0.state", "state.layers.10.keys"}
 
 

@@ -82,8 +82,9 @@ class Gated(Echo):
         sampling: Sampling,
         progress: Progress,
         seen: Sequence[int] = (),
+        continues: bool = False,
     ) -> Generator[tuple[int, str]]:
-        for token, piece in super().speak(ids, state, sampling, progress, seen):
+        for token, piece in super().speak(ids, state, sampling, progress, seen, continues):
             self.gate.acquire()
             self.order.append("say")
             yield token, piece

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _published() -> dict[str, bytes]:
 def _state() -> bytes:
     state = SavedState(
         Owner("m", "s", "mlx", "float32"), ({"role": "user", "content": "hi"},), (1, 2, 3),
-        {"0.state": np.ones((1, 2, 3), np.float32)},
+        {"0.state": np.ones((1, 2, 3), np.float32)}, datetime(2024, 7, 26, 23, 59),
     )  # fmt: skip
 
     def write(out: Path) -> None:

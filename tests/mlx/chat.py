@@ -22,23 +22,35 @@ CHATML = (
 END_OF_TURN = SPECIAL.index("<|im_end|>")
 
 
-def write_chat_model(folder: Path, spec: ModelSpec, *, trim: bool = False, seed: int = 0) -> Path:
-    """An artifact of ``spec`` with random weights; ``trim``: its template strips contents."""
-    characters = [*SPECIAL, *sorted(ascii_letters + digits + punctuation + " \n")]
-    tokenizer = Tokenizer(
-        models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=SPECIAL[0])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(list(SPECIAL))
+# As SmolLM3 and Llama 3.2 begin: with the day on which they are asked.
+DATED = (
+    "{%- set today = strftime_now('%d %b %Y') -%}<|im_start|>system\nToday: {{ today }}<|im_end|>\n"
+)
+
+
+def write_chat_model(
+    folder: Path,
+    spec: ModelSpec,
+    *,
+    trim: bool = False,
+    dated: bool = False,
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+) -> Path:
+    """An artifact of ``spec`` with random weights.
+
+    ``trim``: its template strips contents; ``dated``: it begins with the day; ``tokenizer``: one of
+    tests.tiny_tokenizers instead of the characters.
+    """
+    tokenizer = tokenizer or _of_characters()
     template = CHATML.replace("FILTER", "| trim" if trim else "")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
-        "chat_template": template,
+        "chat_template": DATED + template if dated else template,
         "clean_up_tokenization_spaces": False,
     }
-    spec = replace(spec, vocab_size=len(characters), eos_token_id=(END_OF_TURN,))
+    spec = replace(spec, vocab_size=tokenizer.get_vocab_size(), eos_token_id=(END_OF_TURN,))
     tensors = {name: LazyTensor.of(w) for name, w in random_weights(spec, seed).items()}
     assets = {
         "tokenizer.json": tokenizer.to_str().encode(),
@@ -46,3 +58,14 @@ def write_chat_model(folder: Path, spec: ModelSpec, *, trim: bool = False, seed:
     }
     artifact.write(folder, spec, tensors, assets, dtype="float32")
     return folder
+
+
+def _of_characters() -> Tokenizer:
+    characters = [*SPECIAL, *sorted(ascii_letters + digits + punctuation + " \n")]
+    tokenizer = Tokenizer(
+        models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=SPECIAL[0])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer

@@ -87,17 +87,17 @@ class Routes:
         asked = parsed(ChatRequest, await self._body(request))
         context = self.service.context(asked.model)
         messages = [message.plain() for message in asked.messages]
-        if context and any(message["role"] == "system" for message in messages):
+        if context.messages and any(message["role"] == "system" for message in messages):
             raise ApiError(
                 400, "a context has its own system message: leave out yours", param="messages"
             )
-        ids = await run_in_threadpool(self.service.rendered, [*context, *messages])
+        ids = await run_in_threadpool(self.service.rendered, context, messages)
         return await self._answered(request, asked, [ids])
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         asked = parsed(CompletionRequest, await self._body(request))
-        if self.service.context(asked.model):
+        if self.service.context(asked.model).messages:
             raise ApiError(400, "a context is for chat completions: name the model", param="model")
         prompts = [await run_in_threadpool(self.service.encoded, p) for p in asked.prompts]
         return await self._answered(request, asked, prompts)
@@ -118,7 +118,7 @@ class Routes:
 
         answers = Answers(chat, asked.model or self.service.name, len(prompts), asked.n)
         each = [ids for ids in prompts for _ in range(asked.n)]
-        exchange = Exchange(self.service, each, of_its_own, asked.stops)
+        exchange = Exchange(self.service, each, of_its_own, asked.stops, continues=not chat)
         if not asked.stream:
             await _until_gone(request, exchange, answers)
             return JSONResponse(answers.whole())

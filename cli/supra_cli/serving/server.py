@@ -16,9 +16,9 @@ from starlette.applications import Starlette
 
 from supra_cli.output import log
 from supra_cli.serving.app import build
-from supra_cli.serving.service import Limits, Service
+from supra_cli.serving.service import Context, Limits, Service
 from supra_cli.speech import load_speaker, release_thread
-from supra_core.conversation import Engine, Message
+from supra_core.conversation import Engine
 from supra_core.errors import SupraError
 from supra_core.formats.state_file import read_state
 from supra_core.generate import Sampling
@@ -56,9 +56,9 @@ def serve(settings: Settings) -> None:
         # Before the model is loaded, which takes longer.
         read_state(path)
     with _bound(settings.host, settings.port) as listening:
-        messages: dict[str, tuple[Message, ...]] = {}
+        contexts: dict[str, Context] = {}
         scheduler = Scheduler(
-            partial(_loaded, settings, messages),
+            partial(_loaded, settings, contexts),
             parallel=settings.parallel,
             waiting=settings.waiting,
             release=release_thread,
@@ -72,7 +72,7 @@ def serve(settings: Settings) -> None:
             open_source(settings.model).spec.vocab_size,
             settings.limits,
             settings.sampling,
-            messages,
+            contexts,
             settings.key,
             _LOOPBACK if loopback else None,
         )
@@ -113,16 +113,14 @@ async def _lifespan(service: Service, app: Starlette) -> AsyncIterator[None]:
     await asyncio.to_thread(service.scheduler.close)
 
 
-def _loaded(
-    settings: Settings, messages: dict[str, tuple[Message, ...]]
-) -> tuple[Engine, Prefixes]:
-    """The model and the states kept for it, contexts included; fills in their ``messages``."""
+def _loaded(settings: Settings, contexts: dict[str, Context]) -> tuple[Engine, Prefixes]:
+    """The model and the states kept for it; fills in ``contexts``, whose states are among them."""
     speaker = load_speaker(settings.model, settings.backend, settings.dtype)
     prefixes = Prefixes(settings.kept_bytes, speaker.sizes.memory_bytes)
     for name, path in settings.contexts.items():
-        saved = speaker.saved(path)
-        prefixes.pin(saved.tokens, speaker.engine.restored(saved.arrays))
-        messages[name] = saved.messages
+        conversation = speaker.loaded(path)
+        prefixes.pin(conversation.tokens, conversation.state)
+        contexts[name] = Context(tuple(conversation.messages), conversation.began)
     return speaker.engine, prefixes
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from supra_cli.serving.schema import ApiError
 from supra_core.conversation import Engine, Message
@@ -29,6 +30,14 @@ class Limits:
         return max(2**16, 16 * self.prompt_tokens)
 
 
+@dataclass(frozen=True)
+class Context:
+    """What stands before a request's messages, and the time that its template was told."""
+
+    messages: tuple[Message, ...] = ()
+    began: datetime | None = None
+
+
 @dataclass
 class Service:
     """``contexts``: transcripts whose states are kept, by the name that stands after a colon."""
@@ -39,7 +48,7 @@ class Service:
     vocab_size: int
     limits: Limits
     usual: Sampling
-    contexts: Mapping[str, Sequence[Message]] = field(default_factory=dict)
+    contexts: Mapping[str, Context] = field(default_factory=dict)
     key: str | None = None
     # Hosts that a browser may have been told to reach it by; None: any.
     hosts: frozenset[str] | None = None
@@ -52,10 +61,10 @@ class Service:
         """What a request may name: the model, and the model with each of its contexts."""
         return [self.name, *(f"{self.name}:{context}" for context in self.contexts)]
 
-    def context(self, model: str | None) -> Sequence[Message]:
-        """The messages before a request's own; :class:`ApiError` 404 for an unknown model."""
+    def context(self, model: str | None) -> Context:
+        """What stands before a request's messages; :class:`ApiError` 404 for an unknown model."""
         if model is None or model == self.name:
-            return ()
+            return Context()
         if model not in self.models:
             raise ApiError(
                 404,
@@ -65,10 +74,11 @@ class Service:
             )
         return self.contexts[model.removeprefix(f"{self.name}:")]
 
-    def rendered(self, messages: Sequence[Message]) -> list[int]:
+    def rendered(self, context: Context, messages: Sequence[Message]) -> list[int]:
         """Token ids by the chat template; SupraError when it refuses the messages."""
+        whole = [*context.messages, *messages]
         with self._lock:
-            return self._checked(self.engine.render(messages))
+            return self._checked(self.engine.render(whole, context.began))
 
     def encoded(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a text as it stands, or the ids given."""
@@ -97,7 +107,10 @@ class Service:
 
 
 class Exchange:
-    """A request's jobs and what happens to them; leaving it cancels what still runs."""
+    """A request's jobs and what happens to them; leaving it cancels what still runs.
+
+    ``continues``: the texts go on from the prompts', and are no answers.
+    """
 
     def __init__(
         self,
@@ -105,6 +118,8 @@ class Exchange:
         prompts: Sequence[list[int]],
         sampling: Callable[[int], Sampling],
         stop: tuple[str, ...],
+        *,
+        continues: bool,
     ) -> None:
         places = service.scheduler.places
         if len(prompts) > places:
@@ -117,7 +132,7 @@ class Exchange:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._jobs: list[Job] = []
         for index, ids in enumerate(prompts):
-            job = Job(ids, sampling(index), stop, self._listener(index))
+            job = Job(ids, sampling(index), stop, self._listener(index), continues)
             try:
                 service.scheduler.submit(job)
             except Busy as error:

@@ -27,6 +27,7 @@ def command(
                 "fingerprint": saved.owner.model,
                 "backend": saved.owner.backend,
                 "dtype": saved.owner.dtype,
+                "began": None if saved.began is None else saved.began.isoformat(),
                 "tokens": len(saved.tokens),
                 "state_bytes": saved.state_bytes,
                 "messages": list(saved.messages),
@@ -34,6 +35,8 @@ def command(
         )
         return
     print(f"{saved.owner.source} in {saved.owner.backend}, {saved.owner.dtype}")
+    if saved.began is not None:
+        print(f"begun {saved.began:%Y-%m-%d %H:%M}")
     print(f"{saved.state_bytes / 2**20:,.1f} MiB of state, {len(saved.tokens):,} tokens seen")
     for message in saved.messages:
         print(f"\n{message['role']}: {_shortened(message['content'])}")

@@ -1,0 +1,122 @@
+"""The server's routes around an engine of a few lines: on which day, and from where, it speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+testclient = pytest.importorskip("starlette.testclient")
+
+from supra_cli.serving import server  # noqa: E402
+from supra_cli.serving.app import build  # noqa: E402
+from supra_cli.serving.service import Context, Limits, Service  # noqa: E402
+from supra_cli.speech import Speaker  # noqa: E402
+from supra_core import conversation as conversations  # noqa: E402
+from supra_core.conversation import Conversation  # noqa: E402
+from supra_core.formats.state_file import Owner, SavedState, write_state  # noqa: E402
+from supra_core.generate import Sampling  # noqa: E402
+from supra_core.scheduler import Scheduler  # noqa: E402
+from tests.core.echo import Echo  # noqa: E402
+
+OWNER = Owner("abc", "model", "echo", "float32")
+DOCUMENT = "The handbook says that every state has one size. "
+QUESTION = {"role": "user", "content": "What does it say?"}
+
+
+class Sizes:
+    def memory_bytes(self, tokens: int) -> int:
+        return 1
+
+
+class Served:
+    """A client of an engine that is served with one context, of a book."""
+
+    def __init__(self, engine: Echo, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        speaker = Speaker(engine, lambda: OWNER, Sizes())  # type: ignore[arg-type]
+        monkeypatch.setattr(server, "load_speaker", lambda *_: speaker)
+        settings = server.Settings(
+            "model", None, None, "tiny", "127.0.0.1", 0, None, Sampling(), Limits(4000, 100), 2, 4,
+            10**6, {"book": book},
+        )  # fmt: skip
+        contexts: dict[str, Context] = {}
+        self.scheduler = Scheduler(
+            lambda: server._loaded(settings, contexts), parallel=2, waiting=4
+        )
+        self.scheduler.start()
+        service = Service(
+            self.scheduler, engine, "tiny", 256, settings.limits, Sampling(), contexts
+        )
+        self._client = testclient.TestClient(build(service))
+
+    def post(self, route: str, **body: Any) -> Any:
+        answer = self._client.post(f"/v1/{route}", json={"max_tokens": 4, **body})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+@pytest.fixture
+def yesterdays_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What an engine that is told the day has read the day before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(conversations, "clock", lambda: datetime.now() - timedelta(days=1))
+        reader = Conversation(Echo(dated=True))
+        reader.read(DOCUMENT)
+    return write(reader, tmp_path / "book", reader.began)
+
+
+def write(reader: Conversation, path: Path, began: datetime | None) -> Path:
+    now = reader.snapshot()
+    arrays = reader.engine.arrays(now.state)
+    write_state(path, SavedState(OWNER, now.messages, now.tokens, arrays, began), force=True)
+    return path
+
+
+@pytest.fixture
+def engine() -> Echo:
+    return Echo(dated=True)
+
+
+@pytest.fixture
+def served(
+    engine: Echo, yesterdays_book: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Served]:
+    running = Served(engine, yesterdays_book, monkeypatch)
+    yield running
+    running.scheduler.close()
+
+
+def test_a_context_stays_on_its_day(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    usage = served.post("chat/completions", model="tiny:book", messages=[QUESTION])["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > len(DOCUMENT)
+    assert usage["prompt_tokens"] - len(DOCUMENT) < 60
+    # Without one it is today, of which nothing is known.
+    usage = served.post("chat/completions", messages=[QUESTION])["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert "reads everything again" not in capsys.readouterr().err
+
+
+def test_a_context_that_does_not_fit_is_named(
+    engine: Echo, yesterdays_book: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A file from before days were kept does not say which one it was."""
+    old = Speaker(engine, lambda: OWNER, Sizes()).loaded(yesterdays_book)  # type: ignore[arg-type]
+    path = write(old, yesterdays_book, None)
+    running = Served(engine, path, monkeypatch)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(path) in told and "reads everything again" in told
+    usage = running.post("chat/completions", model="tiny:book", messages=[QUESTION])["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    running.scheduler.close()
+
+
+def test_completions_go_on_and_answers_begin(served: Served, engine: Echo) -> None:
+    served.post("completions", prompt="Once upon")
+    served.post("chat/completions", messages=[QUESTION])
+    assert engine.continued == [True, False]

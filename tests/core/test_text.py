@@ -1,0 +1,131 @@
+"""Tokens to text as they come, and chats at a time of one's choice."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from supra_core.errors import FormatError
+from supra_core.text import detokenizer, render_chat
+from tests.tiny_tokenizers import SPECIAL, byte_level, sentencepiece
+
+TOKENIZERS = {"sentencepiece": sentencepiece(), "byte_level": byte_level()}
+WORDS = st.text("ab  é€😀\n", max_size=30)
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return TOKENIZERS[request.param]
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], after: list[int] | None = None) -> list[str]:
+    take = detokenizer(SimpleNamespace(backend_tokenizer=tokenizer), after or [])
+    return [take(token) for token in ids]
+
+
+def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def test_a_continuation_keeps_its_first_space(tokenizer: Tokenizer) -> None:
+    whole, before = (encoded(tokenizer, text) for text in ("hello world, all", "hello"))
+    following = whole[len(before) :]
+    assert whole[: len(before)] == before
+    pieces = streamed(tokenizer, following, before)
+    # The first piece is new text only, and nothing of the prompt.
+    assert pieces[0] == " w"
+    assert "".join(pieces) == " world, all"
+
+
+def test_an_answer_begins_without_a_space() -> None:
+    """Where the tokenizer's words bring one, a text by itself does not begin with it."""
+    tokenizer = TOKENIZERS["sentencepiece"]
+    answer = encoded(tokenizer, "world")
+    assert tokenizer.id_to_token(answer[0]) == "▁w"
+    assert "".join(streamed(tokenizer, answer)) == "world"
+    # Nor does what comes after special tokens alone.
+    assert "".join(streamed(tokenizer, answer, [1, 2])) == "world"
+
+
+@given(WORDS, WORDS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_pieces_are_the_rest_of_the_whole(name: str, prompt: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    before = encoded(tokenizer, prompt)
+    following = encoded(tokenizer, text)
+    shown, whole = (tokenizer.decode(ids) for ids in (before, [*before, *following]))
+    assert "".join(streamed(tokenizer, following, before)) == whole[len(shown) :]
+    assert "".join(streamed(tokenizer, following)) == tokenizer.decode(following)
+
+
+def test_special_tokens_are_no_text(tokenizer: Tokenizer) -> None:
+    ids = [*encoded(tokenizer, "a"), 2, 1, *encoded(tokenizer, "b")]
+    said = "".join(streamed(tokenizer, ids, encoded(tokenizer, "c")))
+    assert said.replace(" ", "") == "ab"
+
+
+def test_a_prompt_that_ends_inside_a_character(tokenizer: Tokenizer) -> None:
+    """Nothing of such a prompt is repeated."""
+    ids = encoded(tokenizer, "abc€")
+    rest = encoded(tokenizer, "xyz")
+    said = "".join(streamed(tokenizer, [*ids[-1:], *rest], ids[:-1]))
+    assert said.lstrip("\ufffd").lstrip() == "xyz"
+
+
+@given(st.lists(st.integers(0, 600), max_size=40), st.lists(st.integers(0, 600), max_size=40))
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_no_tokens_are_too_strange(name: str, before: list[int], ids: list[int]) -> None:
+    """Bytes that are no characters, in any order: what is certain is never taken back."""
+    tokenizer = TOKENIZERS[name]
+    size = tokenizer.get_vocab_size()
+    before, ids = ([i % size for i in some] for some in (before, ids))
+    end = encoded(tokenizer, "END")
+    said = "".join(streamed(tokenizer, [*ids, *end], before))
+    assert said.endswith("END")
+    assert not any(marker in said for marker in SPECIAL)
+
+
+# --- chats ----------------------------------------------------------------------------------
+
+GUARDED = (
+    "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set d = 'no day' %}{% endif %}"
+)
+UNGUARDED = '{%- set d = strftime_now("%d %b %Y") -%}'
+BODY = "{{ d }}: {% for m in messages %}{{ m.content }}{% endfor %}"
+MOMENT = datetime(2019, 3, 7, 9, 30)
+
+
+@pytest.fixture
+def chat_tokenizer() -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level())
+
+
+def rendered(tokenizer: Any, template: Any, now: datetime | None) -> str:
+    tokenizer.chat_template = template
+    ids = render_chat(tokenizer, [{"role": "user", "content": "hi"}], now)
+    return str(tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("template", [GUARDED + BODY, UNGUARDED + BODY])
+def test_a_chat_at_a_time_of_ones_choice(chat_tokenizer: Any, template: str) -> None:
+    assert rendered(chat_tokenizer, template, MOMENT) == "07 Mar 2019: hi"
+    several = {"default": template, "tool_use": "none"}
+    assert rendered(chat_tokenizer, several, MOMENT) == "07 Mar 2019: hi"
+    # Without one it is the clock's.
+    assert str(datetime.now().year) in rendered(chat_tokenizer, template, None)
+
+
+def test_templates_that_do_not_ask_for_the_time(chat_tokenizer: Any) -> None:
+    template = "{% set d = 1 %}" + BODY
+    assert rendered(chat_tokenizer, template, MOMENT) == "1: hi"
+    with pytest.raises(FormatError, match="cannot be rendered"):
+        rendered(chat_tokenizer, UNGUARDED + "{{ nothing() }}", MOMENT)
