@@ -251,9 +251,14 @@ def _read(place: Path) -> dict[str, LazyTensor]:
 def _optimiser_tensors(
     optimiser: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
 ) -> dict[str, Tensor]:
-    return {
-        f"{names[parameter]}/{moment}": optimiser.state[parameter][moment]
-        for group in optimiser.param_groups
-        for parameter in group["params"]
-        for moment in _MOMENTS
-    }
+    tensors = {}
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            # There is none as long as every step was left out.
+            state = optimiser.state.get(parameter) or {}
+            for moment in _MOMENTS:
+                found = state.get(moment)
+                tensors[f"{names[parameter]}/{moment}"] = (
+                    torch.zeros_like(parameter) if found is None else found
+                )
+    return tensors
