@@ -94,6 +94,20 @@ class SampleStore:
         return written
 
 
+def is_synthesis(folder: Path) -> bool:
+    """Whether a synthesis was begun in the folder."""
+    return all((folder / name).is_file() for name in (SAMPLES, RECORD))
+
+
+def finished(folder: Path) -> Path:
+    """The samples of a synthesis; SupraError while more of them are to come."""
+    if read_object(folder / RECORD).get("finished") is not True:
+        raise SupraError(
+            f"{folder} holds a synthesis that has not ended: run supra data synthesize again"
+        )
+    return folder / SAMPLES
+
+
 def open_folder(out: Path, settings: Mapping[str, Any], *, force: bool) -> bool:
     """Whether ``out`` holds a synthesis by these settings to go on with; else it is made empty.
 

@@ -21,8 +21,9 @@ class Device:
     """One accelerator, or a CPU.
 
     ``memory`` in bytes; ``flops``: bfloat16 products a second with float32 sums, dense;
-    ``float32_flops``: likewise (TF32 where there is that); ``bandwidth``: bytes a second of its
-    memory; ``link``: bytes a second from its neighbours in a node; ``network``: from other nodes.
+    ``float32_flops``: those of float32, which torch rounds to TF32 only where it is told to;
+    ``bandwidth``: bytes a second of its memory; ``link``: bytes a second from its neighbours in a
+    node; ``network``: from other nodes.
     """
 
     name: str
@@ -42,14 +43,14 @@ class Device:
 # NVLink where the usual machine has it, PCIe (32 GB/s, generation 4) elsewhere; one network
 # adapter a GPU in the usual cluster (400 Gbit/s since Hopper), a shared one elsewhere.
 DEVICES: dict[str, Device] = {
-    "b200": Device("NVIDIA B200", 180e9, 2250e12, 1125e12, 8.0e12, 900e9, 50e9),
-    "h200": Device("NVIDIA H200", 141e9, 989e12, 494e12, 4.8e12, 450e9, 50e9),
-    "h100": Device("NVIDIA H100 SXM", 80e9, 989e12, 494e12, 3.35e12, 450e9, 50e9),
-    "a100": Device("NVIDIA A100 SXM", 80e9, 312e12, 156e12, 2.04e12, 300e9, 25e9),
-    "a100-40gb": Device("NVIDIA A100 SXM 40 GB", 40e9, 312e12, 156e12, 1.555e12, 300e9, 25e9),
-    "l40s": Device("NVIDIA L40S", 48e9, 362e12, 183e12, 0.864e12, 32e9, 6e9),
+    "b200": Device("NVIDIA B200", 180e9, 2250e12, 75e12, 8.0e12, 900e9, 50e9),
+    "h200": Device("NVIDIA H200", 141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9),
+    "h100": Device("NVIDIA H100 SXM", 80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9),
+    "a100": Device("NVIDIA A100 SXM", 80e9, 312e12, 19.5e12, 2.04e12, 300e9, 25e9),
+    "a100-40gb": Device("NVIDIA A100 SXM 40 GB", 40e9, 312e12, 19.5e12, 1.555e12, 300e9, 25e9),
+    "l40s": Device("NVIDIA L40S", 48e9, 362e12, 91.6e12, 0.864e12, 32e9, 6e9),
     "a10g": Device("NVIDIA A10G", 24e9, 70e12, 35e12, 0.6e12, 32e9, 6e9),
-    "l4": Device("NVIDIA L4", 24e9, 121e12, 60e12, 0.3e12, 32e9, 6e9),
+    "l4": Device("NVIDIA L4", 24e9, 121e12, 30.3e12, 0.3e12, 32e9, 6e9),
     "rtx4090": Device("NVIDIA GeForce RTX 4090", 24e9, 165e12, 82.6e12, 1.008e12, 32e9, 3e9),
 }
 

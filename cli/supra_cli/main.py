@@ -6,8 +6,10 @@ each command imports what it needs when it runs.
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -48,16 +50,38 @@ class SupraGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except EndedByAnother:
-            raise typer.Exit(EXIT_BAD_INPUT) from None
+            _end(EXIT_BAD_INPUT)
         except SupraError as error:
             print(f"supra: error: {error}", file=sys.stderr)
-            raise typer.Exit(EXIT_BAD_INPUT) from None
+            _end(EXIT_BAD_INPUT)
         except KeyboardInterrupt:
             print("\nsupra: interrupted", file=sys.stderr)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            _end(EXIT_INTERRUPTED)
         except Preempted:
             print("supra: told to end, with a checkpoint: start it again", file=sys.stderr)
-            raise typer.Exit(EXIT_START_AGAIN) from None
+            _end(EXIT_START_AGAIN)
+        except Exception:
+            if not _is_joined():
+                raise
+            traceback.print_exc()
+            _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    """End with an exit code; at once where this process still belongs to a group of others.
+
+    A GPU's group is left only when all leave it, and the others may wait for this process.
+    """
+    if _is_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code) from None
+
+
+def _is_joined() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return bool(distributed and distributed.is_available() and distributed.is_initialized())
 
 
 app = typer.Typer(

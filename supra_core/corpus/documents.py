@@ -22,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from supra_core import samples
 from supra_core.errors import MissingDependencyError, SupraError
 
 # A data set of the hub: hub:ORG/NAME.
@@ -77,11 +78,14 @@ class Reading:
 def source_files(source: str) -> list[Path]:
     """The files of a source: itself, or the known ones of a folder in order of name.
 
-    A data set of the hub has none here. SupraError when there is nothing to read.
+    A folder of synthesized text is its samples. A data set of the hub has no files here.
+    SupraError when there is nothing to read.
     """
     if source.startswith(HUB):
         return []
     path = Path(source)
+    if samples.is_synthesis(path):
+        return [samples.finished(path)]
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if _is_known(file) and file.is_file()]
         if not files:
@@ -124,7 +128,9 @@ def _file(file: Path, reading: Reading, before: int) -> Iterator[Record]:
         return
     with open(file, "rb") as raw, _uncompressed(file, raw) as stream:
         followed = _follow(stream, raw, reading, before)
-        if kind in _LINES:
+        if file.name == samples.SAMPLES and samples.is_synthesis(file.parent):
+            yield from _samples(_parsed_lines(file, stream, followed))
+        elif kind in _LINES:
             yield from _json_lines(file, stream, followed, reading)
         elif kind == _TAR:
             yield from _archive(file, stream, followed, reading)
@@ -213,16 +219,37 @@ def pieces(text: str) -> Iterator[str]:
 def _json_lines(
     file: Path, stream: IO[bytes], followed: Callable[[], None], reading: Reading
 ) -> Iterator[Record]:
+    for where, record in _parsed_lines(file, stream, followed):
+        try:
+            yield record if isinstance(record, BadRecord) else _document(record, where, reading)
+        except BadRecord as error:
+            yield error
+
+
+def _parsed_lines(
+    file: Path, stream: IO[bytes], followed: Callable[[], None]
+) -> Iterator[tuple[str, Any]]:
+    """Where each line stands, and what it holds; a BadRecord for what is no JSON."""
     for number, line in enumerate(stream, 1):
         followed()
         if not line.strip():
             continue
+        where = f"{file} line {number}"
         try:
-            yield _document(_parsed(line), f"{file} line {number}", reading)
-        except BadRecord as error:
-            yield error
+            yield where, _parsed(line)
         except ValueError as error:
-            yield BadRecord(f"{file} line {number} is no JSON ({error}): correct it")
+            yield where, BadRecord(f"{where} is no JSON ({error}): correct it")
+
+
+def _samples(lines: Iterator[tuple[str, Any]]) -> Iterator[Record]:
+    """Synthesized samples but those that were dropped; each brings its end, if it has one."""
+    for where, line in lines:
+        if isinstance(line, BadRecord):
+            yield line
+        elif not isinstance(line, dict) or not isinstance(line.get("text"), str):
+            yield BadRecord(f"{where} is no sample: synthesize again with --force")
+        elif not line.get("dropped"):
+            yield Document(pieces(line["text"]), is_closed=True)
 
 
 def _archive(

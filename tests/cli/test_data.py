@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 torch = pytest.importorskip("torch")
 
 from supra_cli.main import app  # noqa: E402
+from supra_core.corpus.documents import BadRecord, Document, Reading, Record, records  # noqa: E402
+from supra_core.errors import SupraError  # noqa: E402
 from tests.tiny_chat import CHATML, write_model  # noqa: E402
 
 runner = CliRunner()
@@ -81,6 +83,9 @@ def test_text_to_train_on(model: Path, whole: Path, tmp_path: Path) -> None:
         kept = [line["text"] for line in samples if line["kind"] == kind and not line["dropped"]]
         assert (whole / name).read_text() == "".join(kept)
         assert len(kept) == counts["kept"][kind]
+    read = list(records(str(whole), Reading()))
+    kept = [line for line in samples if not line["dropped"]]
+    assert [_text(record) for record in read] == [line["text"] for line in kept]
     data, run = str(whole), tmp_path / "run"
     done = runner.invoke(
         app,
@@ -91,6 +96,31 @@ def test_text_to_train_on(model: Path, whole: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_dropped_samples_and_unfinished_texts_are_not_read(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "text"
+    shutil.copytree(whole, out)
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    lines[1]["dropped"] = "loop"
+    (out / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = [line["text"] for line in lines if not line["dropped"]]
+    for source in (out, out / "samples.jsonl"):
+        assert [_text(record) for record in records(str(source), Reading())] == expected
+    (out / "samples.jsonl").write_text('{"kind": "document"}\n')
+    (record,) = records(str(out), Reading())
+    assert isinstance(record, BadRecord)
+    assert "line 1 is no sample" in str(record)
+    record_of = json.loads((out / "synthesis.json").read_text())
+    (out / "synthesis.json").write_text(json.dumps(record_of | {"finished": False}))
+    with pytest.raises(SupraError, match="has not ended: run supra data synthesize again"):
+        next(records(str(out), Reading()))
+
+
+def _text(record: Record) -> str:
+    assert isinstance(record, Document)
+    assert record.is_closed
+    return "".join(record.pieces)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_text(

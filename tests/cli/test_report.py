@@ -327,6 +327,16 @@ def test_damaged_metrics_are_refused_with_their_line(tmp_path: Path) -> None:
         read_curve(tmp_path)
 
 
+def test_steps_that_were_left_out_are_not_in_the_curves(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    step = {"stage": "distill", "step": 1, "loss": 2.0, "tokens": 64}
+    left_out = {"left_out": "a spike", "step": 2, "tokens": 128}
+    lines = [step, {**step, **left_out, "loss": None}, {**step, **left_out, "loss": 900.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (stage,) = read_curve(tmp_path).stages
+    assert stage.losses == (2.0,)
+
+
 def test_long_curves_are_averaged(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     steps = [

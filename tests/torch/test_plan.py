@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from supra_core import layout  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.outline import outline  # noqa: E402
+from supra_core.teacher import original_spec  # noqa: E402
 from supra_torch import devices  # noqa: E402
 from supra_torch.plan.memory import Layout, trace_stage  # noqa: E402
 from supra_torch.plan.plan import plan  # noqa: E402
@@ -25,7 +26,7 @@ from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.uptrain.exact import Float64Sums  # noqa: E402
 from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
-from supra_torch.uptrain.operations import flops_per_token  # noqa: E402
+from supra_torch.uptrain.operations import flops_per_token, multiplied_weights  # noqa: E402
 from supra_torch.uptrain.processes import Processes  # noqa: E402
 from supra_torch.uptrain.sharding import frozen_teacher, trained_student  # noqa: E402
 from supra_torch.uptrain.stages import gradients, optimiser_for  # noqa: E402
@@ -212,6 +213,29 @@ def test_every_recipe_has_a_plan(tiny_transformer: Path, recipe: str) -> None:
         if stage.lora_rank is None:
             assert counted < planned.flops_per_token < 6 * counted
     assert made.seconds == sum(stage.steps * stage.step_seconds for stage in made.stages)
+
+
+def test_operations_of_what_is_trained_and_what_is_not(tiny_transformer: Path) -> None:
+    """By hand: forward, the gradient of what is read, and that of a weight, 2 operations each."""
+    config = config_of(tiny_transformer, "pure", tokens=100_000)
+    spec = outlined_student(config)
+    weights = {name: prod(shape) for name, shape in layout.tensor_shapes(spec).items()}
+    mixers = sum(size for name, size in weights.items() if ".self_attn." in name)
+    from_input = sum(
+        size for name, size in weights.items()
+        if any(part in name for part in (".q_proj.", ".k_proj.", ".v_proj."))
+    )  # fmt: skip
+    frozen = sum(size for n, size in weights.items() if ".mlp." in n or "embed" in n or "head" in n)
+    looked_up = 0 if spec.tie_word_embeddings else weights["model.embed_tokens.weight"]
+    before = original_spec(spec)
+    theirs = multiplied_weights(before)
+    layers = theirs - spec.vocab_size * spec.hidden_size
+    transfer, distill = config.stages
+    assert flops_per_token(transfer, spec) == 6 * mixers - 2 * from_input + 2 * layers
+    every = sum(weights.values()) - looked_up
+    assert flops_per_token(distill, spec) == 6 * every - 2 * (frozen - looked_up) + 2 * theirs
+    thawed = distill.model_copy(update={"freeze": ()})
+    assert flops_per_token(thawed, spec) == 6 * every + 2 * theirs
 
 
 def outlined_student(config: UptrainConfig) -> Any:

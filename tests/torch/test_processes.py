@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ torch = pytest.importorskip("torch")
 from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain.config import Stage, UptrainConfig  # noqa: E402
+from supra_torch.uptrain.processes import processes  # noqa: E402
 from supra_torch.uptrain.step import adamw  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     end_by,
@@ -100,6 +103,47 @@ def test_sigterm_says_start_again(shared: UptrainConfig, tmp_path: Path) -> None
     run = tmp_path / "run"
     assert end_by(signal.SIGTERM, run_in_process(shared, run, pause=0.05), run, 5) == 75
     assert checkpoint.read_place(checkpoint.checkpoints(run)[-1]).step == len(logged_losses(run))
+
+
+def test_half_of_what_torchrun_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for size in (None, "1"):
+        if size is not None:
+            monkeypatch.setenv("WORLD_SIZE", size)
+        with processes() as one:
+            assert (one.size, one.mesh) == (1, None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SupraError, match="'RANK' of torchrun is missing"), processes():
+        pass
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(SupraError, match="start with torchrun, or unset WORLD_SIZE"), processes():
+        pass
+
+
+def test_who_still_belongs_to_others_ends_at_once(tmp_path: Path) -> None:
+    """With a sentence or a traceback, and nothing that would wait for the others."""
+    file = tmp_path / "command.py"
+    file.write_text(
+        "import atexit, sys, torch.distributed as dist, typer\n"
+        "from supra_cli.main import SupraGroup\n"
+        "from supra_core.errors import SupraError\n"
+        "app = typer.Typer(cls=SupraGroup)\n"
+        "@app.command()\n"
+        "def bad(): join(); raise SupraError('no room')\n"
+        "@app.command()\n"
+        "def broken(): join(); raise ValueError('a defect')\n"
+        "def join():\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "    atexit.register(print, 'waited')\n"
+        "app()\n"
+    )
+    for command, code, said in (("bad", 2, "supra: error: no room\n"), ("broken", 1, "a defect")):
+        done = subprocess.run(
+            [sys.executable, file, command], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (code, "")
+        assert said in done.stderr
 
 
 def test_an_uneven_share_is_refused(shared: UptrainConfig) -> None:

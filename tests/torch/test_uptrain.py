@@ -24,6 +24,7 @@ from supra_torch.uptrain import session as session_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import Stop  # noqa: E402
+from supra_torch.uptrain.lock import Lock  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     end_by,
@@ -183,6 +184,13 @@ def test_wrong_settings_are_named(overrides: dict[str, str], message: str) -> No
         resolve(config=None, model="m", recipe=None, data="d", overrides=overrides)
 
 
+def test_a_recipe_in_a_file_is_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('model = "m"\ndata = "d"\nrecipe = 5\n')
+    with pytest.raises(SupraError, match="field recipe: 5 is no name: use one of"):
+        resolve(config=file, model=None, recipe=None, data=None, overrides={})
+
+
 def test_weights_that_are_no_numbers_are_not_trained(
     settings: UptrainConfig, tmp_path: Path
 ) -> None:
@@ -204,6 +212,23 @@ def test_a_run_that_never_began_may_be_corrected(settings: UptrainConfig, tmp_pa
     with pytest.raises(SupraError, match="too few for two sequences"):
         uptrain(settings.model_copy(update={"data": str(short)}), run)
     assert uptrain(settings.model_copy(update={"tokens": 128}), run)["steps"] == 2
+
+
+def test_a_corrected_run_is_locked(settings: UptrainConfig, tmp_path: Path) -> None:
+    """Its run.json is another file than the one that was locked at first."""
+    (tmp_path / "run.json").write_text("{}")
+    ours, others = (Lock(tmp_path, lambda text: None) for _ in range(2))
+    ours.take()
+    (tmp_path / "beside").write_text("{}")
+    (tmp_path / "beside").replace(tmp_path / "run.json")
+    ours.take()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("supra_torch.uptrain.lock._PATIENCE", 0.0)
+        with pytest.raises(SupraError, match="is being trained by another process"):
+            others.take()
+    ours.release()
+    others.take()
+    others.release()
 
 
 def test_a_file_is_no_run_folder(settings: UptrainConfig, text_file: Path) -> None:

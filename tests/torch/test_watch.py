@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from supra_core.errors import SupraError  # noqa: E402
-from supra_torch.uptrain import checkpoint  # noqa: E402
+from supra_torch.uptrain import checkpoint, watch  # noqa: E402
 from supra_torch.uptrain import one_step as step_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig  # noqa: E402
 from supra_torch.uptrain.data import Mixture  # noqa: E402
@@ -80,6 +80,48 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SupraError, match="report_to: wandb is not installed: pip install wandb"):
         refuse_missing(["wandb"])
+
+
+def test_a_service_that_does_not_begin_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = list[str]()
+
+    class Board:
+        def close(self) -> None:
+            closed.append("tensorboard")
+
+    def no_key(*_: Any) -> Any:
+        raise ValueError("api_key not configured\nand more")
+
+    monkeypatch.setitem(watch._SINKS, "tensorboard", lambda *_: Board())
+    monkeypatch.setitem(watch._SINKS, "wandb", no_key)
+    opening = watch.sinks(["tensorboard", "wandb"], tmp_path, {}, 0)
+    with pytest.raises(
+        SupraError, match=r"report_to: wandb does not begin \(api_key not configured\)"
+    ), opening:  # fmt: skip
+        pass
+    assert closed == ["tensorboard"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. And so on"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_what_takes_less_memory_is_said(
+    settings: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from supra_torch.uptrain import session as session_module
+
+    def gradients(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(session_module, "gradients", gradients)
+    with pytest.raises(SupraError, match=r"memory has run out \(.*\): set device_rows=1"):
+        uptrain(settings, tmp_path / "run")
 
 
 def test_curves_go_to_tensorboard_and_are_taken_back(
@@ -159,6 +201,26 @@ def test_a_step_that_is_not_finite_is_left_out(
             uptrain(config, resumed)
     assert checkpoint.read_place(checkpoint.newest(resumed) or resumed).left_out == 1
     uptrain(config, resumed)
+    ours, theirs = weights_in(resumed / "model"), weights_in(whole / "model")
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_the_first_step_is_left_out_and_the_run_interrupted(
+    settings: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser has no state yet; the checkpoint says so by zeros, and the run goes on."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    with monkeypatch.context() as patch:
+        _spoil(patch, {1})
+        uptrain(settings, whole)
+    with monkeypatch.context() as patch:
+        _spoil(patch, {1})
+        interrupt_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            uptrain(settings, resumed)
+    place = checkpoint.read_place(checkpoint.newest(resumed) or resumed)
+    assert (place.step, place.left_out) == (1, 1)
+    uptrain(settings, resumed)
     ours, theirs = weights_in(resumed / "model"), weights_in(whole / "model")
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 

@@ -198,7 +198,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernel does not take {q.dtype}"
     if (
-        q.device.type == "cuda"
+        kind(q) == "cuda"
         and q.dtype == torch.float32
         and torch.get_float32_matmul_precision() == "highest"
     ):

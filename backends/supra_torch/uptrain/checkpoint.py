@@ -219,6 +219,16 @@ def read_place(checkpoint: Path) -> Place:
     return Place(**read_object(checkpoint / "state.json"))
 
 
+def newest_place(run: Path, processes: Processes) -> Place:
+    """Where the run goes on, as its first process sees it; called by all.
+
+    On a network's disk others may still see the folder as it was.
+    """
+    found = newest(run) if processes.is_first else None
+    (step,) = processes.sums([float(read_place(found).step) if found else 0.0])
+    return read_place(folder_of(run, int(step))) if step else Place()
+
+
 def load_optimiser(
     checkpoint: Path,
     optimiser: torch.optim.Optimizer,
@@ -251,9 +261,14 @@ def _read(place: Path) -> dict[str, LazyTensor]:
 def _optimiser_tensors(
     optimiser: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
 ) -> dict[str, Tensor]:
-    return {
-        f"{names[parameter]}/{moment}": optimiser.state[parameter][moment]
-        for group in optimiser.param_groups
-        for parameter in group["params"]
-        for moment in _MOMENTS
-    }
+    tensors = {}
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            # There is none as long as every step was left out.
+            state = optimiser.state.get(parameter) or {}
+            for moment in _MOMENTS:
+                found = state.get(moment)
+                tensors[f"{names[parameter]}/{moment}"] = (
+                    torch.zeros_like(parameter) if found is None else found
+                )
+    return tensors

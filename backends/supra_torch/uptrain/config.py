@@ -369,6 +369,10 @@ def recipe_names() -> list[str]:
 
 def recipe_named(name: str) -> dict[str, Any]:
     """A recipe of the package by name, or a TOML file by path."""
+    if not isinstance(name, str):
+        raise SupraError(
+            f"field recipe: {name!r} is no name: use one of {', '.join(recipe_names())}"
+        )
     if name in recipe_names():
         text = resources.files("supra_torch.recipes").joinpath(f"{name}.toml").read_text("utf-8")
         return tomllib.loads(text)

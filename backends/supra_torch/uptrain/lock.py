@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,9 @@ class Lock:
         file systems without locks.
         """
         file = self._run / "run.json"
-        if self._file is not None or not file.is_file():
+        if not file.is_file() or self._holds(file):
             return
+        self.release()
         try:
             self._file = open(file, "r+b")  # noqa: SIM115 - open as long as the run goes on
             self._wait(self._file)
@@ -45,6 +47,12 @@ class Lock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _holds(self, file: Path) -> bool:
+        """Whether the lock is on this file, not on one that another has replaced since."""
+        if self._file is None:
+            return False
+        return os.path.samestat(os.fstat(self._file.fileno()), file.stat())
 
     def _wait(self, file: BinaryIO) -> None:
         deadline, said = time.monotonic() + _PATIENCE, False

@@ -6,10 +6,13 @@ import ctypes
 import platform
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+from supra_core.errors import SupraError
 
 # Numbers of mallopt's parameters, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -27,6 +30,23 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, _MOST) and libc.mallopt(_M_TRIM_THRESHOLD, _MOST))
+
+
+@contextmanager
+def memory_errors(run: Path) -> Iterator[None]:
+    """Inside, what a device has no memory for is a SupraError with what takes less."""
+    try:
+        yield
+    except RuntimeError as error:
+        # A CPU's allocator raises nothing of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        said = str(error).strip().split("\n")[0].split(". ")[0]
+        raise SupraError(
+            f"{run}: memory has run out ({said}): set device_rows=1, activation_checkpointing=true "
+            "or segment_tokens; the run goes on after the last checkpoint, and supra plan says "
+            "what each of them takes"
+        ) from None
 
 
 def reset_peak(device: torch.device) -> None:

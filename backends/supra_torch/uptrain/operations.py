@@ -1,9 +1,9 @@
 """Floating-point operations of training: what a token costs, and the share a device was busy.
 
 A weight that is multiplied costs a multiplication and an addition a token forward, and twice that
-backward (arXiv 2001.08361). Attention is left out, and so is what is computed twice to save
-memory, as in the model FLOPs utilisation of PaLM (arXiv 2204.02311, appendix B). Of a mixture of
-experts, those that a token goes through count.
+backward (arXiv 2001.08361), once where it is not trained. Attention is left out, and so is what is
+computed twice to save memory, as in the model FLOPs utilisation of PaLM (arXiv 2204.02311, appendix
+B). Of a mixture of experts, those that a token goes through count.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from supra_core import layout
 from supra_core.spec import LinearAttention, ModelSpec
 from supra_core.teacher import original_spec
 from supra_torch.uptrain.config import Stage
+from supra_torch.uptrain.stages import learning_rates
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+_READ_THE_INPUT = ("q_proj", "k_proj", "v_proj")
 
 
 def multiplied_weights(spec: ModelSpec) -> int:
@@ -27,32 +29,36 @@ def multiplied_weights(spec: ModelSpec) -> int:
 def flops_per_token(stage: Stage, student: ModelSpec) -> int:
     """Of a stage; in ``transfer`` the teacher's layers and the student's linear mixers.
 
-    Weights beside adapters have no gradients of their own, nor have experts, which are never
-    trained; the adapters are not counted.
+    What the stage does not train has no gradients of its own; adapters are not counted.
     """
-    own = 6 if stage.lora_rank is None else 4
+    rate_of = learning_rates(stage, student)
+    shapes = layout.tensor_shapes(student)
+    # Experts, of which a token goes through a few, are never among the trained.
+    trained = sum(prod(shape) for name, shape in shapes.items() if rate_of(name) > 0)
     if stage.kind == "transfer":
-        return own * _linear_mixers(student) + 2 * _layers(original_spec(student))
+        read, others = _linear_mixers(student)
+        # The teacher's states, which these read, have no gradients.
+        return 2 * read + 4 * others + 2 * trained + 2 * _layers(original_spec(student))
+    if not student.tie_word_embeddings and rate_of(_EMBEDDINGS[0]) > 0:
+        trained -= prod(shapes[_EMBEDDINGS[0]])
     teachers = 2 * multiplied_weights(original_spec(student)) if stage.kind == "distill" else 0
-    untrained = 2 * _experts(student) if stage.lora_rank is None else 0
-    return own * multiplied_weights(student) - untrained + teachers
+    return 4 * multiplied_weights(student) + 2 * trained + teachers
 
 
-def _linear_mixers(spec: ModelSpec) -> int:
-    return sum(
-        prod(shape)
-        for layer in spec.layers
-        if isinstance(layer.mixer, LinearAttention)
-        for shape in layout.mixer_shapes(spec, layer.mixer).values()
-    )
+def _linear_mixers(spec: ModelSpec) -> tuple[int, int]:
+    """Weights of the linear mixers: those that read the layer's input, and the others."""
+    read = others = 0
+    for layer in spec.layers:
+        if isinstance(layer.mixer, LinearAttention):
+            for name, shape in layout.mixer_shapes(spec, layer.mixer).items():
+                if name.split(".")[0] in _READ_THE_INPUT:
+                    read += prod(shape)
+                else:
+                    others += prod(shape)
+    return read, others
 
 
 def _layers(spec: ModelSpec) -> int:
     shapes = layout.tensor_shapes(spec)
     stored = sum(prod(shape) for name, shape in shapes.items() if name not in _EMBEDDINGS)
     return stored - layout.idle_parameter_count(spec)
-
-
-def _experts(spec: ModelSpec) -> int:
-    """Weights of routers, and of the experts that a token goes through."""
-    return layout.expert_parameter_count(spec) - layout.idle_parameter_count(spec)

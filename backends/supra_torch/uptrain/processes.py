@@ -88,11 +88,11 @@ def processes(devices_together: int = 0, *, two_axes: bool = False) -> Iterator[
     mesh has both axes even if there is one group. Raises SupraError when that does not divide the
     number of processes.
     """
-    if "WORLD_SIZE" not in os.environ:
+    places = _places()
+    if places is None:
         yield Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    rank, size, local, local_size = places
     together = devices_together or local_size
     if size % together:
         raise SupraError(
@@ -121,8 +121,34 @@ def processes(devices_together: int = 0, *, two_axes: bool = False) -> Iterator[
                 dist.new_group(backend="gloo", timeout=_PATIENCE),
                 dist.new_group(backend="gloo", timeout=_PATIENCE),
             )
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL would wait here for processes that wait for this one: who catches this is to end
+        # the process at once.
+        if device.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _places() -> tuple[int, int, int, int] | None:
+    """Rank, size, and both in the node, as torchrun says; None for a process by itself.
+
+    SupraError where the environment says a part of it: some schedulers set WORLD_SIZE alone.
+    """
+    size = os.environ.get("WORLD_SIZE")
+    if size is None or (size == "1" and "LOCAL_RANK" not in os.environ):
+        return None
+    try:
+        rank, whole, local, local_size = (
+            int(os.environ[name])
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
+    except (KeyError, ValueError) as error:
+        raise SupraError(
+            f"the environment has WORLD_SIZE={size}, but {error} of torchrun is missing or no "
+            "number: start with torchrun, or unset WORLD_SIZE"
+        ) from None
+    return rank, whole, local, local_size
 
 
 def mesh_over(device_type: str, size: int, together: int, *, two_axes: bool = False) -> DeviceMesh:

@@ -42,7 +42,7 @@ from supra_torch.uptrain.folder import (
 from supra_torch.uptrain.inputs import Inputs, open_inputs, refuse_another_recipe
 from supra_torch.uptrain.interrupts import Stop
 from supra_torch.uptrain.lock import Lock
-from supra_torch.uptrain.memory import keep_freed_memory
+from supra_torch.uptrain.memory import keep_freed_memory, memory_errors
 from supra_torch.uptrain.processes import Processes, processes
 from supra_torch.uptrain.session import Session
 from supra_torch.uptrain.step import resolved_precision
@@ -73,7 +73,8 @@ def uptrain(
             progress, say = silent, lambda text: None
         lock = Lock(run, say)
         try:
-            return _uptrain(config, run, every, stop, lock, progress, say)
+            with memory_errors(run):
+                return _uptrain(config, run, every, stop, lock, progress, say)
         finally:
             lock.release()
 
@@ -103,8 +104,7 @@ def _uptrain(
     if every.size == 1:
         # Shards come and go in pieces of every size, between which a heap that is kept grows.
         keep_freed_memory()
-    newest = checkpoint.newest(run)
-    place = checkpoint.read_place(newest) if newest else checkpoint.Place()
+    place = checkpoint.newest_place(run, every)
     every.wait()
     if every.is_first:
         trim_log(run, place)

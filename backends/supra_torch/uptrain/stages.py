@@ -237,20 +237,28 @@ def optimiser_for(student: SupraModel, stage: Stage, *, fused: bool = True) -> t
 
 def _trained(student: SupraModel, stage: Stage) -> Iterator[tuple[nn.Parameter, float, float]]:
     """What the stage trains: parameter, peak learning rate, weight decay."""
-    new = _new_names(student.spec)
+    new, rate_of = _new_names(student.spec), learning_rates(stage, student.spec)
     for name, parameter in student.named_parameters():
-        if name in new:
-            rate = stage.new_learning_rate
-        elif stage.lora_rank is None or is_adapter(name):
-            rate = stage.learning_rate
-        else:
-            rate = 0.0
-        in_reach = stage.kind != "transfer" or _in_linear_mixer(student.spec, name)
-        frozen = _part(name) in stage.freeze or layout.is_of_experts(name)
-        parameter.requires_grad_(rate > 0 and in_reach and not frozen)
+        rate = rate_of(name)
+        parameter.requires_grad_(rate > 0)
         if parameter.requires_grad:
             decayed = parameter.dim() >= 2 and name not in new and not is_adapter(name)
             yield parameter, rate, stage.weight_decay if decayed else 0.0
+
+
+def learning_rates(stage: Stage, spec: ModelSpec) -> Callable[[str], float]:
+    """The peak learning rate of a parameter by its name; 0 for one that the stage leaves alone."""
+    new = _new_names(spec)
+
+    def rate_of(name: str) -> float:
+        in_reach = stage.kind != "transfer" or _in_linear_mixer(spec, name)
+        if not in_reach or _part(name) in stage.freeze or layout.is_of_experts(name):
+            return 0.0
+        if name in new:
+            return stage.new_learning_rate
+        return stage.learning_rate if stage.lora_rank is None or is_adapter(name) else 0.0
+
+    return rate_of
 
 
 def _part(name: str) -> ModelPart | Literal["mixers"]:

@@ -85,9 +85,9 @@ def _with_teacher(
 def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -> Place:
     """Train from ``place`` to the end of its stage: the beginning of the next one."""
     config, stage = session.config, session.config.stages[place.stage]
-    saver.wait()
-    session.processes.wait()
-    newest = checkpoint.newest(session.run)
+    _wait_together(session, saver)
+    # By its number: on a network's disk the newest may not be seen by all at once.
+    newest = checkpoint.folder_of(session.run, place.step) if place.step else None
     tensors = artifact.read(newest / "model").tensors if newest else session.begins
     # Adapters and the optimiser are a stage's own: only one that goes on has any to read.
     within = newest if place.stage_step else None
@@ -118,6 +118,7 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     )  # fmt: skip
 
     def save(optimiser: torch.optim.Optimizer | None) -> None:
+        _wait_together(session, saver)
         if session.processes.is_first:
             # A checkpoint is not to outlast the lines of its steps.
             flush_to_disk(metrics_of(session.run))
@@ -169,17 +170,7 @@ def _conclude(
     steps: int,
 ) -> None:
     """After a step: log it, and raise, in all processes at once, what ends the run here."""
-    unlogged = None
-    try:
-        session.log({**record, "tokens": place.tokens})
-    except WriteError as error:
-        unlogged = error
-    failed, *asked = session.processes.sums(
-        [float(saver.failed or unlogged is not None), *session.stop.flags()]
-    )
-    if failed:
-        saver.wait()
-        raise unlogged or EndedByAnother(f"{session.run}: another process could not save")
+    asked = _logged_together(session, {**record, "tokens": place.tokens}, saver)
     guards.add(record)
     if "left_out" in record:
         session.say(f"step {place.step} is left out: {record['left_out']}")
@@ -192,6 +183,41 @@ def _conclude(
         loss=record["loss"] or math.nan, tokens_per_second=record["tokens_per_second"],
     )  # fmt: skip
     stop_if_asked(asked)
+
+
+def _logged_together(
+    session: Session, record: Mapping[str, Any], saver: Checkpoints | None = None
+) -> list[float]:
+    """Log a line; raise, in all processes, what kept that or a checkpoint from being written.
+
+    Returns the signals that came to any of them (:meth:`Stop.flags`).
+    """
+    unlogged = None
+    try:
+        session.log(record)
+    except WriteError as error:
+        unlogged = error
+    unsaved = saver is not None and saver.failed
+    failed, *asked = session.processes.sums(
+        [float(unsaved or unlogged is not None), *session.stop.flags()]
+    )
+    if failed:
+        if saver is not None:
+            saver.wait()
+        raise unlogged or EndedByAnother(f"{session.run}: another process could not save")
+    return asked
+
+
+def _wait_together(session: Session, saver: Checkpoints) -> None:
+    """Until the checkpoint under way is on disk; raises in all processes when it failed in one."""
+    unsaved = None
+    try:
+        saver.wait()
+    except WriteError as error:
+        unsaved = error
+    (failed,) = session.processes.sums([float(unsaved is not None)])
+    if failed:
+        raise unsaved or EndedByAnother(f"{session.run}: another process could not save")
 
 
 def _noticed(session: Session) -> Callable[[], None]:
@@ -222,9 +248,7 @@ def _back(session: Session, saver: Checkpoints, diverged: Diverged) -> Place:
     if away.rollbacks >= session.config.rollbacks:
         raise diverged
     saver.wait()
-    session.processes.wait()
-    newest = checkpoint.newest(session.run)
-    good = checkpoint.read_place(newest) if newest else Place()
+    good = checkpoint.newest_place(session.run, session.processes)
     if session.processes.is_first:
         trim_log(session.run, good)
         for sink in session.sinks:
@@ -255,7 +279,7 @@ def _evaluate(session: Session, place: Place, student: SupraModel) -> Place:
     """``place`` with its held-out perplexity, which is written to the metrics."""
     place = replace(place, perplexity=_perplexity(session, student))
     record = {"evaluation": "held_out", "step": place.step, "perplexity": place.perplexity}
-    session.log({**record, "tokens": place.tokens})
+    _logged_together(session, {**record, "tokens": place.tokens})
     session.progress("evaluate", 1, 1, perplexity=place.perplexity or math.nan)
     return place
 

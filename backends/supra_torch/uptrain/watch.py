@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,12 +40,20 @@ def sinks(
     report_to: Sequence[ReportTo], run: Path, config: Mapping[str, Any], step: int
 ) -> Iterator[list[Sink]]:
     """Those that are asked for, for a run that goes on after ``step``; closed at the end."""
-    opened = [_SINKS[name](run, config, step) for name in report_to]
-    try:
+    with ExitStack() as stack:
+        opened = []
+        for name in report_to:
+            try:
+                sink = _SINKS[name](run, config, step)
+            # Whatever a service meets: no key, no network, a run of that name that is gone.
+            except Exception as error:
+                said = str(error).strip().split("\n")[0] or type(error).__name__
+                raise SupraError(
+                    f"report_to: {name} does not begin ({said}): set it up, or leave it out"
+                ) from None
+            stack.callback(sink.close)
+            opened.append(sink)
         yield opened
-    finally:
-        for sink in opened:
-            sink.close()
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:

@@ -63,6 +63,8 @@ def read_curve(run: Path) -> Curve:
     teacher = None
     for place, entry in _entries(run / METRICS_FILE):
         try:
+            if "left_out" in entry:
+                continue
             if "loss" in entry:
                 point = (int(entry["tokens"]), float(entry["loss"]))
                 key = (int(entry.get("stage_index", 0)), str(entry["stage"]))
