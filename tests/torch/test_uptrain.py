@@ -177,12 +177,18 @@ def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path
             "segment_tokens 64 and reduce_dtype float64 exclude each other",
         ),
         ({"recipe": "magic"}, "unknown recipe 'magic'"),
-        ({"recipe": "5"}, "field recipe: 5 is no name"),
     ],
 )
 def test_wrong_settings_are_named(overrides: dict[str, str], message: str) -> None:
     with pytest.raises(SupraError, match=message):
         resolve(config=None, model="m", recipe=None, data="d", overrides=overrides)
+
+
+def test_a_recipe_in_a_file_is_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('model = "m"\ndata = "d"\nrecipe = 5\n')
+    with pytest.raises(SupraError, match="field recipe: 5 is no name: use one of"):
+        resolve(config=file, model=None, recipe=None, data=None, overrides={})
 
 
 def test_weights_that_are_no_numbers_are_not_trained(

@@ -195,7 +195,7 @@ def _float64(x: Tensor) -> Tensor:
 
 
 def _unmeasured(row: Row, error: Exception) -> Row:
-    """The row of what a kernel, a compiler or a driver raised: the other rows are still measured."""
+    """The row of what a kernel, a compiler or a driver raised; the others are still measured."""
     if isinstance(error, torch.OutOfMemoryError):
         return replace(row, reason="not measured: out of memory")
     return replace(row, reason=f"failed: {type(error).__name__}: {_first_line(error)}", failed=True)

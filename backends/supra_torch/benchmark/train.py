@@ -300,12 +300,12 @@ def _measure(plan: Sequence[_Row], steps: int, log: Callable[[str], None]) -> li
         for number in range(_WARMUP + steps):
             spent = ", ".join(trainer.step(number) for trainer in trainers)
             log(f"  step {number + 1} of {_WARMUP + steps}: {spent} s")
-        rows = [_result(trainer, trainer.ask(None)) for trainer in trainers]
-    base = rows[0]["tokens_per_second"] if plan[0].training.original else None
-    for row in rows:
-        speed = row["tokens_per_second"]
-        row["speed_ratio"] = None if base is None or speed is None else speed / base
-    return rows
+        results = [_result(trainer, trainer.ask(None)) for trainer in trainers]
+    base = results[0]["tokens_per_second"] if plan[0].training.original else None
+    for result in results:
+        speed = result["tokens_per_second"]
+        result["speed_ratio"] = None if base is None or speed is None else speed / base
+    return results
 
 
 def _result(trainer: _Trainer, summary: Summary | None) -> dict[str, Any]:

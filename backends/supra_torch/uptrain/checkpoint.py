@@ -219,6 +219,16 @@ def read_place(checkpoint: Path) -> Place:
     return Place(**read_object(checkpoint / "state.json"))
 
 
+def newest_place(run: Path, processes: Processes) -> Place:
+    """Where the run goes on, as its first process sees it; called by all.
+
+    On a network's disk others may still see the folder as it was.
+    """
+    found = newest(run) if processes.is_first else None
+    (step,) = processes.sums([float(read_place(found).step) if found else 0.0])
+    return read_place(folder_of(run, int(step))) if step else Place()
+
+
 def load_optimiser(
     checkpoint: Path,
     optimiser: torch.optim.Optimizer,

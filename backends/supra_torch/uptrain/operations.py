@@ -1,9 +1,9 @@
 """Floating-point operations of training: what a token costs, and the share a device was busy.
 
 A weight that is multiplied costs a multiplication and an addition a token forward, and twice that
-backward (arXiv 2001.08361), once where it is not trained. Attention is left out, and so is what is computed twice to save
-memory, as in the model FLOPs utilisation of PaLM (arXiv 2204.02311, appendix B). Of a mixture of
-experts, those that a token goes through count.
+backward (arXiv 2001.08361), once where it is not trained. Attention is left out, and so is what is
+computed twice to save memory, as in the model FLOPs utilisation of PaLM (arXiv 2204.02311, appendix
+B). Of a mixture of experts, those that a token goes through count.
 """
 
 from __future__ import annotations

@@ -104,8 +104,7 @@ def _uptrain(
     if every.size == 1:
         # Shards come and go in pieces of every size, between which a heap that is kept grows.
         keep_freed_memory()
-    newest = checkpoint.newest(run)
-    place = checkpoint.read_place(newest) if newest else checkpoint.Place()
+    place = checkpoint.newest_place(run, every)
     every.wait()
     if every.is_first:
         trim_log(run, place)

@@ -248,9 +248,7 @@ def _back(session: Session, saver: Checkpoints, diverged: Diverged) -> Place:
     if away.rollbacks >= session.config.rollbacks:
         raise diverged
     saver.wait()
-    session.processes.wait()
-    newest = checkpoint.newest(session.run)
-    good = checkpoint.read_place(newest) if newest else Place()
+    good = checkpoint.newest_place(session.run, session.processes)
     if session.processes.is_first:
         trim_log(session.run, good)
         for sink in session.sinks:
