@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -52,12 +54,13 @@ class Backend(Protocol):
         ...
 
 
+# A backend's module, and the packages that it stands on.
 _MODULES = {
-    "reference": ("supra_core.reference_backend", "numpy"),
-    "torch": ("supra_torch.backend", "torch"),
-    "mlx": ("supra_mlx.backend", "mlx"),
-    "transformers": ("supra_torch.transformers_backend", "transformers"),
-    "mlx-lm": ("supra_mlx.stock_backend", "mlx_lm"),
+    "reference": ("supra_core.reference_backend", ("numpy",)),
+    "torch": ("supra_torch.backend", ("torch",)),
+    "mlx": ("supra_mlx.backend", ("mlx", "mlx_lm")),
+    "transformers": ("supra_torch.transformers_backend", ("torch", "transformers")),
+    "mlx-lm": ("supra_mlx.stock_backend", ("mlx", "mlx_lm")),
 }
 BACKENDS = tuple(_MODULES)
 
@@ -66,17 +69,45 @@ def load(name: str, path: str | Path, *, dtype: str | None = None) -> Backend:
     """The model at ``path`` in the backend called ``name``.
 
     ``dtype``: the type to compute in; None keeps the weights' own. Raises
-    :class:`MissingDependencyError` when the backend's package is not installed.
+    :class:`MissingDependencyError` when a package of the backend is not installed or broken.
+    """
+    with importing(name):
+        module = importlib.import_module(_MODULES[name][0])
+    backend: Backend = module.load(Path(path), dtype=dtype)
+    return backend
+
+
+def is_installed(name: str) -> bool:
+    """Whether the backend's packages are all there; none is imported, so they may be broken."""
+    return not _absent(name)
+
+
+def check_installed(name: str, purpose: str | None = None) -> None:
+    """Raise :class:`MissingDependencyError` for a package of the backend that is not there.
+
+    ``purpose``: what needs it; default: the backend.
     """
     check_name(name)
-    module, package = _MODULES[name]
-    if importlib.util.find_spec(package) is None:
-        extra = "mlx" if name.startswith("mlx") else "torch"
+    if absent := _absent(name):
         raise MissingDependencyError(
-            f"the {name} backend needs {package}: install it with pip install 'supra-lm[{extra}]'"
+            f"{purpose or f'the {name} backend'} needs {absent[0]}: install it with {_remedy(name)}"
         )
-    backend: Backend = importlib.import_module(module).load(Path(path), dtype=dtype)
-    return backend
+
+
+@contextmanager
+def importing(name: str, purpose: str | None = None) -> Iterator[None]:
+    """Around imports from the backend's packages: one that is missing or broken is a
+    :class:`MissingDependencyError` with the remedy, as of :func:`check_installed`.
+    """
+    check_installed(name, purpose)
+    try:
+        yield
+    except ImportError as error:
+        # As of mlx without the library that computes, which on Linux is a package of its own.
+        raise MissingDependencyError(
+            f"{purpose or f'the {name} backend'} cannot import what it needs ({error}): install it "
+            f"with {_remedy(name)}"
+        ) from error
 
 
 def check_name(name: str) -> None:
@@ -88,9 +119,17 @@ def check_name(name: str) -> None:
 def default_for_generation() -> str:
     """``mlx`` where it is installed, else ``torch``."""
     for name in ("mlx", "torch"):
-        if importlib.util.find_spec(name) is not None:
+        if is_installed(name):
             return name
     raise MissingDependencyError(
         "generation needs a backend: install one with pip install 'supra-lm[mlx]' or "
         "'supra-lm[torch]'"
     )
+
+
+def _absent(name: str) -> list[str]:
+    return [package for package in _MODULES[name][1] if importlib.util.find_spec(package) is None]
+
+
+def _remedy(name: str) -> str:
+    return f"pip install 'supra-lm[{'mlx' if name.startswith('mlx') else 'torch'}]'"

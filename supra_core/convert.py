@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -115,7 +116,7 @@ def convert(
         )
     if quantise is not None and to != "supra":
         raise SupraError(f"--quantize goes with --to supra only: leave it out for --to {to}")
-    if Path(source).exists() and Path(out).exists() and Path(source).samefile(out):
+    if os.path.exists(source) and os.path.exists(out) and os.path.samefile(source, out):
         raise SupraError(f"{out} is the source itself: choose another folder")
     check_replaceable(out, force, holds=artifact.CONFIG)
     if dtype is not None:

@@ -41,8 +41,11 @@ Written by supra from its own modules (Apache-2.0); to change it, change those.
 
 from __future__ import annotations
 
+import os
 import sys
 
+# An M5 would multiply float32 as TF32; MLX reads this at its first product and never again.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 # mlx-lm runs this file without entering it among the modules, where dataclasses look for types.
 _module = type("Module", (), {})()
 _module.__dict__ = globals()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,23 @@ def outline(path: str | Path) -> ModelSpec:
     :func:`~supra_core.sources.open_source` does.
     """
     place = Path(path)
-    model = None if place.exists() else hub_id(str(path))
+    model = None if os.path.exists(place) else hub_id(str(path))
     if model is not None:
         spec = _stated(download_config(model))
         return replace(spec, provenance=replace(spec.provenance, source=str(path)))
-    if place.suffix == ".json" and place.is_file():
+    if place.suffix == ".json" and os.path.isfile(place):
         return _stated(place)
-    if place.is_dir() and {file.name for file in place.iterdir()} == {CONFIG}:
+    if _is_config_alone(place):
         return _stated(place / CONFIG)
     return open_source(path).spec
+
+
+def _is_config_alone(place: Path) -> bool:
+    try:
+        return os.listdir(place) == [CONFIG]
+    except OSError:
+        # No folder, or none that can be read, which whoever opens it says.
+        return False
 
 
 def _stated(file: Path) -> ModelSpec:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats.atomic import atomic_file
+from supra_core.formats.atomic import atomic_file, writing
 from supra_core.formats.jsonfile import read_object
 from supra_core.synthesis import KINDS, Kind, Sample
 
@@ -114,12 +114,13 @@ def open_folder(out: Path, settings: Mapping[str, Any], *, force: bool) -> bool:
     Raises SupraError when it holds something else, or a synthesis by other settings and ``force``
     is not given.
     """
-    if out.exists() and not out.is_dir():
-        raise SupraError(f"{out} is a file: choose a folder that does not exist yet")
-    if not out.exists() or not any(out.iterdir()):
-        return False
-    if not (out / RECORD).is_file():
-        raise SupraError(f"{out} holds files but no {RECORD}: choose another folder")
+    with writing(out):
+        if out.exists() and not out.is_dir():
+            raise SupraError(f"{out} is a file: choose a folder that does not exist yet")
+        if not out.exists() or not any(out.iterdir()):
+            return False
+        if not (out / RECORD).is_file():
+            raise SupraError(f"{out} holds files but no {RECORD}: choose another folder")
     if force:
         # The record goes last: without it the rest would be refused.
         for name in (*TEXTS.values(), SAMPLES, RECORD):

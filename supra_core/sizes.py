@@ -21,7 +21,9 @@ CACHE_ITEMSIZE = 2
 class Sizes:
     """``active_parameters``: those that a token goes through, which differ with experts alone.
 
-    ``state_bytes`` is fixed; ``growing_bytes_per_token`` is what remaining softmax layers add.
+    ``state_bytes`` is the most that is fixed: recurrent states, and windows that are full;
+    ``growing_bytes_per_token`` is what softmax layers without a window add. ``sliding_windows``:
+    those of softmax layers, in tokens, each of which takes ``layer_kv_bytes_per_token`` a token.
 
     ``kv_bytes_per_token``: the transformer's with the same heads. ``break_even_tokens``: the
     context from which the model's memory is the smaller one; None if it never is.
@@ -34,14 +36,20 @@ class Sizes:
     weight_bytes: int
     state_bytes: int
     growing_bytes_per_token: int
+    sliding_windows: tuple[int, ...]
+    layer_kv_bytes_per_token: int
     kv_bytes_per_token: int
     break_even_tokens: int | None
     step_weight_bytes: int
     transformer_step_weight_bytes: int
 
     def memory_bytes(self, context: int) -> int:
-        """State and growing caches after ``context`` tokens."""
-        return self.state_bytes + context * self.growing_bytes_per_token
+        """State and caches after ``context`` tokens.
+
+        A sliding window holds no more tokens than there were. The window of a linear layer is
+        there whole from the first one, as every backend allocates it.
+        """
+        return self._recurrent_bytes + self._cached_bytes(context)
 
     def step_bytes(self, context: int) -> int:
         """What the next token moves after ``context``: weights read, state read and written.
@@ -49,8 +57,7 @@ class Sizes:
         A device whose decode is bound by memory yields bandwidth over this tokens a second at
         most. The one key and value that a cache gains are left out.
         """
-        growing = context * self.growing_bytes_per_token
-        return self.step_weight_bytes + 2 * self.state_bytes + growing
+        return self.step_weight_bytes + 2 * self._recurrent_bytes + self._cached_bytes(context)
 
     def transformer_step_bytes(self, context: int) -> int:
         """The transformer's :meth:`step_bytes`, whose state is its KV cache, read once."""
@@ -59,6 +66,16 @@ class Sizes:
     def transformer_memory_bytes(self, context: int) -> int:
         """The transformer's KV cache after ``context`` tokens."""
         return context * self.kv_bytes_per_token
+
+    @property
+    def _recurrent_bytes(self) -> int:
+        """What linear layers keep."""
+        return self.state_bytes - self.layer_kv_bytes_per_token * sum(self.sliding_windows)
+
+    def _cached_bytes(self, context: int) -> int:
+        """Keys and values of softmax layers after ``context`` tokens."""
+        held = sum(min(window, context) for window in self.sliding_windows)
+        return held * self.layer_kv_bytes_per_token + context * self.growing_bytes_per_token
 
 
 def measure(
@@ -78,7 +95,11 @@ def of_spec(spec: ModelSpec, weight_bytes: int, *, cache_itemsize: int = CACHE_I
         for layer in spec.layers
     )
     transformer = per_layer * spec.num_hidden_layers
-    saved = transformer - growing
+    sliding = tuple(
+        layer.mixer.window
+        for layer in spec.layers
+        if isinstance(layer.mixer, SoftmaxAttention) and layer.mixer.window is not None
+    )
     parameters = parameter_count(spec)
     softmax = spec.with_mixers([SoftmaxAttention()] * spec.num_hidden_layers)
     # Of an embedding that is no output head as well, a step reads one row.
@@ -91,11 +112,36 @@ def of_spec(spec: ModelSpec, weight_bytes: int, *, cache_itemsize: int = CACHE_I
         weight_bytes=weight_bytes,
         state_bytes=state,
         growing_bytes_per_token=growing,
+        sliding_windows=sliding,
+        layer_kv_bytes_per_token=per_layer,
         kv_bytes_per_token=transformer,
-        break_even_tokens=math.ceil(state / saved) if saved else None,
+        break_even_tokens=_break_even(
+            state - per_layer * sum(sliding), transformer - growing, sliding, per_layer
+        ),
         step_weight_bytes=round((active - unread) * itemsize),
         transformer_step_weight_bytes=round((active_parameter_count(softmax) - unread) * itemsize),
     )
+
+
+def _break_even(fixed: int, saved: int, windows: tuple[int, ...], per_layer: int) -> int | None:
+    """From which context on ``fixed`` bytes and windows are no more than what a transformer caches
+    in the same layers, ``saved`` bytes a token; None if nothing is saved.
+
+    Until its window is full a sliding layer caches what the transformer's does. Whichever windows
+    are counted as full, and the others as growing, it is never too little, and with those that are
+    full it is exact: the least over how many of the shortest are counted so is the context.
+    """
+    saved -= per_layer * len(windows)
+    found = [_quotient(fixed, saved)] if saved else []
+    for window in sorted(windows):
+        fixed, saved = fixed + per_layer * window, saved + per_layer
+        found.append(_quotient(fixed, saved))
+    return min(found, default=None)
+
+
+def _quotient(dividend: int, divisor: int) -> int:
+    """Rounded up."""
+    return -(-dividend // divisor)
 
 
 def kv_bytes_per_token(spec: ModelSpec, cache_itemsize: int = CACHE_ITEMSIZE) -> int:

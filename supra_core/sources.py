@@ -6,6 +6,7 @@ artifact, or an uptraining run.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -103,7 +104,7 @@ def open_source(
     """
     place = Path(path)
     notes: tuple[str, ...] = ()
-    if place.exists():
+    if os.path.exists(place):
         if revision is not None:
             raise SupraError(f"{path} is no hub id and has no revisions: leave out --revision")
         name = place.resolve().name
@@ -133,7 +134,8 @@ def _open(place: Path, config: Path | None) -> Source:
         raise FormatError(f"{place} is a saved state: name its model, and the file by --state")
     if place.suffix in _WEIGHT_SUFFIXES:
         beside = place.parent / CONFIG
-        if config is None and beside.is_file() and not is_openlm_config(read_object(beside)):
+        plain = config is None and os.path.isfile(beside)
+        if plain and not is_openlm_config(read_object(beside)):
             return _open_folder(place.parent, None)
         return _open_openlm(place, config)
     raise FormatError(
@@ -142,9 +144,11 @@ def _open(place: Path, config: Path | None) -> Source:
 
 
 def _open_folder(folder: Path, config: Path | None) -> Source:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise FormatError(f"{folder} cannot be read (Permission denied): check who may read it")
     if config is not None:
         return _open_openlm(folder, config)
-    if (folder / RUN_FILE).is_file():
+    if os.path.isfile(folder / RUN_FILE):
         return _open_run(folder)
     if not has_file(folder, CONFIG):
         return _open_without_config(folder)
@@ -198,12 +202,12 @@ def _open_artifact(folder: Path) -> Source:
 
 def _open_run(folder: Path) -> Source:
     # A model or checkpoint that is a link to a folder elsewhere is none of this run's.
-    if (folder / "model" / CONFIG).is_file():
+    if os.path.isfile(folder / "model" / CONFIG):
         return replace(_open_artifact(file_in(folder, "model")), kind="run", path=folder)
     checkpoints = [
         (int(place.name.removeprefix("step_")), place / "model")
         for place in (folder / "checkpoints").glob("step_*")
-        if place.name.removeprefix("step_").isdecimal() and (place / "model" / CONFIG).is_file()
+        if place.name.removeprefix("step_").isdecimal() and os.path.isfile(place / "model" / CONFIG)
     ]
     if not checkpoints:
         raise FormatError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def find_teacher(model: str | Path) -> str | None:
     """
     folder = Path(model)
     for run in (folder, folder.parent):
-        if (run / RUN_FILE).is_file():
+        if os.path.isfile(run / RUN_FILE):
             return _of_run(read_object(run / RUN_FILE))
     spec = open_source(model).spec
     if spec.is_transformer:
@@ -75,7 +76,7 @@ def _first_transformer(places: list[str]) -> str | None:
 
 
 def _is_here(place: str) -> bool:
-    return Path(place).exists() or is_cached(place)
+    return os.path.exists(place) or is_cached(place)
 
 
 def _is_transformer(place: str) -> bool:

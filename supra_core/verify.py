@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from supra_core import backend as backends
 from supra_core.backend import Form, Ids, Logits
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats.atomic import atomic_file
+from supra_core.formats.atomic import atomic_file, check_new_file
 from supra_core.progress import Progress, silent
 
 DEFAULT_LENGTH = 128
@@ -131,7 +132,8 @@ def verify(
 ) -> Report:
     """Run ids (B, T) through every candidate, one model in memory at a time.
 
-    ``save_logits``: a folder that gets LABEL.npy, float32 (B, T, V), for each of them.
+    ``save_logits``: a folder that gets LABEL.npy, float32 (B, T, V), for each of them. Raises
+    SupraError before a model is loaded for a backend that is not installed, or no such folder.
     """
     _check_request(chosen, tolerance, save_logits)
     first: Logits | None = None
@@ -140,7 +142,7 @@ def verify(
         progress(f"verify: {candidate.label}", done, len(chosen))
         logits = _logits(candidate, ids, dtype)
         if save_logits is not None:
-            _save(save_logits / f"{candidate.label}.npy", logits)
+            _save(_file_of(candidate, save_logits), logits)
         if first is None:
             first = logits
             continue
@@ -155,16 +157,24 @@ def verify(
 
 def _check_request(chosen: Sequence[Candidate], tolerance: float, save: Path | None) -> None:
     for candidate in chosen:
-        backends.check_name(candidate.backend)
+        backends.check_installed(candidate.backend)
     if not 0 <= tolerance < math.inf:
         raise SupraError(f"--tolerance must be a number that is at least 0, not {tolerance}")
-    if save is not None and save.exists() and not save.is_dir():
-        raise SupraError(f"{save} is a file: name a folder for --save-logits")
     if len(chosen) < 2 and save is None:
         raise SupraError(
             "there is nothing to compare: name a second --backend, a second model, another "
             "--form, or --save-logits"
         )
+    if save is None:
+        return
+    if os.path.isfile(save):
+        raise SupraError(f"{save} is a file: name a folder for --save-logits")
+    for candidate in chosen:
+        check_new_file(_file_of(candidate, save), force=True)
+
+
+def _file_of(candidate: Candidate, folder: Path) -> Path:
+    return folder / f"{candidate.label}.npy"
 
 
 def compare(first: Logits, other: Logits) -> Difference:
@@ -205,7 +215,6 @@ def check_ids(ids: Ids, vocab_size: int) -> None:
 
 
 def _save(path: Path, logits: Logits) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial, open(partial, "wb") as file:
         np.save(file, logits)
 

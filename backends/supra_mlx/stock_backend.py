@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,8 +144,8 @@ def load(path: str | Path, *, dtype: str | None = None) -> StockBackend:
     ``dtype``: the type to compute in; None keeps the weights' own. Raises SupraError when the
     folder is one that mlx-lm cannot load.
     """
-    folder = Path(path) if Path(path).exists() else open_source(path).path
-    if not (folder / "config.json").is_file():
+    folder = Path(path) if os.path.exists(path) else open_source(path).path
+    if not os.path.isfile(folder / "config.json"):
         raise SupraError(
             f"{folder} is no folder with a config.json, which mlx-lm needs: convert it with "
             "supra convert --to hf"

@@ -20,7 +20,9 @@ def require(package: str, purpose: str, *, extra: str | None = None) -> None:
 
 def default_for_evaluation() -> str:
     """``torch`` where it is installed, else ``mlx``, else the reference."""
+    from supra_core.backend import is_installed
+
     for name in ("torch", "mlx"):
-        if importlib.util.find_spec(name) is not None:
+        if is_installed(name):
             return name
     return "reference"

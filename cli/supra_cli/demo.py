@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,8 +91,8 @@ class Stages:
 def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> dict[str, Any]:
     """Do what is left of the demo and return every stage's result; ``quiet`` prints no tables."""
     require("torch", "the demo")
-    if settings.minutes <= 0 or (settings.tokens is not None and settings.tokens < 1):
-        raise SupraError("--minutes and --tokens must be positive")
+    if not 0 < settings.minutes < math.inf or (settings.tokens is not None and settings.tokens < 1):
+        raise SupraError("--minutes and --tokens must be positive numbers")
     out, teacher = settings.out, settings.model or packaged_model()
     inputs = {
         "model": str(teacher), "data": _data_named(settings.data), "minutes": settings.minutes,
@@ -144,7 +146,7 @@ def _data_named(data: Path | None) -> str:
     """What tells a text from another: its path, size and time of change."""
     if data is None:
         return "python"
-    if not data.is_file():
+    if not os.path.isfile(data):
         raise SupraError(f"{data} does not exist: name a text file with --data")
     return f"{data} {data.stat().st_size} {data.stat().st_mtime_ns}"
 
@@ -285,7 +287,9 @@ def uptrain_model(
 
 def verify_model(model: Path, text: Path, progress: Progress) -> dict[str, Any] | None:
     """None where MLX is not installed."""
-    if importlib.util.find_spec("mlx") is None:
+    from supra_core.backend import is_installed
+
+    if not is_installed("mlx"):
         return None
     from supra_core.text import encode, load_tokenizer, read_text
     from supra_core.verify import candidates, verify

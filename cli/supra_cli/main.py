@@ -6,6 +6,7 @@ each command imports what it needs when it runs.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -60,11 +61,25 @@ class SupraGroup(TyperGroup):
         except Preempted:
             print("supra: told to end, with a checkpoint: start it again", file=sys.stderr)
             _end(EXIT_START_AGAIN)
-        except Exception:
+        except Exception as error:
+            # A broken pipe is left to typer: who read the output has gone, and wants no word.
+            if isinstance(error, OSError) and error.errno != errno.EPIPE:
+                print(f"supra: error: {SupraError(_refused(error))}", file=sys.stderr)
+                _end(EXIT_BAD_INPUT)
             if not _is_joined():
                 raise
             traceback.print_exc()
             _end(1)
+
+
+def _refused(error: OSError) -> str:
+    """What the system would not do, where no command foresaw it, as a sentence."""
+    from supra_core.formats.atomic import reason
+
+    if isinstance(error.filename, str | bytes):
+        place = os.fsdecode(error.filename)
+        return f"{place} could not be used ({reason(error)}): check the path and its permissions"
+    return f"the system did not do what was asked ({reason(error)}): mend that and start again"
 
 
 def _end(code: int) -> NoReturn:

@@ -7,13 +7,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from supra_cli.output import log
-from supra_core.backend import default_for_generation, load
+from supra_core.backend import default_for_generation, importing, load
 from supra_core.backend_engine import BackendEngine
 from supra_core.conversation import Conversation, Engine, HeldBack, Snapshot
 from supra_core.errors import FormatError, SupraError
@@ -24,6 +24,8 @@ from supra_core.generate import Sampling
 from supra_core.progress import silent
 from supra_core.sizes import Sizes, measure
 from supra_core.sources import Source, open_source
+from supra_core.spec import LinearAttention, SoftmaxAttention
+from supra_core.tensors import dtype_named
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,25 @@ def load_speaker(
     owner = cache(partial(_owner, source, name, dtype or source.dtype))
     begun = None if state is None else (state, _fitting(state, owner))
     make = _mlx_engine if name == "mlx" else partial(_backend_engine, name)
-    return Speaker(make(source, dtype), owner, measure(source.spec, source.tensors), begun)
+    return Speaker(make(source, dtype), owner, _sizes(source, name, dtype), begun)
+
+
+def _sizes(source: Source, backend: str, dtype: str | None) -> Sizes:
+    """What the model keeps in a backend, whose caches have the type that it computes in.
+
+    In MLX a cache may have room for some hundred tokens more, until the next of them comes.
+    """
+    spec, itemsize = source.spec, dtype_named(dtype or source.dtype).itemsize
+    if backend == "torch":
+        # It keeps the keys and values that have left a softmax layer's window, too.
+        spec = spec.with_mixers([_without_window(layer.mixer) for layer in spec.layers])
+    return measure(spec, source.tensors, cache_itemsize=itemsize)
+
+
+def _without_window(
+    mixer: SoftmaxAttention | LinearAttention,
+) -> SoftmaxAttention | LinearAttention:
+    return replace(mixer, window=None) if isinstance(mixer, SoftmaxAttention) else mixer
 
 
 def _owner(source: Source, backend: str, dtype: str) -> Owner:
@@ -112,11 +132,9 @@ def _fitting(path: Path, owner: Callable[[], Owner]) -> SavedState:
 
 
 def _mlx_engine(source: Source, dtype: str | None) -> Engine:
-    from supra_cli.backends import require
-
-    require("mlx", "this backend")
-    from supra_mlx.engine import MLXEngine
-    from supra_mlx.generate import load_model
+    with importing("mlx"):
+        from supra_mlx.engine import MLXEngine
+        from supra_mlx.generate import load_model
 
     return MLXEngine(*load_model(source, dtype=dtype))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +28,7 @@ from supra_core.corpus.store import (
 )
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file, check_replaceable, put_folder, writing
-from supra_core.formats.jsonfile import read_object
+from supra_core.formats.jsonfile import INDEX_BYTES, read_object
 from supra_core.progress import Progress, silent
 from supra_core.text import TOKENIZER, load_tokenizer
 
@@ -36,8 +38,14 @@ if TYPE_CHECKING:
 # Pieces tokenised together, on all cores, and their characters at most.
 _BATCH, _BATCH_CHARACTERS = 1024, 4_000_000
 _POSITION = "position.json"
+# Files that an index names; of more it states no single one.
+_LISTED = 10_000
 # Bad records named in the log; all are counted.
 _NAMED = 10
+
+
+# [name, bytes] of each file, or of very many {"count", "bytes", "sha256"}.
+Listing = list[list[Any]] | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,9 @@ def prepare(
         **asdict(settings),
         "files": listing(settings.sources),
     }
-    work = out.with_name(f".{out.name}.preparing")
+    # A path such as "." or "..", or one that is a link, has no name of its own.
+    place = Path(os.path.realpath(out))
+    work = place.with_name(f".{place.name}.preparing")
     position = _begun(work, facts)
     reading = Reading(settings.field, settings.split, _renderer(assets, where), settings.vocab_size)
     _write_shards(settings, tokenizer, reading, work, position, facts, progress)
@@ -106,23 +116,44 @@ def prepare(
     facts |= {"skipped": position.skipped_count, "skipped_first": position.skipped}
     write_index(work, position.shards, facts)
     (work / _POSITION).unlink(missing_ok=True)
-    with writing(out):
-        put_folder(work, out)
+    with writing(place):
+        put_folder(work, place)
     return TokenStore(out)
 
 
-def listing(sources: Sequence[str]) -> list[list[Any]]:
-    """Name and size of every file that the sources are made of."""
-    return [[file.name, file.stat().st_size] for source in sources for file in source_files(source)]
+def listing(sources: Sequence[str]) -> Listing:
+    """The files that the sources are made of, by name and size."""
+    files = [
+        [file.name, file.stat().st_size] for source in sources for file in source_files(source)
+    ]
+    return in_short(files)
+
+
+def in_short(files: Listing) -> Listing:
+    """A listing as it is stated: name and size of each file, or of very many their sum alone."""
+    if not isinstance(files, list) or len(files) <= _LISTED:
+        return files
+    return {
+        "count": len(files),
+        "bytes": sum(size for _, size in files),
+        "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+    }
+
+
+def _bytes_of(files: Listing) -> int:
+    return int(files["bytes"]) if isinstance(files, dict) else sum(size for _, size in files)
 
 
 def _begun(work: Path, facts: dict[str, Any]) -> _Position:
     """Where an interrupted call with the same facts stands; anything else is begun anew."""
     file = work / _POSITION
-    if file.is_file():
-        before = read_object(file)
+    if os.path.isfile(file):
+        before = read_object(file, INDEX_BYTES)
+        known = before.pop("facts")
+        # Older versions stated every file, however many.
+        known["files"] = in_short(known["files"])
         # As JSON has it: tuples are lists there.
-        if before.pop("facts") == json.loads(json.dumps(facts)):
+        if known == json.loads(json.dumps(facts)):
             shards = [Shard(**shard) for shard in before.pop("shards")]
             return _Position(shards=shards, **before)
     with writing(work):
@@ -141,7 +172,7 @@ def _write_shards(
     progress: Progress,
 ) -> None:
     end = np.array([] if settings.separator is None else [settings.separator], dtype=np.int64)
-    total = sum(size for _, size in facts["files"])
+    total = _bytes_of(facts["files"])
     found = (record for source in settings.sources for record in records(source, reading))
     shard = ShardWriter(work, len(position.shards), facts["dtype"])
     taken = position.records

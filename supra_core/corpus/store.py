@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from supra_core.errors import FormatError
 from supra_core.formats.atomic import atomic_file, flush_to_disk, writing
-from supra_core.formats.jsonfile import read_object
+from supra_core.formats.jsonfile import INDEX_BYTES, read_object
 
 INDEX = "index.json"
 FORMAT, VERSION = "supra-tokens", 1
@@ -103,7 +104,7 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         """:class:`FormatError` when ``folder`` holds no complete store."""
         self.folder = folder
-        self.index = read_object(folder / INDEX)
+        self.index = read_object(folder / INDEX, INDEX_BYTES)
         if self.index.get("format") != FORMAT:
             raise FormatError(f"{folder / INDEX} is of no prepared text: name another folder")
         if self.index.get("version") != VERSION:
@@ -125,7 +126,7 @@ class TokenStore:
     @staticmethod
     def is_at(folder: Path) -> bool:
         """Whether there is a prepared text."""
-        return (folder / INDEX).is_file()
+        return os.path.isfile(folder / INDEX)
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def read_assets(folder: Path) -> dict[str, bytes]:
 def write_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
     """Write each asset into ``folder``; names that are not plain, new file names are refused."""
     for name, content in assets.items():
-        if not plain_name(name) or (folder / name).exists():
+        if not plain_name(name) or os.path.exists(folder / name):
             raise FormatError(f"asset '{name}' is no new file name in {folder}: leave it out")
         (folder / name).write_bytes(content)
 

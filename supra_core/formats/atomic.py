@@ -67,18 +67,24 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def check_replaceable(out: str | Path, force: bool, *, holds: str | None = None) -> None:
     """Raise SupraError where :func:`atomic_folder` would refuse to write ``out``."""
     place = _resolved(out)
-    if not place.exists():
-        return
-    if not place.is_dir():
-        raise SupraError(f"{place} is a file: choose a folder that does not exist yet")
-    if not any(place.iterdir()):
-        return
-    if not force:
-        raise SupraError(f"{place} exists already: choose another folder, or pass --force")
-    if holds is not None and not (place / holds).exists():
-        raise SupraError(
-            f"{place} holds no {holds}, so it is not replaced even by force: choose another folder"
-        )
+    with writing(place):
+        if not place.exists():
+            return
+        if not place.is_dir():
+            raise SupraError(f"{place} is a file: choose a folder that does not exist yet")
+        empty = not any(place.iterdir())
+        if not empty and not force:
+            raise SupraError(f"{place} exists already: choose another folder, or pass --force")
+        if not empty and holds is not None and not (place / holds).exists():
+            raise SupraError(
+                f"{place} holds no {holds}, so it is not replaced even by force: choose another "
+                "folder"
+            )
+        if _is_here(place):
+            raise SupraError(
+                f"{place} is or holds the current folder, which an output would replace: name "
+                "another folder"
+            )
 
 
 def check_new_file(path: str | Path, force: bool) -> None:
@@ -114,7 +120,7 @@ def writing(place: Path) -> Iterator[None]:
 
 def reason(error: OSError) -> str:
     """What went wrong, without the number."""
-    return error.strerror or str(error).splitlines()[0]
+    return error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def remedy(error: OSError) -> str:
@@ -182,6 +188,14 @@ def clear_partial(folder: Path) -> None:
 def is_partial(path: Path) -> bool:
     """Whether something of that name was never finished."""
     return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+
+
+def _is_here(place: Path) -> bool:
+    """Whether the working directory is ``place`` or in it: replaced, it would be a deleted one."""
+    try:
+        return Path.cwd().is_relative_to(place)
+    except OSError:
+        return False
 
 
 def _resolved(path: str | Path) -> Path:

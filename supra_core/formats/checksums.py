@@ -7,6 +7,7 @@ change a file can change its line.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,14 +80,14 @@ def check(folder: str | Path) -> Check:
                 problems.append(Problem(name, "differs"))
         except OSError:
             problems.append(Problem(name, "cannot be read"))
-    names = {path.name for path in folder.iterdir() if path.is_file()}
+    names = {path.name for path in folder.iterdir() if os.path.isfile(path)}
     unlisted = sorted(names - listed.keys() - {NAME})
     return Check(len(listed), tuple(problems), tuple(unlisted))
 
 
 def _read(folder: Path) -> dict[str, str]:
     """File name -> digest, as the folder's list states them."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FormatError(f"{folder} is no folder: name the folder of a model")
     path = file_in(folder, NAME)
     try:

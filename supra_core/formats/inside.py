@@ -48,7 +48,7 @@ def file_in(folder: Path, name: str) -> Path:
 
 def has_file(folder: Path, name: str) -> bool:
     """Whether ``folder`` holds such a file; :class:`FormatError` for a link that leads out."""
-    return (folder / name).is_file() and file_in(folder, name).is_file()
+    return os.path.isfile(folder / name) and os.path.isfile(file_in(folder, name))
 
 
 def files_in(folder: Path, pattern: str) -> Iterator[Path]:

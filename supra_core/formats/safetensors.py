@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,7 +194,7 @@ def shard_files(folder: Path, index_name: str) -> dict[str, list[str]]:
 def _read_sharded(folder: Path) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for name, expected in shard_files(folder, INDEX).items():
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise FormatError(f"{folder / name} is missing, though {INDEX} lists it: get it again")
         found = read_file(folder / name)
         for tensor in expected:

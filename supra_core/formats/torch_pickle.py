@@ -9,6 +9,7 @@ stored uncompressed; before PyTorch 1.6 it was pickles and numbers one behind th
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ SHARING, SHARING_BYTES = 4, 2**26
 def read_file(path: str | Path) -> Any:
     """The checkpoint's nested structure, its tensors lazy; refuses what would run code."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FormatError(f"{path} does not exist: check the path")
     try:
         with path.open("rb") as file:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from supra_core.errors import SupraError
 
-_PART = r"[A-Za-z0-9][\w.-]*"
-_NAME = re.compile(f"{_PART}/{_PART}")
+# As the hub allows them: of at most 96 characters.
+_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
+_NAME = re.compile(f"{_PART}/{_PART}", re.ASCII)
+_LEVEL = r"[A-Za-z0-9][\w.-]*"
 # A branch, a tag, a commit or refs/pr/N, as git names them.
-_REVISION = re.compile(rf"{_PART}(/{_PART})*")
+_REVISION = re.compile(rf"{_LEVEL}(/{_LEVEL})*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -45,7 +47,9 @@ class HubId:
 def hub_id(text: str) -> HubId | None:
     """The id that ``text`` is; None where it is none, as the path of a config is not."""
     name, at, revision = text.partition("@")
-    if _NAME.fullmatch(name) is None or name.endswith(".json") or ".." in text or "--" in name:
+    if _NAME.fullmatch(name) is None or ".." in text or "--" in name:
+        return None
+    if name.endswith((".json", ".git")):
         return None
     if at and not _is_revision(revision):
         return None

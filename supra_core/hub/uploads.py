@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def check_upload(model: HubId) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise SupraError where there is no folder to upload."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise SupraError(f"{folder} is no folder: name the folder of a model")
 
 

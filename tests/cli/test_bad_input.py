@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -193,3 +195,126 @@ def test_what_may_not_be_replaced_is_refused_before_the_work(
     done = runner.invoke(app, command)
     assert done.exit_code == 2
     assert "holds no config.json, so it is not replaced even by force" in done.stderr
+
+
+# Longer than the name of a file can be, as a prompt given in a model's place.
+LONG = "Why is the sky blue? " * 20
+
+
+def test_a_text_in_the_place_of_a_path_is_refused(tiny_transformer: Path, tmp_path: Path) -> None:
+    model, out = tiny_transformer, tmp_path / "out"
+    prepare = ("data", "prepare", "--tokenizer", model)
+    train = ("uptrain", model, "--data")
+    for arguments in (
+        ("inspect", LONG), ("convert", LONG, out), ("generate", LONG, model), ("verify", LONG),
+        ("plan", LONG), ("report", LONG), ("eval", LONG, "--data", __file__),
+        ("eval", model, "--data", LONG), ("eval", model, "--data", __file__, "--teacher", LONG),
+        (*prepare, LONG, "--out", out), (*train, LONG, "--out", out),
+        ("demo", "--model", model, "--data", LONG, "--out", out),
+        # And in that of an output.
+        ("convert", model, LONG), ("push", LONG, "org/name"), ("verify", LONG, "--checksums"),
+        (*prepare, __file__, "--out", LONG), (*train, __file__, "--out", LONG),
+        ("data", "synthesize", model, LONG, "--length", "64"),
+    ):  # fmt: skip
+        assert "Why is the sky blue?" in refused(*arguments)
+    assert not out.exists()
+
+
+def test_a_source_of_any_length_is_no_teacher(
+    tiny_transformer: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    done = runner.invoke(app, ["convert", str(tiny_transformer), str(model), "--no-calibrate"])
+    assert done.exit_code == 0, done.output
+    config = json.loads((model / "config.json").read_text())
+    for source in ("x" * 300, "org/" + "x" * 300, "org/x.git", "org/x-"):
+        config["provenance"]["source"] = source
+        (model / "config.json").write_text(json.dumps(config))
+        done = runner.invoke(
+            app,
+            ["eval", str(model), "--data", str(text_file), "--limit", "20", "--backend", "torch"],
+        )
+        assert done.exit_code == 0, done.output
+        assert "no teacher" in done.stderr
+
+
+def test_what_may_not_be_read_is_named(tiny_transformer: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_transformer, model)
+    for mode in (0, 0o400, 0o100):
+        model.chmod(mode)
+        try:
+            if os.access(model, os.R_OK | os.X_OK):
+                pytest.skip("this user may read everything")
+            for command in ("inspect", "plan"):
+                assert "cannot be read (Permission denied)" in refused(command, model)
+        finally:
+            model.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x could not be used (Perm"),
+        (OSError(errno.EIO, "Input/output error"), "(Input/output error): mend that"),
+        (OSError(), "(OSError): mend that"),
+    ],
+    ids=["file", "system", "nothing"],
+)
+def test_what_nobody_foresaw_is_a_sentence_too(
+    error: OSError, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("supra_core.sources.open_source", fail)
+    assert says in refused("inspect", "model")
+
+
+def test_who_closes_the_pipe_hears_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("supra_core.sources.open_source", fail)
+    done = runner.invoke(app, ["inspect", "model"])
+    assert (done.exit_code, done.stderr) == (1, "")
+
+
+def test_numbers_without_end_are_refused(
+    tiny_transformer: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for number in ("inf", "nan", "1e308"):
+        pytest.importorskip("uvicorn")
+        assert "--keep-gib" in refused("serve", tiny_transformer, "--keep-gib", number)
+    for number in ("inf", "nan"):
+        assert "--minutes" in refused("demo", "--minutes", number, "--out", tmp_path / "demo")
+        for setting in ("share", "batch_share", "learning_rate", "weight_decay"):
+            message = refused(
+                "uptrain", tiny_transformer, "--data", text_file, "--out", tmp_path / "run",
+                "--set", f"stages.0.{setting}={number}",
+            )  # fmt: skip
+            assert setting in message
+    assert not (tmp_path / "demo").exists() and not (tmp_path / "run").exists()
+
+
+def test_logits_that_cannot_be_kept_are_refused_before_the_work(
+    tiny_transformer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supra_core.verify._logits", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    command = ("verify", tiny_transformer, "--backend", "reference", "--save-logits")
+    assert "is a file: name a folder" in refused(*command, tmp_path / "file")
+    assert "could not be written (Not a directory)" in refused(*command, tmp_path / "file" / "x")
+    assert "could not be written (File name too long)" in refused(*command, tmp_path / LONG)
+
+
+def test_the_current_folder_is_not_replaced(
+    tiny_transformer: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("convert", tiny_transformer, "."),
+        ("data", "prepare", text_file, "--tokenizer", tiny_transformer, "--out", "."),
+    ):
+        assert "is or holds the current folder" in refused(*command)
+    assert list(tmp_path.iterdir()) == [] and not list(tmp_path.parent.glob(".*preparing"))

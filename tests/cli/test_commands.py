@@ -285,3 +285,14 @@ def test_doctor_compares_the_kernel_where_there_is_one() -> None:
         assert all(row["passed"] for row in found["kernels"])
     else:
         assert found["kernels"] is None
+
+
+@pytest.mark.parametrize(
+    ("absent", "first"), [({"mlx"}, "torch-parallel"), ({"torch", "mlx"}, "reference-parallel")]
+)
+def test_verify_takes_the_backends_that_are_installed(
+    converted: Path, absent: set[str], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supra_core.backend._absent", lambda name: list(absent & {name}))
+    found = result("verify", converted, "--form", "recurrent", "--tolerance", "1")
+    assert found["first"] == first

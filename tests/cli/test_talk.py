@@ -389,3 +389,18 @@ def test_a_model_is_told_from_a_state(folders: dict[str, Path], tmp_path: Path) 
     ):
         told = runner.invoke(app, arguments)
         assert (told.exit_code, message in told.output) == (2, True), told.output
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize("name", ["sliding", "windowed", "hybrid", "yarn"])
+def test_the_memory_stated_is_the_memory_kept(backend: str, name: str, tmp_path: Path) -> None:
+    """What serve counts by: before a window is full, and after."""
+    folder = write_chat_model(tmp_path / "model", SPECS[name])
+    speaker = load_speaker(str(folder), backend, "float32")
+    for pieces in ([2], [5], [1] * 30):
+        state = speaker.engine.fresh()
+        for length in pieces:
+            speaker.engine.feed([7] * length, state, silent)
+        arrays = speaker.engine.arrays(state).values()
+        kept = sum(array.nbytes for array in arrays if array.dtype == np.float32)
+        assert kept == speaker.sizes.memory_bytes(sum(pieces))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -419,3 +421,67 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "name"), [(65_536, "uint16"), (65_537, "uint32")])
 def test_the_smaller_type(size: int, name: str) -> None:
     assert type_for(size) == name
+
+
+def summed(files: list[list[Any]]) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return {"count": len(files), "bytes": sum(size for _, size in files), "sha256": digest}
+
+
+def test_of_very_many_files_no_single_one_is_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    write_texts(given)
+    every = [[f"{n}.txt", (given / f"{n}.txt").stat().st_size] for n in range(len(TEXTS))]
+    assert prepared(given, out=tmp_path / "few").index["files"] == every
+    monkeypatch.setattr(prepare, "_LISTED", len(TEXTS) - 1)
+    told: list[int] = []
+    store = prepared(given, out=tmp_path / "many", progress=lambda *to: told.append(to[2]))
+    assert store.index["files"] == summed(every)
+    assert split(store) == [ids_of(text) for text in TEXTS]
+    assert set(told) == {sum(size for _, size in every)}
+
+
+def test_what_was_begun_with_every_file_stated_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    write_texts(given)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "_BATCH", 2)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(given, out=tmp_path / "out", shard_tokens=1, progress=stop)
+    begun = json.loads((tmp_path / ".out.preparing" / "position.json").read_text())
+    assert len(begun["facts"]["files"]) == len(TEXTS) and begun["records"]
+    monkeypatch.setattr(prepare, "_LISTED", 1)
+    anew = SimpleNamespace(rmtree=lambda *_, **__: pytest.fail("begun anew"))
+    monkeypatch.setattr(prepare, "shutil", anew)
+    store = prepared(given, out=tmp_path / "out", shard_tokens=1)
+    assert split(store) == [ids_of(text) for text in TEXTS]
+
+
+def test_an_index_of_very_many_files_is_read(tmp_path: Path) -> None:
+    """As older versions wrote it, 50 bytes a file."""
+    (tmp_path / "a.txt").write_text("abc")
+    store = prepared(tmp_path / "a.txt", out=tmp_path / "out")
+    index = store.index | {"files": [[f"document-{n:07}.txt", 10_000] for n in range(200_000)]}
+    content = json.dumps(index, indent=2)
+    assert len(content) > 10_000_000
+    (tmp_path / "out" / "index.json").write_text(content)
+    assert TokenStore(tmp_path / "out").index == index
+
+
+def test_an_output_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "elsewhere" / "tokens").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere" / "tokens")
+    assert split(prepared(tmp_path / "a.txt", out=tmp_path / "out")) == [ids_of("abc")]
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["tokens"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "elsewhere", "out"}

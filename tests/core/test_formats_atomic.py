@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from supra_core.errors import SupraError
-from supra_core.formats.atomic import atomic_file, atomic_folder
+from supra_core.formats.atomic import atomic_file, atomic_folder, check_replaceable
 
 
 def test_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -81,3 +81,23 @@ def test_file_is_replaced_whole(tmp_path: Path) -> None:
         partial.write_text("new")
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_current_folder_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on as a deleted folder, in which nothing can be found."""
+    here = tmp_path / "a" / "b"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for out, force in ((".", False), ("..", True), (here, False), ("/", True)):
+        with pytest.raises(SupraError, match="current folder"), atomic_folder(out, force):
+            pass
+    with atomic_folder("c") as folder:
+        (folder / "config.json").write_text("1")
+    assert (here / "c" / "config.json").read_text() == "1"
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(SupraError, match=r"could not be written \(File name too long\)"):
+        check_replaceable(tmp_path / ("x" * 300), force=False)

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from supra_core import artifact
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats import distributed, openlm, safetensors, torch_pickle
+from supra_core.formats import checksums, distributed, openlm, safetensors, torch_pickle
 from supra_core.formats.assets import read_assets, write_assets
-from supra_core.formats.inside import file_in, files_in, plain_name
+from supra_core.formats.inside import file_in, files_in, has_file, plain_name
 from supra_core.sources import open_source
 from tests.tiny_models import SPECS, lazy_weights
 
@@ -164,3 +164,16 @@ def test_assets_are_read_and_written_inside(
     monkeypatch.setattr("supra_core.formats.assets.ASSET_BYTES", 99)
     with pytest.raises(FormatError, match="larger than 99 bytes"):
         read_assets(tmp_path)
+
+
+def test_a_name_that_no_file_can_have_is_absent(model: Path) -> None:
+    name = "ä" * 200  # Of 400 bytes, where systems allow 255.
+    assert plain_name(name) and not has_file(model, name)
+    (model / "model.safetensors").unlink()
+    (model / safetensors.INDEX).write_text(json.dumps({"weight_map": {"t": name}}))
+    with pytest.raises(FormatError, match="is missing, though"):
+        safetensors.read_folder(model)
+    with pytest.raises(FormatError, match="does not exist"):
+        torch_pickle.read_file(model / name)
+    with pytest.raises(FormatError, match="is no folder"):
+        checksums.check(model / name)

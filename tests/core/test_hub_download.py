@@ -252,11 +252,12 @@ def test_convert_states_the_commit(hub: Hub, files: dict[str, bytes], tmp_path: 
     ("text", "expected"),
     [
         ("a/b", HubId("a/b")),
+        ("a/" + "b" * 96, HubId("a/" + "b" * 96)),
         ("a-1/b.c_d@v1.0", HubId("a-1/b.c_d", "v1.0")),
         ("a/b@refs/pr/3", HubId("a/b", "refs/pr/3")),
         *((text, None) for text in (
             "a", "a/b/c", "/a/b", "./a", "../a", "a/b.json", "a/b@", "a/b@-x", "a/b@../x", "a b/c",
-            "a/..b", "a/b\n", "a@v/b", "a/b--c",
+            "a/..b", "a/b\n", "a@v/b", "a/b--c", "a/b.git", "a/b-", "a./b", "a/ö", "a/" + "b" * 97,
         )),
     ],
 )  # fmt: skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from supra_core import model_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "transformers", "triton"}
@@ -76,3 +79,19 @@ def test_importing_the_core_loads_no_framework() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "program", ["import os, supra_mlx\n", model_file._HEAD], ids=["ours", "file"]
+)
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1")])
+def test_mlx_multiplies_float32_as_float32(program: str, before: str | None, after: str) -> None:
+    """Unless the user says otherwise: the variable is read once, at the first product."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
+    if before is not None:
+        environment["MLX_ENABLE_TF32"] = before
+    asked = f"{program}import sys\nprint(os.environ['MLX_ENABLE_TF32'], 'mlx.core' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == [after, "False"], done.stderr

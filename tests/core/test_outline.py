@@ -37,3 +37,9 @@ def test_what_holds_no_model_is_refused(tmp_path: Path) -> None:
         outline(tmp_path)
     with pytest.raises(SupraError, match="does not exist: check the path"):
         outline(tmp_path / "absent")
+
+
+def test_a_path_that_no_file_can_have(tmp_path: Path) -> None:
+    for path in ("x" * 300, tmp_path / ("x" * 300) / "config.json"):
+        with pytest.raises(SupraError, match="does not exist: check the path"):
+            outline(path)

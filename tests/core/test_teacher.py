@@ -63,3 +63,15 @@ def test_the_transformer_inside_a_conversion(converted: Path, tiny_transformer: 
     assert {name: tensor.read().tobytes() for name, tensor in tensors.items()} == {
         name: tensor.read().tobytes() for name, tensor in source.tensors.items()
     }
+
+
+def test_no_file_has_such_a_name(converted: Path, tmp_path: Path) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("x" * 300, "org/" + "x" * 300, "a\0b"):
+        config["provenance"]["source"] = name
+        (converted / "config.json").write_text(json.dumps(config))
+        (run / "run.json").write_text(json.dumps({"teacher": name}))
+        assert find_teacher(converted) is None
+        assert find_teacher(run) is None

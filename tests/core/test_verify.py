@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.evaluate import losses_of, perplexity
@@ -207,3 +209,41 @@ def test_a_window_adds_its_buffers() -> None:
     )
     extra = measure(model(windowed), {}).state_bytes - measure(model(LINEAR), {}).state_bytes
     assert extra == 5 * 2 * (8 + 8 + 16) * 2  # keys, values and features, 16 bit
+
+
+def test_a_sliding_window_holds_no_more_than_there_was() -> None:
+    token = kv_bytes_per_token(model(SOFTMAX))
+    found = measure(model(SoftmaxAttention(5), SoftmaxAttention(9), SOFTMAX), {})
+    assert found.state_bytes == (5 + 9) * token
+    for context in (0, 3, 5, 7, 9, 30):
+        held = min(context, 5) + min(context, 9) + context
+        assert found.memory_bytes(context) == held * token
+        assert found.step_bytes(context) == held * token
+    exact = measure(model(SoftmaxAttention(5), SOFTMAX), {}, cache_itemsize=4)
+    assert exact.memory_bytes(7) == (5 + 7) * 2 * token
+
+
+@given(
+    linear=st.integers(0, 2),
+    full=st.integers(0, 2),
+    windows=st.lists(st.integers(1, 200), max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_from_the_break_even_on_the_model_is_the_smaller_one(
+    linear: int, full: int, windows: list[int]
+) -> None:
+    sliding = [SoftmaxAttention(window) for window in windows]
+    mixers = [LINEAR] * linear + [SOFTMAX] * full + sliding
+    assume(mixers)
+    found = measure(model(*mixers), {})
+    first = found.break_even_tokens
+    if first is None:
+        assert not linear and not windows
+        return
+    assert linear or first == min(windows)
+    smaller = [
+        found.memory_bytes(n) <= found.transformer_memory_bytes(n) for n in range(first + 50)
+    ]
+    assert all(smaller[first:])
+    # Sliding windows alone are as large as the transformer's until the shortest is full.
+    assert not any(smaller[:first]) if linear else all(smaller[:first])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from supra_core.corpus import prepare  # noqa: E402
 from supra_core.corpus.store import ShardWriter, TokenStore, write_index  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.uptrain.config import DataPart, UptrainConfig, resolve  # noqa: E402
-from supra_torch.uptrain.data import Mixture, Sequences, mixture  # noqa: E402
+from supra_torch.uptrain.data import Mixture, Sequences, _noted, mixture  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from tests.torch.uptraining import SETTINGS  # noqa: E402
 
@@ -220,3 +222,14 @@ def test_text_that_is_none_is_named(
     text.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SupraError, match=r"text\.txt"):
         uptrain(settings.model_copy(update={"data": str(text)}), tmp_path / "run")
+
+
+def test_a_run_that_noted_every_file_still_knows_its_data(tmp_path: Path) -> None:
+    files = [[f"document-{n:07}.txt", 10_000] for n in range(310_000)]
+    note = tmp_path / "data.json"
+    note.write_text(json.dumps({"files": files}))
+    assert note.stat().st_size > 10_000_000
+    stated = prepare.in_short(files)
+    assert isinstance(stated, dict) and _noted(note) == {"files": stated}
+    note.write_text(json.dumps({"name": "a sum"}))
+    assert _noted(note) == {"name": "a sum"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -95,19 +96,19 @@ class Stage(_Strict):
     """
 
     kind: StageKind
-    share: float = Field(gt=0)
+    share: float = Field(gt=0, allow_inf_nan=False)
     cut: int = Field(default=1, ge=1)
-    batch_share: float = Field(default=1.0, gt=0)
-    learning_rate: float = Field(ge=0)
-    new_learning_rate: float = Field(ge=0)
+    batch_share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(ge=0, allow_inf_nan=False)
+    new_learning_rate: float = Field(ge=0, allow_inf_nan=False)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     final_learning_rate: float = Field(default=0.1, ge=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip: float = Field(default=1.0, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     lora_rank: int | None = Field(default=None, ge=1)
-    lora_alpha: float = Field(default=16.0, gt=0)
+    lora_alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
     freeze: tuple[ModelPart, ...] = ()
 
     @model_validator(mode="after")
@@ -334,7 +335,7 @@ def resolve(
 
 def _recipe_of(model: str) -> str:
     """The recipe that a converted model here was made by; the default for a transformer."""
-    if not Path(model).exists():
+    if not os.path.exists(model):
         return DEFAULT_RECIPE
     try:
         made = open_source(model).spec.provenance.recipe

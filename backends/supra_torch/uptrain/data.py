@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.corpus.documents import source_files
-from supra_core.corpus.prepare import Settings, listing, prepare
+from supra_core.corpus.prepare import Settings, in_short, listing, prepare
 from supra_core.corpus.store import TokenStore, tokenizer_hash
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
-from supra_core.formats.jsonfile import read_object
+from supra_core.formats.jsonfile import INDEX_BYTES, read_object
 from supra_core.progress import Progress
 from supra_core.spec import ModelSpec
 from supra_core.text import TOKENIZER
@@ -287,7 +287,7 @@ def _stored(
     prepared = TokenStore(Path(path)) if TokenStore.is_at(Path(path)) else None
     note = folder / "data.json"
     stated = {"files": listing(settings.sources)} if prepared is None else {"name": prepared.name}
-    if note.is_file() and read_object(note) == stated:
+    if note.is_file() and _noted(note) == stated:
         return prepared or TokenStore(folder / _TOKENS)
     if begun:
         raise SupraError(
@@ -300,3 +300,9 @@ def _stored(
     with atomic_file(note) as beside:
         beside.write_text(json.dumps(stated), encoding="utf-8")
     return found
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """What a run has noted of its data; older versions stated every file, however many."""
+    known = read_object(note, INDEX_BYTES)
+    return known | {"files": in_short(known["files"])} if "files" in known else known

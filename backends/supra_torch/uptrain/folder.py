@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -36,13 +37,14 @@ def metrics_of(run: Path) -> Path:
 
 def refuse_another_run(run: Path, config: UptrainConfig) -> None:
     """Raise SupraError when ``run`` is no run, or one that trained with other settings."""
-    if run.exists() and not run.is_dir():
-        raise SupraError(f"{run} is a file: name a folder for the run")
     file = run / "run.json"
-    if not file.is_file():
-        if run.is_dir() and not all(map(is_partial, run.iterdir())):
-            raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
-        return
+    with writing(run):
+        if run.exists() and not run.is_dir():
+            raise SupraError(f"{run} is a file: name a folder for the run")
+        if not file.is_file():
+            if run.is_dir() and not all(map(is_partial, run.iterdir())):
+                raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
+            return
     before, stated = read_object(file).get("config"), config.model_dump(mode="json")
     if not isinstance(before, dict):
         raise SupraError(f"{file} has no config: name another run folder")
@@ -182,7 +184,7 @@ def logged_steps(run: Path, place: Place) -> list[dict[str, Any]]:
 
 def _absolute(model: str) -> str:
     """The model's path from wherever it is looked for; a hub id as it is."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+    return str(Path(model).resolve()) if os.path.exists(model) else model
 
 
 def _version(package: str) -> str:

@@ -206,10 +206,10 @@ def _packed_share(out: Path) -> float:
 
 
 def _quantisation(bits: int) -> Quantise:
-    from supra_cli.backends import require
+    from supra_core.backend import importing
 
-    require("mlx", "quantising")
-    from supra_mlx.quantize import check_bits, quantised
+    with importing("mlx", "quantising"):
+        from supra_mlx.quantize import check_bits, quantised
 
     check_bits(bits)
     return partial(quantised, bits=bits)

@@ -59,10 +59,12 @@ def command(
 
     for option, value, least in (
         ("--max-tokens", max_tokens, 1), ("--max-prompt", max_prompt, 1),
-        ("--parallel", parallel, 1), ("--waiting", waiting, 0), ("--keep-gib", keep_gib, 0),
+        ("--parallel", parallel, 1), ("--waiting", waiting, 0),
     ):  # fmt: skip
-        if not value >= least:
+        if value < least:
             raise SupraError(f"{option} must be at least {least}, not {value}")
+    if not 0 <= keep_gib < 1e9:
+        raise SupraError(f"--keep-gib must be at least 0 and below 1e9, not {keep_gib:g}")
     if api_key == "":
         raise SupraError("--api-key is empty: give a key, or leave it out")
     serve(

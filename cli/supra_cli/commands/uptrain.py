@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,7 @@ def command(
         data=data[0] if data and len(data) == 1 else data or None,
         overrides=options.overrides(settings or []),
     )
-    if data and len(data) == 1 and not Path(data[0]).exists():
+    if data and len(data) == 1 and not os.path.exists(data[0]):
         from supra_torch.uptrain.config import DataPart
 
         if DataPart.parse(data[0]).share is not None:

@@ -48,7 +48,7 @@ def command(
     from supra_cli.progress import ProgressReporter
     from supra_core.verify import candidates, verify
 
-    chosen = candidates(first, second, backend or DEFAULT_BACKENDS, parse_form(form))
+    chosen = candidates(first, second, backend or _default_backends(), parse_form(form))
     tokens = _tokens(first, ids, text)
     with ProgressReporter() as progress:
         report = verify(
@@ -61,6 +61,13 @@ def command(
         _show(report)
     if not report.passed:
         raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _default_backends() -> tuple[str, ...]:
+    """Those of the default ones that are installed, else the reference."""
+    from supra_core.backend import is_installed
+
+    return tuple(filter(is_installed, DEFAULT_BACKENDS)) or ("reference",)
 
 
 def _refuse_more(*others: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def read_inputs(settings: ReportSettings) -> Inputs:
         if not teacher.source.spec.is_transformer:
             raise SupraError(f"{named} is no transformer: name the original with --teacher")
     run = Path(settings.model)
-    curve = read_curve(run) if (run / RUN_FILE).is_file() else None
+    curve = read_curve(run) if os.path.isfile(run / RUN_FILE) else None
     files = _files(settings.data, settings.budget.examples)
     return Inputs(student, teacher, files, curve)
 

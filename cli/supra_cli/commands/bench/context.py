@@ -28,13 +28,13 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Time prefill and decode in MLX beside the transformer, at growing contexts."""
-    from supra_cli.backends import require
     from supra_cli.commands.bench.output import show
     from supra_cli.output import log
+    from supra_core.backend import importing
     from supra_core.tables import refuse_existing
 
-    require("mlx", "measuring by context")
-    from supra_mlx.benchmark import benchmark, device_name, table
+    with importing("mlx", "measuring by context"):
+        from supra_mlx.benchmark import benchmark, device_name, table
 
     if out is not None:
         refuse_existing(out, "context", device_name(), force)
