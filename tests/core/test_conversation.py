@@ -282,7 +282,9 @@ def test_a_state_file_from_before_days_were_kept(tmp_path: Path, dated: bool) ->
     assert (conversation.fed == len("</><u>two</><a>")) == (not dated)
     said(conversation, "three")
     assert conversation.fed == len("</><u>three</><a>")
+    # From here on the day is known.
     write_state(path, saved(conversation), force=True)
+    assert metadata(path)["format"] == "supra-state-2"
     assert resumed(path, Echo(dated=dated)).fits()
 
 

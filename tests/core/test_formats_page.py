@@ -204,7 +204,7 @@ def test_saved_states(tmp_path: Path, began: datetime | None) -> None:
     stated = header.pop("__metadata__")
     names = ["backend", "dtype", "messages", "model", "source"]
     if began is not None:
-        names.insert(0, "began")
+        names.insert(1, "began")
         assert stated["began"] == "2024-07-26T23:59:00"
     text = json.dumps({name: stated[name] for name in names}, ensure_ascii=False)
     digest = hashlib.sha256(text.encode())

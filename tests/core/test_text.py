@@ -79,6 +79,24 @@ def test_a_prompt_that_ends_inside_a_character(tokenizer: Tokenizer) -> None:
     assert said.lstrip("\ufffd").lstrip() == "xyz"
 
 
+def test_a_long_run_of_bytes_before(tokenizer: Tokenizer) -> None:
+    """What is decoded with the continuation begins with a character, wherever it is cut."""
+    for length in range(1, 12):
+        prompt, text = "a" + "€" * length, "é€ b"
+        before = encoded(tokenizer, prompt)
+        following = encoded(tokenizer, prompt + text)[len(before) :]
+        assert "".join(streamed(tokenizer, following, before)) == text
+
+
+def test_bytes_that_are_no_character_behind_one() -> None:
+    tokenizer = TOKENIZERS["sentencepiece"]
+    stray, following = tokenizer.token_to_id("<0xE2>"), tokenizer.token_to_id("b")
+    ids = [*encoded(tokenizer, "aé"), stray, following, following]
+    # By itself the whole is taken for four bytes that are none; what was said is said.
+    assert "".join(streamed(tokenizer, ids)) == "aé\ufffdbb"
+    assert "".join(streamed(tokenizer, ids[-3:], ids[:-3])) == "\ufffdbb"
+
+
 @given(st.lists(st.integers(0, 600), max_size=40), st.lists(st.integers(0, 600), max_size=40))
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_no_tokens_are_too_strange(name: str, before: list[int], ids: list[int]) -> None:
