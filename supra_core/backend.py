@@ -82,6 +82,11 @@ def is_installed(name: str) -> bool:
     return not _absent(name)
 
 
+def first_installed(*names: str) -> str | None:
+    """The first of these backends whose packages are all there."""
+    return next(filter(is_installed, names), None)
+
+
 def check_installed(name: str, purpose: str | None = None) -> None:
     """Raise :class:`MissingDependencyError` for a package of the backend that is not there.
 
@@ -118,13 +123,13 @@ def check_name(name: str) -> None:
 
 def default_for_generation() -> str:
     """``mlx`` where it is installed, else ``torch``."""
-    for name in ("mlx", "torch"):
-        if is_installed(name):
-            return name
-    raise MissingDependencyError(
-        "generation needs a backend: install one with pip install 'supra-lm[mlx]' or "
-        "'supra-lm[torch]'"
-    )
+    found = first_installed("mlx", "torch")
+    if found is None:
+        raise MissingDependencyError(
+            "generation needs a backend: install one with pip install 'supra-lm[mlx]' or "
+            "'supra-lm[torch]'"
+        )
+    return found
 
 
 def _absent(name: str) -> list[str]:

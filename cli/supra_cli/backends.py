@@ -20,9 +20,6 @@ def require(package: str, purpose: str, *, extra: str | None = None) -> None:
 
 def default_for_evaluation() -> str:
     """``torch`` where it is installed, else ``mlx``, else the reference."""
-    from supra_core.backend import is_installed
+    from supra_core.backend import first_installed
 
-    for name in ("torch", "mlx"):
-        if is_installed(name):
-            return name
-    return "reference"
+    return first_installed("torch", "mlx") or "reference"
