@@ -74,6 +74,21 @@ def test_rows_in_segments(shared: UptrainConfig, alone: Path, tmp_path: Path) ->
     )
 
 
+def test_sharded_layers_compile(shared: UptrainConfig, alone: Path, tmp_path: Path) -> None:
+    """FSDP's hooks run around the graphs, which are whole; traced, no code is generated."""
+    traced = (
+        "from functools import partialmethod\n"
+        "from torch.nn import Module\n"
+        "Module.compile = partialmethod(Module.compile, backend='aot_eager', fullgraph=True)\n"
+    )
+    run = tmp_path / "run"
+    compiled = shared.model_copy(update={"compile": "always"})
+    assert run_in_processes(compiled, run, 2, before=traced).wait() == 0
+    np.testing.assert_allclose(
+        logged_losses(run), logged_losses(alone), rtol=RELATIVE, atol=ABSOLUTE
+    )
+
+
 def test_it_goes_on_with_another_number_of_processes(
     shared: UptrainConfig, alone: Path, tmp_path: Path
 ) -> None:

@@ -53,10 +53,12 @@ def run_in_process(settings: UptrainConfig, run: Path, pause: float = 0.0) -> An
     )
 
 
-def run_in_processes(settings: UptrainConfig, run: Path, count: int, pause: float = 0.0) -> Any:
-    """The same in ``count`` processes by torchrun, which is what is returned."""
+def run_in_processes(
+    settings: UptrainConfig, run: Path, count: int, pause: float = 0.0, before: str = ""
+) -> Any:
+    """The same in ``count`` processes by torchrun, which is returned; ``before`` comes first."""
     file = run.with_name(f"{run.name}.py")
-    file.write_text(script(pause))
+    file.write_text(before + script(pause))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return subprocess.Popen(
         [sys.executable, *torchrun, str(file), *arguments(settings, run)], env=environment()
