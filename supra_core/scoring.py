@@ -74,7 +74,8 @@ def score(
     """The score of every pair, in their order.
 
     A pair of more than ``max_length`` tokens loses the first of its context. Raises
-    :class:`SupraError` when a continuation alone is longer than that.
+    :class:`SupraError` when a continuation alone is longer than that, and when a context or a
+    continuation has no token.
     """
     rows = [_row(pair, max_length) for pair in pairs]
     scores: list[Score | None] = [None] * len(rows)
@@ -98,6 +99,9 @@ def score(
 
 def _row(pair: Pair, max_length: int) -> Int64:
     """The ids that the model gets; one token at least stands before the continuation."""
+    if not pair.context or not pair.continuation:
+        empty = "continuation" if pair.context else "context"
+        raise SupraError(f"a {empty} without a token cannot be scored: give it at least one")
     if len(pair.continuation) >= max_length:
         raise SupraError(
             f"a continuation of {len(pair.continuation)} tokens does not fit into {max_length}: "

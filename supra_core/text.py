@@ -44,7 +44,10 @@ class EncodedText:
 
 
 def load_tokenizer(assets: Mapping[str, bytes], where: str) -> Tokenizer:
-    """The tokenizer among a source's assets; ``where`` names the source in errors."""
+    """The tokenizer among a source's assets; ``where`` names the source in errors.
+
+    It encodes texts whole and alone: what its file says of truncation and padding is left out.
+    """
     from tokenizers import Tokenizer
 
     if TOKENIZER not in assets:
@@ -52,10 +55,14 @@ def load_tokenizer(assets: Mapping[str, bytes], where: str) -> Tokenizer:
             f"{where} has no {TOKENIZER}: give token ids, or add the file from the source model"
         )
     try:
-        return Tokenizer.from_str(assets[TOKENIZER].decode())
+        tokenizer = Tokenizer.from_str(assets[TOKENIZER].decode())
     # The library raises bare Exception for everything it cannot read.
     except Exception as error:
         raise FormatError(f"{where}: {TOKENIZER} cannot be read ({error}): get it again") from None
+    # Whoever saved the file left these set: every text would be cut, or filled up with pads.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def render_chat(

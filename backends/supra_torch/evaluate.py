@@ -7,7 +7,7 @@ examples give the same figures.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,7 @@ def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
         def _loglikelihood_tokens(
             self, requests: list[tuple[Any, list[int], list[int]]], **given: Any
         ) -> list[tuple[float, bool]]:
-            return self._scored([Pair(tuple(a), tuple(b)) for _, a, b in requests])
+            return self._scored([_pair(a, b, self.prefix_token_id) for _, a, b in requests])
 
         def loglikelihood_rolling(
             self, requests: list[Any], disable_tqdm: bool = False
@@ -153,8 +153,10 @@ def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
                     self.tok_encode(request.args[0]), self.prefix_token_id,
                     spec.max_position_embeddings - 1, 1,
                 )  # fmt: skip
-                pairs = (make_disjoint_window(window) for window in windows)
-                totals.append(sum(x for x, _ in self._scored(_as_pairs(pairs))))
+                pairs = [
+                    _pair(*make_disjoint_window(window), self.prefix_token_id) for window in windows
+                ]
+                totals.append(sum(x for x, _ in self._scored(pairs)))
             return totals
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -167,8 +169,9 @@ def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
     return HarnessModel()
 
 
-def _as_pairs(windows: Iterator[tuple[list[int], list[int]]]) -> list[Pair]:
-    return [Pair(tuple(context), tuple(continuation)) for context, continuation in windows]
+def _pair(context: Sequence[int], continuation: Sequence[int], prefix: int) -> Pair:
+    """As the harness means it: after a context without a token comes the ``prefix``."""
+    return Pair(tuple(context) or (prefix,), tuple(continuation))
 
 
 def _generate(model: Backend, tokenizer: Tokenizer, context: str, given: dict[str, Any]) -> str:

@@ -239,8 +239,6 @@ _Unencoded = tuple[_Piece, str | None]
 
 def _encoded(found: Iterator[Record], tokenizer: Tokenizer) -> Iterator[list[_Piece | BadRecord]]:
     """Every piece with its ids, in order; the library encodes a batch on all cores."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     for batch in _batches(_pieces(found)):
         texts = [e[1] for e in batch if not isinstance(e, BadRecord) and e[1] is not None]
         encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))

@@ -73,6 +73,15 @@ def test_a_long_context_loses_its_beginning() -> None:
         score(model, [Pair((1,), tuple(range(10)))], max_length=10)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("pair", [Pair((), (3, 4)), Pair((3, 4), ())])
+def test_an_empty_side_is_refused(pair: Pair) -> None:
+    """It would be scored as certain."""
+    model = reference(SPECS["sink"])
+    side = "continuation" if pair.context else "context"
+    with pytest.raises(SupraError, match=f"a {side} without a token"):
+        score(model, [Pair((1,), (2,)), pair])  # type: ignore[arg-type]
+
+
 def test_spaces_move_to_the_continuation(tokenizer: Tokenizer) -> None:
     pair = encode_pair(tokenizer, "the ", "answer")
     text = [tokenizer.id_to_token(index) for index in pair.continuation]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from supra_core.errors import FormatError
-from supra_core.text import detokenizer, render_chat
+from supra_core.text import detokenizer, encode, load_tokenizer, render_chat
 from tests.tiny_tokenizers import SPECIAL, byte_level, sentencepiece
 
 TOKENIZERS = {"sentencepiece": sentencepiece(), "byte_level": byte_level()}
@@ -108,6 +108,18 @@ def test_no_tokens_are_too_strange(name: str, before: list[int], ids: list[int])
     said = "".join(streamed(tokenizer, [*ids, *end], before))
     assert said.endswith("END")
     assert not any(marker in said for marker in SPECIAL)
+
+
+def test_what_a_file_says_of_truncation_and_padding_is_left_out(tokenizer: Tokenizer) -> None:
+    saved = Tokenizer.from_str(tokenizer.to_str())
+    saved.enable_truncation(4)
+    saved.enable_padding(length=9, pad_id=1)
+    assert len(saved.encode("abcdef abc")) == 9
+    loaded = load_tokenizer({"tokenizer.json": saved.to_str().encode()}, "the file")
+    for text in ("abcdef abc", "a"):
+        found = encode(loaded, text)
+        assert found.ids.tolist() == encoded(tokenizer, text)
+        assert found.ends[-1] == len(text)
 
 
 # --- chats ----------------------------------------------------------------------------------
