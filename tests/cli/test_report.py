@@ -17,6 +17,7 @@ from supra_cli.main import app
 from supra_cli.report_card.curves import read_curve
 from supra_cli.report_card.settings import ReportSettings
 from supra_cli.report_card.sides import position_lengths
+from supra_core import backend
 from supra_core.errors import FormatError
 from supra_core.intervals import of_share
 from tests.cli.test_bad_input import refused
@@ -272,6 +273,85 @@ def test_one_file_that_fails_costs_no_other(run: Path, files: list[Path], tmp_pa
     for role in ("student", "teacher"):
         assert "not_measured" in quality["long.jsonl"][role]
     assert out.read_text("utf-8").count("Not measured") >= 1
+
+
+def test_an_error_of_any_kind_costs_its_own_section(
+    run: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(error: Exception) -> Any:
+        def fail(*given: Any, **named: Any) -> Any:
+            raise error
+
+        return fail
+
+    sides, measure = "supra_cli.report_card.sides", "supra_cli.report_card.measure"
+    monkeypatch.setattr(f"{sides}.copying", failing(RuntimeError("out of memory\nmore of it")))
+    monkeypatch.setattr(f"{sides}.speed", failing(MemoryError()))
+    monkeypatch.setattr(f"{sides}.tasks.lambada", failing(IndexError("no\x1b[31m such")))
+    monkeypatch.setattr(f"{measure}._variants", failing(OSError(28, "no room")))
+    monkeypatch.setattr(f"{measure}._memory", failing(TypeError("shapes")))
+    out, secret = tmp_path / "r.html", tmp_path / "seconds"
+    # A file of this name had the place of how long the section took.
+    secret.write_bytes(files[0].read_bytes())
+    done = runner.invoke(
+        app,
+        [
+            "report", str(run), "--out", str(out), "--data", str(secret), "--data", str(files[1]),
+            "--quick", "--limit", "64",
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    record = json.loads(out.with_suffix(".json").read_text("utf-8"))
+    quality = record["quality"]
+    assert quality["files"]["seconds"]["ratio"] > 0
+    assert isinstance(quality["seconds"]["student"], float)
+    for role in ("student", "teacher"):
+        assert record["copying"][role]["not_measured"] == "RuntimeError: out of memory"
+        assert record["speed"][role]["not_measured"] == "MemoryError"
+        reason = quality["files"]["last.jsonl"][role]["not_measured"]
+        assert reason == "IndexError: no\\x1b[31m such"
+        assert record["recall"][role]["distances"]
+    assert record["variants"]["not_measured"] == "OSError: [Errno 28] no room"
+    assert record["memory"]["not_measured"] == "TypeError: shapes"
+    page = Page(out.read_text("utf-8"))
+    assert page.open == []
+    assert set(page.sections) == SECTIONS
+    assert "TypeError: shapes" in out.read_text("utf-8")
+
+
+def test_a_teacher_that_cannot_be_loaded_costs_its_own_figures(
+    run: Path, files: list[Path], tiny_transformer: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def loaded(name: str, path: str, **given: Any) -> Any:
+        if path == str(tiny_transformer):
+            raise RuntimeError("out of memory")
+        return backend.load(name, path, **given)
+
+    monkeypatch.setattr("supra_cli.report_card.sides.load", loaded)
+    out = tmp_path / "r.html"
+    asked = ["report", str(run), "--out", str(out), "--data", str(files[0]), "--quick"]
+    done = runner.invoke(app, [*asked, "--limit", "64"])
+    assert done.exit_code == 0, done.output
+    record = json.loads(out.with_suffix(".json").read_text("utf-8"))
+    text = record["quality"]["files"]["text.txt"]
+    assert text["student"]["perplexity"] > 0
+    assert text["teacher"]["not_measured"] == record["speed"]["teacher"]["not_measured"]
+    assert text["ratio"] is None
+    assert Page(out.read_text("utf-8")).open == []
+
+
+def test_an_interruption_is_not_held_for_a_failure(
+    run: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("supra_cli.report_card.sides.perplexity", interrupted)
+    out = tmp_path / "r.html"
+    done = runner.invoke(app, ["report", str(run), "--out", str(out), "--data", str(files[0])])
+    assert done.exit_code != 0
+    assert not out.exists() and not out.with_suffix(".json").exists()
 
 
 def test_bad_input_is_refused_before_anything_is_measured(

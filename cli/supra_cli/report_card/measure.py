@@ -11,10 +11,9 @@ from pathlib import Path
 
 from supra_cli.report_card.inputs import Inputs, Side
 from supra_cli.report_card.settings import Budget, ReportSettings
-from supra_cli.report_card.sides import Result, SideMeasurement, not_measured, text_result
+from supra_cli.report_card.sides import Result, SideMeasurement, failed, not_measured, text_result
 from supra_core import artifact, sizes
 from supra_core.backend import load
-from supra_core.errors import SupraError
 from supra_core.probes.positions import sequences
 from supra_core.progress import Progress
 from supra_core.text import encode
@@ -57,8 +56,8 @@ def measure(settings: ReportSettings, inputs: Inputs, progress: Progress) -> Res
         try:
             record[name] = work()
         # What was measured before it is not lost for it.
-        except SupraError as error:
-            record[name] = not_measured(str(error))
+        except Exception as error:
+            record[name] = failed(error)
         record[name]["seconds"] = round(time.monotonic() - start, 1)
     return record
 
@@ -84,10 +83,10 @@ def _described(side: Side) -> Result:
 
 def _quality(student: Result, teacher: Result | None) -> Result:
     """File by file; ``ratio`` is the student's perplexity over the teacher's."""
-    seconds = {"student": student.pop("seconds"), "teacher": teacher and teacher.pop("seconds")}
+    seconds = {"student": student["seconds"], "teacher": teacher and teacher["seconds"]}
     files = {}
-    for name, ours in student.items():
-        theirs = None if teacher is None else teacher[name]
+    for name, ours in student["files"].items():
+        theirs = None if teacher is None else teacher["files"][name]
         values = [_perplexity(result) for result in (ours, theirs)]
         ratio = values[0] / values[1] if values[0] is not None and values[1] else None
         files[name] = {"task": ours["task"], "student": ours, "teacher": theirs, "ratio": ratio}
@@ -123,13 +122,10 @@ def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
     ids = encode(inputs.teacher.tokenizer, inputs.text.content).ids[: budget.layer_tokens]
     length = min(LAYER_SEQUENCE, len(ids))
     rows = sequences(ids, length, len(ids) // length)
-    try:
-        student, teacher = (
-            load_in_torch(side.source.path, dtype=side.dtype).model for side in inputs.sides
-        )
-        found = layer_errors(student, teacher, rows, progress=progress)
-    except SupraError as error:
-        return not_measured(str(error))
+    student, teacher = (
+        load_in_torch(side.source.path, dtype=side.dtype).model for side in inputs.sides
+    )
+    found = layer_errors(student, teacher, rows, progress=progress)
     if not found:
         return not_measured("no layer of the model is linear attention")
     return {

@@ -187,9 +187,12 @@ def cost(record: dict[str, Any]) -> Section:
         "all its tokens; decode is one step, one token. In torch a step copies a cache that grows, "
         "which an engine made for transformers need not."
     )
-    tables = [_memory_table(memory)]
+    tables = [] if measured(memory) is None else [_memory_table(memory)]
     if any(found.values()):
         tables.append(_speed_table(found))
+    if measured(memory) is None:
+        notes = (*reasons(memory), *reasons(speed))
+        return Section("cost", "Memory and speed", how, tuple(tables), notes=notes)
     even = memory["break_even_tokens"]
     said = "is never smaller" if even is None else f"is the smaller one from {even:,} tokens on"
     caption = f"Both axes are logarithmic. This model's state {said}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -38,16 +38,31 @@ def not_measured(reason: str) -> Result:
     return {"not_measured": reason}
 
 
+def failed(error: Exception) -> Result:
+    """The same for an error: ours is a sentence, another is named before its first line."""
+    if isinstance(error, SupraError):
+        return not_measured(str(error))
+    first = next(iter(str(error).splitlines()), "")
+    # Made one of ours, so that nothing in it breaks a line or steers a terminal.
+    return not_measured(str(SupraError(f"{type(error).__name__}: {first}".removesuffix(": "))))
+
+
 class SideMeasurement:
-    """One loaded model and everything that is asked of it."""
+    """One loaded model and everything that is asked of it.
+
+    What fails, in whatever way, costs its own section alone: the others may have taken hours.
+    """
 
     def __init__(self, side: Side, inputs: Inputs, budget: Budget, seed: int, progress: Progress):
         self._side, self._inputs, self._budget = side, inputs, budget
         self._seed, self._progress = seed, progress
-        self._model: Backend = load(side.backend, side.path, dtype=side.dtype)
+        self._model: Backend
 
     def all(self) -> Result:
-        """Results by section; a probe that this model cannot take says why."""
+        """Results by section; a probe that this model cannot take says why.
+
+        Raises whatever loading the student does: there is nothing yet that it could cost.
+        """
         sections: dict[str, Callable[[], Result]] = {
             "quality": self._quality,
             "positions": self._positions,
@@ -57,24 +72,38 @@ class SideMeasurement:
             "samples": self._samples,
             "speed": self._speed,
         }
+        try:
+            self._model = load(self._side.backend, self._side.path, dtype=self._side.dtype)
+        except Exception as error:
+            if self._side.role == "student":
+                raise
+            return self._without_model(sections, failed(error))
         results = {}
         for name, measure in sections.items():
             start = time.monotonic()
             try:
                 results[name] = measure()
-            except SupraError as error:
-                results[name] = not_measured(str(error))
+            except Exception as error:
+                results[name] = failed(error)
             results[name]["seconds"] = round(time.monotonic() - start, 1)
         return results
 
+    def _without_model(self, sections: Iterable[str], reason: Result) -> Result:
+        files = {file.name: {"task": file.task, **reason} for file in self._inputs.files}
+        return {
+            name: {**({"files": files} if name == "quality" else reason), "seconds": 0.0}
+            for name in sections
+        }
+
     def _quality(self) -> Result:
-        results: Result = {}
+        """By file, under a key of their own: a file may have any name."""
+        files: Result = {}
         for file in self._inputs.files:
             try:
-                results[file.name] = self._measured(file)
-            except SupraError as error:
-                results[file.name] = {"task": file.task, **not_measured(str(error))}
-        return results
+                files[file.name] = self._measured(file)
+            except Exception as error:
+                files[file.name] = {"task": file.task, **failed(error)}
+        return {"files": files}
 
     def _measured(self, file: DataFile) -> Result:
         stage = f"{self._side.role}: {file.name}"
