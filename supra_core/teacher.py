@@ -17,9 +17,12 @@ from supra_core.tensors import TensorSource
 def find_teacher(model: str | Path) -> str | None:
     """The teacher an uptraining run names, or the source an artifact states.
 
-    None if it is unknown or not here; a transformer has none.
+    A source's name alone is kept: it is looked for beside the model, in the current directory and
+    in the hub's cache, and only a transformer of the model's layers, channels and vocabulary is
+    taken for it. None if it is unknown or not here; a transformer has none.
     """
-    folder = Path(model)
+    # Of a relative path like "." the parent would be the folder itself.
+    folder = Path(os.path.abspath(model) if os.path.exists(model) else model)
     for run in (folder, folder.parent):
         if os.path.isfile(run / RUN_FILE):
             return _of_run(read_object(run / RUN_FILE))
@@ -27,8 +30,7 @@ def find_teacher(model: str | Path) -> str | None:
     if spec.is_transformer:
         return None
     stated = spec.provenance.source
-    # A source's name alone is kept, so that it is looked for here and beside the model.
-    return _first_transformer([stated, str(folder.parent / stated)]) if stated else None
+    return _first_teacher([str(folder.parent / stated), stated], spec) if stated else None
 
 
 def holds_original(model: Source) -> bool:
@@ -71,8 +73,8 @@ def _of_run(record: dict[str, Any]) -> str | None:
     return named if _is_transformer(named) else find_teacher(named)
 
 
-def _first_transformer(places: list[str]) -> str | None:
-    return next((place for place in places if _is_here(place) and _is_transformer(place)), None)
+def _first_teacher(places: list[str], student: ModelSpec) -> str | None:
+    return next((place for place in places if _is_here(place) and _fits(place, student)), None)
 
 
 def _is_here(place: str) -> bool:
@@ -80,7 +82,22 @@ def _is_here(place: str) -> bool:
 
 
 def _is_transformer(place: str) -> bool:
+    spec = _spec(place)
+    return spec is not None and spec.is_transformer
+
+
+def _fits(place: str, student: ModelSpec) -> bool:
+    """Whether a transformer stands there that the model can be made of: others share its name."""
+    spec = _spec(place)
+    return spec is not None and spec.is_transformer and _shape(spec) == _shape(student)
+
+
+def _shape(spec: ModelSpec) -> tuple[int, int, int]:
+    return spec.num_hidden_layers, spec.hidden_size, spec.vocab_size
+
+
+def _spec(place: str) -> ModelSpec | None:
     try:
-        return open_source(place).spec.is_transformer
+        return open_source(place).spec
     except SupraError:
-        return False
+        return None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from supra_core import artifact, teacher
+from supra_core.formats import huggingface
 from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.sources import open_source
 from supra_core.teacher import find_teacher, holds_original, original
+from supra_core.tensors import LazyTensor
 
 
 @pytest.fixture
@@ -40,6 +44,45 @@ def test_a_run_names_its_teacher(converted: Path, tiny_transformer: Path, tmp_pa
     ):
         (run / "run.json").write_text(json.dumps({"teacher": named}))
         assert find_teacher(run) == expected
+
+
+def test_the_run_of_the_folder_that_one_is_in(
+    converted: Path, tiny_transformer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    converted.rename(run / "model")
+    (run / "run.json").write_text(json.dumps({"teacher": str(tiny_transformer)}))
+    monkeypatch.chdir(run / "model")
+    for model in (".", Path()):
+        assert find_teacher(model) == str(tiny_transformer)
+    (run / "run.json").unlink()
+    assert find_teacher(".") is None
+    (run / tiny_transformer.name).symlink_to(tiny_transformer)
+    assert find_teacher(".") == str(run / tiny_transformer.name)
+
+
+def test_another_model_of_the_same_name_is_no_teacher(
+    converted: Path, tiny_transformer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    beside, here = converted.parent / tiny_transformer.name, elsewhere / tiny_transformer.name
+    here.symlink_to(tiny_transformer)
+    assert find_teacher(converted) == str(beside)
+    beside.unlink()
+    assert find_teacher(converted) == tiny_transformer.name
+    here.unlink()
+    source = open_source(tiny_transformer)
+    spec = replace(source.spec, vocab_size=source.spec.vocab_size + 1)
+    embedding = LazyTensor.of(np.zeros((spec.vocab_size, spec.hidden_size), np.float32))
+    huggingface.write(
+        beside, spec, {**source.tensors, "model.embed_tokens.weight": embedding}, {},
+        dtype="float32",
+    )  # fmt: skip
+    assert open_source(beside).spec.is_transformer
+    assert find_teacher(converted) is None
 
 
 def test_a_cached_hub_id(
