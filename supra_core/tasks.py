@@ -8,7 +8,6 @@ that the figures compare: a space stands before every continuation, and a query 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 
 from supra_core.backend import Backend, Form
 from supra_core.errors import FormatError
+from supra_core.formats.jsonfile import parse, reason
 from supra_core.progress import Progress, silent
 from supra_core.scoring import DEFAULT_BATCH_TOKENS, encode_pair, score
 from supra_core.text import read_text
@@ -201,10 +201,10 @@ def _objects(path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
+            item = parse(line)
+        except ValueError as error:
             raise FormatError(
-                f"{path}, line {number} is not JSON ({error.msg}): correct it"
+                f"{path}, line {number} is not JSON ({reason(error)}): correct it"
             ) from None
         if not isinstance(item, dict):
             raise FormatError(f"{path}, line {number} is no JSON object: one example a line")

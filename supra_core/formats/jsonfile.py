@@ -68,6 +68,11 @@ def parse(
     return value
 
 
+def reason(error: ValueError) -> str:
+    """Why :func:`parse` refused a line, without the place inside it, which is no line of a file."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 def unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     """For ``pairs`` of :func:`parse`: an object whose names differ; else ValueError."""
     found = dict(members)

@@ -402,9 +402,17 @@ def test_damaged_metrics_are_refused_with_their_line(tmp_path: Path) -> None:
     metrics.write_text('{"stage": "dist\n' + json.dumps(step))
     with pytest.raises(FormatError, match="line 1"):
         read_curve(tmp_path)
-    metrics.write_text(json.dumps({**step, "loss": "much"}) + "\n" + json.dumps(step))
-    with pytest.raises(FormatError, match="line 1"):
-        read_curve(tmp_path)
+    wrong = (
+        json.dumps({**step, "loss": "much"}),
+        '{"stage": "uptrain", "loss": 1, "tokens": 1e999}',
+        '{"stage": "uptrain", "loss": 1, "tokens": ' + "1" * 5000 + "}",
+        r'{"stage": "\ud83d", "loss": 1, "tokens": 1}',
+        "[" * 100_000,
+    )
+    for line in wrong:
+        metrics.write_text(line + "\n" + json.dumps(step))
+        with pytest.raises(FormatError, match="line 1"):
+            read_curve(tmp_path)
 
 
 def test_steps_that_were_left_out_are_not_in_the_curves(tmp_path: Path) -> None:

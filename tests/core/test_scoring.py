@@ -146,6 +146,9 @@ def test_files_say_what_they_are_for(tmp_path: Path) -> None:
         ('{"query": "", "choices": ["b", "c"], "gold": 0}', "field query"),
         ("[1]", "no JSON object"),
         ("{", "not JSON"),
+        (r'{"query": "\ud83d", "choices": ["b", "c"], "gold": 0}', "not JSON"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": ' + "1" * 5000 + "}", "not JSON"),
+        ('{"query": ' + "[" * 100_000 + "}", "not JSON"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path: Path, line: str, message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from supra_core.errors import FormatError
-from supra_core.formats.jsonfile import read_object
+from supra_core.formats.jsonfile import parse, read_object, reason
 from supra_core.sources import RUN_FILE
 
 METRICS_FILE = "metrics.jsonl"
@@ -74,7 +73,7 @@ def read_curve(run: Path) -> Curve:
                 teacher = None if value is None else float(value)
             elif "perplexity" in entry:
                 held_out.append(HeldOut(int(entry["tokens"]), float(entry["perplexity"])))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FormatError(
                 f"{place} is no line of an uptraining run (field {error}): remove it"
             ) from None
@@ -99,11 +98,11 @@ def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         place = f"{file}, line {number}"
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
+            entry = parse(line)
+        except ValueError as error:
             if number == len(lines):
                 return
-            raise FormatError(f"{place} is not JSON ({error.msg}): remove it") from None
+            raise FormatError(f"{place} is not JSON ({reason(error)}): remove it") from None
         if not isinstance(entry, dict):
             raise FormatError(f"{place} is no JSON object: remove it")
         yield place, entry
