@@ -13,6 +13,7 @@ import numpy.typing as npt
 from supra_core.backend import Backend
 from supra_core.errors import SupraError
 from supra_core.reference import softmax
+from supra_core.verify import check_ids
 
 # Tokens that the repetition penalty looks back on.
 REPETITION_CONTEXT = 64
@@ -65,11 +66,14 @@ def generate(
 ) -> Iterator[int]:
     """New tokens after ``prompt``, until one of ``stop`` or max_tokens.
 
-    ``stop`` None is the spec's end-of-text tokens; the stop token itself is not yielded.
+    ``stop`` None is the spec's end-of-text tokens; the stop token itself is not yielded. Raises
+    :class:`SupraError` for a prompt that is empty or has a token that the model does not have.
     """
     if not len(prompt):
         raise SupraError("the prompt has no tokens: give at least one to go on from")
-    logits, state = model.prefill(np.asarray(prompt, dtype=np.int64)[None])
+    ids = np.asarray(prompt, dtype=np.int64)
+    check_ids(ids, model.spec.vocab_size)
+    logits, state = model.prefill(ids[None])
     for token, _ in continuation(model, logits[0, -1], state, prompt, sampling, stop=stop):
         yield token
 

@@ -16,6 +16,7 @@ from supra_core.backend import Backend, Form
 from supra_core.errors import SupraError
 from supra_core.evaluate import token_scores
 from supra_core.progress import Progress, silent
+from supra_core.verify import check_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,10 +75,12 @@ def score(
     """The score of every pair, in their order.
 
     A pair of more than ``max_length`` tokens loses the first of its context. Raises
-    :class:`SupraError` when a continuation alone is longer than that, and when a context or a
-    continuation has no token.
+    :class:`SupraError` when a continuation alone is longer than that, when a context or a
+    continuation has no token, and for a token that the model does not have.
     """
     rows = [_row(pair, max_length) for pair in pairs]
+    for row in rows:
+        check_ids(row, model.spec.vocab_size)
     scores: list[Score | None] = [None] * len(rows)
     done = 0
     for batch in like_lengths([len(row) for row in rows], batch_tokens):

@@ -11,6 +11,7 @@ from supra_core.backend import Ids
 from supra_core.errors import SupraError
 from supra_core.progress import Progress, silent
 from supra_core.spec import LinearAttention
+from supra_core.verify import check_ids
 from supra_torch.model import SupraModel
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.stages import is_linear, teacher_forced
@@ -38,9 +39,10 @@ def layer_errors(
     It is what the stage ``transfer`` trains on (:func:`supra_torch.uptrain.stages.transfer`),
     with the means taken over all sequences: 0 is the transformer's output, 1 as far as an output
     of zeros. Both models are of one type. Raises :class:`SupraError` when they have different
-    layers or widths.
+    layers or widths, and for a token that they do not have.
     """
     _check(student, teacher)
+    check_ids(ids, student.spec.vocab_size)
     device = next(teacher.parameters()).device
     difference = np.zeros(len(student.model.layers))
     scale = np.zeros(len(student.model.layers))

@@ -21,6 +21,7 @@ from supra_core.intervals import of_share
 from supra_core.progress import Progress, silent
 from supra_core.scoring import encode_pair, like_lengths, padded
 from supra_core.tasks import Question
+from supra_core.verify import check_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,7 +72,7 @@ def option_permutations(
     """Every question in every rotation of its choices, from a seeded first order.
 
     Raises :class:`SupraError` when a prompt exceeds the model's max_position_embeddings or the
-    tokenizer has no token that tells the letters apart.
+    tokenizer has no token that tells the letters apart, or tokens that the model does not have.
     """
     generator = np.random.default_rng(seed)
     orders = [_orders(generator, len(question.choices)) for question in questions]
@@ -80,14 +81,16 @@ def option_permutations(
         for question, rotations in zip(questions, orders, strict=True)
         for order in rotations
     ]
+    for prompt, letters in asked:
+        check_ids(np.array(prompt + letters), model.spec.vocab_size)
     longest = max(len(prompt) for prompt, _ in asked)
     if longest > model.spec.max_position_embeddings:
         raise SupraError(
             f"a question with its choices takes {longest} tokens and the model has "
             f"{model.spec.max_position_embeddings} positions: leave it out"
         )
-    letters = iter(_chosen(model, asked, form, progress, stage))
-    answers = [[next(letters) for _ in rotations] for rotations in orders]
+    chosen = iter(_chosen(model, asked, form, progress, stage))
+    answers = [[next(chosen) for _ in rotations] for rotations in orders]
     return _result(questions, orders, answers)
 
 

@@ -20,6 +20,7 @@ from supra_core.errors import SupraError
 from supra_core.intervals import of_share
 from supra_core.probes.words import word_tokens
 from supra_core.progress import Progress, silent
+from supra_core.verify import check_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,11 +66,14 @@ def associative_recall(
     """Eight lines ``key: value``, text from ``filler`` (T,), then one key again: its value?
 
     Every line is asked equally often, at every distance, so that a model that always says the
-    latest value, or the first, is right by chance alone. Distances that do not fit between any
-    key and its repetition, or into the model's max_position_embeddings, are left out.
+    latest value, or the first, is right by chance alone; ``sequences`` that are no multiple of
+    eight leave the rest to some of the lines. Distances that do not fit between any key and its
+    repetition, or into the model's max_position_embeddings, are left out. Raises
+    :class:`SupraError` for tokens of ``filler`` that the model does not have.
     """
     words, _ = word_tokens(tokenizer, model.spec.vocab_size)
     colon, line = (_ids(tokenizer, text) for text in (":", "\n"))
+    check_ids(np.concatenate([filler, colon, line]), model.spec.vocab_size)
     pair = 2 + len(colon) + len(line)
     # After the asked value: its line end, the pairs after it, text, key and colon.
     fixed = len(line) + 1 + len(colon)
@@ -77,7 +81,7 @@ def associative_recall(
     kept = _fitting(distances, fixed + 1 + (PAIRS - 1) * pair, PAIRS * pair, model)
     tallies = [_Tally(distance) for distance in kept]
     order = generator.permutation(PAIRS)
-    for batch, count in enumerate(_batches(sequences if kept else 0)):
+    for batch, count in enumerate(_batches(sequences if kept else 0, _even(sequences))):
         progress(stage, tallies[0].answers, sequences)
         drawn = _draw(generator, words, count, 2 * PAIRS)
         keys, values = drawn[:, :PAIRS], drawn[:, PAIRS:]
@@ -111,14 +115,15 @@ def copying(
     The first two repeated words are given, and the last has no other left to be told from: each
     is looked for among those that have not been repeated yet, since a model that favours what it
     has just read would be below the chance of all sixteen. Distances as in
-    :func:`associative_recall`.
+    :func:`associative_recall`, as is what is raised.
     """
     words, _ = word_tokens(tokenizer, model.spec.vocab_size)
+    check_ids(filler, model.spec.vocab_size)
     generator = np.random.default_rng(seed)
     kept = _fitting(distances, COPIED_WORDS, COPIED_WORDS, model)
     tallies = [_Tally(distance) for distance in kept]
     asked = range(CUE_WORDS, COPIED_WORDS - 1)
-    for count in _batches(sequences if kept else 0):
+    for count in _batches(sequences if kept else 0, _BATCH):
         progress(stage, tallies[0].answers // len(asked), sequences)
         passage = _draw(generator, words, count, COPIED_WORDS)
         texts = _passages(generator, filler, count, kept[-1])
@@ -208,9 +213,15 @@ def _passages(generator: np.random.Generator, filler: Int64, rows: int, length: 
     return np.stack([text[start : start + length] for start in starts])
 
 
-def _batches(total: int) -> Iterator[int]:
-    for first in range(0, total, _BATCH):
-        yield min(_BATCH, total - first)
+def _even(sequences: int) -> int:
+    """Sequences a batch, which asks one line of all its sequences, for the lines to come evenly."""
+    each = max(1, sequences // PAIRS)
+    return max(size for size in range(1, _BATCH + 1) if each % size == 0)
+
+
+def _batches(total: int, size: int) -> Iterator[int]:
+    for first in range(0, total, size):
+        yield min(size, total - first)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> Int64:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from supra_core.errors import SupraError
 from supra_core.intervals import around, of_share
+from supra_core.probes import recall
 from supra_core.probes.loops import check_loops, distinct_share, repeated_share
 from supra_core.probes.permutations import option_permutations
 from supra_core.probes.positions import bin_edges, by_position, sequences
@@ -120,8 +121,9 @@ def test_recall_of_a_model_that_guesses_is_at_chance(tokenizer: Tokenizer) -> No
 
 @pytest.mark.parametrize("probe", [associative_recall, copying])
 @pytest.mark.parametrize("latest", [True, False])
+@pytest.mark.parametrize("sequences", [8, 16, 32, 40])
 def test_preferring_recent_or_early_words_is_chance(
-    probe: Any, latest: bool, tokenizer: Tokenizer
+    probe: Any, latest: bool, sequences: int, tokenizer: Tokenizer
 ) -> None:
     """No memory of what belongs together, only of what was said when."""
 
@@ -132,7 +134,7 @@ def test_preferring_recent_or_early_words_is_chance(
             logits[token] = place if latest else -place
         return logits
 
-    found = probe(FakeBackend(rule), tokenizer, FILLER, distances=(64,), sequences=32)[0]
+    found = probe(FakeBackend(rule), tokenizer, FILLER, distances=(64,), sequences=sequences)[0]
     if probe is associative_recall:
         # Every line is asked as often as another one.
         assert found.among == found.by_chance == 1 / 8
@@ -151,6 +153,20 @@ def test_recall_is_seeded_and_feeds_a_sequence_once(tokenizer: Tokenizer) -> Non
     )
     # Eight pairs of four tokens, the text to the last distance, and three questions of two.
     assert first.fed <= 8 * (8 * 4 + 128 + 3 * 2)
+
+
+def test_full_reports_ask_by_fours() -> None:
+    """Their figures are those of batches of four."""
+    assert [recall._even(count) for count in (32, 64, 96, 8, 6)] == [4, 4, 4, 1, 1]
+
+
+@pytest.mark.parametrize("probe", [associative_recall, copying])
+def test_text_beyond_the_vocabulary_is_refused(probe: Any, tokenizer: Tokenizer) -> None:
+    model = FakeBackend(remembers(64))
+    beyond = np.append(FILLER, VOCABULARY)
+    with pytest.raises(SupraError, match="token id 300 is outside"):
+        probe(model, tokenizer, beyond, distances=(64,), sequences=4)
+    assert model.fed == 0
 
 
 def test_distances_that_do_not_fit_are_left_out(tokenizer: Tokenizer) -> None:
@@ -259,6 +275,10 @@ def test_letters_without_a_token_and_long_questions_are_refused(letters: Tokeniz
     many = Question("Q?\n", ("b",) * 27, 0)
     with pytest.raises(SupraError, match="letters"):
         option_permutations(_answers(lambda text: "A", letters), letters, [many])
+    small = FakeBackend(lambda seen: _one_hot(0))
+    small.spec = replace(small.spec, vocab_size=letters.token_to_id("D"))
+    with pytest.raises(SupraError, match="outside the model's vocabulary"):
+        option_permutations(small, letters, QUESTIONS)
     short = FakeBackend(lambda seen: _one_hot(0), positions=20)
     with pytest.raises(SupraError, match="20 positions"):
         option_permutations(short, letters, QUESTIONS)

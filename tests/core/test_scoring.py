@@ -82,6 +82,13 @@ def test_an_empty_side_is_refused(pair: Pair) -> None:
         score(model, [Pair((1,), (2,)), pair])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("pair", [Pair((50,), (3,)), Pair((3,), (1, 50)), Pair((1, -1), (3,))])
+def test_tokens_beyond_the_vocabulary_are_refused(pair: Pair) -> None:
+    model = reference(SPECS["sink"])
+    with pytest.raises(SupraError, match="outside the model's vocabulary of 50"):
+        score(model, [Pair((1,), (2,)), pair])  # type: ignore[arg-type]
+
+
 def test_spaces_move_to_the_continuation(tokenizer: Tokenizer) -> None:
     pair = encode_pair(tokenizer, "the ", "answer")
     text = [tokenizer.id_to_token(index) for index in pair.continuation]

@@ -142,6 +142,8 @@ def test_perplexity_over_windows_and_a_rest() -> None:
 def test_generation_stops_at_the_end_of_text() -> None:
     assert list(generate(Counting(), [5, 6], Sampling(max_tokens=20))) == [7, 8, 9]
     assert len(list(generate(Counting(), [1], Sampling(max_tokens=2)))) == 2
+    with pytest.raises(SupraError, match="token id 11 is outside"):
+        next(generate(Counting(), [1, 11], Sampling()))
 
 
 def test_sampling_respects_top_p() -> None:

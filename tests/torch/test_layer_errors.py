@@ -54,6 +54,12 @@ def test_the_teacher_itself_and_an_output_of_zeros() -> None:
     assert layer_errors(teacher, teacher, IDS) == []
 
 
+def test_a_token_beyond_the_vocabulary_is_refused() -> None:
+    student, teacher = _pair()
+    with pytest.raises(SupraError, match="token id 50 is outside"):
+        layer_errors(student, teacher, np.array([[1, 50]]))
+
+
 def test_another_transformer_is_refused() -> None:
     student, _ = _pair()
     other = replace(SPECS["transformer"], vocab_size=60)
