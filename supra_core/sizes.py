@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from supra_core.layout import active_parameter_count, parameter_count
 from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention, SumNormaliser
+from supra_core.teacher import original_spec
 from supra_core.tensors import TensorSource
 
 STATE_ITEMSIZE = 4
@@ -25,8 +26,10 @@ class Sizes:
     ``growing_bytes_per_token`` is what softmax layers without a window add. ``sliding_windows``:
     those of softmax layers, in tokens, each of which takes ``layer_kv_bytes_per_token`` a token.
 
-    ``kv_bytes_per_token``: the transformer's with the same heads. ``break_even_tokens``: the
-    context from which the model's memory is the smaller one; None if it never is.
+    ``kv_bytes_per_token``: the transformer's with the same heads, for a token that all its layers
+    hold; ``transformer_windows``: those of its layers that hold the last tokens only.
+    ``break_even_tokens``: the context from which on the model's memory is never the greater one;
+    None if there is none, or no layer is another than the transformer's.
     ``step_weight_bytes``: what a decode step reads of the weights, and
     ``transformer_step_weight_bytes`` what it reads of the transformer's in the same type.
     """
@@ -39,6 +42,7 @@ class Sizes:
     sliding_windows: tuple[int, ...]
     layer_kv_bytes_per_token: int
     kv_bytes_per_token: int
+    transformer_windows: tuple[int, ...]
     break_even_tokens: int | None
     step_weight_bytes: int
     transformer_step_weight_bytes: int
@@ -61,11 +65,12 @@ class Sizes:
 
     def transformer_step_bytes(self, context: int) -> int:
         """The transformer's :meth:`step_bytes`, whose state is its KV cache, read once."""
-        return self.transformer_step_weight_bytes + context * self.kv_bytes_per_token
+        return self.transformer_step_weight_bytes + self.transformer_memory_bytes(context)
 
     def transformer_memory_bytes(self, context: int) -> int:
         """The transformer's KV cache after ``context`` tokens."""
-        return context * self.kv_bytes_per_token
+        dropped = sum(max(context - window, 0) for window in self.transformer_windows)
+        return context * self.kv_bytes_per_token - dropped * self.layer_kv_bytes_per_token
 
     @property
     def _recurrent_bytes(self) -> int:
@@ -90,18 +95,10 @@ def of_spec(spec: ModelSpec, weight_bytes: int, *, cache_itemsize: int = CACHE_I
     """The sizes of a model whose weights take so many bytes."""
     state = sum(mixer_state_bytes(spec, layer.mixer, cache_itemsize) for layer in spec.layers)
     per_layer = kv_bytes_per_token(spec, cache_itemsize)
-    growing = per_layer * sum(
-        isinstance(layer.mixer, SoftmaxAttention) and layer.mixer.window is None
-        for layer in spec.layers
-    )
-    transformer = per_layer * spec.num_hidden_layers
-    sliding = tuple(
-        layer.mixer.window
-        for layer in spec.layers
-        if isinstance(layer.mixer, SoftmaxAttention) and layer.mixer.window is not None
-    )
+    growing = per_layer * sum(mixer.window is None for mixer in _mixers(spec))
+    sliding = _windows(spec)
     parameters = parameter_count(spec)
-    softmax = spec.with_mixers([SoftmaxAttention()] * spec.num_hidden_layers)
+    transformer = original_spec(spec)
     # Of an embedding that is no output head as well, a step reads one row.
     unread = 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size
     itemsize = weight_bytes / parameters
@@ -114,29 +111,52 @@ def of_spec(spec: ModelSpec, weight_bytes: int, *, cache_itemsize: int = CACHE_I
         growing_bytes_per_token=growing,
         sliding_windows=sliding,
         layer_kv_bytes_per_token=per_layer,
-        kv_bytes_per_token=transformer,
+        kv_bytes_per_token=per_layer * spec.num_hidden_layers,
+        transformer_windows=_windows(transformer),
         break_even_tokens=_break_even(
-            state - per_layer * sum(sliding), transformer - growing, sliding, per_layer
+            spec, transformer, state - per_layer * sum(sliding), per_layer
         ),
         step_weight_bytes=round((active - unread) * itemsize),
-        transformer_step_weight_bytes=round((active_parameter_count(softmax) - unread) * itemsize),
+        transformer_step_weight_bytes=round(
+            (active_parameter_count(transformer) - unread) * itemsize
+        ),
     )
 
 
-def _break_even(fixed: int, saved: int, windows: tuple[int, ...], per_layer: int) -> int | None:
-    """From which context on ``fixed`` bytes and windows are no more than what a transformer caches
-    in the same layers, ``saved`` bytes a token; None if nothing is saved.
+def _mixers(spec: ModelSpec) -> list[SoftmaxAttention]:
+    """The softmax layers', in order: of a transformer all."""
+    mixers = [layer.mixer for layer in spec.layers]
+    return [mixer for mixer in mixers if isinstance(mixer, SoftmaxAttention)]
 
-    Until its window is full a sliding layer caches what the transformer's does. Whichever windows
-    are counted as full, and the others as growing, it is never too little, and with those that are
-    full it is exact: the least over how many of the shortest are counted so is the context.
+
+def _windows(spec: ModelSpec) -> tuple[int, ...]:
+    """Those of the softmax layers that have one."""
+    return tuple(mixer.window for mixer in _mixers(spec) if mixer.window is not None)
+
+
+def _break_even(spec: ModelSpec, transformer: ModelSpec, fixed: int, per_layer: int) -> int | None:
+    """From which context on the ``fixed`` bytes of the linear layers are no more than what the
+    transformer caches in their place, ``per_layer`` bytes a token and layer; None if always more.
+
+    After n tokens a window holds min(window, n), so that the cache is the least of some sums: the
+    shortest windows counted as full and the others as growing, for every number of the shortest.
+    All of these have to reach ``fixed``, and the last one to do so decides.
     """
-    saved -= per_layer * len(windows)
-    found = [_quotient(fixed, saved)] if saved else []
-    for window in sorted(windows):
-        fixed, saved = fixed + per_layer * window, saved + per_layer
-        found.append(_quotient(fixed, saved))
-    return min(found, default=None)
+    theirs = [
+        mixer
+        for layer, mixer in zip(spec.layers, _mixers(transformer), strict=True)
+        if isinstance(layer.mixer, LinearAttention)
+    ]
+    windows = sorted(mixer.window for mixer in theirs if mixer.window is not None)
+    found = []
+    for full in range(len(windows) + 1):
+        growing = len(theirs) - full
+        missing = fixed - per_layer * sum(windows[:full])
+        if growing:
+            found.append(_quotient(missing, per_layer * growing))
+        elif missing > 0:
+            return None
+    return max(found, default=None)
 
 
 def _quotient(dividend: int, divisor: int) -> int:

@@ -6,9 +6,12 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from supra_core.errors import SupraError
+
+if TYPE_CHECKING:
+    from supra_core.sizes import Sizes
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -52,6 +55,17 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def cache_text(sizes: Sizes) -> str:
+    """What the transformer's KV cache takes, and which of its layers stop growing."""
+    text = f"{bytes_text(sizes.kv_bytes_per_token)} a token, 16 bit"
+    if not sizes.transformer_windows:
+        return text
+    windows = ", ".join(f"{window:,}" for window in sorted(set(sizes.transformer_windows)))
+    layers = sizes.kv_bytes_per_token // sizes.layer_kv_bytes_per_token
+    count = len(sizes.transformer_windows)
+    return f"{text}; {count} of {layers} layers hold the last {windows} tokens only"
 
 
 def layer_numbers(text: str | None) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from supra_cli.main import app
 from supra_core import artifact
 from supra_core.sources import WRITERS, open_source
+from supra_core.spec import SoftmaxAttention
 from supra_core.tensors import LazyTensor
 from tests.tiny_models import SPECS, lazy_weights
 
@@ -109,6 +111,20 @@ def test_inspect(converted: Path) -> None:
     assert found["break_even_tokens"] > 0
     shown = runner.invoke(app, ["inspect", str(converted)])
     assert "window 16" in shown.stdout
+
+
+def test_inspect_beside_a_transformer_with_windows(tmp_path: Path) -> None:
+    """What stands for windows of 4 and 8 tokens is never smaller than what they hold."""
+    spec = SPECS["sink"]
+    theirs = (SoftmaxAttention(4), SoftmaxAttention(8))
+    spec = replace(spec, provenance=replace(spec.provenance, replaced_mixers=theirs))
+    artifact.write(tmp_path / "m", spec, lazy_weights(spec), {}, dtype="float32")
+    found = result("inspect", tmp_path / "m")
+    assert found["transformer_windows"] == [4, 8]
+    assert found["break_even_tokens"] is None
+    shown = runner.invoke(app, ["inspect", str(tmp_path / "m")]).stdout
+    assert "2 of 2 layers hold the last 4, 8 tokens only" in shown
+    assert "never: the transformer's windows hold less" in shown
 
 
 def test_inspect_experts(tmp_path: Path) -> None:

@@ -225,27 +225,41 @@ def test_a_sliding_window_holds_no_more_than_there_was() -> None:
     assert exact.memory_bytes(7) == (5 + 7) * 2 * token
 
 
-@given(
-    linear=st.integers(0, 2),
-    full=st.integers(0, 2),
-    windows=st.lists(st.integers(1, 200), max_size=3),
-)
-@settings(max_examples=60, deadline=None)
-def test_from_the_break_even_on_the_model_is_the_smaller_one(
-    linear: int, full: int, windows: list[int]
+WINDOWS = st.lists(st.none() | st.integers(1, 200), max_size=4)
+
+
+@given(replaced=WINDOWS, kept=WINDOWS)
+@settings(max_examples=100, deadline=None)
+def test_the_break_even_is_the_last_context_at_which_sizes_change_places(
+    replaced: list[int | None], kept: list[int | None]
 ) -> None:
-    sliding = [SoftmaxAttention(window) for window in windows]
-    mixers = [LINEAR] * linear + [SOFTMAX] * full + sliding
-    assume(mixers)
-    found = measure(model(*mixers), {})
-    first = found.break_even_tokens
-    if first is None:
-        assert not linear and not windows
-        return
-    assert linear or first == min(windows)
-    smaller = [
-        found.memory_bytes(n) <= found.transformer_memory_bytes(n) for n in range(first + 50)
-    ]
-    assert all(smaller[first:])
-    # Sliding windows alone are as large as the transformer's until the shortest is full.
-    assert not any(smaller[:first]) if linear else all(smaller[:first])
+    """Linear layers in the place of ``replaced`` windows, None being none, and ``kept`` ones."""
+    assume(replaced or kept)
+    theirs = [SoftmaxAttention(window) for window in [*replaced, *kept]]
+    spec = model(*[LINEAR] * len(replaced), *theirs[len(replaced) :])
+    provenance = replace(spec.provenance, replaced_mixers=tuple(theirs))
+    found = measure(replace(spec, provenance=provenance), {})
+    token = kv_bytes_per_token(spec)
+
+    def transformer(context: int) -> int:
+        return token * sum(min(mixer.window or context, context) for mixer in theirs)
+
+    # A linear layer's state is worth 36 tokens, and windows end at 200.
+    last = 4 * 36 + 200
+    for context in range(last):
+        assert found.transformer_memory_bytes(context) == transformer(context)
+    greater = [found.memory_bytes(n) > transformer(n) for n in range(last)]
+    if not replaced or greater[-1]:
+        assert found.break_even_tokens is None
+    else:
+        assert found.break_even_tokens == last - greater[::-1].index(True)
+
+
+def test_the_transformers_own_windows_count() -> None:
+    """Gemma 3 of 1 B parameters: 26 layers of one head of 256, every sixth over all tokens."""
+    sliding = [SoftmaxAttention(None if layer % 6 == 5 else 512) for layer in range(26)]
+    spec = replace(model(*sliding), num_key_value_heads=1, head_dim=256, value_head_dim=256)
+    found = measure(spec, {})
+    assert found.transformer_memory_bytes(131_072) == (4 * 512 + 22 * 2) * 2**18
+    assert found.transformer_memory_bytes(131_072) == found.memory_bytes(131_072)
+    assert found.transformer_step_bytes(9_000) == found.step_bytes(9_000)

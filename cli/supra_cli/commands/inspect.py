@@ -49,6 +49,7 @@ def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
         "state_bytes": sizes.state_bytes,
         "growing_bytes_per_token": sizes.growing_bytes_per_token,
         "kv_bytes_per_token": sizes.kv_bytes_per_token,
+        "transformer_windows": list(sizes.transformer_windows),
         "break_even_tokens": sizes.break_even_tokens,
         "step_bytes": [
             {
@@ -64,13 +65,16 @@ def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
 
 
 def _show(source: Source, sizes: Sizes) -> None:
-    from supra_cli.output import bytes_text, print_table
+    from supra_cli.output import bytes_text, cache_text, print_table
+    from supra_core.spec import LinearAttention
 
     spec = source.spec
-    if sizes.break_even_tokens is None:
-        break_even = "never: every layer keeps a KV cache"
-    else:
+    if sizes.break_even_tokens is not None:
         break_even = f"{sizes.break_even_tokens:,} tokens"
+    elif any(isinstance(layer.mixer, LinearAttention) for layer in spec.layers):
+        break_even = "never: the transformer's windows hold less"
+    else:
+        break_even = "never: every layer keeps a KV cache"
     rows = [
         ("format", f"{source.kind}, weights in {source.dtype}"),
         ("parameters", f"{sizes.parameters:,} ({bytes_text(sizes.weight_bytes)})"),
@@ -85,7 +89,7 @@ def _show(source: Source, sizes: Sizes) -> None:
         *_layer_rows(source),
         ("state a sequence", bytes_text(sizes.state_bytes) + " whatever the context"),
         ("cache that grows", bytes_text(sizes.growing_bytes_per_token) + " a token"),
-        ("transformer's KV cache", bytes_text(sizes.kv_bytes_per_token) + " a token, 16 bit"),
+        ("transformer's KV cache", cache_text(sizes)),
         ("smaller from a context of", break_even),
         *(
             (

@@ -130,6 +130,7 @@ def _result(made: Plan, price: float | None) -> dict[str, Any]:
         "state_bytes": made.student.state_bytes,
         "growing_bytes_per_token": made.student.growing_bytes_per_token,
         "kv_bytes_per_token": made.student.kv_bytes_per_token,
+        "transformer_windows": list(made.student.transformer_windows),
         "break_even_tokens": made.student.break_even_tokens,
         "measured_quality": None if measured is None else asdict(measured),
     }
@@ -168,7 +169,7 @@ def _show(made: Plan, price: float | None) -> None:
 
 
 def _summary(made: Plan, price: float | None) -> list[tuple[str, str]]:
-    from supra_cli.output import bytes_text
+    from supra_cli.output import bytes_text, cache_text
     from supra_core.progress import duration
 
     student, device_bytes = made.student, made.device_bytes
@@ -185,7 +186,7 @@ def _summary(made: Plan, price: float | None) -> list[tuple[str, str]]:
     ]
     if student.growing_bytes_per_token:
         rows.append(("its cache", bytes_text(student.growing_bytes_per_token) + " a token"))
-    cache = bytes_text(student.kv_bytes_per_token) + " a token"
+    cache = cache_text(student)
     if student.break_even_tokens is not None:
         cache += f", more than the state from {student.break_even_tokens:,} tokens"
     return [*rows, ("the transformer's cache", cache), ("quality", _quality(made))]
