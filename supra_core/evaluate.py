@@ -70,14 +70,12 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity over consecutive windows of ``length`` tokens that do not overlap.
 
-    The last window may be shorter. Raises :class:`SupraError` for fewer than two tokens.
+    The last window may be shorter. Raises :class:`SupraError` as :func:`check_text` does.
     """
     if length < 2:
         raise SupraError(f"length must be at least 2 tokens, not {length}")
+    check_text(text, model.spec.vocab_size)
     total = len(text.ids)
-    if total < 2:
-        raise SupraError("perplexity needs a text of at least 2 tokens: choose a longer one")
-    check_ids(text.ids, model.spec.vocab_size)
     nats, predicted, text_bytes = 0.0, 0, 0
     progress(stage, 0, total)
     for start, ids in _batches(text.ids, length, batch):
@@ -99,6 +97,13 @@ def perplexity(
         length=length,
         stride=length,
     )
+
+
+def check_text(text: EncodedText, vocab_size: int) -> None:
+    """Raise :class:`SupraError` for fewer than two tokens, or one that the model does not have."""
+    if len(text.ids) < 2:
+        raise SupraError("perplexity needs a text of at least 2 tokens: choose a longer one")
+    check_ids(text.ids, vocab_size)
 
 
 def token_scores(model: Backend, ids: Ids, form: Form = "parallel") -> tuple[Losses, Greedy]:

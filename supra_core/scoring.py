@@ -16,6 +16,7 @@ from supra_core.backend import Backend, Form
 from supra_core.errors import SupraError
 from supra_core.evaluate import token_scores
 from supra_core.progress import Progress, silent
+from supra_core.text import encode_prompt
 from supra_core.verify import check_ids
 
 if TYPE_CHECKING:
@@ -47,13 +48,14 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Both texts tokenised as one, as the lm-eval harness does it.
 
     White space at the end of the context goes to the continuation, and the whole is cut where the
-    context alone ends, so that a token over the border belongs to the continuation. Raises
+    context alone ends, so that a token over the border belongs to the continuation. The context
+    begins as the tokenizer begins a text (:func:`supra_core.text.leading_ids`). Raises
     :class:`SupraError` when either has no token.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
-    whole = tokenizer.encode(stripped + continuation, add_special_tokens=False).ids
-    border = len(tokenizer.encode(stripped, add_special_tokens=False).ids)
+    whole = encode_prompt(tokenizer, stripped + continuation)
+    border = len(encode_prompt(tokenizer, stripped))
     if not 0 < border < len(whole):
         raise SupraError(
             f"context '{context[:40]}' with continuation '{continuation[:40]}' cannot be scored: "
@@ -72,15 +74,8 @@ def score(
     progress: Progress = silent,
     stage: str = "scores",
 ) -> list[Score]:
-    """The score of every pair, in their order.
-
-    A pair of more than ``max_length`` tokens loses the first of its context. Raises
-    :class:`SupraError` when a continuation alone is longer than that, when a context or a
-    continuation has no token, and for a token that the model does not have.
-    """
-    rows = [_row(pair, max_length) for pair in pairs]
-    for row in rows:
-        check_ids(row, model.spec.vocab_size)
+    """The score of every pair, in their order; raises as :func:`check_pairs` does."""
+    rows = check_pairs(pairs, model.spec.vocab_size, max_length)
     scores: list[Score | None] = [None] * len(rows)
     done = 0
     for batch in like_lengths([len(row) for row in rows], batch_tokens):
@@ -98,6 +93,19 @@ def score(
         done += len(batch)
         progress(stage, done, len(rows))
     return [found for found in scores if found is not None]
+
+
+def check_pairs(pairs: Sequence[Pair], vocab_size: int, max_length: int) -> list[Int64]:
+    """The token ids (T,) that a model gets of each pair.
+
+    A pair of more than ``max_length`` tokens loses the first of its context. Raises
+    :class:`SupraError` when a continuation alone is longer than that, when a context or a
+    continuation has no token, and for a token that the model does not have.
+    """
+    rows = [_row(pair, max_length) for pair in pairs]
+    for row in rows:
+        check_ids(row, vocab_size)
+    return rows
 
 
 def _row(pair: Pair, max_length: int) -> Int64:

@@ -20,8 +20,8 @@ from supra_core.backend import Backend, Form
 from supra_core.errors import FormatError
 from supra_core.formats.jsonfile import parse, reason
 from supra_core.progress import Progress, silent
-from supra_core.scoring import DEFAULT_BATCH_TOKENS, encode_pair, score
-from supra_core.text import read_text
+from supra_core.scoring import DEFAULT_BATCH_TOKENS, Pair, encode_pair, score
+from supra_core.text import leading_form, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,7 +72,7 @@ def lambada(
     stage: str = "lambada",
 ) -> TaskResult:
     """How often greedy decoding finds the last word, and its perplexity (arXiv 1606.06031)."""
-    pairs = [encode_pair(tokenizer, p.context, " " + p.continuation) for p in passages]
+    pairs = passage_pairs(tokenizer, passages)
     scores = score(
         model, pairs, form=form, max_length=max_length, batch_tokens=batch_tokens,
         progress=progress, stage=stage,
@@ -90,7 +90,22 @@ def lambada(
     records = tuple(
         {"right": found.greedy, "log_likelihood": found.log_likelihood} for found in scores
     )
-    return TaskResult(metrics, len(scores), LAMBADA_FORM, records)
+    form_of_text = f"{LAMBADA_FORM}; {leading_form(tokenizer)}"
+    return TaskResult(metrics, len(scores), form_of_text, records)
+
+
+def passage_pairs(tokenizer: Tokenizer, passages: Sequence[Passage]) -> list[Pair]:
+    """What :func:`lambada` scores; SupraError for a passage that cannot be."""
+    return [encode_pair(tokenizer, p.context, " " + p.continuation) for p in passages]
+
+
+def question_pairs(tokenizer: Tokenizer, questions: Sequence[Question]) -> list[Pair]:
+    """What :func:`multiple_choice` scores, choice by choice; SupraError likewise."""
+    return [
+        encode_pair(tokenizer, question.query + "Answer:", " " + choice)
+        for question in questions
+        for choice in question.choices
+    ]
 
 
 def multiple_choice(
@@ -105,11 +120,7 @@ def multiple_choice(
     stage: str = "multiple_choice",
 ) -> TaskResult:
     """How often the likeliest choice is right: ``acc``, and ``acc_norm`` a character."""
-    pairs = [
-        encode_pair(tokenizer, question.query + "Answer:", " " + choice)
-        for question in questions
-        for choice in question.choices
-    ]
+    pairs = question_pairs(tokenizer, questions)
     scores = iter(
         score(
             model,
@@ -137,7 +148,8 @@ def multiple_choice(
     for name, key in (("acc", "chosen"), ("acc_norm", "chosen_norm")):
         right = [float(record[key] == record["gold"]) for record in records]
         metrics[name], metrics[f"{name}_stderr"] = _mean(right)
-    return TaskResult(metrics, len(records), CHOICE_FORM, tuple(records))
+    form_of_text = f"{CHOICE_FORM}; {leading_form(tokenizer)}"
+    return TaskResult(metrics, len(records), form_of_text, tuple(records))
 
 
 def task_of(path: Path) -> str:

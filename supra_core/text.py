@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +160,40 @@ def encode(tokenizer: Tokenizer, text: str) -> EncodedText:
     encoding = tokenizer.encode(text, add_special_tokens=False)
     ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
     return EncodedText(text, np.array(encoding.ids, dtype=np.int64), ends)
+
+
+def leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer itself puts in front of every text: the BOS of Llama, Mistral, Gemma."""
+    encoding = tokenizer.encode("x")
+    added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return [index for index, _ in takewhile(lambda token: token[1], added)]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of ``text`` behind the :func:`leading_ids`, as the lm-eval harness feeds a prompt.
+
+    A text that begins with them itself gets no second ones.
+    """
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    leading = leading_ids(tokenizer)
+    return ids if ids[: len(leading)] == leading else leading + ids
+
+
+def leading_form(tokenizer: Tokenizer) -> str:
+    """How results state the :func:`leading_ids`."""
+    names = [str(tokenizer.id_to_token(index)) for index in leading_ids(tokenizer)]
+    return f"behind the tokenizer's own {' '.join(names)}" if names else "no BOS"
+
+
+def same_stretch(tokenizer: Tokenizer, text: EncodedText) -> tuple[EncodedText, bool]:
+    """The characters of ``text`` by another tokenizer, and whether it divides them alike.
+
+    Where it does, perplexities of the two compare; else only what is counted a byte.
+    """
+    other = encode(tokenizer, text.text).head(len(text.ids))
+    if np.array_equal(other.ids, text.ids):
+        return other, True
+    return encode(tokenizer, text.text[: int(text.ends[-1])]), False
 
 
 def read_text(path: str | Path) -> str:

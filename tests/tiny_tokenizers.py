@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from string import ascii_letters, digits, punctuation
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 # The end of a turn comes third, as in tests.mlx.chat.
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -50,3 +50,13 @@ def byte_level() -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(list(SPECIAL))
     return made
+
+
+def with_bos(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    """The same one that puts a token in front of every text, and another behind it."""
+    end = SPECIAL[2] if SPECIAL[2] != token else SPECIAL[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A {end}",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in (token, end)],
+    )
+    return tokenizer

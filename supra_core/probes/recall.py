@@ -2,8 +2,8 @@
 
 Both follow the synthetic tasks of the literature on linear attention (arXiv 2312.04927,
 2402.01032), with words instead of random symbols, so that a pretrained model need not be trained
-on them. A sequence is fed once; at each distance the question is asked from a copy of the state,
-and the sequence goes on as if it had not been asked.
+on them. A sequence begins as the tokenizer begins a text, and is fed once; at each distance the
+question is asked from a copy of the state, and the sequence goes on as if it had not been asked.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from supra_core.errors import SupraError
 from supra_core.intervals import of_share
 from supra_core.probes.words import word_tokens
 from supra_core.progress import Progress, silent
+from supra_core.text import leading_ids
 from supra_core.verify import check_ids
 
 if TYPE_CHECKING:
@@ -73,12 +74,14 @@ def associative_recall(
     """
     words, _ = word_tokens(tokenizer, model.spec.vocab_size)
     colon, line = (_ids(tokenizer, text) for text in (":", "\n"))
-    check_ids(np.concatenate([filler, colon, line]), model.spec.vocab_size)
+    leading = np.array(leading_ids(tokenizer), dtype=np.int64)
+    check_ids(np.concatenate([leading, filler, colon, line]), model.spec.vocab_size)
     pair = 2 + len(colon) + len(line)
     # After the asked value: its line end, the pairs after it, text, key and colon.
     fixed = len(line) + 1 + len(colon)
     generator = np.random.default_rng(seed)
-    kept = _fitting(distances, fixed + 1 + (PAIRS - 1) * pair, PAIRS * pair, model)
+    room = model.spec.max_position_embeddings - len(leading)
+    kept = _fitting(distances, fixed + 1 + (PAIRS - 1) * pair, PAIRS * pair, room)
     tallies = [_Tally(distance) for distance in kept]
     order = generator.permutation(PAIRS)
     for batch, count in enumerate(_batches(sequences if kept else 0, _even(sequences))):
@@ -87,7 +90,7 @@ def associative_recall(
         keys, values = drawn[:, :PAIRS], drawn[:, PAIRS:]
         asked = int(order[batch % PAIRS])
         after = PAIRS - 1 - asked
-        prefix = _pairs(keys, values, colon, line)
+        prefix = _behind(leading, _pairs(keys, values, colon, line))
         texts = _passages(generator, filler, count, kept[-1])
         cuts = [distance - 1 - fixed - after * pair for distance in kept]
         question = np.concatenate([keys[:, asked, None], np.tile(colon, (count, 1))], axis=1)
@@ -118,19 +121,20 @@ def copying(
     :func:`associative_recall`, as is what is raised.
     """
     words, _ = word_tokens(tokenizer, model.spec.vocab_size)
-    check_ids(filler, model.spec.vocab_size)
+    leading = np.array(leading_ids(tokenizer), dtype=np.int64)
+    check_ids(np.concatenate([leading, filler]), model.spec.vocab_size)
     generator = np.random.default_rng(seed)
-    kept = _fitting(distances, COPIED_WORDS, COPIED_WORDS, model)
+    room = model.spec.max_position_embeddings - len(leading)
+    kept = _fitting(distances, COPIED_WORDS, COPIED_WORDS, room)
     tallies = [_Tally(distance) for distance in kept]
     asked = range(CUE_WORDS, COPIED_WORDS - 1)
     for count in _batches(sequences if kept else 0, _BATCH):
         progress(stage, tallies[0].answers // len(asked), sequences)
         passage = _draw(generator, words, count, COPIED_WORDS)
+        prefix = _behind(leading, passage)
         texts = _passages(generator, filler, count, kept[-1])
         cuts = [distance - COPIED_WORDS for distance in kept]
-        for tally, logits in zip(
-            tallies, _asked(model, passage, texts, cuts, passage), strict=True
-        ):
+        for tally, logits in zip(tallies, _asked(model, prefix, texts, cuts, passage), strict=True):
             for place in asked:
                 tally.add(logits[:, place - 1], passage[:, place:], np.zeros(count, dtype=int))
     progress(stage, sequences, sequences)
@@ -195,10 +199,15 @@ def _pairs(keys: Int64, values: Int64, colon: Int64, line: Int64) -> Int64:
     return np.concatenate(columns, axis=1)
 
 
-def _fitting(distances: Sequence[int], least: int, around: int, model: Backend) -> list[int]:
-    """Rising distances that a sequence with ``around`` more tokens can have."""
-    room = model.spec.max_position_embeddings - 2 * around
-    return sorted({distance for distance in distances if least <= distance <= room})
+def _behind(leading: Int64, rows: Int64) -> Int64:
+    """Rows (B, T) behind what the tokenizer puts in front of a text."""
+    return np.concatenate([np.tile(leading, (len(rows), 1)), rows], axis=1)
+
+
+def _fitting(distances: Sequence[int], least: int, around: int, room: int) -> list[int]:
+    """Rising distances that a sequence with ``around`` more tokens on both sides can have."""
+    most = room - 2 * around
+    return sorted({distance for distance in distances if least <= distance <= most})
 
 
 def _draw(generator: np.random.Generator, words: Int64, rows: int, count: int) -> Int64:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from supra_core.errors import SupraError
 from supra_core.intervals import around, of_share
@@ -167,6 +167,29 @@ def test_text_beyond_the_vocabulary_is_refused(probe: Any, tokenizer: Tokenizer)
     with pytest.raises(SupraError, match="token id 300 is outside"):
         probe(model, tokenizer, beyond, distances=(64,), sequences=4)
     assert model.fed == 0
+
+
+@pytest.mark.parametrize("probe", [associative_recall, copying])
+def test_a_sequence_begins_as_the_tokenizer_begins_a_text(probe: Any, tokenizer: Tokenizer) -> None:
+    begun = Tokenizer.from_str(tokenizer.to_str())
+    end = begun.token_to_id("<|end|>")
+    begun.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", end)]
+    )
+    beginnings = set()
+
+    def rule(seen: Sequence[int]) -> Any:
+        beginnings.add(seen[0])
+        return remembers(64)(seen)
+
+    # Room for the distance of 64 without the one token more, then with it.
+    around = 32 if probe is associative_recall else 16
+    given: dict[str, Any] = {"distances": (64,), "sequences": 4}
+    for positions, kept in ((64 + 2 * around, 0), (65 + 2 * around, 1)):
+        model = FakeBackend(rule, positions)
+        assert len(probe(model, begun, FILLER + 1, **given)) == kept
+        assert len(probe(FakeBackend(remembers(64), positions), tokenizer, FILLER, **given)) == 1
+    assert beginnings == {end}
 
 
 def test_distances_that_do_not_fit_are_left_out(tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.evaluate import losses_of
@@ -23,6 +23,7 @@ from supra_core.tasks import (
     task_of,
 )
 from tests.tiny_models import SPECS, reference
+from tests.tiny_tokenizers import SPECIAL, byte_level, with_bos
 
 _LETTERS = " abcdefghijklmnopqrstuvwxyzAnswer:?."
 
@@ -96,6 +97,31 @@ def test_spaces_move_to_the_continuation(tokenizer: Tokenizer) -> None:
     assert pair == encode_pair(tokenizer, "the", " answer")
     with pytest.raises(SupraError, match="both need at least one token"):
         encode_pair(tokenizer, " ", "answer")
+
+
+def test_a_context_begins_as_the_tokenizer_begins_a_text() -> None:
+    plain, begun = byte_level(), with_bos(byte_level(), SPECIAL[1])
+    bos = plain.token_to_id(SPECIAL[1])
+    for context in ("the cat", "the ", SPECIAL[1] + "a"):
+        without, found = (encode_pair(t, context, " sat") for t in (plain, begun))
+        assert found.continuation == without.continuation
+        begins = without.context[0] == bos
+        assert found.context == (without.context if begins else (bos, *without.context))
+    # As the harness does, where nothing else is left to predict from.
+    assert encode_pair(begun, " ", "sat").context == (bos,)
+
+
+def test_results_state_how_prompts_begin(tokenizer: Tokenizer) -> None:
+    found = lambada(_Prefers(), tokenizer, [Passage("the", "he")])  # type: ignore[arg-type]
+    assert found.text_form.endswith("; no BOS")
+    bos = Tokenizer.from_str(tokenizer.to_str())
+    bos.add_special_tokens(["."])
+    bos.post_processor = processors.TemplateProcessing(
+        single=". $A", special_tokens=[(".", bos.token_to_id("."))]
+    )
+    question = Question("who?", ("b", "w"), 1)
+    asked = multiple_choice(_Prefers(), bos, [question])  # type: ignore[arg-type]
+    assert asked.text_form.endswith("; behind the tokenizer's own .")
 
 
 class _Prefers:

@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from supra_core.errors import FormatError
-from supra_core.text import detokenizer, encode, load_tokenizer, render_chat
-from tests.tiny_tokenizers import SPECIAL, byte_level, sentencepiece
+from supra_core.text import (
+    detokenizer,
+    encode,
+    encode_prompt,
+    leading_form,
+    leading_ids,
+    load_tokenizer,
+    render_chat,
+    same_stretch,
+)
+from tests.tiny_tokenizers import SPECIAL, byte_level, sentencepiece, with_bos
 
 TOKENIZERS = {"sentencepiece": sentencepiece(), "byte_level": byte_level()}
 WORDS = st.text("ab  é€😀\n", max_size=30)
@@ -120,6 +129,41 @@ def test_what_a_file_says_of_truncation_and_padding_is_left_out(tokenizer: Token
         found = encode(loaded, text)
         assert found.ids.tolist() == encoded(tokenizer, text)
         assert found.ends[-1] == len(text)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_prompts_begin_as_the_tokenizer_begins_a_text(name: str) -> None:
+    plain = TOKENIZERS[name]
+    begun = with_bos(Tokenizer.from_str(plain.to_str()), SPECIAL[1])
+    bos = plain.token_to_id(SPECIAL[1])
+    assert (leading_ids(plain), leading_ids(begun)) == ([], [bos])
+    assert (leading_form(plain), leading_form(begun)) == (
+        "no BOS", f"behind the tokenizer's own {SPECIAL[1]}"
+    )  # fmt: skip
+    for text in ("", "ab c", "x"):
+        ids = encoded(plain, text)
+        assert encode_prompt(plain, text) == ids
+        # What the tokenizer puts behind a text is none of a prompt's.
+        assert encode_prompt(begun, text) == [bos, *ids] == begun.encode(text).ids[:-1]
+    twice = SPECIAL[1] + "ab"
+    assert encode_prompt(begun, twice) == encoded(plain, twice)
+    assert encode_prompt(begun, twice).count(bos) == 1
+    # Perplexity is of the text as it stands.
+    assert encode(begun, "ab").ids.tolist() == encoded(plain, "ab")
+
+
+@pytest.mark.parametrize("text", ["abc def", "x é€ 😀"])
+def test_the_same_stretch_by_another_tokenizer(text: str) -> None:
+    first, other = TOKENIZERS["byte_level"], TOKENIZERS["sentencepiece"]
+    whole = encode(first, text)
+    for tokens in range(1, len(whole.ids) + 1):
+        head = whole.head(tokens)
+        same, alike = same_stretch(first, head)
+        assert alike and same.ids.tolist() == head.ids.tolist()
+        theirs, alike = same_stretch(other, head)
+        assert not alike
+        assert theirs.text == text[: head.ends[-1]]
+        assert theirs.ids.tolist() == encoded(other, theirs.text)
 
 
 # --- chats ----------------------------------------------------------------------------------
