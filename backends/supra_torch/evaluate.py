@@ -15,10 +15,15 @@ from supra_core.backend import Backend, Form
 from supra_core.errors import MissingDependencyError, SupraError
 from supra_core.generate import Sampling, generate
 from supra_core.scoring import Pair, score
+from supra_core.text import encode_prompt, leading_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_ERROR = "_stderr"
+# What a task may ask of generation; the first that is there of several names counts.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_KNOWN = {*_LENGTHS, "until", "do_sample", "temperature", "top_p"}
 # What generates without stating how long.
 _MAX_TOKENS = 256
 # Resamples behind the errors of metrics that are no means; those of means have a formula.
@@ -59,12 +64,8 @@ def evaluate(
             tasks=names, limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAPS,
             log_samples=False,
         )  # fmt: skip
-    except (OSError, ConnectionError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SupraError(
-            f"the lm-eval harness cannot run {', '.join(names)} ({first}): its data comes from the "
-            "Hugging Face hub; go online, or name local files with --data"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise _failure(names, error) from None
     assert found is not None
     examples, subtasks = found["n-samples"], found.get("group_subtasks", {})
     versions, shots = found.get("versions", {}), found.get("n-shot", {})
@@ -78,6 +79,19 @@ def evaluate(
         for name, result in found["results"].items()
         if (metrics := _metrics(result))
     }
+
+
+def _failure(names: Sequence[str], error: Exception) -> SupraError:
+    """What cannot be fetched can be had otherwise; anything else is wrong in the task."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    message = f"the lm-eval harness cannot run {', '.join(names)} ({first}): "
+    if isinstance(error, OSError):
+        message += (
+            "its data comes from the Hugging Face hub; go online, or name local files with --data"
+        )
+    else:
+        message += "correct the task, or leave it out"
+    return SupraError(message)
 
 
 def _leaves(name: str, subtasks: dict[str, list[str]]) -> list[str]:
@@ -106,12 +120,17 @@ def _task_name(task: str) -> str:
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    """``acc,none`` -> ``acc``: the filter's name is kept only where there is one."""
+    """``acc,none`` -> ``acc``: the filter's name is kept only where there is one.
+
+    ``acc_stderr,FILTER``, as the harness writes it, becomes ``acc,FILTER_stderr``.
+    """
     metrics = {}
     for key, value in result.items():
         if isinstance(value, int | float) and "," in key:
             name, chosen = key.split(",", 1)
-            metrics[name if chosen == "none" else key] = float(value)
+            metric = name.removesuffix(_ERROR)
+            label = metric if chosen == "none" else f"{metric},{chosen}"
+            metrics[label if metric == name else label + _ERROR] = float(value)
     return metrics
 
 
@@ -123,7 +142,7 @@ def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
     spec = model.spec
 
     class HarnessModel(TemplateLM):
-        """Our scores and greedy generation behind the harness's interface."""
+        """Our scores and generation behind the harness's interface."""
 
         @property
         def eot_token_id(self) -> int:
@@ -136,8 +155,7 @@ def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **given: Any
         ) -> list[int]:
-            ids: list[int] = tokenizer.encode(string, add_special_tokens=False).ids
-            return ids
+            return _encoded(tokenizer, string, add_special_tokens)
 
         def _loglikelihood_tokens(
             self, requests: list[tuple[Any, list[int], list[int]]], **given: Any
@@ -160,7 +178,11 @@ def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
             return totals
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return [_generate(model, tokenizer, *request.args) for request in requests]
+            # The repeats of a request follow it, each with a seed of its own.
+            return [
+                _generate(model, tokenizer, *request.args, seed=seed)
+                for seed, request in enumerate(requests)
+            ]
 
         def _scored(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
             found = score(model, pairs, form=form, max_length=spec.max_position_embeddings)
@@ -174,12 +196,46 @@ def _pair(context: Sequence[int], continuation: Sequence[int], prefix: int) -> P
     return Pair(tuple(context) or (prefix,), tuple(continuation))
 
 
-def _generate(model: Backend, tokenizer: Tokenizer, context: str, given: dict[str, Any]) -> str:
-    """The greedy continuation of ``context``, cut before the first of ``given["until"]``."""
+def _encoded(tokenizer: Tokenizer, text: str, special: bool | None) -> list[int]:
+    """A text with what the tokenizer puts in front of it, as the harness's own model encodes it.
+
+    ``special``: whether it does, None: unless the text begins so itself.
+    """
+    if special is None:
+        return encode_prompt(tokenizer, text)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return leading_ids(tokenizer) + ids if special else ids
+
+
+def _sampling(given: dict[str, Any], seed: int) -> Sampling:
+    """A task's ``generation_kwargs`` as they are meant; SupraError for what we cannot do."""
+    unknown = [key for key in given if key not in _KNOWN and (key, given[key]) != ("num_beams", 1)]
+    if unknown:
+        raise SupraError(
+            f"field generation_kwargs asks for {unknown[0]}, which is not to be had here: omit it"
+        )
+    temperature = 0.0 if given.get("do_sample") is False else float(given.get("temperature") or 0.0)
+    if given.get("do_sample") and not temperature:
+        raise SupraError(
+            "field generation_kwargs asks for do_sample without a temperature: give one above 0"
+        )
+    lengths = [given[name] for name in _LENGTHS if given.get(name) is not None]
+    return Sampling(
+        temperature,
+        top_p=float(given.get("top_p") or 1.0) if temperature else 1.0,
+        max_tokens=int(lengths[0]) if lengths else _MAX_TOKENS,
+        seed=seed,
+    )
+
+
+def _generate(
+    model: Backend, tokenizer: Tokenizer, context: str, given: dict[str, Any], *, seed: int
+) -> str:
+    """The continuation of ``context``, cut before the first of ``given["until"]``."""
     until = given.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)
-    sampling = Sampling(max_tokens=int(given.get("max_gen_toks", _MAX_TOKENS)))
-    prompt = tokenizer.encode(context, add_special_tokens=False).ids
+    sampling = _sampling(given, seed)
+    prompt = encode_prompt(tokenizer, context)
     room = model.spec.max_position_embeddings - sampling.max_tokens
     tokens: list[int] = []
     text = ""
