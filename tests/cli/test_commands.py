@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from supra_core import artifact
 from supra_core.sources import WRITERS, open_source
 from supra_core.spec import SoftmaxAttention
 from supra_core.tensors import LazyTensor
+from supra_core.text import encode, load_tokenizer
 from tests.tiny_models import SPECS, lazy_weights
 
 runner = CliRunner()
@@ -235,6 +237,60 @@ def test_eval_says_when_no_teacher_is_known(
     assert "is no transformer" in done.stderr
 
 
+def test_eval_reads_the_same_text_with_another_tokenizer(
+    converted: Path, other_tokenizer: Path, text_file: Path
+) -> None:
+    arguments = ["eval", converted, "--data", text_file, "--teacher", other_tokenizer]
+    found = result(*arguments, "--limit", "100")
+    student, teacher = (found[key]["perplexity"] for key in ("results", "teacher"))
+    assert student["tokens"] == 99
+    assert "same_tokens" not in student
+    assert teacher["same_tokens"] is False
+    # A letter is a token there, and the first one of either is not predicted.
+    tokenizer = load_tokenizer(open_source(converted).assets(), "converted")
+    text = encode(tokenizer, text_file.read_text()).head(100)
+    assert student["text_bytes"] == int(text.ends[-1] - text.ends[0])
+    assert teacher["tokens"] == teacher["text_bytes"] == int(text.ends[-1]) - 1
+    done = runner.invoke(app, [*map(str, arguments), "--limit", "20"])
+    assert "only bits per byte compare" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tiny_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer with a tokenizer whose every letter is a token."""
+    folder = tmp_path_factory.mktemp("other") / "letters"
+    shutil.copytree(tiny_transformer, folder)
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    stated["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    return folder
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_measured(
+    converted: Path, tiny_transformer: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def loaded(*given: Any, **named: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("supra_core.backend.load", loaded)
+    last = tmp_path / "last.jsonl"
+    last.write_text(json.dumps({"context": "The state", "continuation": "size " * 2000}))
+    arguments = ["--data", str(text_file), "--data", str(last), "--limit", "20"]
+    done = runner.invoke(app, ["eval", str(converted), *arguments, "--no-teacher"])
+    assert done.exit_code == 2
+    assert "last.jsonl" in done.stderr and "does not fit" in done.stderr
+    # A teacher with too few positions, too.
+    few = tmp_path / "few"
+    shutil.copytree(tiny_transformer, few)
+    config = json.loads((few / "config.json").read_text())
+    (few / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
+    last.write_text(json.dumps({"context": "The state", "continuation": "size " * 20}))
+    done = runner.invoke(app, ["eval", str(converted), *arguments, "--teacher", str(few)])
+    assert done.exit_code == 2
+    assert f"last.jsonl with {few}" in done.stderr
+
+
 def test_what_the_harness_prints_is_not_in_the_record(
     converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,7 +301,7 @@ def test_what_the_harness_prints_is_not_in_the_record(
         return {"arc_easy": {"acc": 0.5}}
 
     monkeypatch.setattr(evaluate, "evaluate", talkative)
-    monkeypatch.setattr("supra_cli.commands.evaluate._Side.check", lambda side: None)
+    monkeypatch.setattr("supra_cli.commands.evaluate._Side.check", lambda side, *given: None)
     found = result("eval", converted, "--tasks", "arc_easy", "--backend", "torch", "--no-teacher")
     assert found["results"]["arc_easy"]["acc"] == 0.5
 

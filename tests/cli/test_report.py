@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,12 +15,17 @@ import pytest
 from typer.testing import CliRunner
 
 from supra_cli.main import app
+from supra_cli.report_card import measure, model_sections, probe_sections, sides
 from supra_cli.report_card.curves import read_curve
+from supra_cli.report_card.inputs import read_inputs
+from supra_cli.report_card.parts import ABSENT
 from supra_cli.report_card.settings import ReportSettings
 from supra_cli.report_card.sides import position_lengths
 from supra_core import backend
 from supra_core.errors import FormatError
 from supra_core.intervals import of_share
+from supra_core.progress import silent
+from supra_core.text import encode
 from tests.cli.test_bad_input import refused
 
 pytest.importorskip("torch")
@@ -284,12 +290,11 @@ def test_an_error_of_any_kind_costs_its_own_section(
 
         return fail
 
-    sides, measure = "supra_cli.report_card.sides", "supra_cli.report_card.measure"
-    monkeypatch.setattr(f"{sides}.copying", failing(RuntimeError("out of memory\nmore of it")))
-    monkeypatch.setattr(f"{sides}.speed", failing(MemoryError()))
-    monkeypatch.setattr(f"{sides}.tasks.lambada", failing(IndexError("no\x1b[31m such")))
-    monkeypatch.setattr(f"{measure}._variants", failing(OSError(28, "no room")))
-    monkeypatch.setattr(f"{measure}._memory", failing(TypeError("shapes")))
+    monkeypatch.setattr(sides, "copying", failing(RuntimeError("out of memory\nmore of it")))
+    monkeypatch.setattr(sides, "speed", failing(MemoryError()))
+    monkeypatch.setattr(sides.tasks, "lambada", failing(IndexError("no\x1b[31m such")))
+    monkeypatch.setattr(measure, "_variants", failing(OSError(28, "no room")))
+    monkeypatch.setattr(measure, "_memory", failing(TypeError("shapes")))
     out, secret = tmp_path / "r.html", tmp_path / "seconds"
     # A file of this name had the place of how long the section took.
     secret.write_bytes(files[0].read_bytes())
@@ -436,6 +441,70 @@ def test_long_curves_are_averaged(tmp_path: Path) -> None:
     assert (stage.steps, stage.steps_per_point) == (1000, 3)
     assert stage.losses[:2] == (1.0, 4.0)
     assert stage.tokens[-1] == 10_000
+
+
+def test_speeds_stand_by_their_context() -> None:
+    """A teacher of few positions is timed after fewer tokens."""
+
+    def timed(*contexts: int) -> dict[str, Any]:
+        names = ("prefill", "decode")
+        rates = {f"{name}{end}": 1.0 for name in names for end in ("", "_slowest", "_fastest")}
+        return {"contexts": [{"context": context, **rates} for context in contexts]}
+
+    found: dict[str, Any] = {"student": timed(512, 2048), "teacher": timed(192, 512)}
+    for swapped in (False, True):
+        models = dict(reversed(found.items())) if swapped else found
+        rows = probe_sections._speed_table(models).rows
+        assert [row[0] for row in rows] == [
+            f"{kind} {n} tokens" for kind in ("prefill of", "decode after")
+            for n in ("192", "512", "2,048")
+        ]  # fmt: skip
+        absent = [[cell == ABSENT for cell in row[1:]] for row in rows[:3]]
+        expected = [[True, False], [False, False], [False, True]]
+        assert absent == ([row[::-1] for row in expected] if swapped else expected)
+    assert len(probe_sections._speed_table({"student": timed(512), "teacher": None}).rows) == 2
+
+
+def test_a_ratio_is_of_the_same_tokens(
+    report: tuple[dict[str, Any], Path, str],
+) -> None:
+    files = report[0]["quality"]["files"]
+    assert "same_tokens" not in files["text.txt"]["teacher"]
+    ours = {"task": "perplexity", "perplexity": 4.0}
+    for alike in (True, False):
+        theirs = {**ours, "perplexity": 2.0, **({} if alike else {"same_tokens": False})}
+        found = [{"files": {"a.txt": side}, "seconds": 0.0} for side in (ours, theirs)]
+        section = measure._quality(*found)
+        assert section["files"]["a.txt"]["ratio"] == (2.0 if alike else None)
+        shown = model_sections.quality({"quality": section, "model": report[0]["model"]})
+        assert any("a.txt into other tokens" in note for note in shown.notes) is not alike
+
+
+def test_a_teacher_with_another_tokenizer_reads_the_same_text(
+    run: Path, tiny_transformer: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    teacher = tmp_path / "letters"
+    shutil.copytree(tiny_transformer, teacher)
+    stated = json.loads((teacher / "tokenizer.json").read_text())
+    stated["model"]["merges"] = []
+    (teacher / "tokenizer.json").write_text(json.dumps(stated))
+    settings = ReportSettings(
+        str(run), tmp_path / "r.html", (text_file,), str(teacher), limit=64, quick=True
+    )
+    inputs = read_inputs(settings)
+    found = [
+        sides.SideMeasurement(side, inputs, settings.budget, 0, silent) for side in inputs.sides
+    ]
+    for one in found:
+        # The text alone is of interest here.
+        for name in ("positions", "recall", "copying", "permutations", "samples", "speed"):
+            monkeypatch.setattr(one, f"_{name}", dict)
+    student, theirs = (one.all()["quality"]["files"]["text.txt"] for one in found)
+    assert theirs["same_tokens"] is False
+    text = encode(inputs.student.tokenizer, text_file.read_text()).head(64)
+    assert theirs["tokens"] == int(text.ends[-1]) - 1
+    assert student["tokens"] == 63
 
 
 def test_limits_and_lengths() -> None:

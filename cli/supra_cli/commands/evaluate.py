@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from supra_core.backend import Backend, Form
     from supra_core.progress import Progress
+    from supra_core.scoring import Pair
+    from supra_core.text import EncodedText
 
 TASKS = ("perplexity", "lambada", "multiple_choice")
 _METRICS = ("perplexity", "bits_per_byte", "nats_per_token")
@@ -73,7 +76,6 @@ def command(
 
     start = time.monotonic()
     _check(limit, length, batch)
-    plan = _Plan(limit, length, batch)
     name = backend or default_for_evaluation()
     chosen = parse_form(form)
     if no_teacher and teacher is not None:
@@ -97,9 +99,10 @@ def command(
             raise SupraError(f"{other} is no transformer: name the original with --teacher")
     elif not no_teacher and not open_source(model).spec.is_transformer:
         log(f"no teacher of {model} is known here: name it with --teacher, or give --no-teacher")
-    # Whatever cannot be read is noticed before anything is measured.
+    plan = _Plan(limit, length, batch, sides["results"].tokenizer)
+    # Whatever cannot be read or scored is noticed before anything is measured.
     for side in sides.values():
-        side.check()
+        side.check(measurements, plan)
     record: dict[str, Any] = {"data": [str(path) for path in data or []], "teacher": None}
     with ProgressReporter() as progress:
         for key, side in sides.items():
@@ -119,9 +122,12 @@ def command(
 
 @dataclass(frozen=True)
 class _Plan:
+    """``tokenizer``: the model's, whose tokens ``limit`` counts; a teacher reads the same text."""
+
     limit: int | None
     length: int
     batch: int
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True)
@@ -143,10 +149,28 @@ class _Side:
     form: Form
     dtype: str
 
-    def check(self) -> None:
-        """Raise SupraError unless the model and its tokenizer can be read."""
-        self.tokenizer()
+    def check(self, measurements: Sequence[_Measurement], plan: _Plan) -> None:
+        """Raise SupraError for a model that cannot be read, or asked what is to be measured."""
+        from supra_core.errors import SupraError
+        from supra_core.evaluate import check_text
+        from supra_core.scoring import check_pairs
+        from supra_core.sources import open_source
 
+        spec, tokenizer = open_source(self.path).spec, self.tokenizer
+        for measurement in measurements:
+            try:
+                if measurement.task == "perplexity":
+                    check_text(_text(tokenizer, measurement, plan)[0], spec.vocab_size)
+                else:
+                    check_pairs(
+                        _pairs(tokenizer, measurement),
+                        spec.vocab_size,
+                        spec.max_position_embeddings,
+                    )
+            except SupraError as error:
+                raise SupraError(f"{measurement.path} with {self.path}: {error}") from None
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         from supra_core.sources import open_source
         from supra_core.text import load_tokenizer
@@ -159,7 +183,7 @@ class _Side:
         """The results by name."""
         from supra_core.backend import load
 
-        loaded, tokenizer = load(self.backend, self.path, dtype=self.dtype), self.tokenizer()
+        loaded, tokenizer = load(self.backend, self.path, dtype=self.dtype), self.tokenizer
         results = {}
         for measurement in measurements:
             start = time.monotonic()
@@ -185,7 +209,7 @@ class _Side:
         loaded = load(self.backend, self.path, dtype=self.dtype)
         # Some of the harness's data sets print, which is not to end up in a record on stdout.
         with redirect_stdout(sys.stderr):
-            found = evaluate(loaded, self.tokenizer(), tasks, form=self.form, limit=limit)
+            found = evaluate(loaded, self.tokenizer, tasks, form=self.form, limit=limit)
         common = {
             "model": self.path, "backend": self.backend, "form": self.form, "dtype": self.dtype
         }  # fmt: skip
@@ -267,10 +291,8 @@ def _perplexity(
     stage: str,
 ) -> dict[str, Any]:
     from supra_core.evaluate import perplexity
-    from supra_core.text import encode
 
-    text = encode(tokenizer, measurement.content)
-    text = text if plan.limit is None else text.head(plan.limit)
+    text, alike = _text(tokenizer, measurement, plan)
     found = asdict(
         perplexity(
             model,
@@ -282,7 +304,25 @@ def _perplexity(
             stage=stage,
         )  # fmt: skip
     )
-    return {"metrics": {name: found.pop(name) for name in _METRICS}, **found}
+    metrics = {name: found.pop(name) for name in _METRICS}
+    return {"metrics": metrics, **found, **({} if alike else {"same_tokens": False})}
+
+
+def _text(tokenizer: Tokenizer, measurement: _Measurement, plan: _Plan) -> tuple[EncodedText, bool]:
+    """The tokens to be measured, and whether they are those of the model's own tokenizer."""
+    from supra_core.text import encode, same_stretch
+
+    text = encode(plan.tokenizer, measurement.content)
+    text = text if plan.limit is None else text.head(plan.limit)
+    return (text, True) if tokenizer is plan.tokenizer else same_stretch(tokenizer, text)
+
+
+def _pairs(tokenizer: Tokenizer, measurement: _Measurement) -> list[Pair]:
+    from supra_core.tasks import passage_pairs, question_pairs
+
+    encode = passage_pairs if measurement.task == "lambada" else question_pairs
+    pairs: list[Pair] = encode(tokenizer, measurement.content)
+    return pairs
 
 
 def _task(
@@ -319,6 +359,11 @@ def _show(record: dict[str, Any]) -> None:
             if not metric.endswith("_stderr"):
                 rows.append((name, metric, _figure(value, error), _figure(beside.get(metric))))
         notes.append(f"{name}: {_conditions(result)}")
+        if not teacher.get(name, {}).get("same_tokens", True):
+            notes.append(
+                f"{name}: the teacher's tokenizer divides the text into other tokens; both read "
+                "the same characters, and only bits per byte compare"
+            )
     columns = ("", "metric", "model", "teacher")
     width = 4 if teacher else 3
     print_table([row[:width] for row in rows], columns=columns[:width])

@@ -82,13 +82,14 @@ def _described(side: Side) -> Result:
 
 
 def _quality(student: Result, teacher: Result | None) -> Result:
-    """File by file; ``ratio`` is the student's perplexity over the teacher's."""
+    """File by file; ``ratio``: the student's perplexity over the teacher's of the same tokens."""
     seconds = {"student": student["seconds"], "teacher": teacher and teacher["seconds"]}
     files = {}
     for name, ours in student["files"].items():
         theirs = None if teacher is None else teacher["files"][name]
         values = [_perplexity(result) for result in (ours, theirs)]
-        ratio = values[0] / values[1] if values[0] is not None and values[1] else None
+        alike = theirs is None or theirs.get("same_tokens", True)
+        ratio = values[0] / values[1] if alike and values[0] is not None and values[1] else None
         files[name] = {"task": ours["task"], "student": ours, "teacher": theirs, "ratio": ratio}
     return {"files": files, "seconds": seconds}
 
@@ -172,6 +173,7 @@ def _memory(student: Side) -> Result:
         "state_bytes": found.state_bytes,
         "growing_bytes_per_token": found.growing_bytes_per_token,
         "kv_bytes_per_token": found.kv_bytes_per_token,
+        "transformer_windows": list(found.transformer_windows),
         "break_even_tokens": found.break_even_tokens,
         "contexts": [
             {

@@ -21,7 +21,7 @@ from supra_cli.report_card.parts import (
 
 _MODELS = ("student", "teacher")
 _LAYERS_A_ROW = 10
-_FORMS = {"recurrent": " (each sequence in two pieces, the second from the first one's state)"}
+_FORMS = {"recurrent": " (each sequence in pieces, each from the state of those before)"}
 _MOST_EVALUATIONS = 12
 
 
@@ -37,6 +37,7 @@ def quality(record: dict[str, Any]) -> Section:
     if others:
         tables.append(_tasks(others))
     form = record["model"]["form"]
+    missing = [note for file in files.values() for note in reasons(file)]
     return Section(
         "quality",
         "Text and tasks",
@@ -49,7 +50,18 @@ def quality(record: dict[str, Any]) -> Section:
         "of accuracies Wilson's; a task's perplexity is of the last words only. Texts have none: "
         "their windows are no sample.",
         tuple(tables),
-        notes=tuple(dict.fromkeys(note for file in files.values() for note in reasons(file))),
+        notes=(*_other_tokens(texts), *dict.fromkeys(missing)),
+    )
+
+
+def _other_tokens(files: dict[str, Any]) -> tuple[str, ...]:
+    """What is said where the teacher has a tokenizer of another kind."""
+    names = [name for name, f in files.items() if not (f["teacher"] or {}).get("same_tokens", True)]
+    if not names:
+        return ()
+    return (
+        f"The teacher's tokenizer divides {', '.join(names)} into other tokens than the student's: "
+        "both read the same characters, and only bits per byte compare.",
     )
 
 

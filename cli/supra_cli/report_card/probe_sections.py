@@ -8,6 +8,7 @@ from supra_cli.report_card import figures
 from supra_cli.report_card.parts import (
     ABSENT,
     Answer,
+    Cell,
     Figure,
     Row,
     Section,
@@ -36,9 +37,10 @@ def recall(record: dict[str, Any]) -> Section:
         "or than the words still to be repeated; chance is the share of a blind guess. 'Greedy': "
         "it is the likeliest of the whole vocabulary, where chance is "
         f"close to 0. {sequences} seeded sequences stand behind each distance, the same for both "
-        "models where they share a tokenizer; words are single tokens. Distances that do not fit "
-        "into the model's positions are left out. Intervals are 95 % (Wilson), as if the answers "
-        "of one sequence did not depend on each other."
+        "models where they share a tokenizer; words are single tokens, and a sequence begins with "
+        "what the tokenizer puts in front of a text. Distances that do not fit into the model's "
+        "positions are left out. Intervals are 95 % (Wilson), as if the answers of one sequence "
+        "did not depend on each other."
     )
     titles = {"recall": "Recall of a value by its key", "copying": "Copying of random words"}
     tables = tuple(
@@ -217,22 +219,23 @@ def _memory_table(memory: dict[str, Any]) -> Table:
 
 
 def _speed_table(found: dict[str, dict[str, Any] | None]) -> Table:
-    rows: list[Row] = []
-    for kind in ("prefill", "decode"):
-        for place in range(max(len(one["contexts"]) for one in found.values() if one)):
-            cells = []
-            name = ""
-            for one in found.values():
-                if one is None or place >= len(one["contexts"]):
-                    cells.append(ABSENT)
-                    continue
-                timed = one["contexts"][place]
-                join = "of" if kind == "prefill" else "after"
-                name = name or f"{kind} {join} {timed['context']:,} tokens"
-                cells.append(
-                    spread(
-                        timed[kind], timed[f"{kind}_slowest"], timed[f"{kind}_fastest"], 3
-                    )
-                )  # fmt: skip
-            rows.append((name, *cells))
+    """By context: a model with few positions is timed after fewer tokens than the other."""
+    timed = [
+        {one["context"]: one for one in result["contexts"]} if result else {}
+        for result in found.values()
+    ]
+    rows: list[Row] = [
+        (
+            f"{kind} {join} {context:,} tokens",
+            *(_rate(contexts.get(context), kind) for contexts in timed),
+        )
+        for kind, join in (("prefill", "of"), ("decode", "after"))
+        for context in sorted({context for contexts in timed for context in contexts})
+    ]
     return Table(("tokens a second", *_MODELS), tuple(rows), "Speed")
+
+
+def _rate(timed: dict[str, Any] | None, kind: str) -> Cell:
+    if timed is None:
+        return ABSENT
+    return spread(timed[kind], timed[f"{kind}_slowest"], timed[f"{kind}_fastest"], 3)

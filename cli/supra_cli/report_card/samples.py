@@ -13,7 +13,7 @@ from supra_core.generate import Sampling, generate
 from supra_core.intervals import of_share
 from supra_core.probes.loops import RULE, check_loops
 from supra_core.progress import Progress
-from supra_core.text import render_chat
+from supra_core.text import encode_prompt, leading_form, render_chat
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -84,8 +84,7 @@ def _prompter(side: Side) -> tuple[str, Prompter]:
                 lambda question: render_chat(tokenizer, [{"role": "user", "content": question}]),
             )
     return (
-        "'Question: ...', a line 'Answer:' (the model has no chat template here)",
-        lambda question: (
-            side.tokenizer.encode(f"Question: {question}\nAnswer:", add_special_tokens=False).ids
-        ),
+        "'Question: ...', a line 'Answer:' (the model has no chat template here), "
+        + leading_form(side.tokenizer),
+        lambda question: encode_prompt(side.tokenizer, f"Question: {question}\nAnswer:"),
     )

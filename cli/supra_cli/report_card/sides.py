@@ -24,7 +24,7 @@ from supra_core.probes.positions import by_position, sequences
 from supra_core.probes.recall import associative_recall, copying
 from supra_core.probes.speed import speed
 from supra_core.progress import Progress
-from supra_core.text import EncodedText, encode
+from supra_core.text import EncodedText, encode, leading_form, same_stretch
 
 Result = dict[str, Any]
 
@@ -108,25 +108,30 @@ class SideMeasurement:
     def _measured(self, file: DataFile) -> Result:
         stage = f"{self._side.role}: {file.name}"
         if isinstance(file.content, str):
-            text = encode(self._side.tokenizer, file.content).head(self._budget.text_tokens)
-            return text_result(self._model, self._side, text, self._progress, stage)
+            student = self._inputs.student
+            text = encode(student.tokenizer, file.content).head(self._budget.text_tokens)
+            alike = True
+            if self._side is not student:
+                text, alike = same_stretch(self._side.tokenizer, text)
+            found = text_result(self._model, self._side, text, self._progress, stage)
+            return found if alike else {**found, "same_tokens": False}
         measure: Any = tasks.lambada if file.task == "lambada" else tasks.multiple_choice
-        found = measure(
+        task = measure(
             self._model, self._side.tokenizer, file.content, form=self._side.form,
             max_length=self._model.spec.max_position_embeddings, progress=self._progress,
             stage=stage,
         )  # fmt: skip
-        metrics = found.metrics
+        metrics = task.metrics
         return {
             "task": file.task,
             "metrics": metrics,
             "intervals": {
-                name: _interval(name, value, metrics[f"{name}_stderr"], found.examples)
+                name: _interval(name, value, metrics[f"{name}_stderr"], task.examples)
                 for name, value in metrics.items()
                 if f"{name}_stderr" in metrics
             },
-            "examples": found.examples,
-            "text_form": found.text_form,
+            "examples": task.examples,
+            "text_form": task.text_form,
         }
 
     def _ids(self) -> tuple[str, npt.NDArray[np.int64]]:
@@ -188,7 +193,8 @@ class SideMeasurement:
             form=self._side.form, seed=self._seed, progress=self._progress,
             stage=f"{self._side.role}: permutations",
         )  # fmt: skip
-        return {"file": name, "text_form": TEXT_FORM, **asdict(found)}
+        text_form = f"{TEXT_FORM}; {leading_form(self._side.tokenizer)}"
+        return {"file": name, "text_form": text_form, **asdict(found)}
 
     def _samples(self) -> Result:
         budget = self._budget
