@@ -172,7 +172,8 @@ def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
                     spec.max_position_embeddings - 1, 1,
                 )  # fmt: skip
                 pairs = [
-                    _pair(*make_disjoint_window(window), self.prefix_token_id) for window in windows
+                    _pair(context, continuation, self.prefix_token_id)
+                    for context, continuation in map(make_disjoint_window, windows)
                 ]
                 totals.append(sum(x for x, _ in self._scored(pairs)))
             return totals
