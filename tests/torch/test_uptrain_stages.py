@@ -24,6 +24,7 @@ from tests.torch.uptraining import (  # noqa: E402
     SETTINGS,
     end_by,
     logged_losses,
+    records,
     run_in_process,
     weights_in,
 )
@@ -191,6 +192,24 @@ def test_a_perplexity_is_measured_once(
     uptrain(paper.model_copy(update={"tokens": 128, "evaluate_every": 1}), run)
     # The teacher's, the untrained model's, and one after each of two steps.
     assert len(counted) == 4
+    counted.clear()
+
+    def interrupted(stage: str, done: int, total: int, **figures: float) -> None:
+        if stage == "uptrain":
+            raise KeyboardInterrupt
+
+    run = tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(paper.model_copy(update={"tokens": 128}), run, progress=interrupted)
+    summary = uptrain(paper.model_copy(update={"tokens": 128}), run)
+    # Of these the run that goes on adds the last step's alone.
+    assert len(counted) == 3
+    assert summary["teacher_held_out_perplexity"] == measured_teacher(run)
+
+
+def measured_teacher(run: Path) -> float:
+    (found,) = [r["teacher_perplexity"] for r in records(run) if "teacher_perplexity" in r]
+    return float(found)
 
 
 def test_what_cannot_be_captured_is_computed_anyway() -> None:
