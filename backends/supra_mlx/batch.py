@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import ArraysCache
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_p,
@@ -76,7 +77,7 @@ class MLXBatch:
         for response in responses:
             text = self._texts[response.uid](int(response.token))
             if response.finish_reason:
-                self._ended[response.uid] = response.prompt_cache
+                self._ended[response.uid] = _owned(response.prompt_cache)
                 del self._texts[response.uid]
             spoken.append(Spoken(response.uid, int(response.token), text, response.finish_reason))
         return spoken
@@ -86,8 +87,7 @@ class MLXBatch:
         if key in self._ended:
             return self._ended.pop(key)
         del self._texts[key]
-        caches: list[Any] = self._generator.remove([key], return_prompt_caches=True)[key][0]
-        return caches
+        return _owned(self._generator.remove([key], return_prompt_caches=True)[key][0])
 
     def close(self) -> None:
         """Wait for the step that was begun ahead: a process must not end in the middle of it."""
@@ -104,6 +104,20 @@ def release_thread() -> None:
     that is after Python's own end, the process aborts.
     """
     mx.clear_streams()
+
+
+def _owned(caches: list[Any]) -> list[Any]:
+    """The caches, which mlx-lm took from a batch, with arrays of their own.
+
+    A row of a linear layer shares the whole batch's buffer, and what is not computed holds its
+    inputs: either would keep every row in memory as long as the one.
+    """
+    for cache in caches:
+        if isinstance(cache, ArraysCache) and not cache.empty():
+            cache.cache = [mx.contiguous(array) for array in cache.cache]
+    # The next step need not wait for the copies.
+    mx.async_eval([cache.state for cache in caches if not cache.empty()])
+    return caches
 
 
 def _sampler(sampling: Sampling) -> Sampler:

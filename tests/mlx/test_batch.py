@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,24 @@ def test_it_ends_at_the_end_of_a_turn(engine: MLXEngine, tmp_path: Path) -> None
     finally:
         engine.tokenizer.eos_token_ids = kept
     assert said[key] == likely[: likely.index(likely[3]) + 1]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_state_taken_holds_nothing_of_the_others(tmp_path: Path, ended: bool) -> None:
+    """mlx-lm's share the batch's arrays: five times the memory that these are worth."""
+    spec = replace(SPECS["hybrid"], head_dim=64, value_head_dim=64)
+    engine = MLXEngine(*load_model(write_chat_model(tmp_path / "model", spec)))
+    begun(engine, PROMPTS[3])  # What is made once, as compiled functions, does not count.
+    before = mx.get_active_memory()
+    batch, sampling = engine.batch(16), Sampling(max_tokens=3)
+    keys = [batch.add([5], begun(engine, PROMPTS[3]), sampling) for _ in range(16)]
+    if ended:
+        finished(batch, keys, {})
+    else:
+        while len(batch.step()) < len(keys):
+            pass
+    kept = [batch.take(key) for key in keys]
+    batch.close()
+    del batch
+    worth = sum(cache.nbytes for state in kept for cache in state)
+    assert worth <= mx.get_active_memory() - before < 1.5 * worth
