@@ -55,9 +55,17 @@ class Served:
         self._client = testclient.TestClient(build(service))
 
     def post(self, route: str, **body: Any) -> Any:
-        answer = self._client.post(f"/v1/{route}", json={"max_tokens": 4, **body})
+        answer = self._post(route, **body)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+    def refused(self, route: str, **body: Any) -> Any:
+        answer = self._post(route, **body)
+        assert answer.status_code == 400, answer.text
+        return answer.json()["error"]
+
+    def _post(self, route: str, **body: Any) -> Any:
+        return self._client.post(f"/v1/{route}", json={"max_tokens": 4, **body})
 
 
 @pytest.fixture
@@ -120,3 +128,28 @@ def test_completions_go_on_and_answers_begin(served: Served, engine: Echo) -> No
     served.post("completions", prompt="Once upon")
     served.post("chat/completions", messages=[QUESTION])
     assert engine.continued == [True, False]
+
+
+@pytest.mark.parametrize("stop", [["x"] * 17, "x" * 1001, ["y", "x" * 1001]])
+def test_stop_strings_are_few_and_short(served: Served, stop: Any) -> None:
+    """All are looked for at every token, in the thread that all answers wait for."""
+    for route, asked in (
+        ("completions", {"prompt": "Once"}),
+        ("chat/completions", {"messages": [QUESTION]}),
+    ):
+        error = served.refused(route, stop=stop, **asked)
+        assert error["param"] == "stop"
+        assert "16 texts of 1,000 characters" in error["message"]
+        served.post(route, stop=["x" * 1000] * 16, **asked)
+
+
+def test_more_answers_than_places_are_refused_unread(
+    served: Served, engine: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "encode", lambda text: pytest.fail("read"))
+    for route, asked, count in (
+        ("completions", {"prompt": ["Once"] * 7}, 7),
+        ("completions", {"prompt": ["Once"] * 2, "n": 4}, 8),
+        ("chat/completions", {"messages": [QUESTION], "n": 8}, 8),
+    ):
+        assert f"asks for {count} answers" in served.refused(route, **asked)["message"]
