@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class MLXBatch:
     """
 
     def __init__(self, model: Model, tokenizer: TokenizerWrapper, size: int) -> None:
-        self._tokenizer = tokenizer
+        self._model, self._tokenizer = model, tokenizer
         self._generator = BatchGenerator(
             model,
             stop_tokens=[[token] for token in tokenizer.eos_token_ids],
@@ -62,7 +63,7 @@ class MLXBatch:
         (key,) = self._generator.insert(
             [list(ids)],
             max_tokens=[sampling.max_tokens],
-            caches=[state],
+            caches=[_written_out(state, self._model)],
             all_tokens=[list(seen)],
             samplers=[_sampler(sampling)],
             logits_processors=[processors],
@@ -104,6 +105,28 @@ def release_thread() -> None:
     that is after Python's own end, the process aborts.
     """
     mx.clear_streams()
+
+
+def _written_out(state: list[Any], model: Model) -> list[Any]:
+    """The state with zeros for what linear layers leave out before the first token.
+
+    mlx-lm would note that nothing of it is padding, for every row and step to come, and a step
+    that looks for padding takes twice as long.
+    """
+    if not any(_is_unwritten(cache) for cache in state):
+        return state
+    # Only the arrays' shapes and types are read: nothing of this is computed.
+    shaped = model.make_cache()
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=shaped)
+    written = copy.deepcopy(state)
+    for cache, after in zip(written, shaped, strict=True):
+        if _is_unwritten(cache):
+            cache.cache = [mx.zeros_like(array) for array in after.cache]
+    return written
+
+
+def _is_unwritten(cache: Any) -> bool:
+    return isinstance(cache, ArraysCache) and cache.empty()
 
 
 def _owned(caches: list[Any]) -> list[Any]:

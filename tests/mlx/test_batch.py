@@ -10,8 +10,11 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from mlx_lm.models.base import create_ssm_mask  # noqa: E402
+
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.generate import Sampling  # noqa: E402
+from supra_mlx import model  # noqa: E402
 from supra_mlx.engine import MLXEngine  # noqa: E402
 from supra_mlx.generate import load_model  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402
@@ -95,6 +98,28 @@ def test_the_state_given_stays_as_it_was(engine: MLXEngine) -> None:
     after = engine.arrays(state)
     assert arrays.keys() == after.keys()
     assert all((arrays[name] == after[name]).all() for name in arrays)
+
+
+def test_a_fresh_state_costs_the_others_no_padding(
+    engine: MLXEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that looks for padding takes twice as long, for all and to the end."""
+    masks = []
+
+    def noted(*arguments: Any) -> Any:
+        masks.append(create_ssm_mask(*arguments))
+        return masks[-1]
+
+    monkeypatch.setattr(model, "create_ssm_mask", noted)
+    batch, said = engine.batch(4), {}
+    sampling = Sampling(max_tokens=6)
+    keys = [batch.add(PROMPTS[2][-1:], begun(engine, PROMPTS[2]), sampling)]
+    batch.step()
+    keys += [batch.add([token], engine.fresh(), sampling) for token in (5, 6)]
+    finished(batch, keys, said)
+    assert len(masks) > 6 and all(mask is None for mask in masks)
+    for key, token in zip(keys[1:], (5, 6), strict=True):
+        assert said[key] == alone(engine, [token], sampling)
 
 
 def test_each_has_its_own_sampling(engine: MLXEngine) -> None:
