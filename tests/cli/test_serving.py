@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -13,6 +20,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 testclient = pytest.importorskip("starlette.testclient")
 
+from supra_cli.main import app  # noqa: E402
 from supra_cli.serving import server  # noqa: E402
 from supra_cli.serving.app import build  # noqa: E402
 from supra_cli.serving.service import Context, Limits, Service  # noqa: E402
@@ -23,6 +31,7 @@ from supra_core.formats.state_file import Owner, SavedState, write_state  # noqa
 from supra_core.generate import Sampling  # noqa: E402
 from supra_core.scheduler import Scheduler  # noqa: E402
 from tests.core.echo import Echo  # noqa: E402
+from tests.tiny_chat import write_model  # noqa: E402
 
 OWNER = Owner("abc", "model", "echo", "float32")
 DOCUMENT = "The handbook says that every state has one size. "
@@ -153,3 +162,73 @@ def test_more_answers_than_places_are_refused_unread(
         ("chat/completions", {"messages": [QUESTION], "n": 8}, 8),
     ):
         assert f"asks for {count} answers" in served.refused(route, **asked)["message"]
+
+
+class Slow(Echo):
+    """Takes seconds for each token but the first."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def speak(self, *arguments: Any, **more: Any) -> Generator[tuple[int, str]]:
+        for said in super().speak(*arguments, **more):
+            yield said
+            time.sleep(self.seconds)
+
+
+def serve_slowly(folder: str, seconds: float) -> None:
+    """``supra serve`` of such an engine, in a process of its own."""
+    speaker = Speaker(Slow(seconds), lambda: OWNER, Sizes())  # type: ignore[arg-type]
+    server.load_speaker = lambda *_: speaker  # type: ignore[assignment]
+    app(["serve", folder, "--port", "0"])
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(4.0, 1), (1.5, 3)])
+def test_ctrl_c_waits_for_the_step_under_way(tmp_path: Path, seconds: float, times: int) -> None:
+    """A long one, too, and Ctrl-C again: the stream says why it ends, the log has no traceback."""
+    pytest.importorskip("tokenizers")
+    model, log = write_model(tmp_path / "model"), tmp_path / "log"
+    program = f"from {__name__} import serve_slowly; serve_slowly({str(model)!r}, {seconds})"
+    with open(log, "w") as file:
+        process = subprocess.Popen([sys.executable, "-c", program], stderr=file)
+    try:
+        while not (place := re.search(r" at (http://\S+)\n", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        body = json.dumps({"prompt": "Once", "max_tokens": 50, "stream": True}).encode()
+        asked = Request(place[1] + "/completions", body, {"Content-Type": "application/json"})
+        with urlopen(asked, timeout=60) as answer:
+            lines = [next(line for line in answer if line.startswith(b"data: "))]
+            for _ in range(times):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+            lines += [line for line in answer if line.startswith(b"data: ")]
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    assert json.loads(lines[-1][6:])["error"]["message"].startswith("the server is stopping")
+    told = log.read_text()
+    assert "Traceback" not in told and "ERROR" not in told
+
+
+def test_the_model_ends_whatever_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    speaker, schedulers = Speaker(Echo(), lambda: OWNER, Sizes()), []  # type: ignore[arg-type]
+
+    def broken(service: Service, *_: Any) -> None:
+        schedulers.append(service.scheduler)
+        assert not service.scheduler.ended
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(server, "load_speaker", lambda *_: speaker)
+    monkeypatch.setattr(server, "_serve", broken)
+    settings = server.Settings(
+        str(write_model(tmp_path / "model")), None, None, "tiny", "127.0.0.1", 0, None, Sampling(),
+        Limits(4000, 100), 2, 4, 10**6, {},
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="broken"):
+        server.serve(settings)
+    assert schedulers[0].ended

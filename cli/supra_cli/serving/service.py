@@ -166,7 +166,7 @@ class Exchange:
 
     def _listener(self, index: int) -> Callable[[Event], None]:
         def listen(event: Event) -> None:
-            # The loop may be gone when the server is told to stop twice.
+            # The loop is gone first where something broke the server.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
