@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_wrapped_tokenizer
+from transformers import AutoTokenizer
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.assets import write_assets
@@ -50,11 +50,12 @@ def load_tokenizer(source: Source) -> TokenizerWrapper:
     with tempfile.TemporaryDirectory() as folder:
         write_assets(Path(folder), assets)
         try:
-            return load_wrapped_tokenizer(
-                Path(folder),
-                {"trust_remote_code": False, "local_files_only": True},
-                eos_token_ids=list(source.spec.eos_token_id) or None,
+            # Not mlx-lm's own loader: it looks for modules that the configuration names, as of a
+            # tool parser, which another release may not have, and nothing here uses.
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
             )
+            return TokenizerWrapper(tokenizer, eos_token_ids=source.spec.eos_token_id)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise FormatError(

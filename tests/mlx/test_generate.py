@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,16 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(FormatError, match="cannot be read"):
         load_model(folder)
+
+
+def test_what_the_tokenizer_names_of_another_mlx_lm(tmp_path: Path) -> None:
+    """A tool parser and a chat template that the installed one has not: neither is used."""
+    folder = write_chat_model(tmp_path / "model", SPECS["paper"])
+    path, question = folder / "tokenizer_config.json", [{"role": "user", "content": "Hello"}]
+    expected = MLXEngine(*load_model(folder)).render(question)
+    unknown = dict.fromkeys(("tool_parser_type", "chat_template_type"), "of_tomorrow")
+    path.write_text(json.dumps(json.loads(path.read_text()) | unknown))
+    assert MLXEngine(*load_model(folder)).render(question) == expected
 
 
 def test_mlx_lms_batch_generator(loaded: Any) -> None:
