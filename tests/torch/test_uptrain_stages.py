@@ -19,6 +19,7 @@ from supra_torch.uptrain import train as train_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.uptrain.one_step import learning_rate_factor  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
+from supra_torch.uptrain.stages import _mean_square  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     SETTINGS,
     end_by,
@@ -151,6 +152,20 @@ def test_frozen_parts_stay_as_they_are(settings: UptrainConfig, tmp_path: Path) 
     changed = {name for name, value in before.items() if not np.array_equal(after[name], value)}
     assert changed == {name for name in before if ".mlp." in name or ".self_attn." in name}
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= before.keys() - changed
+
+
+def test_a_rows_scale_does_not_show_how_many_threads_there_are() -> None:
+    """Large enough to be shared; torch's own float32 sum of one row does show it."""
+    x = torch.randn(1, 256, 512, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.append(_mean_square(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0], x.double().square().mean((1, 2), keepdim=True).float())
 
 
 def test_an_unknown_part_is_named() -> None:

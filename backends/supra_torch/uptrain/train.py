@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -86,6 +87,8 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     """Train from ``place`` to the end of its stage: the beginning of the next one."""
     config, stage = session.config, session.config.stages[place.stage]
     _wait_together(session, saver)
+    # Sharded modules are cycles: the stage before's, or a teacher of no use any more, go only now.
+    gc.collect()
     # By its number: on a network's disk the newest may not be seen by all at once.
     newest = checkpoint.folder_of(session.run, place.step) if place.step else None
     tensors = artifact.read(newest / "model").tensors if newest else session.begins
