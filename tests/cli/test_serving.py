@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Generator, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
@@ -184,32 +186,70 @@ def serve_slowly(folder: str, seconds: float) -> None:
     app(["serve", folder, "--port", "0"])
 
 
+class Process:
+    """:func:`serve_slowly` on its way; leaving it ends it."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        pytest.importorskip("tokenizers")
+        model, self._log = write_model(folder / "model"), folder / "log"
+        program = f"from {__name__} import serve_slowly; serve_slowly({str(model)!r}, {seconds})"
+        with open(self._log, "w") as file:
+            self._process = subprocess.Popen([sys.executable, "-c", program], stderr=file)
+
+    def __enter__(self) -> Process:
+        while not (place := re.search(r" at (http://\S+)\n", self.told)):
+            assert self._process.poll() is None, self.told
+            time.sleep(0.05)
+        self.url = place[1]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    @property
+    def told(self) -> str:
+        """The log."""
+        return self._log.read_text()
+
+    def interrupt(self, times: int) -> None:
+        for _ in range(times):
+            self._process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+
+    def wait(self) -> int:
+        return self._process.wait(60)
+
+
 @pytest.mark.parametrize(("seconds", "times"), [(4.0, 1), (1.5, 3)])
 def test_ctrl_c_waits_for_the_step_under_way(tmp_path: Path, seconds: float, times: int) -> None:
     """A long one, too, and Ctrl-C again: the stream says why it ends, the log has no traceback."""
-    pytest.importorskip("tokenizers")
-    model, log = write_model(tmp_path / "model"), tmp_path / "log"
-    program = f"from {__name__} import serve_slowly; serve_slowly({str(model)!r}, {seconds})"
-    with open(log, "w") as file:
-        process = subprocess.Popen([sys.executable, "-c", program], stderr=file)
-    try:
-        while not (place := re.search(r" at (http://\S+)\n", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        body = json.dumps({"prompt": "Once", "max_tokens": 50, "stream": True}).encode()
-        asked = Request(place[1] + "/completions", body, {"Content-Type": "application/json"})
+    body = json.dumps({"prompt": "Once", "max_tokens": 50, "stream": True}).encode()
+    with Process(tmp_path, seconds) as process:
+        asked = Request(process.url + "/completions", body, {"Content-Type": "application/json"})
         with urlopen(asked, timeout=60) as answer:
             lines = [next(line for line in answer if line.startswith(b"data: "))]
-            for _ in range(times):
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.3)
+            process.interrupt(times)
             lines += [line for line in answer if line.startswith(b"data: ")]
-        assert process.wait(60) == 130
-    finally:
-        process.kill()
+        assert process.wait() == 130
+        assert "Traceback" not in process.told and "ERROR" not in process.told
     assert json.loads(lines[-1][6:])["error"]["message"].startswith("the server is stopping")
-    told = log.read_text()
-    assert "Traceback" not in told and "ERROR" not in told
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_client_that_says_no_more_is_cut_off(tmp_path: Path, times: int) -> None:
+    """After some seconds, at another Ctrl-C at once; it is not worth a traceback."""
+    with Process(tmp_path, 0.0) as process:
+        address = urlsplit(process.url)
+        with socket.create_connection((address.hostname, address.port)) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+                b"Content-Type: application/json\r\n\r\n{"
+            )
+            time.sleep(0.5)
+            process.interrupt(times)
+            assert process.wait() == 130
+        assert "Traceback" not in process.told
 
 
 def test_the_model_ends_whatever_ends_the_server(
