@@ -29,7 +29,10 @@ run() { # NAME COMMAND...: python -m COMMAND, at most so long
   local name=$1
   shift
   echo "== $name: $*"
-  timeout "$limit" "$python" -m "$@" 2>&1 | tee "$out/logs/$name.txt" || failed+=("$name: $*")
+  timeout "$limit" "$python" -m "$@" 2>&1 | tee "$out/logs/$name.txt" || {
+    failed+=("$name: $*")
+    return 1
+  }
 }
 
 model=${MODEL:-$("$python" -c 'from supra_cli.demo import packaged_model; print(packaged_model())')}
@@ -39,6 +42,7 @@ if [ "$model" = random ]; then
 fi
 
 if [ -n "$model" ]; then
+  plans=()
   for recipe in windowed pure paper; do
     kinds=(--kind transfer --kind distill)
     [ "$recipe" = paper ] && kinds=(--kind uptrain)
@@ -46,11 +50,16 @@ if [ -n "$model" ]; then
     settings=(--set batch_tokens=16384 --set stages.0.cut=1 --set stages.0.batch_share=1)
     [ "$recipe" = paper ] || settings+=(--set stages.1.cut=1 --set stages.1.batch_share=1)
     for length in 2048 8192; do
+      # Beside the steps: a plan takes none of the device's time.
+      CUDA_VISIBLE_DEVICES='' run "plan-$recipe-$length" supra_cli plan "$model" --recipe "$recipe" \
+        --gpu "${GPU:-h100}" "${settings[@]}" --set sequence_length="$length" --json &
+      plans+=($!)
       run "train-$recipe-$length" supra_cli bench train "$model" --recipe "$recipe" "${kinds[@]}" \
         --length "$length" --batch-tokens 16384 --steps 20 --out "$out/$recipe-$length" --force
-      run "plan-$recipe-$length" supra_cli plan "$model" --recipe "$recipe" \
-        --gpu "${GPU:-h100}" "${settings[@]}" --set sequence_length="$length" --json
     done
+  done
+  for plan in "${plans[@]}"; do
+    wait "$plan" || failed+=("a plan, see $out/logs")
   done
 fi
 

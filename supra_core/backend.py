@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.errors import MissingDependencyError, SupraError
+from supra_core.errors import MissingDependencyError, SupraError, install
 from supra_core.spec import ModelSpec
 
 Form = Literal["parallel", "recurrent", "step"]
@@ -94,9 +94,7 @@ def check_installed(name: str, purpose: str | None = None) -> None:
     """
     check_name(name)
     if absent := _absent(name):
-        raise MissingDependencyError(
-            f"{purpose or f'the {name} backend'} needs {absent[0]}: install it with {_remedy(name)}"
-        )
+        raise MissingDependencyError.of(absent[0], purpose or f"the {name} backend", _extra(name))
 
 
 @contextmanager
@@ -111,7 +109,7 @@ def importing(name: str, purpose: str | None = None) -> Iterator[None]:
         # As of mlx without the library that computes, which on Linux is a package of its own.
         raise MissingDependencyError(
             f"{purpose or f'the {name} backend'} cannot import what it needs ({error}): install it "
-            f"with {_remedy(name)}"
+            f"with {install(_extra(name))}"
         ) from error
 
 
@@ -136,5 +134,5 @@ def _absent(name: str) -> list[str]:
     return [package for package in _MODULES[name][1] if importlib.util.find_spec(package) is None]
 
 
-def _remedy(name: str) -> str:
-    return f"pip install 'supra-lm[{'mlx' if name.startswith('mlx') else 'torch'}]'"
+def _extra(name: str) -> str:
+    return "mlx" if name.startswith("mlx") else "torch"

@@ -1,5 +1,9 @@
 """The errors a user can cause; each message is one sentence with the remedy in it."""
 
+from __future__ import annotations
+
+from typing import Self
+
 # Characters of a message; what a file says about itself may be longer than any terminal.
 MESSAGE_LENGTH = 4000
 
@@ -38,6 +42,16 @@ class LayoutError(SupraError):
 
 class MissingDependencyError(SupraError):
     """An optional package is needed and absent; the message says what to install."""
+
+    @classmethod
+    def of(cls, package: str, purpose: str, extra: str) -> Self:
+        """That ``purpose`` needs a package, which the extra of that name brings."""
+        return cls(f"{purpose} needs {package}: install it with {install(extra)}")
+
+
+def install(extra: str) -> str:
+    """How the packages of an extra are installed."""
+    return f"pip install 'supra-lm[{extra}]'"
 
 
 class WriteError(SupraError):

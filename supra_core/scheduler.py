@@ -164,6 +164,11 @@ class Scheduler:
         """Requests under way or waiting."""
         return self._taken
 
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has ended, and so every answer."""
+        return not self._thread.is_alive()
+
     def stop(self) -> None:
         """Have every answer end with :class:`Stopping`, and the thread after them; at once."""
         self._closing = True
@@ -172,7 +177,7 @@ class Scheduler:
     def close(self) -> None:
         """Stop, and wait for the thread."""
         self.stop()
-        if self._thread.is_alive():
+        if not self.ended:
             self._thread.join()
 
     def _run(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import ArraysCache
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_p,
@@ -31,7 +33,7 @@ class MLXBatch:
     """
 
     def __init__(self, model: Model, tokenizer: TokenizerWrapper, size: int) -> None:
-        self._tokenizer = tokenizer
+        self._model, self._tokenizer = model, tokenizer
         self._generator = BatchGenerator(
             model,
             stop_tokens=[[token] for token in tokenizer.eos_token_ids],
@@ -61,7 +63,7 @@ class MLXBatch:
         (key,) = self._generator.insert(
             [list(ids)],
             max_tokens=[sampling.max_tokens],
-            caches=[state],
+            caches=[_written_out(state, self._model)],
             all_tokens=[list(seen)],
             samplers=[_sampler(sampling)],
             logits_processors=[processors],
@@ -76,7 +78,7 @@ class MLXBatch:
         for response in responses:
             text = self._texts[response.uid](int(response.token))
             if response.finish_reason:
-                self._ended[response.uid] = response.prompt_cache
+                self._ended[response.uid] = _owned(response.prompt_cache)
                 del self._texts[response.uid]
             spoken.append(Spoken(response.uid, int(response.token), text, response.finish_reason))
         return spoken
@@ -86,8 +88,7 @@ class MLXBatch:
         if key in self._ended:
             return self._ended.pop(key)
         del self._texts[key]
-        caches: list[Any] = self._generator.remove([key], return_prompt_caches=True)[key][0]
-        return caches
+        return _owned(self._generator.remove([key], return_prompt_caches=True)[key][0])
 
     def close(self) -> None:
         """Wait for the step that was begun ahead: a process must not end in the middle of it."""
@@ -104,6 +105,42 @@ def release_thread() -> None:
     that is after Python's own end, the process aborts.
     """
     mx.clear_streams()
+
+
+def _written_out(state: list[Any], model: Model) -> list[Any]:
+    """The state with zeros for what linear layers leave out before the first token.
+
+    mlx-lm would note that nothing of it is padding, for every row and step to come, and a step
+    that looks for padding takes twice as long.
+    """
+    if not any(_is_unwritten(cache) for cache in state):
+        return state
+    # Only the arrays' shapes and types are read: nothing of this is computed.
+    shaped = model.make_cache()
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=shaped)
+    written = copy.deepcopy(state)
+    for cache, after in zip(written, shaped, strict=True):
+        if _is_unwritten(cache):
+            cache.cache = [mx.zeros_like(array) for array in after.cache]
+    return written
+
+
+def _is_unwritten(cache: Any) -> bool:
+    return isinstance(cache, ArraysCache) and cache.empty()
+
+
+def _owned(caches: list[Any]) -> list[Any]:
+    """The caches, which mlx-lm took from a batch, with arrays of their own.
+
+    A row of a linear layer shares the whole batch's buffer, and what is not computed holds its
+    inputs: either would keep every row in memory as long as the one.
+    """
+    for cache in caches:
+        if isinstance(cache, ArraysCache) and not cache.empty():
+            cache.cache = [mx.contiguous(array) for array in cache.cache]
+    # The next step need not wait for the copies.
+    mx.async_eval([cache.state for cache in caches if not cache.empty()])
+    return caches
 
 
 def _sampler(sampling: Sampling) -> Sampler:

@@ -69,12 +69,11 @@ class MLXEngine:
         continues: bool = False,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text; the end of a turn is one of them."""
-        # mlx-lm's own text has special tokens in it, which a template would read as its own.
         text = detokenizer(self.tokenizer, (*seen, *ids) if continues else ())
-        for response in stream(
+        for token in stream(
             self.model, self.tokenizer, ids, sampling, cache=state, progress=progress, seen=seen
         ):
-            yield int(response.token), text(int(response.token))
+            yield token, text(token)
 
     def batch(self, size: int) -> Batch:
         """By mlx-lm's batch generator: one step of the model for all of them."""

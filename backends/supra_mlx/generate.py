@@ -1,17 +1,18 @@
-"""Streaming generation on mlx-lm's own generator and samplers."""
+"""Streaming generation by mlx-lm's own steps and samplers."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationResponse, stream_generate
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_wrapped_tokenizer
+from transformers import AutoTokenizer
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.assets import write_assets
@@ -49,11 +50,12 @@ def load_tokenizer(source: Source) -> TokenizerWrapper:
     with tempfile.TemporaryDirectory() as folder:
         write_assets(Path(folder), assets)
         try:
-            return load_wrapped_tokenizer(
-                Path(folder),
-                {"trust_remote_code": False, "local_files_only": True},
-                eos_token_ids=list(source.spec.eos_token_id) or None,
+            # Not mlx-lm's own loader: it looks for modules that the configuration names, as of a
+            # tool parser, which another release may not have, and nothing here uses.
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
             )
+            return TokenizerWrapper(tokenizer, eos_token_ids=source.spec.eos_token_id)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise FormatError(
@@ -71,8 +73,8 @@ def stream(
     cache: list[Any] | None = None,
     progress: Progress = silent,
     seen: Sequence[int] = (),
-) -> Generator[GenerationResponse]:
-    """Pieces of the continuation of ``prompt_ids``, each with its token and new text.
+) -> Generator[int]:
+    """The tokens after ``prompt_ids``, up to and including one that ends the text.
 
     ``cache`` goes on from earlier tokens and is updated: it holds every token yielded, the last
     one included. ``progress`` hears how much of the prompt was fed; ``seen``: tokens before the
@@ -86,10 +88,9 @@ def stream(
     processors = None
     if sampling.repetition_penalty != 1.0:
         processors = [_penalty(sampling.repetition_penalty, seen)]
-    return stream_generate(
-        model,
-        tokenizer,
+    steps = generate_step(
         mx.array(list(prompt_ids), dtype=mx.int32),
+        model,
         max_tokens=sampling.max_tokens,
         sampler=make_sampler(temp=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p),
         logits_processors=processors,
@@ -97,6 +98,20 @@ def stream(
         prefill_step_size=PREFILL_STEP,
         prompt_progress_callback=lambda done, total: progress("read", done, total),
     )
+    return _until_the_end(steps, model, tokenizer.eos_token_ids)
+
+
+def _until_the_end(
+    steps: Generator[tuple[int, mx.array]], model: Model, ends: Collection[int]
+) -> Generator[int]:
+    """As mlx-lm's ``stream_generate``, without its text: its fast detokenizers know no id beyond
+    the tokenizer's, of which a padded vocabulary has some.
+    """
+    with wired_limit(model, [generation_stream]), closing(steps):
+        for token, _ in steps:
+            yield token
+            if token in ends:
+                return
 
 
 def _penalty(penalty: float, seen: Sequence[int]) -> Callable[[mx.array, mx.array], mx.array]:

@@ -29,7 +29,7 @@ class LockstepDecoder:
         hidden, state = model.hidden(prefix[None])
         self._roomy = [layer.mixer.kind == "softmax_attention" for layer in model.spec.layers]
         self._layers = [
-            _with_room(layer, rows, length) if roomy else _repeated(layer, rows)
+            _with_room(layer, self.position, rows, length) if roomy else _repeated(layer, rows)
             for roomy, layer in zip(self._roomy, state.layers, strict=True)
         ]
         self.logits = self._head(hidden[:, -1]).expand(rows, -1)
@@ -94,13 +94,13 @@ class LockstepDecoder:
         return self.model.capped(torch.mm(weight, hidden.t()).t().contiguous())
 
 
-def _with_room(state: LayerState, rows: int, length: int) -> LayerState:
-    """Keys and values (1, T, K, d) of a prefix as (rows, K, length, d)."""
+def _with_room(state: LayerState, prefix_length: int, rows: int, length: int) -> LayerState:
+    """Keys and values (1, T, K, d) of the end of a prefix as (rows, K, length, d)."""
     roomy = {}
     for name in ("keys", "values"):
         prefix = state[name].transpose(1, 2)
         room = prefix.new_empty(rows, prefix.shape[1], length, prefix.shape[3])
-        room[:, :, : prefix.shape[2]] = prefix
+        room[:, :, prefix_length - prefix.shape[2] : prefix_length] = prefix
         roomy[name] = room
     return roomy
 

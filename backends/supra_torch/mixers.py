@@ -95,7 +95,10 @@ class Mixer(nn.Module):
 
 
 class SoftmaxMixer(Mixer):
-    """Softmax attention; its state holds keys, values and which of them are tokens."""
+    """Softmax attention; its state holds keys, values and which of them are tokens.
+
+    With a window, those of the window alone, padding before tokens.
+    """
 
     def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention) -> None:
         super().__init__(spec, spec.head_dim, spec.attention_bias != "none")
@@ -194,10 +197,23 @@ class SoftmaxMixer(Mixer):
                 still = own[:, :1] == own[:, -1:]
                 state = {**state, "valid": state["valid"] & still}
         place = positions.positions.expand(B, T)
-        new = {"keys": k, "values": v, "valid": valid, "positions": place}
-        if state is None:
-            return new
-        return {name: torch.cat([state[name], x], dim=1) for name, x in new.items()}
+        memory = {"keys": k, "values": v, "valid": valid, "positions": place}
+        if state is not None:
+            memory = {name: torch.cat([state[name], x], dim=1) for name, x in memory.items()}
+        return memory if self.window is None else _last(memory, self.window - 1, mask is not None)
+
+
+def _last(memory: LayerState, tokens: int, padded: bool) -> LayerState:
+    """The last so many tokens of every row; ``padded``: what is no token may stand among them."""
+    if padded:
+        # To the front, whence it is dropped first.
+        order = memory["valid"].byte().argsort(dim=1, stable=True)
+        memory = {
+            name: x.take_along_dim(order.view(*order.shape, *[1] * (x.ndim - 2)), dim=1)
+            for name, x in memory.items()
+        }
+    dropped = max(0, memory["valid"].shape[1] - tokens)
+    return {name: x[:, dropped:] for name, x in memory.items()}
 
 
 class LinearMixer(Mixer):

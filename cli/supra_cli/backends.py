@@ -13,9 +13,7 @@ def require(package: str, purpose: str, *, extra: str | None = None) -> None:
     from supra_core.errors import MissingDependencyError
 
     if importlib.util.find_spec(package) is None:
-        raise MissingDependencyError(
-            f"{purpose} needs {package}: install it with pip install 'supra-lm[{extra or package}]'"
-        )
+        raise MissingDependencyError.of(package, purpose, extra or package)
 
 
 def default_for_evaluation() -> str:

@@ -384,6 +384,4 @@ def _library(name: str, needed_by: str | Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise MissingDependencyError(
-            f"{needed_by} needs {name}: install it with pip install 'supra-lm[data]'"
-        ) from None
+        raise MissingDependencyError.of(name, str(needed_by), "data") from None

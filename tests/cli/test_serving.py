@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -13,6 +22,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 testclient = pytest.importorskip("starlette.testclient")
 
+from supra_cli.main import app  # noqa: E402
 from supra_cli.serving import server  # noqa: E402
 from supra_cli.serving.app import build  # noqa: E402
 from supra_cli.serving.service import Context, Limits, Service  # noqa: E402
@@ -23,6 +33,7 @@ from supra_core.formats.state_file import Owner, SavedState, write_state  # noqa
 from supra_core.generate import Sampling  # noqa: E402
 from supra_core.scheduler import Scheduler  # noqa: E402
 from tests.core.echo import Echo  # noqa: E402
+from tests.tiny_chat import write_model  # noqa: E402
 
 OWNER = Owner("abc", "model", "echo", "float32")
 DOCUMENT = "The handbook says that every state has one size. "
@@ -55,9 +66,17 @@ class Served:
         self._client = testclient.TestClient(build(service))
 
     def post(self, route: str, **body: Any) -> Any:
-        answer = self._client.post(f"/v1/{route}", json={"max_tokens": 4, **body})
+        answer = self._post(route, **body)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+    def refused(self, route: str, **body: Any) -> Any:
+        answer = self._post(route, **body)
+        assert answer.status_code == 400, answer.text
+        return answer.json()["error"]
+
+    def _post(self, route: str, **body: Any) -> Any:
+        return self._client.post(f"/v1/{route}", json={"max_tokens": 4, **body})
 
 
 @pytest.fixture
@@ -120,3 +139,136 @@ def test_completions_go_on_and_answers_begin(served: Served, engine: Echo) -> No
     served.post("completions", prompt="Once upon")
     served.post("chat/completions", messages=[QUESTION])
     assert engine.continued == [True, False]
+
+
+@pytest.mark.parametrize("stop", [["x"] * 17, "x" * 1001, ["y", "x" * 1001]])
+def test_stop_strings_are_few_and_short(served: Served, stop: Any) -> None:
+    """All are looked for at every token, in the thread that all answers wait for."""
+    for route, asked in (
+        ("completions", {"prompt": "Once"}),
+        ("chat/completions", {"messages": [QUESTION]}),
+    ):
+        error = served.refused(route, stop=stop, **asked)
+        assert error["param"] == "stop"
+        assert "16 texts of 1,000 characters" in error["message"]
+        served.post(route, stop=["x" * 1000] * 16, **asked)
+
+
+def test_more_answers_than_places_are_refused_unread(
+    served: Served, engine: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "encode", lambda text: pytest.fail("read"))
+    for route, asked, count in (
+        ("completions", {"prompt": ["Once"] * 7}, 7),
+        ("completions", {"prompt": ["Once"] * 2, "n": 4}, 8),
+        ("chat/completions", {"messages": [QUESTION], "n": 8}, 8),
+    ):
+        assert f"asks for {count} answers" in served.refused(route, **asked)["message"]
+
+
+class Slow(Echo):
+    """Takes seconds for each token but the first."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def speak(self, *arguments: Any, **more: Any) -> Generator[tuple[int, str]]:
+        for said in super().speak(*arguments, **more):
+            yield said
+            time.sleep(self.seconds)
+
+
+def serve_slowly(folder: str, seconds: float) -> None:
+    """``supra serve`` of such an engine, in a process of its own."""
+    speaker = Speaker(Slow(seconds), lambda: OWNER, Sizes())  # type: ignore[arg-type]
+    server.load_speaker = lambda *_: speaker  # type: ignore[assignment]
+    app(["serve", folder, "--port", "0"])
+
+
+class Process:
+    """:func:`serve_slowly` on its way; leaving it ends it."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        pytest.importorskip("tokenizers")
+        model, self._log = write_model(folder / "model"), folder / "log"
+        program = f"from {__name__} import serve_slowly; serve_slowly({str(model)!r}, {seconds})"
+        with open(self._log, "w") as file:
+            self._process = subprocess.Popen([sys.executable, "-c", program], stderr=file)
+
+    def __enter__(self) -> Process:
+        while not (place := re.search(r" at (http://\S+)\n", self.told)):
+            assert self._process.poll() is None, self.told
+            time.sleep(0.05)
+        self.url = place[1]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    @property
+    def told(self) -> str:
+        """The log."""
+        return self._log.read_text()
+
+    def interrupt(self, times: int) -> None:
+        for _ in range(times):
+            self._process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+
+    def wait(self) -> int:
+        return self._process.wait(60)
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(4.0, 1), (1.5, 3)])
+def test_ctrl_c_waits_for_the_step_under_way(tmp_path: Path, seconds: float, times: int) -> None:
+    """A long one, too, and Ctrl-C again: the stream says why it ends, the log has no traceback."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 50, "stream": True}).encode()
+    with Process(tmp_path, seconds) as process:
+        asked = Request(process.url + "/completions", body, {"Content-Type": "application/json"})
+        with urlopen(asked, timeout=60) as answer:
+            lines = [next(line for line in answer if line.startswith(b"data: "))]
+            process.interrupt(times)
+            lines += [line for line in answer if line.startswith(b"data: ")]
+        assert process.wait() == 130
+        assert "Traceback" not in process.told and "ERROR" not in process.told
+    assert json.loads(lines[-1][6:])["error"]["message"].startswith("the server is stopping")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_client_that_says_no_more_is_cut_off(tmp_path: Path, times: int) -> None:
+    """After some seconds, at another Ctrl-C at once; it is not worth a traceback."""
+    with Process(tmp_path, 0.0) as process:
+        address = urlsplit(process.url)
+        with socket.create_connection((address.hostname, address.port)) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+                b"Content-Type: application/json\r\n\r\n{"
+            )
+            time.sleep(0.5)
+            process.interrupt(times)
+            assert process.wait() == 130
+        assert "Traceback" not in process.told
+
+
+def test_the_model_ends_whatever_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    speaker, schedulers = Speaker(Echo(), lambda: OWNER, Sizes()), []  # type: ignore[arg-type]
+
+    def broken(service: Service, *_: Any) -> None:
+        schedulers.append(service.scheduler)
+        assert not service.scheduler.ended
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(server, "load_speaker", lambda *_: speaker)
+    monkeypatch.setattr(server, "_serve", broken)
+    settings = server.Settings(
+        str(write_model(tmp_path / "model")), None, None, "tiny", "127.0.0.1", 0, None, Sampling(),
+        Limits(4000, 100), 2, 4, 10**6, {},
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="broken"):
+        server.serve(settings)
+    assert schedulers[0].ended

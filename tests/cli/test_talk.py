@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -374,6 +375,21 @@ def test_nothing_of_an_answer_is_hidden() -> None:
     for part in ("vector<int>", "<think>secret</think>", "<div> html </div>", "]0;titleend"):
         assert part in said
     assert "\x1b" not in said and "\x07" not in said
+
+
+def test_a_block_longer_than_the_screen_shows_its_end() -> None:
+    """Of a list, which is one block, what is being written, and at the end all of it."""
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=40, height=10)
+    with MarkdownStream(console) as stream:
+        for number in range(1, 40):
+            before = shown.tell()
+            stream.write(f"- item {number}.\n")
+            newest = [str(n) for n in range(max(1, number - 8), number + 1)]
+            assert re.findall(r"item (\d+)\.", shown.getvalue()[before:]) == newest
+        before = shown.tell()
+    whole = re.findall(r"item (\d+)\.", shown.getvalue()[before:])
+    assert whole == [str(number) for number in range(1, 40)]
 
 
 def test_a_model_is_told_from_a_state(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -35,12 +35,13 @@ def write_chat_model(
     trim: bool = False,
     dated: bool = False,
     tokenizer: Tokenizer | None = None,
+    padding: int = 0,
     seed: int = 0,
 ) -> Path:
     """An artifact of ``spec`` with random weights.
 
     ``trim``: its template strips contents; ``dated``: it begins with the day; ``tokenizer``: one of
-    tests.tiny_tokenizers instead of the characters.
+    tests.tiny_tokenizers instead of the characters; ``padding``: ids of the model beyond its.
     """
     tokenizer = tokenizer or _of_characters()
     template = CHATML.replace("FILTER", "| trim" if trim else "")
@@ -50,7 +51,8 @@ def write_chat_model(
         "chat_template": DATED + template if dated else template,
         "clean_up_tokenization_spaces": False,
     }
-    spec = replace(spec, vocab_size=tokenizer.get_vocab_size(), eos_token_id=(END_OF_TURN,))
+    size = tokenizer.get_vocab_size() + padding
+    spec = replace(spec, vocab_size=size, eos_token_id=(END_OF_TURN,))
     tensors = {name: LazyTensor.of(w) for name, w in random_weights(spec, seed).items()}
     assets = {
         "tokenizer.json": tokenizer.to_str().encode(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from mlx_lm.models.base import create_ssm_mask  # noqa: E402
+
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.generate import Sampling  # noqa: E402
+from supra_mlx import model  # noqa: E402
 from supra_mlx.engine import MLXEngine  # noqa: E402
 from supra_mlx.generate import load_model  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402
@@ -96,6 +100,28 @@ def test_the_state_given_stays_as_it_was(engine: MLXEngine) -> None:
     assert all((arrays[name] == after[name]).all() for name in arrays)
 
 
+def test_a_fresh_state_costs_the_others_no_padding(
+    engine: MLXEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that looks for padding takes twice as long, for all and to the end."""
+    masks = []
+
+    def noted(*arguments: Any) -> Any:
+        masks.append(create_ssm_mask(*arguments))
+        return masks[-1]
+
+    monkeypatch.setattr(model, "create_ssm_mask", noted)
+    batch, said = engine.batch(4), {}
+    sampling = Sampling(max_tokens=6)
+    keys = [batch.add(PROMPTS[2][-1:], begun(engine, PROMPTS[2]), sampling)]
+    batch.step()
+    keys += [batch.add([token], engine.fresh(), sampling) for token in (5, 6)]
+    finished(batch, keys, said)
+    assert len(masks) > 6 and all(mask is None for mask in masks)
+    for key, token in zip(keys[1:], (5, 6), strict=True):
+        assert said[key] == alone(engine, [token], sampling)
+
+
 def test_each_has_its_own_sampling(engine: MLXEngine) -> None:
     samplings = [
         Sampling(1.0, 1.0, 9, 3),
@@ -139,3 +165,24 @@ def test_it_ends_at_the_end_of_a_turn(engine: MLXEngine, tmp_path: Path) -> None
     finally:
         engine.tokenizer.eos_token_ids = kept
     assert said[key] == likely[: likely.index(likely[3]) + 1]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_state_taken_holds_nothing_of_the_others(tmp_path: Path, ended: bool) -> None:
+    """mlx-lm's share the batch's arrays: five times the memory that these are worth."""
+    spec = replace(SPECS["hybrid"], head_dim=64, value_head_dim=64)
+    engine = MLXEngine(*load_model(write_chat_model(tmp_path / "model", spec)))
+    begun(engine, PROMPTS[3])  # What is made once, as compiled functions, does not count.
+    before = mx.get_active_memory()
+    batch, sampling = engine.batch(16), Sampling(max_tokens=3)
+    keys = [batch.add([5], begun(engine, PROMPTS[3]), sampling) for _ in range(16)]
+    if ended:
+        finished(batch, keys, {})
+    else:
+        while len(batch.step()) < len(keys):
+            pass
+    kept = [batch.take(key) for key in keys]
+    batch.close()
+    del batch
+    worth = sum(cache.nbytes for state in kept for cache in state)
+    assert worth <= mx.get_active_memory() - before < 1.5 * worth

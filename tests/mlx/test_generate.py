@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx_lm.generate import batch_generate  # noqa: E402
 from mlx_lm.sample_utils import make_sampler  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 
 from supra_core.errors import FormatError, SupraError  # noqa: E402
 from supra_core.generate import Sampling, sample  # noqa: E402
 from supra_mlx.backend import MLXBackend, load  # noqa: E402
+from supra_mlx.engine import MLXEngine  # noqa: E402
 from supra_mlx.generate import load_model, stream  # noqa: E402
 from tests.mlx.chat import END_OF_TURN, write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
+from tests.tiny_tokenizers import byte_level, sentencepiece  # noqa: E402
 
 NAMES = ("paper", "windowed", "hybrid")
 PROMPT = list(range(5, 40))
@@ -49,19 +53,18 @@ def _text(tokenizer: Any, tokens: list[int]) -> str:
 
 def test_greedy_is_the_argmax_loop(loaded: Any) -> None:
     model, tokenizer = loaded
-    responses = list(stream(model, tokenizer, PROMPT, Sampling(max_tokens=40)))
-    assert [r.token for r in responses] == _greedy(model, PROMPT, 40)
-    assert "".join(r.text for r in responses) == _text(tokenizer, [r.token for r in responses])
+    said = list(stream(model, tokenizer, PROMPT, Sampling(max_tokens=40)))
+    assert said == _greedy(model, PROMPT, 40)
 
 
 def test_the_cache_holds_every_token_yielded(loaded: Any) -> None:
     model, tokenizer = loaded
     cache = model.make_cache()
-    responses = stream(model, tokenizer, PROMPT, Sampling(max_tokens=9), cache=cache)
-    tokens = [next(responses).token for _ in range(5)]
+    said = stream(model, tokenizer, PROMPT, Sampling(max_tokens=9), cache=cache)
+    tokens = [next(said) for _ in range(5)]
     assert tokens == _greedy(model, PROMPT, 5)
     following = list(stream(model, tokenizer, [7, 8], Sampling(max_tokens=5), cache=cache))
-    assert [r.token for r in following] == _greedy(model, [*PROMPT, *tokens, 7, 8], 5)
+    assert following == _greedy(model, [*PROMPT, *tokens, 7, 8], 5)
 
 
 def test_it_stops_at_the_end_of_text(loaded: Any) -> None:
@@ -70,11 +73,10 @@ def test_it_stops_at_the_end_of_text(loaded: Any) -> None:
     kept = tokenizer.eos_token_ids
     tokenizer.eos_token_ids = [likely[3]]
     try:
-        responses = list(stream(model, tokenizer, PROMPT, Sampling(max_tokens=40)))
+        tokens = list(stream(model, tokenizer, PROMPT, Sampling(max_tokens=40)))
     finally:
         tokenizer.eos_token_ids = kept
-    assert responses[-1].finish_reason == "stop"
-    assert [r.token for r in responses] == likely[: likely.index(likely[3]) + 1]
+    assert tokens == likely[: likely.index(likely[3]) + 1]
 
 
 def test_a_seed_repeats_and_penalties_apply(loaded: Any) -> None:
@@ -82,7 +84,7 @@ def test_a_seed_repeats_and_penalties_apply(loaded: Any) -> None:
 
     def sample(**settings: Any) -> list[int]:
         sampling = Sampling(max_tokens=20, **settings)
-        return [r.token for r in stream(model, tokenizer, PROMPT, sampling)]
+        return list(stream(model, tokenizer, PROMPT, sampling))
 
     chosen = {"temperature": 1.0, "top_p": 0.95, "min_p": 0.01}
     assert sample(seed=3, **chosen) == sample(seed=3, **chosen) != sample(seed=4, **chosen)
@@ -105,6 +107,20 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
         Sampling(**settings)
 
 
+@pytest.mark.parametrize("tokenizer", [sentencepiece(), byte_level()])
+def test_ids_beyond_the_tokenizer_have_no_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A vocabulary that is padded, as Llama's and Mistral's children have it."""
+    folder = write_chat_model(
+        tmp_path / "model", SPECS["windowed"], tokenizer=tokenizer, padding=2000
+    )
+    engine = MLXEngine(*load_model(folder))
+    sampling = Sampling(1.0, max_tokens=60, seed=3)
+    said = list(engine.speak(PROMPT, engine.fresh(), sampling, continues=True))
+    beyond = [text for token, text in said if token >= tokenizer.get_vocab_size()]
+    assert beyond and not any(beyond)
+    assert any(text for _, text in said)
+
+
 def test_an_empty_prompt(loaded: Any) -> None:
     with pytest.raises(SupraError, match="prompt is empty"):
         stream(*loaded, [], Sampling())
@@ -119,6 +135,16 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(FormatError, match="cannot be read"):
         load_model(folder)
+
+
+def test_what_the_tokenizer_names_of_another_mlx_lm(tmp_path: Path) -> None:
+    """A tool parser and a chat template that the installed one has not: neither is used."""
+    folder = write_chat_model(tmp_path / "model", SPECS["paper"])
+    path, question = folder / "tokenizer_config.json", [{"role": "user", "content": "Hello"}]
+    expected = MLXEngine(*load_model(folder)).render(question)
+    unknown = dict.fromkeys(("tool_parser_type", "chat_template_type"), "of_tomorrow")
+    path.write_text(json.dumps(json.loads(path.read_text()) | unknown))
+    assert MLXEngine(*load_model(folder)).render(question) == expected
 
 
 def test_mlx_lms_batch_generator(loaded: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -10,11 +12,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._dynamo.utils import counters  # noqa: E402
+
+from supra_core.spec import LayerSpec, ModelSpec, SoftmaxAttention  # noqa: E402
 from supra_torch.model import build  # noqa: E402
+from supra_torch.uptrain import lora  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.compilation import compiled_layers  # noqa: E402
 from supra_torch.uptrain.stages import gradients  # noqa: E402
-from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
+from tests.tiny_models import SPECS, WINDOWED, lazy_weights  # noqa: E402
 
 # Logits of order one and their sums' gradients, float32 rounding in another order of operations;
 # a GroupNorm of a small output magnifies (see test_model.py).
@@ -84,6 +90,47 @@ def test_layers_compile_in_segments(kind: Any, borders: list[int] | None) -> Non
             loss = gradients(kind, model, teacher, batch, 1.0, 20)
         results.append([loss, *(parameter.grad for parameter in model.parameters())])
     _assert_same(*results)
+
+
+def _of(*mixers: Any) -> ModelSpec:
+    return replace(SPECS["plain"], layers=tuple(LayerSpec(mixer) for mixer in mixers))
+
+
+def _graphs(model: Any, segment: int) -> int:
+    """How many graphs two steps of next-token training take, compiled as a run compiles."""
+    counters.clear()
+    ids = torch.zeros(1, 80, dtype=torch.long)
+    with compiled_layers("uptrain", model, None, segments=segment > 0):
+        for _ in range(2):
+            gradients("uptrain", model, None, Batch(ids), 1.0, segment)
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture
+def _traced() -> Iterator[None]:
+    with patch.object(torch.nn.Module, "compile", _by_tracing):
+        yield
+
+
+@pytest.mark.usefixtures("_traced")
+def test_layers_with_adapters_share_their_graphs() -> None:
+    """The first layer's input alone needs no gradient."""
+    spec = _of(WINDOWED, WINDOWED, WINDOWED, WINDOWED)
+    model = build(spec, lazy_weights(spec)).train()
+    lora.attach(model, lora.Adapters(2, 4.0, {}))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(lora.is_adapter(name))
+        if lora.is_adapter(name):
+            torch.nn.init.normal_(parameter)
+    assert _graphs(model, 0) == 2
+
+
+@pytest.mark.usefixtures("_traced")
+def test_softmax_in_segments_takes_no_graph_for_each() -> None:
+    """Its keys are more with every segment."""
+    spec = _of(WINDOWED, SoftmaxAttention())
+    model = build(spec, lazy_weights(spec)).train()
+    assert _graphs(model, 20) == _graphs(model, 10)
 
 
 @pytest.mark.slow

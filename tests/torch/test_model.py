@@ -78,8 +78,25 @@ def test_losses_are_those_of_the_logits() -> None:
         np.testing.assert_array_equal(greedy, logits.argmax(-1) == ids[:, 1:])
 
 
-def test_a_state_of_fixed_size() -> None:
-    backend = _backend("windowed")
+@pytest.mark.parametrize("name", SPECS)
+def test_after_a_padded_prompt_no_mask_is_needed(name: str) -> None:
+    """What a window drops is padding before it is a token."""
+    backend, T = _backend(name), 60
+    ids = _ids(backend, 3, T)
+    mask = np.random.default_rng(3).random((3, T)) > 0.4
+    mask[:, 50:] = True
+    expected = reference(backend.spec).logits(ids, mask=mask)[:, 50:]
+    _, state = backend.prefill(ids[:, :50], mask=mask[:, :50])
+    found = []
+    for token in range(50, T):
+        logits, state = backend.step(ids[:, token], state)
+        found.append(logits)
+    np.testing.assert_allclose(np.stack(found, 1), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["windowed", "sliding"])
+def test_a_state_of_fixed_size(name: str) -> None:
+    backend = _backend(name)
     _, early = backend.prefill(_ids(backend, 1, 100))
     _, late = backend.prefill(_ids(backend, 1, 300))
     shapes = [

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain.config import Stage, UptrainConfig  # noqa: E402
 from supra_torch.uptrain.processes import processes  # noqa: E402
+from supra_torch.uptrain.run import _agreed_precision  # noqa: E402
 from supra_torch.uptrain.step import adamw  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     end_by,
@@ -120,6 +122,38 @@ def test_sigterm_says_start_again(shared: UptrainConfig, tmp_path: Path) -> None
     assert checkpoint.read_place(checkpoint.checkpoints(run)[-1]).step == len(logged_losses(run))
 
 
+def test_one_precision_for_all(settings: UptrainConfig) -> None:
+    """bfloat16 where all have it: others' weights would not fit together."""
+    for ours, without, expected in (
+        ("bf16", 0.0, "bf16"), ("bf16", 1.0, "float32"), ("float32", 2.0, "float32"),
+    ):  # fmt: skip
+        every = Mock(device=torch.device("cpu"))
+        every.sums.return_value = [without]
+        assert _agreed_precision(settings.model_copy(update={"precision": ours}), every) == expected
+        every.sums.assert_called_once_with([float(ours != "bf16")])
+
+
+def test_what_a_stage_is_done_with_is_freed(shared: UptrainConfig, tmp_path: Path) -> None:
+    """Sharded modules are cycles: the student of the stage before, and a teacher of no use."""
+    before = (
+        "import weakref\n"
+        "from supra_torch.uptrain import train\n"
+        "seen = []\n"
+        "def noting(make):\n"
+        "    def made(*given):\n"
+        "        assert not [one for one in seen if one() is not None]\n"
+        "        model = make(*given)\n"
+        "        seen.append(weakref.ref(model.model.layers[0].mlp.gate_proj.weight))\n"
+        "        return model\n"
+        "    return made\n"
+        "train.trained_student = noting(train.trained_student)\n"
+        "train.frozen_teacher = noting(train.frozen_teacher)\n"
+    )
+    stages = [shared.stages[2].model_copy(update={"share": share}) for share in (0.5, 0.5)]
+    config = shared.model_copy(update={"stages": tuple(stages), "tokens": 4 * 128})
+    assert run_in_processes(config, tmp_path / "run", 1, before=before).wait() == 0
+
+
 def test_half_of_what_torchrun_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -202,6 +236,9 @@ def test_an_optimiser_that_is_not_fused_rounds_shards_alike() -> None:
     """Its fused form does not: the tails of tensors are rounded otherwise."""
     stage = Stage(kind="uptrain", share=1.0, learning_rate=1e-2, new_learning_rate=0.0)
     generator = torch.Generator().manual_seed(0)
+    # Grouped, torch divides otherwise on a GPU; and it groups only what is not sharded.
+    alone = adamw([(torch.zeros(1), 1e-2, 0.1)], stage, fused=False)
+    assert alone.param_groups[0]["foreach"] is False
     for size in range(1, 60):
         whole = torch.randn(size, generator=generator)
         cut = size // 2

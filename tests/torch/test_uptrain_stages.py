@@ -19,10 +19,12 @@ from supra_torch.uptrain import train as train_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.uptrain.one_step import learning_rate_factor  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
+from supra_torch.uptrain.stages import _mean_square  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     SETTINGS,
     end_by,
     logged_losses,
+    records,
     run_in_process,
     weights_in,
 )
@@ -153,6 +155,20 @@ def test_frozen_parts_stay_as_they_are(settings: UptrainConfig, tmp_path: Path) 
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= before.keys() - changed
 
 
+def test_a_rows_scale_does_not_show_how_many_threads_there_are() -> None:
+    """Large enough to be shared; torch's own float32 sum of one row does show it."""
+    x = torch.randn(1, 256, 512, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.append(_mean_square(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0], x.double().square().mean((1, 2), keepdim=True).float())
+
+
 def test_an_unknown_part_is_named() -> None:
     with pytest.raises(SupraError, match=r"stages\.1\.freeze\.0: input should be 'embeddings'"):
         resolve(
@@ -176,6 +192,24 @@ def test_a_perplexity_is_measured_once(
     uptrain(paper.model_copy(update={"tokens": 128, "evaluate_every": 1}), run)
     # The teacher's, the untrained model's, and one after each of two steps.
     assert len(counted) == 4
+    counted.clear()
+
+    def interrupted(stage: str, done: int, total: int, **figures: float) -> None:
+        if stage == "uptrain":
+            raise KeyboardInterrupt
+
+    run = tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(paper.model_copy(update={"tokens": 128}), run, progress=interrupted)
+    summary = uptrain(paper.model_copy(update={"tokens": 128}), run)
+    # Of these the run that goes on adds the last step's alone.
+    assert len(counted) == 3
+    assert summary["teacher_held_out_perplexity"] == measured_teacher(run)
+
+
+def measured_teacher(run: Path) -> float:
+    (found,) = [r["teacher_perplexity"] for r in records(run) if "teacher_perplexity" in r]
+    return float(found)
 
 
 def test_what_cannot_be_captured_is_computed_anyway() -> None:

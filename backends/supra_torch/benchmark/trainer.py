@@ -104,7 +104,7 @@ def _ours(
     optimiser = optimiser_for(student, stage)
     accumulate: Gradients = compute
     if compiles(config.compile, device):
-        compile_layers(stage.kind, student, teacher)
+        compile_layers(stage.kind, student, teacher, segments=config.in_segments(stage))
         if device.type == "cuda":
             accumulate = CapturedGradients(compute, list(trained_parameters(optimiser)), _log)
     return (

@@ -242,7 +242,9 @@ def load_optimiser(
             moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
             for moment, tensor in moments.items():
                 fill(tensor, stored[f"{names[parameter]}/{moment}"])
-            count = torch.tensor(float(steps), device=parameter.device)
+            # Where torch itself keeps it: elsewhere every step would wait for the device.
+            place = parameter.device if group["fused"] else torch.device("cpu")
+            count = torch.tensor(float(steps), device=place)
             optimiser.state[parameter] = {"step": count, **moments}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from supra_torch.feed_forward import MixtureOfExperts
+from supra_torch.mixers import SoftmaxMixer
 from supra_torch.model import Layer, SupraModel
 from supra_torch.uptrain.config import StageKind
 
@@ -29,14 +30,18 @@ def compiles(setting: str, device: torch.device) -> bool:
 
 
 def compile_layers(
-    kind: StageKind, student: SupraModel, teacher: SupraModel | None
+    kind: StageKind, student: SupraModel, teacher: SupraModel | None, *, segments: bool = False
 ) -> list[nn.Module]:
     """Have compiled what a stage calls of each layer: mixers in transfer, else whole layers.
 
-    Of a layer with experts, its mixer in every stage. Names and weights stay as they are;
+    Of a layer with experts, its mixer in every stage; of the student's layers with softmax, the
+    feed-forward network where rows go in ``segments``. Names and weights stay as they are;
     compilation itself happens at the first call.
     """
-    modules = [part for model in (student, teacher) if model for part in _called(kind, model)]
+    modules = list(_called(kind, student, segments))
+    if teacher is not None:
+        # It reads rows as wholes.
+        modules += _called(kind, teacher, segments=False)
     for module in modules:
         module.compile(dynamic=False)
     return modules
@@ -44,14 +49,14 @@ def compile_layers(
 
 @contextmanager
 def compiled_layers(
-    kind: StageKind, student: SupraModel, teacher: SupraModel | None
+    kind: StageKind, student: SupraModel, teacher: SupraModel | None, *, segments: bool = False
 ) -> Iterator[None]:
     """:func:`compile_layers`, undone at the end."""
     from torch._dynamo import config  # Takes seconds to import.
 
-    modules = compile_layers(kind, student, teacher)
+    modules = compile_layers(kind, student, teacher, segments=segments)
     try:
-        # In segments a layer has up to five graphs, and models have several kinds of layers.
+        # In segments a linear layer has up to five graphs, and models have several kinds of layers.
         with config.patch(recompile_limit=_MOST_GRAPHS):
             yield
     finally:
@@ -59,16 +64,20 @@ def compiled_layers(
             module._compiled_call_impl = None
 
 
-def _called(kind: StageKind, model: SupraModel) -> Iterator[nn.Module]:
+def _called(kind: StageKind, model: SupraModel, segments: bool) -> Iterator[nn.Module]:
     for layer in model.model.layers:
         assert isinstance(layer, Layer)
-        if isinstance(layer.mlp, MixtureOfExperts):
-            # An expert gets other numbers of tokens in every batch, each a compilation of its own.
-            yield layer.self_attn
-        elif kind == "transfer":
-            yield from (layer.self_attn, layer.mlp)
-        else:
+        # An expert gets other numbers of tokens in every batch, softmax more keys in every segment,
+        # each number a compilation of its own.
+        experts = isinstance(layer.mlp, MixtureOfExperts)
+        grows = segments and isinstance(layer.self_attn, SoftmaxMixer)
+        if not (experts or grows or kind == "transfer"):
             yield layer
+            continue
+        if not grows:
+            yield layer.self_attn
+        if not experts:
+            yield layer.mlp
 
 
 def eagerly(device: torch.device) -> AbstractContextManager[object]:

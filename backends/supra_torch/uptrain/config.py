@@ -271,6 +271,10 @@ class UptrainConfig(_Strict):
                 )
         return self
 
+    def in_segments(self, stage: Stage) -> bool:
+        """Whether a device computes the stage's rows in more than one segment."""
+        return 0 < self.segment_tokens < self.sequence_length // stage.cut
+
     def batch_shape(self, stage: Stage) -> tuple[int, int]:
         """Rows a step of the stage, and tokens in a row."""
         length = self.sequence_length // stage.cut

@@ -173,6 +173,16 @@ def write_calibrated(run: Path, tensors: TensorSource, record: Mapping[str, Any]
         safetensors.write_file(beside, tensors, {_CALIBRATION: json.dumps(record)})
 
 
+def logged_teacher_perplexity(run: Path) -> float | None:
+    """What the run's beginning logged of its teacher; None if there is no such line."""
+    file = metrics_of(run)
+    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
+        if '"teacher_perplexity"' in line:
+            found: float | None = json.loads(line)["teacher_perplexity"]
+            return found
+    return None
+
+
 def logged_steps(run: Path, place: Place) -> list[dict[str, Any]]:
     """The lines of the stage under way up to ``place``, a step each."""
     if not place.stage_step:

@@ -69,10 +69,15 @@ def begun(spec: ModelSpec, rank: int, seed: int) -> dict[str, LazyTensor]:
 
 def attach(model: SupraModel, adapters: Adapters) -> None:
     """Give every mixer's four projections an adapter, whose numbers are still to be filled in."""
+    kind: type[nn.Linear] | None = None
     for projection in _projections(model):
         adapter = LowRank(projection.weight, adapters.rank, adapters.alpha)
         # Unsafe leaves out a trial call, which a weight without numbers cannot have.
         parametrize.register_parametrization(projection, "weight", adapter, unsafe=True)
+        # torch makes a class for each, though all are alike: layers of as many classes would each
+        # be compiled by themselves.
+        kind = kind or type(projection)
+        projection.__class__ = kind
 
 
 def is_adapter(name: str) -> bool:

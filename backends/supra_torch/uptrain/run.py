@@ -88,7 +88,7 @@ def _uptrain(
     progress: Progress,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    precision = resolved_precision(config.precision, every.device)
+    precision = _agreed_precision(config, every)
     with every.first_alone():
         if every.is_first:
             lock.take()
@@ -136,6 +136,13 @@ def _uptrain(
             beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     every.wait()
     return {**summary, "already_finished": False}
+
+
+def _agreed_precision(config: UptrainConfig, every: Processes) -> str:
+    """The precision of all processes: machines may differ, and what they exchange may not."""
+    found = resolved_precision(config.precision, every.device)
+    (without,) = every.sums([float(found != "bf16")])
+    return "float32" if without else found
 
 
 def _claimed(

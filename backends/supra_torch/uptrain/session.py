@@ -77,7 +77,8 @@ class Session:
         """Inside, the stage's steps are compiled if the run compiles."""
         if not self.compiles:
             return eagerly(self.device)
-        return compiled_layers(stage.kind, student, self.teacher)
+        segments = self.config.in_segments(stage)
+        return compiled_layers(stage.kind, student, self.teacher, segments=segments)
 
     def gradients(
         self, stage: Stage, student: SupraModel, optimiser: torch.optim.Optimizer

@@ -88,7 +88,7 @@ def _match(
     share: float,
 ) -> Tensor:
     """Accumulate the gradients of one mixer's error on x, times ``share``; returns both."""
-    scale = target.float().square().mean((1, 2), keepdim=True).clamp(min=1e-12)
+    scale = _mean_square(target).clamp(min=1e-12)
 
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
         state, own = None if before is None else before[0], places[part.start]
@@ -100,6 +100,12 @@ def _match(
         return squares.mean() * (share * output.shape[1] / x.shape[1])
 
     return segments.backward(run, error, pieces)
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """Of every row of x (B, T, D): (B, 1, 1) in float32, however many threads share the sum."""
+    total = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64).square()
+    return (total / x[0].numel()).float()
 
 
 def teacher_forced(

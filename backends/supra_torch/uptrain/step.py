@@ -46,7 +46,8 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW over parameters, each with its peak learning rate and weight decay.
 
-    The fused one rounds the last elements of a tensor, or of a shard, otherwise than the others.
+    The fused one rounds the last elements of a tensor, or of a shard, otherwise than the others;
+    the one that is not goes parameter by parameter, since torch groups only what is not sharded.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter, peak, weight_decay in trained:
@@ -59,6 +60,7 @@ def adamw(
         lr=0.0,
         betas=(stage.beta1, stage.beta2),
         fused=fused,
+        foreach=None if fused else False,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,7 +21,12 @@ from supra_torch.uptrain.checkpoint import Checkpoints, Place
 from supra_torch.uptrain.compilation import eagerly
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.estimate import Estimate
-from supra_torch.uptrain.folder import logged_steps, metrics_of, trim_log
+from supra_torch.uptrain.folder import (
+    logged_steps,
+    logged_teacher_perplexity,
+    metrics_of,
+    trim_log,
+)
 from supra_torch.uptrain.guard import Guards, LossGuard
 from supra_torch.uptrain.interrupts import stop_if_asked
 from supra_torch.uptrain.memory import reset_peak
@@ -40,7 +46,7 @@ def train(
     ``teacher``: what the student is measured against, and learns from in most stages.
     """
     config = session.config
-    session, held_out = _with_teacher(session, teacher)
+    session, held_out = _with_teacher(session, teacher, place)
     if place.step == 0:
         session.log({"evaluation": "held_out", "teacher_perplexity": held_out, "step": 0})
     saver = Checkpoints(
@@ -69,7 +75,7 @@ def train(
 
 
 def _with_teacher(
-    session: Session, teacher: tuple[ModelSpec, TensorSource] | None
+    session: Session, teacher: tuple[ModelSpec, TensorSource] | None, place: Place
 ) -> tuple[Session, float | None]:
     """The session with its teacher, and that one's held-out perplexity.
 
@@ -77,15 +83,29 @@ def _with_teacher(
     """
     if teacher is None:
         return session, None
+    held_out = _teacher_perplexity_before(session, place)
+    if held_out is not None and not session.config.needs_teacher:
+        return session, held_out
     model = frozen_teacher(*teacher, session.precision, session.processes)
-    held_out = _perplexity(session, model)
+    if held_out is None:
+        held_out = _perplexity(session, model)
     return (replace(session, teacher=model) if session.config.needs_teacher else session), held_out
+
+
+def _teacher_perplexity_before(session: Session, place: Place) -> float | None:
+    """As the first process finds it in the log of a run that goes on."""
+    goes_on = place.step and session.processes.is_first
+    found = logged_teacher_perplexity(session.run) if goes_on else None
+    (agreed,) = session.processes.sums([found or 0.0])
+    return agreed or None
 
 
 def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -> Place:
     """Train from ``place`` to the end of its stage: the beginning of the next one."""
     config, stage = session.config, session.config.stages[place.stage]
     _wait_together(session, saver)
+    # Sharded modules are cycles: the stage before's, or a teacher of no use any more, go only now.
+    gc.collect()
     # By its number: on a network's disk the newest may not be seen by all at once.
     newest = checkpoint.folder_of(session.run, place.step) if place.step else None
     tensors = artifact.read(newest / "model").tensors if newest else session.begins

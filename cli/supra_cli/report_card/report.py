@@ -28,9 +28,7 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
     for path in (settings.out, settings.record_path):
         check_new_file(path, settings.force)
     if not has_matplotlib():
-        raise MissingDependencyError(
-            "the report's figures need matplotlib: install it with pip install 'supra-lm[report]'"
-        )
+        raise MissingDependencyError.of("matplotlib", "drawing the report", "report")
     inputs = read_inputs(settings)
     measured = measure(settings, inputs, progress)
     record = {**origin(), **measured}

@@ -86,6 +86,7 @@ class Routes:
         """``POST /v1/chat/completions``."""
         asked = parsed(ChatRequest, await self._body(request))
         context = self.service.context(asked.model)
+        self.service.check_answers(asked.n)
         messages = [message.plain() for message in asked.messages]
         if context.messages and any(message["role"] == "system" for message in messages):
             raise ApiError(
@@ -99,6 +100,7 @@ class Routes:
         asked = parsed(CompletionRequest, await self._body(request))
         if self.service.context(asked.model).messages:
             raise ApiError(400, "a context is for chat completions: name the model", param="model")
+        self.service.check_answers(len(asked.prompts) * asked.n)
         prompts = [await run_in_threadpool(self.service.encoded, p) for p in asked.prompts]
         return await self._answered(request, asked, prompts)
 

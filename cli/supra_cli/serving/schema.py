@@ -17,6 +17,8 @@ from supra_core.generate import Sampling
 
 # An answer's tokens when the client names no number.
 USUAL_TOKENS = 512
+# Strings that end an answer, and characters of one: all are looked for at every token.
+_MOST_STOPS, _LONGEST_STOP = 16, 1000
 # What would change the answer, OpenAI's and others', with the values that would not.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,),
@@ -101,6 +103,17 @@ class _Request(_Strict):
     n: Annotated[int, Field(ge=1, le=8)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _are_few(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        texts = stop if isinstance(stop, list) else [stop or ""]
+        if len(texts) > _MOST_STOPS or any(len(text) > _LONGEST_STOP for text in texts):
+            raise ValueError(
+                f"may be {_MOST_STOPS} texts of {_LONGEST_STOP:,} characters: give fewer or "
+                "shorter ones"
+            )
+        return stop
 
     @model_validator(mode="before")
     @classmethod

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
 
 from supra_cli.output import log
 from supra_cli.serving.app import build
@@ -27,7 +28,7 @@ from supra_core.scheduler import Scheduler
 from supra_core.sources import open_source
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-# Seconds that answers under way have to end, once the server is told to.
+# Seconds that clients have to read the ends of their answers, once the server is told to end.
 _GRACE = 3
 
 
@@ -64,53 +65,75 @@ def serve(settings: Settings) -> None:
             release=release_thread,
         )
         engine = scheduler.start()
-        loopback = settings.host in _LOOPBACK
-        service = Service(
-            scheduler,
-            engine,
-            settings.name,
-            open_source(settings.model).spec.vocab_size,
-            settings.limits,
-            settings.sampling,
-            contexts,
-            settings.key,
-            _LOOPBACK if loopback else None,
-        )
-        if not loopback and settings.key is None:
-            log("anyone who reaches this address may use the model: --api-key asks for a key")
-        host, port = listening.getsockname()[:2]
-        place = f"[{host}]" if ":" in host else host
-        log(f"{' and '.join(service.models)} in {engine.backend} at http://{place}:{port}/v1")
-        _serve(service, listening)
+        try:
+            _serve(_service(settings, scheduler, engine, contexts), listening)
+        finally:
+            scheduler.close()
+
+
+def _service(
+    settings: Settings, scheduler: Scheduler, engine: Engine, contexts: Mapping[str, Context]
+) -> Service:
+    loopback = settings.host in _LOOPBACK
+    if not loopback and settings.key is None:
+        log("anyone who reaches this address may use the model: --api-key asks for a key")
+    return Service(
+        scheduler,
+        engine,
+        settings.name,
+        open_source(settings.model).spec.vocab_size,
+        settings.limits,
+        settings.sampling,
+        contexts,
+        settings.key,
+        _LOOPBACK if loopback else None,
+    )
 
 
 def _serve(service: Service, listening: socket.socket) -> None:
-    app = build(service)
-    app.router.lifespan_context = partial(_lifespan, service)
+    host, port = listening.getsockname()[:2]
+    place = f"[{host}]" if ":" in host else host
+    log(f"{' and '.join(service.models)} in {service.engine.backend} at http://{place}:{port}/v1")
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE
+        _Quiet(build(service)),
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_GRACE,
     )
     _Server(config, service.scheduler).run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
-    """Answers under way are told to end before their connections are."""
+    """Every answer ends, with the step under way, before the connections do."""
 
     def __init__(self, config: uvicorn.Config, scheduler: Scheduler) -> None:
         super().__init__(config)
         self._scheduler = scheduler
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """At Ctrl-C or SIGTERM."""
+        """At Ctrl-C or SIGTERM; another one cannot shorten a step, but the time after it."""
         self._scheduler.stop()
-        super().handle_exit(sig, frame)
+        if not self.should_exit or self._scheduler.ended:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """The model's thread first: it delivers to this loop, and may not be cut off in a step."""
+        log("stopping, when the step under way has ended")
+        await asyncio.to_thread(self._scheduler.close)
+        await super().shutdown(sockets)
 
 
-@asynccontextmanager
-async def _lifespan(service: Service, app: Starlette) -> AsyncIterator[None]:
-    yield
-    # The model's thread delivers to this loop: it ends first.
-    await asyncio.to_thread(service.scheduler.close)
+class _Quiet:
+    """An application of which uvicorn shows no traceback where it was itself that gave it up."""
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        with suppress(asyncio.CancelledError):
+            await self._app(scope, receive, send)
 
 
 def _loaded(settings: Settings, contexts: dict[str, Context]) -> tuple[Engine, Prefixes]:

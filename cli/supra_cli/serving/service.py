@@ -74,6 +74,16 @@ class Service:
             )
         return self.contexts[model.removeprefix(f"{self.name}:")]
 
+    def check_answers(self, count: int) -> None:
+        """:class:`ApiError` 400 when a request asks for more answers than there are places."""
+        places = self.scheduler.places
+        if count > places:
+            raise ApiError(
+                400,
+                f"the request asks for {count:,} answers, and this server has places for "
+                f"{places:,}: ask for fewer",
+            )
+
     def rendered(self, context: Context, messages: Sequence[Message]) -> list[int]:
         """Token ids by the chat template; SupraError when it refuses the messages."""
         whole = [*context.messages, *messages]
@@ -121,13 +131,6 @@ class Exchange:
         *,
         continues: bool,
     ) -> None:
-        places = service.scheduler.places
-        if len(prompts) > places:
-            raise ApiError(
-                400,
-                f"the request asks for {len(prompts):,} answers, and this server has places for "
-                f"{places:,}: ask for fewer",
-            )
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._jobs: list[Job] = []
@@ -163,7 +166,7 @@ class Exchange:
 
     def _listener(self, index: int) -> Callable[[Event], None]:
         def listen(event: Event) -> None:
-            # The loop may be gone when the server is told to stop twice.
+            # The loop is gone first where something broke the server.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import unicodedata
 
 from markdown_it import MarkdownIt
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
+from rich.segment import Segment
 
 _FENCES = ("```", "~~~")
 # As rich reads it, but for HTML: a model writes vector<int> and means it.
@@ -43,13 +44,26 @@ class MarkdownStream:
             self._live.update("", refresh=True)
             self._console.print(drawn(done))
             self._console.print()
-        self._live.update(drawn(self._text), refresh=True)
+        self._live.update(_Tail(drawn(self._text)), refresh=True)
 
     def __exit__(self, *_: object) -> None:
         self._live.update("", refresh=True)
         self._live.stop()
         if self._text.strip():
             self._console.print(drawn(self._text))
+
+
+class _Tail:
+    """The last lines of what is drawn, as many as the screen has: rich would show the first."""
+
+    def __init__(self, whole: RenderableType) -> None:
+        self._whole = whole
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._whole, options, pad=False)
+        for line in lines[-max(1, options.size.height - 1) :]:
+            yield from line
+            yield Segment.line()
 
 
 def split_blocks(text: str) -> tuple[str, str]:
