@@ -59,7 +59,7 @@ class SupraGroup(TyperGroup):
             print("\nsupra: interrupted", file=sys.stderr)
             _end(EXIT_INTERRUPTED)
         except Preempted:
-            print("supra: told to end, with a checkpoint: start it again", file=sys.stderr)
+            print("supra: told to end, and what was done is kept: start it again", file=sys.stderr)
             _end(EXIT_START_AGAIN)
         except Exception as error:
             # A broken pipe is left to typer: who read the output has gone, and wants no word.

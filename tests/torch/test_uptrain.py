@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -80,6 +82,26 @@ def test_ctrl_c_writes_a_checkpoint(settings: UptrainConfig, tmp_path: Path) -> 
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step_00000003", "step_00000005"]
     assert open_source(run).spec.provenance.trained_tokens == 5 * 64
+
+
+def test_a_damaged_checkpoint_says_how_to_go_on_without_it(
+    settings: UptrainConfig, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "damaged"
+    assert end_by(signal.SIGTERM, run_in_process(settings, run, pause=0.05), run, 5) == 75
+    newest = checkpoint.checkpoints(run)[-1]
+    weights = sorted(newest.rglob("*.safetensors"))
+    assert len(weights) == 2
+    remedy = f"or delete {newest}, to go on from the one before"
+    for file in (newest / "state.json", newest / "model" / "config.json", *weights):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(SupraError, match=re.escape(remedy)):
+            uptrain(settings, run)
+        file.write_bytes(whole)
+    shutil.rmtree(newest)
+    assert run_in_process(settings, run).wait() == 0
+    assert logged_losses(run) == logged_losses(finished)
 
 
 def test_a_finished_run_is_not_trained_again(settings: UptrainConfig, finished: Path) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from supra_core import artifact
-from supra_core.errors import WriteError
+from supra_core.errors import FormatError, WriteError
 from supra_core.formats import distributed, safetensors
 from supra_core.formats.atomic import put_folder, reason, remedy, remove_folder
 from supra_core.formats.jsonfile import read_object
@@ -216,7 +217,20 @@ def newest(run: Path) -> Path | None:
 
 def read_place(checkpoint: Path) -> Place:
     """Where the run stood at a checkpoint."""
-    return Place(**read_object(checkpoint / "state.json"))
+    with dispensable(checkpoint):
+        return Place(**read_object(checkpoint / "state.json"))
+
+
+@contextmanager
+def dispensable(checkpoint: Path | None) -> Iterator[None]:
+    """Inside, what is damaged in a checkpoint says how the run goes on without it."""
+    try:
+        yield
+    except FormatError as error:
+        if checkpoint is None:
+            raise
+        message = f"{error}; or delete {checkpoint}, to go on from the one before"
+        raise FormatError(message) from None
 
 
 def newest_place(run: Path, processes: Processes) -> Place:

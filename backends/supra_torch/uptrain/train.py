@@ -108,20 +108,22 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     gc.collect()
     # By its number: on a network's disk the newest may not be seen by all at once.
     newest = checkpoint.folder_of(session.run, place.step) if place.step else None
-    tensors = artifact.read(newest / "model").tensors if newest else session.begins
     # Adapters and the optimiser are a stage's own: only one that goes on has any to read.
     within = newest if place.stage_step else None
-    student = trained_student(
-        config, stage, session.spec, tensors, session.processes,
-        checkpoint.read_adapters(within) if within and stage.lora_rank else None,
-    )  # fmt: skip
+    with checkpoint.dispensable(newest):
+        tensors = artifact.read(newest / "model").tensors if newest else session.begins
+        student = trained_student(
+            config, stage, session.spec, tensors, session.processes,
+            checkpoint.read_adapters(within) if within and stage.lora_rank else None,
+        )  # fmt: skip
     if place.step == 0:
         place = _evaluate(session, place, student)
     optimiser = optimiser_for(student, stage, fused=not config.sums_exactly)
     names = {parameter: name for name, parameter in student.named_parameters()}
     if within:
         taken = place.stage_step - place.left_out
-        checkpoint.load_optimiser(within, optimiser, names, taken)
+        with checkpoint.dispensable(within):
+            checkpoint.load_optimiser(within, optimiser, names, taken)
     peak = session.peak_flops
     # A stage's memory is its own: neither the loading of weights nor the stage before counts.
     reset_peak(session.device)
