@@ -30,7 +30,14 @@ class MarkdownStream:
         self._console = console
         self._text = ""
         # Only the growing block is redrawn, so that an answer longer than the screen scrolls.
-        self._live = Live(console=console, transient=True, auto_refresh=False)
+        # Progress on stderr draws and erases a line of its own: rich would print what it erases.
+        self._live = Live(
+            console=console,
+            transient=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
     def __enter__(self) -> MarkdownStream:
         self._live.start()
