@@ -108,3 +108,27 @@ def test_reading_is_shown_and_gone_before_the_answer(
     show(answer())
     assert shown == [[""], ["read 8 of 17 tokens"], [""], ["Hello"]]
     assert screen.rows() == ["Hello there.", "", "And more"]
+
+
+def test_every_question_has_its_own_patience(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """Also after one that Ctrl-C has cut off."""
+    screen, progress = on_screen(monkeypatch), ReadingProgress()
+    for _ in range(3):
+        assert read(clock, progress, screen) == [[""], ["read 8 of 17 tokens"], [""]]
+        for _ in range(2):
+            clock.now += 100
+            progress("read", 512, 1024)
+            assert screen.rows() == [""]
+        clock.now += 100
+
+
+def test_lines_to_a_file_have_patience_too(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = ReadingProgress()
+    for _ in range(3):
+        for done in (512, 1024, 1536):
+            progress("read", done, 1536)
+            clock.now += 3
+        clock.now += 100
+    assert capsys.readouterr().err.splitlines() == ["read 1,536 of 1,536 tokens"] * 3
