@@ -42,8 +42,11 @@ class Screen(io.StringIO):
         return len(text)
 
     def rows(self) -> list[str]:
-        """Without blanks at the end of a row, and empty rows below."""
-        return "\n".join(row.rstrip() for row in self._rows).rstrip().split("\n")
+        """Down to the cursor or the last that is not empty, without blanks at their ends."""
+        rows = [row.rstrip() for row in self._rows]
+        while len(rows) > self._row + 1 and not rows[-1]:
+            del rows[-1]
+        return rows
 
     def _down(self) -> None:
         self._row, self._column = self._row + 1, 0
@@ -107,7 +110,7 @@ def test_reading_is_shown_and_gone_before_the_answer(
 
     show(answer())
     assert shown == [[""], ["read 8 of 17 tokens"], [""], ["Hello"]]
-    assert screen.rows() == ["Hello there.", "", "And more"]
+    assert screen.rows() == ["Hello there.", "", "And more", "", ""]
 
 
 def test_every_question_has_its_own_patience(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -132,3 +135,49 @@ def test_lines_to_a_file_have_patience_too(
             clock.now += 3
         clock.now += 100
     assert capsys.readouterr().err.splitlines() == ["read 1,536 of 1,536 tokens"] * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello there",
+        "word " * 30,
+        "x" * 100,
+        "```py\nx = 1\n",
+        "- a\n- two two two two two two two",
+    ],
+)
+def test_ctrl_c_leaves_no_line_twice(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """The terminal itself writes ^C behind the growing block, which is then drawn whole."""
+    whole = on_screen(monkeypatch)
+    show(piece for piece in text)
+    screen = on_screen(monkeypatch)
+
+    def interrupted() -> Generator[str]:
+        yield from text
+        screen.write("^C")
+        raise KeyboardInterrupt
+
+    show(interrupted())
+    *lines, below, last = whole.rows()
+    assert (below, last) == ("", "")
+    assert screen.rows() == [*lines, " [stopped]", ""]
+
+
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_ctrl_c_while_reading(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, seconds: float
+) -> None:
+    screen = on_screen(monkeypatch)
+    progress = ReadingProgress()
+
+    def interrupted() -> Generator[str]:
+        for done in (0, 512, 1024):
+            progress("read", done, 2048)
+            clock.now += seconds
+        screen.write("^C")
+        raise KeyboardInterrupt
+        yield ""
+
+    show(interrupted())
+    assert screen.rows() == [" [stopped]", ""]
