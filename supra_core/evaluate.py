@@ -17,6 +17,7 @@ import numpy.typing as npt
 from supra_core.backend import Backend, Form, Ids, Logits
 from supra_core.errors import SupraError
 from supra_core.progress import Progress, silent
+from supra_core.spec import ModelSpec
 from supra_core.text import EncodedText
 from supra_core.verify import check_ids
 
@@ -104,6 +105,12 @@ def check_text(text: EncodedText, vocab_size: int) -> None:
     if len(text.ids) < 2:
         raise SupraError("perplexity needs a text of at least 2 tokens: choose a longer one")
     check_ids(text.ids, vocab_size)
+
+
+def beyond_positions(spec: ModelSpec, tokens: int) -> dict[str, int]:
+    """For a result: a transformer's positions, where a window of ``tokens`` is longer."""
+    positions = spec.max_position_embeddings
+    return {"beyond_positions": positions} if spec.is_transformer and tokens > positions else {}
 
 
 def token_scores(model: Backend, ids: Ids, form: Form = "parallel") -> tuple[Losses, Greedy]:

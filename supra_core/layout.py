@@ -64,14 +64,6 @@ def idle_parameter_count(spec: ModelSpec) -> int:
     return expert_layers(spec) * idle * 3 * spec.hidden_size * spec.experts.intermediate_size
 
 
-def expert_parameter_count(spec: ModelSpec) -> int:
-    """The parameters of all mixtures of experts, routers included."""
-    if spec.experts is None:
-        return 0
-    each = spec.hidden_size * (1 + 3 * spec.experts.intermediate_size)
-    return expert_layers(spec) * spec.experts.count * each
-
-
 def expert_layers(spec: ModelSpec) -> int:
     """How many layers have a mixture of experts."""
     return sum(layer.feed_forward == "experts" for layer in spec.layers)

@@ -154,7 +154,7 @@ def multiple_choice(
 
 def task_of(path: Path) -> str:
     """Which task a file is for: ``perplexity`` for text; a .jsonl file says it by its fields."""
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return "perplexity"
     _, first = _objects(path, 1)[0]
     if {"query", "choices", "gold"} <= first.keys():
@@ -193,8 +193,11 @@ def _question(item: dict[str, Any], place: str) -> Question:
 
 def _text(item: dict[str, Any], field: str, place: str) -> str:
     value = item.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise FormatError(f"{place}: field {field} must be a text, not {value!r}")
+    if not isinstance(value, str):
+        found = repr(value) if field in item else "absent"
+        raise FormatError(f"{place}: field {field} must be a text, and is {found}")
+    if not value.strip():
+        raise FormatError(f"{place}: field {field} is empty: give it a text, or leave the line out")
     return value
 
 
@@ -207,7 +210,7 @@ def _objects(path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
     """Each line's number, from 1, and object; blank lines are passed over."""
     items: list[tuple[int, dict[str, Any]]] = []
     # Not splitlines(), for which a line also ends at characters that stand in JSON texts.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1):
         if len(items) == limit:
             break
         if not line.strip():

@@ -237,6 +237,34 @@ def test_eval_says_when_no_teacher_is_known(
     assert "is no transformer" in done.stderr
 
 
+def test_eval_says_where_windows_are_longer_than_a_transformer_reads(
+    converted: Path, tiny_transformer: Path, text_file: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(tiny_transformer, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
+    arguments = ["eval", str(converted), "--data", str(text_file), "--teacher", str(short)]
+    for length in (32, 33):
+        given = [*arguments, "--limit", "100", "--length", str(length)]
+        found = result(*given)
+        assert "beyond_positions" not in found["results"]["perplexity"]
+        assert found["teacher"]["perplexity"].get("beyond_positions") == (
+            32 if length > 32 else None
+        )
+        shown = runner.invoke(app, given)
+        assert ("the teacher is a transformer of 32 positions" in shown.stderr) == (length > 32)
+
+
+def test_eval_does_not_write_over_its_data(converted: Path, text_file: Path) -> None:
+    before = text_file.read_bytes()
+    arguments = ["eval", str(converted), "--data", str(text_file), "--no-teacher"]
+    done = runner.invoke(app, [*arguments, "--out", str(text_file), "--force"])
+    assert done.exit_code == 2
+    assert "is one of the files of --data" in done.stderr
+    assert text_file.read_bytes() == before
+
+
 def test_eval_reads_the_same_text_with_another_tokenizer(
     converted: Path, other_tokenizer: Path, text_file: Path
 ) -> None:

@@ -465,6 +465,20 @@ def test_speeds_stand_by_their_context() -> None:
     assert len(probe_sections._speed_table({"student": timed(512), "teacher": None}).rows) == 2
 
 
+def test_windows_longer_than_the_teacher_reads_are_noted(
+    report: tuple[dict[str, Any], Path, str],
+) -> None:
+    files = report[0]["quality"]["files"]
+    for positions in (None, 64):
+        beyond = {} if positions is None else {"beyond_positions": positions}
+        changed = {
+            name: {**file, "teacher": {**file["teacher"], **beyond}} for name, file in files.items()
+        }
+        section = {"quality": {"files": changed}, "model": report[0]["model"]}
+        notes = model_sections.quality(section).notes
+        assert any("teacher is a transformer of 64" in note for note in notes) == bool(positions)
+
+
 def test_a_ratio_is_of_the_same_tokens(
     report: tuple[dict[str, Any], Path, str],
 ) -> None:

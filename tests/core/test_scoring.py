@@ -164,6 +164,9 @@ def test_files_say_what_they_are_for(tmp_path: Path) -> None:
         file = tmp_path / f"{name}.jsonl"
         file.write_text("\n".join(json.dumps(item) for _ in range(3)))
         assert task_of(file) == name
+        # As a Windows editor saves it.
+        file.with_suffix(".JSONL").write_text("\ufeff" + json.dumps(item))
+        assert task_of(file.with_suffix(".JSONL")) == name
     assert task_of(tmp_path / "text.txt") == "perplexity"
     assert len(read_passages(tmp_path / "lambada.jsonl", 2)) == 2
     assert read_questions(tmp_path / "multiple_choice.jsonl")[0] == Question("a", ("b", "c"), 1)
@@ -176,7 +179,8 @@ def test_files_say_what_they_are_for(tmp_path: Path) -> None:
         ('{"query": "a", "choices": ["b", "c"], "gold": true}', "field gold"),
         ('{"query": "a", "choices": ["b"], "gold": 0}', "field choices"),
         ('{"query": "a", "choices": ["b", ""], "gold": 0}', "field choices"),
-        ('{"query": "", "choices": ["b", "c"], "gold": 0}', "field query"),
+        ('{"query": "", "choices": ["b", "c"], "gold": 0}', "field query is empty"),
+        ('{"choices": ["b", "c"], "gold": 0}', "field query must be a text, and is absent"),
         ("[1]", "no JSON object"),
         ("{", "not JSON"),
         (r'{"query": "\ud83d", "choices": ["b", "c"], "gold": 0}', "not JSON"),

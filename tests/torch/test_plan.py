@@ -215,6 +215,20 @@ def test_every_recipe_has_a_plan(tiny_transformer: Path, recipe: str) -> None:
     assert made.seconds == sum(stage.steps * stage.step_seconds for stage in made.stages)
 
 
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_checkpoint_holds_moments_of_what_is_trained(tiny_transformer: Path, recipe: str) -> None:
+    config = config_of(tiny_transformer, recipe, tokens=100_000)
+    inputs, one = open_inputs(config), Processes(0, 1, torch.device("cpu"))
+    trained = []
+    for stage in config.stages:
+        student = trained_student(config, stage, inputs.student_spec, inputs.student_tensors, one)
+        parameters = trained_parameters(optimiser_for(student, stage))
+        trained.append(sum(parameter.numel() for parameter in parameters))
+    made = plan(config, gpu="h100")
+    assert made.trained == max(trained)
+    assert made.checkpoint_bytes == 4 * made.student.parameters + 8 * max(trained)
+
+
 def test_operations_of_what_is_trained_and_what_is_not(tiny_transformer: Path) -> None:
     """By hand: forward, the gradient of what is read, and that of a weight, 2 operations each."""
     config = config_of(tiny_transformer, "pure", tokens=100_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def test_running_out_of_data_is_said_before_the_run(
     settings: UptrainConfig, tmp_path: Path
 ) -> None:
     config = settings.model_copy(update={"tokens": 10_000_000})
-    with pytest.raises(SupraError, match=r"would read them \d+\.\d times.*set epochs=\d+"):
+    with pytest.raises(SupraError, match=r"would read them [\d.e+]+ times.*set epochs=\d+"):
         uptrain(config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -212,6 +213,12 @@ def test_more_text_may_be_given_before_the_first_step(
     text.write_text("other")
     with pytest.raises(SupraError, match="not the data this run began with"):
         uptrain(config, run)
+    # The text is not to blame for what the run has lost.
+    text.write_text(text_file.read_text())
+    for lost in (run / "data" / "tokens", run / "data"):
+        shutil.rmtree(lost)
+        with pytest.raises(SupraError, match=r"run/data, where .*text\.txt, is not whole"):
+            uptrain(config, run)
 
 
 @pytest.mark.parametrize("content", ["", b"\xff\xfe"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from supra_core.errors import SupraError
-from supra_core.layout import expert_parameter_count, parameter_count
+from supra_core.layout import parameter_count, tensor_shapes
 from supra_core.linearize import LinearizeOptions, linear_spec
 from supra_core.outline import outline
 from supra_core.progress import Progress, silent
@@ -26,6 +26,8 @@ from supra_torch.devices import CPU, Device, device_named
 from supra_torch.plan.memory import Layout, StepTrace, trace_stage
 from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.inputs import refuse_another_recipe
+from supra_torch.uptrain.lora import adapter_count
+from supra_torch.uptrain.stages import learning_rates
 from supra_torch.uptrain.step import resolved_precision
 
 # A CUDA context with the libraries' code and workspaces; the communicators of NCCL beside it.
@@ -77,8 +79,8 @@ class StagePlan:
 class Plan:
     """A run on ``nodes`` machines with ``gpus`` devices each; ``student`` in bfloat16.
 
-    ``untrained``: parameters that no stage trains, those of experts; ``remedy``: settings with
-    which it would fit, where it does not and some do.
+    ``trained``: the most parameters that a stage trains, adapters included; ``remedy``: settings
+    with which it would fit, where it does not and some do.
     """
 
     config: UptrainConfig
@@ -88,7 +90,7 @@ class Plan:
     precision: str
     stages: tuple[StagePlan, ...]
     student: Sizes
-    untrained: int
+    trained: int
     remedy: dict[str, int | bool] | None
 
     @property
@@ -124,9 +126,8 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint inside a stage that trains everything."""
-        weights = self.student.parameters
-        return weights * _WEIGHT_ITEMSIZE + (weights - self.untrained) * _MOMENTS_ITEMSIZE
+        """Of one checkpoint inside the stage that trains most."""
+        return self.student.parameters * _WEIGHT_ITEMSIZE + self.trained * _MOMENTS_ITEMSIZE
 
 
 def plan(
@@ -165,9 +166,18 @@ def plan(
     found = planner.stages(config, progress)
     made = Plan(
         config, planner.device, gpus, nodes, precision, tuple(found),
-        of_spec(student, 2 * parameter_count(student)), expert_parameter_count(student), None,
+        of_spec(student, 2 * parameter_count(student)),
+        max(_trained(stage, student) for stage in config.stages), None,
     )  # fmt: skip
     return made if made.fits else planner.with_remedy(made, progress)
+
+
+def _trained(stage: Stage, spec: ModelSpec) -> int:
+    """Parameters with an optimiser's state."""
+    rate_of = learning_rates(stage, spec)
+    shapes = tensor_shapes(spec)
+    count = sum(math.prod(shape) for name, shape in shapes.items() if rate_of(name))
+    return count + (0 if stage.lora_rank is None else adapter_count(spec, stage.lora_rank))
 
 
 def _specs(config: UptrainConfig) -> tuple[ModelSpec, ModelSpec | None]:

@@ -236,7 +236,7 @@ def refuse_too_little(data: Mixture, parts: Sequence[DataPart], tokens: int, epo
         if times > epochs:
             raise SupraError(
                 f"{part.path} has {own.trained_tokens:,} tokens to train on, and the run would "
-                f"read them {times:.1f} times: give more text or fewer tokens, or set "
+                f"read them {times:.2g} times: give more text or fewer tokens, or set "
                 f"epochs={math.ceil(times)}"
             )
 
@@ -287,8 +287,14 @@ def _stored(
     prepared = TokenStore(Path(path)) if TokenStore.is_at(Path(path)) else None
     note = folder / "data.json"
     stated = {"files": listing(settings.sources)} if prepared is None else {"name": prepared.name}
-    if note.is_file() and _noted(note) == stated:
+    kept = prepared is not None or TokenStore.is_at(folder / _TOKENS)
+    if kept and note.is_file() and _noted(note) == stated:
         return prepared or TokenStore(folder / _TOKENS)
+    if begun and not (kept and note.is_file()):
+        raise SupraError(
+            f"{folder}, where the run keeps the tokens of {path}, is not whole any more: restore "
+            "it, or use another run folder"
+        )
     if begun:
         raise SupraError(
             f"{path} is not the data this run began with: use another run folder, or restore it"

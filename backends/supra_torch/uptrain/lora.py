@@ -67,6 +67,16 @@ def begun(spec: ModelSpec, rank: int, seed: int) -> dict[str, LazyTensor]:
     return tensors
 
 
+def adapter_count(spec: ModelSpec, rank: int) -> int:
+    """Parameters of all adapters."""
+    shapes = layout.tensor_shapes(spec)
+    return sum(
+        rank * sum(shapes[f"{layout.layer_prefix(index)}self_attn.{target}.weight"])
+        for index in range(spec.num_hidden_layers)
+        for target in _TARGETS
+    )
+
+
 def attach(model: SupraModel, adapters: Adapters) -> None:
     """Give every mixer's four projections an adapter, whose numbers are still to be filled in."""
     kind: type[nn.Linear] | None = None

@@ -81,6 +81,8 @@ def command(
     if no_teacher and teacher is not None:
         raise SupraError("--teacher and --no-teacher exclude each other: give one of them")
     if out is not None:
+        if any(path.exists() and out.exists() and out.samefile(path) for path in data or ()):
+            raise SupraError(f"--out {out} is one of the files of --data: name another one")
         check_new_file(out, force)
     harness = _harness_tasks(tasks)
     if harness and data:
@@ -290,7 +292,7 @@ def _perplexity(
     progress: Progress,
     stage: str,
 ) -> dict[str, Any]:
-    from supra_core.evaluate import perplexity
+    from supra_core.evaluate import beyond_positions, perplexity
 
     text, alike = _text(tokenizer, measurement, plan)
     found = asdict(
@@ -305,7 +307,8 @@ def _perplexity(
         )  # fmt: skip
     )
     metrics = {name: found.pop(name) for name in _METRICS}
-    return {"metrics": metrics, **found, **({} if alike else {"same_tokens": False})}
+    beyond = beyond_positions(model.spec, min(plan.length, len(text.ids)))
+    return {"metrics": metrics, **found, **({} if alike else {"same_tokens": False}), **beyond}
 
 
 def _text(tokenizer: Tokenizer, measurement: _Measurement, plan: _Plan) -> tuple[EncodedText, bool]:
@@ -364,6 +367,12 @@ def _show(record: dict[str, Any]) -> None:
                 f"{name}: the teacher's tokenizer divides the text into other tokens; both read "
                 "the same characters, and only bits per byte compare"
             )
+        for label, found in (("model", result), ("teacher", teacher.get(name, {}))):
+            if "beyond_positions" in found:
+                notes.append(
+                    f"{name}: the {label} is a transformer of {found['beyond_positions']:,} "
+                    "positions, and the windows are longer: give a smaller --length"
+                )
     columns = ("", "metric", "model", "teacher")
     width = 4 if teacher else 3
     print_table([row[:width] for row in rows], columns=columns[:width])

@@ -41,8 +41,8 @@ def quality(record: dict[str, Any]) -> Section:
     return Section(
         "quality",
         "Text and tasks",
-        f"Both models are computed in {record['model']['dtype']}; the student in its {form} form"
-        f"{_FORMS.get(form, '')}, the teacher in its parallel form. Perplexity: each text is cut "
+        f"Computed in {record['model']['dtype']}; the student in its {form} form"
+        f"{_FORMS.get(form, '')}, a teacher in its parallel form. Perplexity: each text is cut "
         "into consecutive windows of 512 tokens that do not overlap, as it stands and without "
         "BOS; each window predicts all its tokens but the first. Bits per byte compare across "
         "tokenizers. Tasks: prompts and metrics are those of the lm-eval harness; acc_norm "
@@ -50,7 +50,21 @@ def quality(record: dict[str, Any]) -> Section:
         "of accuracies Wilson's; a task's perplexity is of the last words only. Texts have none: "
         "their windows are no sample.",
         tuple(tables),
-        notes=(*_other_tokens(texts), *dict.fromkeys(missing)),
+        notes=(*_other_tokens(texts), *_beyond_positions(texts), *dict.fromkeys(missing)),
+    )
+
+
+def _beyond_positions(files: dict[str, Any]) -> tuple[str, ...]:
+    """What is said of a transformer that reads windows longer than it was made for."""
+    found = {
+        role: side["beyond_positions"]
+        for file in files.values()
+        for role in _MODELS
+        if "beyond_positions" in (side := file[role] or {})
+    }
+    return tuple(
+        f"The {role} is a transformer of {positions:,} positions, and the windows are longer."
+        for role, positions in found.items()
     )
 
 
@@ -181,7 +195,8 @@ def training(record: dict[str, Any]) -> Section:
     averaged = max(stage["steps_per_point"] for stage in section["stages"])
     if averaged > 1:
         how += f" Points and the losses below are means of up to {averaged} steps."
-    caption = "The loss of each stage, and the held-out perplexity beside the teacher's (dashed)."
+    beside = "" if section["teacher_perplexity"] is None else " beside the run's teacher's (dashed)"
+    caption = f"The loss of each stage, and the held-out perplexity{beside}."
     return Section(
         "training", "The uptraining run", how, tuple(tables),
         (Figure(figures.training(section), caption),),
@@ -197,7 +212,7 @@ def _held_out(section: dict[str, Any]) -> Table:
         for one in found[::-every][::-1]
     ]
     if section["teacher_perplexity"] is not None:
-        rows.append(("the teacher", number(section["teacher_perplexity"])))
+        rows.append(("the run's own teacher", number(section["teacher_perplexity"])))
     return Table(("held-out text of the run", "perplexity"), tuple(rows), "Held-out perplexity")
 
 

@@ -17,7 +17,7 @@ from supra_cli.report_card.settings import Budget
 from supra_core import tasks
 from supra_core.backend import Backend, load
 from supra_core.errors import SupraError
-from supra_core.evaluate import perplexity
+from supra_core.evaluate import beyond_positions, perplexity
 from supra_core.intervals import around, of_share
 from supra_core.probes.permutations import TEXT_FORM, option_permutations
 from supra_core.probes.positions import by_position, sequences
@@ -234,7 +234,8 @@ def text_result(
 ) -> Result:
     """Perplexity as ``supra eval`` measures it."""
     found = perplexity(model, text, form=side.form, progress=progress, stage=stage)
-    return {"task": "perplexity", "form": side.form, "dtype": side.dtype, **asdict(found)}
+    beyond = beyond_positions(model.spec, min(found.length, len(text.ids)))
+    return {"task": "perplexity", "form": side.form, "dtype": side.dtype, **asdict(found), **beyond}
 
 
 def position_lengths(tokens: int, longest: int) -> list[int]:
