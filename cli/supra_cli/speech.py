@@ -102,7 +102,8 @@ def load_speaker(
 def _sizes(source: Source, backend: str, dtype: str | None) -> Sizes:
     """What the model keeps in a backend, whose caches have the type that it computes in.
 
-    In MLX a cache may have room for some hundred tokens more, until the next of them comes.
+    A cache may have room for some hundred tokens more, and what was read at once may stay in it,
+    until the next token comes.
     """
     itemsize = dtype_named(dtype or source.dtype).itemsize
     sizes = measure(source.spec, source.tensors, cache_itemsize=itemsize)
