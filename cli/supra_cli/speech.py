@@ -24,7 +24,6 @@ from supra_core.generate import Sampling
 from supra_core.progress import silent
 from supra_core.sizes import Sizes, measure
 from supra_core.sources import Source, open_source
-from supra_core.spec import LinearAttention, SoftmaxAttention
 from supra_core.tensors import dtype_named
 
 
@@ -103,19 +102,22 @@ def load_speaker(
 def _sizes(source: Source, backend: str, dtype: str | None) -> Sizes:
     """What the model keeps in a backend, whose caches have the type that it computes in.
 
-    In MLX a cache may have room for some hundred tokens more, until the next of them comes.
+    A cache may have room for some hundred tokens more, and what was read at once may stay in it,
+    until the next token comes.
     """
-    spec, itemsize = source.spec, dtype_named(dtype or source.dtype).itemsize
-    if backend == "torch":
-        # It keeps the keys and values that have left a softmax layer's window, too.
-        spec = spec.with_mixers([_without_window(layer.mixer) for layer in spec.layers])
-    return measure(spec, source.tensors, cache_itemsize=itemsize)
+    itemsize = dtype_named(dtype or source.dtype).itemsize
+    sizes = measure(source.spec, source.tensors, cache_itemsize=itemsize)
+    return _without_the_next(sizes) if backend == "torch" else sizes
 
 
-def _without_window(
-    mixer: SoftmaxAttention | LinearAttention,
-) -> SoftmaxAttention | LinearAttention:
-    return replace(mixer, window=None) if isinstance(mixer, SoftmaxAttention) else mixer
+def _without_the_next(sizes: Sizes) -> Sizes:
+    """Of a sliding window, torch keeps what the next token sees beside itself: one token less."""
+    windows = sizes.sliding_windows
+    return replace(
+        sizes,
+        sliding_windows=tuple(window - 1 for window in windows),
+        state_bytes=sizes.state_bytes - len(windows) * sizes.layer_kv_bytes_per_token,
+    )
 
 
 def _owner(source: Source, backend: str, dtype: str) -> Owner:

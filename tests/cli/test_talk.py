@@ -413,7 +413,7 @@ def test_the_memory_stated_is_the_memory_kept(backend: str, name: str, tmp_path:
     """What serve counts by: before a window is full, and after."""
     folder = write_chat_model(tmp_path / "model", SPECS[name])
     speaker = load_speaker(str(folder), backend, "float32")
-    for pieces in ([2], [5], [1] * 30):
+    for pieces in ([2], [5], [7], [1] * 30):
         state = speaker.engine.fresh()
         for length in pieces:
             speaker.engine.feed([7] * length, state, silent)

@@ -11,6 +11,8 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 
 _FENCES = ("```", "~~~")
+# What a terminal writes at the cursor when Ctrl-C is pressed.
+_INTERRUPTED = "^C"
 # As rich reads it, but for HTML: a model writes vector<int> and means it.
 _PARSER = MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block", "html_inline"])
 
@@ -30,7 +32,14 @@ class MarkdownStream:
         self._console = console
         self._text = ""
         # Only the growing block is redrawn, so that an answer longer than the screen scrolls.
-        self._live = Live(console=console, transient=True, auto_refresh=False)
+        # Progress on stderr draws and erases a line of its own: rich would print what it erases.
+        self._live = Live(
+            console=console,
+            transient=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
     def __enter__(self) -> MarkdownStream:
         self._live.start()
@@ -60,7 +69,9 @@ class _Tail:
         self._whole = whole
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._whole, options, pad=False)
+        # Markdown fills its lines, and behind a full one ^C would begin another, not erased later.
+        narrower = options.update_width(max(1, options.max_width - len(_INTERRUPTED)))
+        lines = console.render_lines(self._whole, narrower, pad=False)
         for line in lines[-max(1, options.size.height - 1) :]:
             yield from line
             yield Segment.line()

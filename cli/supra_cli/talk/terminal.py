@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 import time
@@ -51,14 +52,15 @@ class ReadingProgress:
     """A :class:`~supra_core.progress.Progress` that speaks up when reading takes a while."""
 
     def __init__(self) -> None:
-        self._done, self._began, self._shown = 0, 0.0, 0.0
+        # No number of tokens is above it: whatever comes first begins to be timed.
+        self._done, self._began, self._shown = math.inf, 0.0, 0.0
 
     def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
         """``done`` of ``total`` tokens."""
         now = time.monotonic()
-        if done < self._done or not self._began:
+        if done <= self._done:
             self._began = self._shown = now
-        self._done = 0 if done >= total else done
+        self._done = math.inf if done >= total else done
         if not sys.stderr.isatty():
             if now - self._shown > _SECONDS_BETWEEN_LINES:
                 self._shown = now
