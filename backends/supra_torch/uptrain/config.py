@@ -273,7 +273,8 @@ class UptrainConfig(_Strict):
 
     def in_segments(self, stage: Stage) -> bool:
         """Whether a device computes the stage's rows in more than one segment."""
-        return 0 < self.segment_tokens < self.sequence_length // stage.cut
+        _, length = self.batch_shape(stage)
+        return 0 < self.segment_tokens < length
 
     def batch_shape(self, stage: Stage) -> tuple[int, int]:
         """Rows a step of the stage, and tokens in a row."""

@@ -288,9 +288,10 @@ def _stored(
     note = folder / "data.json"
     stated = {"files": listing(settings.sources)} if prepared is None else {"name": prepared.name}
     kept = prepared is not None or TokenStore.is_at(folder / _TOKENS)
-    if kept and note.is_file() and _noted(note) == stated:
+    whole = kept and note.is_file()
+    if whole and _noted(note) == stated:
         return prepared or TokenStore(folder / _TOKENS)
-    if begun and not (kept and note.is_file()):
+    if begun and not whole:
         raise SupraError(
             f"{folder}, where the run keeps the tokens of {path}, is not whole any more: restore "
             "it, or use another run folder"

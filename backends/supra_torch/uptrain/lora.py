@@ -54,27 +54,28 @@ class LowRank(nn.Module):
 def begun(spec: ModelSpec, rank: int, seed: int) -> dict[str, LazyTensor]:
     """The tensors of adapters that change nothing yet: A at random, B zero."""
     generator = torch.Generator().manual_seed(seed)
-    shapes, tensors = layout.tensor_shapes(spec), {}
-    for index in range(spec.num_hidden_layers):
-        for target in _TARGETS:
-            name = f"{layout.layer_prefix(index)}self_attn.{target}."
-            outputs, inputs = shapes[name + "weight"]
-            # Kaiming's uniform with a = sqrt(5), as LoRA's own code draws it.
-            bound = 1.0 / math.sqrt(inputs)
-            drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
-            tensors[name + _ADDED + "A"] = LazyTensor.of(drawn.numpy())
-            tensors[name + _ADDED + "B"] = LazyTensor.of(torch.zeros(outputs, rank).numpy())
+    tensors = {}
+    for name, (outputs, inputs) in _adapted(spec):
+        # Kaiming's uniform with a = sqrt(5), as LoRA's own code draws it.
+        bound = 1.0 / math.sqrt(inputs)
+        drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+        tensors[name + _ADDED + "A"] = LazyTensor.of(drawn.numpy())
+        tensors[name + _ADDED + "B"] = LazyTensor.of(torch.zeros(outputs, rank).numpy())
     return tensors
 
 
 def adapter_count(spec: ModelSpec, rank: int) -> int:
     """Parameters of all adapters."""
+    return sum(rank * sum(shape) for _, shape in _adapted(spec))
+
+
+def _adapted(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of every projection with an adapter, what its tensors' names begin with, and its shape."""
     shapes = layout.tensor_shapes(spec)
-    return sum(
-        rank * sum(shapes[f"{layout.layer_prefix(index)}self_attn.{target}.weight"])
-        for index in range(spec.num_hidden_layers)
-        for target in _TARGETS
-    )
+    for index in range(spec.num_hidden_layers):
+        for target in _TARGETS:
+            name = f"{layout.layer_prefix(index)}self_attn.{target}."
+            yield name, shapes[name + "weight"]
 
 
 def attach(model: SupraModel, adapters: Adapters) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -130,6 +130,16 @@ class _Plan:
     length: int
     batch: int
     tokenizer: Tokenizer
+    _texts: dict[str, EncodedText] = field(default_factory=dict)
+
+    def text(self, measurement: _Measurement) -> EncodedText:
+        """The model's own tokens of a text, which are found once."""
+        from supra_core.text import encode
+
+        if measurement.name not in self._texts:
+            text = encode(self.tokenizer, measurement.content)
+            self._texts[measurement.name] = text if self.limit is None else text.head(self.limit)
+        return self._texts[measurement.name]
 
 
 @dataclass(frozen=True)
@@ -313,10 +323,9 @@ def _perplexity(
 
 def _text(tokenizer: Tokenizer, measurement: _Measurement, plan: _Plan) -> tuple[EncodedText, bool]:
     """The tokens to be measured, and whether they are those of the model's own tokenizer."""
-    from supra_core.text import encode, same_stretch
+    from supra_core.text import same_stretch
 
-    text = encode(plan.tokenizer, measurement.content)
-    text = text if plan.limit is None else text.head(plan.limit)
+    text = plan.text(measurement)
     return (text, True) if tokenizer is plan.tokenizer else same_stretch(tokenizer, text)
 
 
