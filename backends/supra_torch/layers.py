@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supra_core.spec import Norm, Projection
+from supra_torch.context import Before, Part
 from supra_torch.ops import document_numbers, rotate
 from supra_torch.ops.rms_norm import rms_norm
 
@@ -40,7 +41,7 @@ class Positions:
     those of the spec's local rope. ``cu_seqlens`` (N + 1,) and ``documents`` (B, T), where rows
     are packed: where each document begins among all B T tokens, and which one each belongs to.
     ``goes_on`` (B,) bool, of a part of packed rows: which rows' first document is the one of the
-    state before.
+    state before. ``before``: of a part of rows whose other parts other processes compute.
     """
 
     positions: Tensor
@@ -50,6 +51,7 @@ class Positions:
     documents: Tensor | None = None
     local_tables: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     goes_on: Tensor | None = None
+    before: Before | None = None
 
     @property
     def by_row(self) -> bool:
@@ -85,6 +87,11 @@ class Positions:
             self.documents[:, max(0, place)] for place in (tokens.start, tokens.start - 1)
         )
         return replace(own, cu_seqlens=borders, documents=numbers, goes_on=at == before)
+
+    def shared(self, part: Part, rows: int) -> Positions:
+        """Those of one of several processes' part of every row."""
+        own = self.part(part.of(self.positions.shape[1]))
+        return replace(own, before=Before.of(part, self.positions, self.documents, rows))
 
     def rotate(self, x: Tensor, rope: str = "global") -> Tensor:
         """x (B, T, heads, channels) rotated in float32, returned in its own type.

@@ -10,6 +10,7 @@ from dataclasses import fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from supra_core import decay as decays
 from supra_core.spec import (
@@ -22,6 +23,7 @@ from supra_core.spec import (
     SoftmaxAttention,
     SumNormaliser,
 )
+from supra_torch.context import Before
 from supra_torch.layers import Exact, FeatureProjection, NormLayer, Positions, activate
 from supra_torch.ops import WindowState, linear_attention, windowed_attention
 from supra_torch.ops.linear_attention import of_sequences
@@ -139,6 +141,8 @@ class SoftmaxMixer(Mixer):
         (q, k), v = self.rotated(x, positions), self.values(x)
         state = _kept(state, positions)
         B, T = x.shape[:2]
+        if positions.before is not None:
+            return self._shared(q, k, v, positions, positions.before), {}
         alike = state is None and mask is None and positions.documents is None
         if alike and (self.window is None or self.window >= T):
             bias = None
@@ -150,6 +154,28 @@ class SoftmaxMixer(Mixer):
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         out = self.attend(q, k, v, bias, causal=bias is None)
         return self.o_proj(out.transpose(1, 2).flatten(-2)), memory
+
+    def _shared(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, before: Before
+    ) -> Tensor:
+        """The output of a part of rows, whose earlier keys and values other processes have."""
+        B, T = q.shape[:2]
+        alike = self.window is None and positions.documents is None
+        if self.window is None:
+            keys, values = (before.earlier(x) for x in (k, v))
+        else:
+            keys, values = (before.last(x, self.window - 1) for x in (k, v))
+        slots = keys.shape[1]
+        if alike and self.softcap is None and kind(q) == "cuda":
+            # What a GPU takes without a mask of all pairs.
+            bias: Tensor = causal_lower_right(T, slots + T)
+        else:
+            state = {"valid": before.valid(slots), "positions": before.positions(slots)}
+            bias = self._mask(B, T, positions, state, None)
+        k, v = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        out = self.attend(q, k, v, bias, causal=False)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     def _mask(
         self,
@@ -309,8 +335,11 @@ class LinearMixer(Mixer):
             )  # fmt: skip
             return out[:, None], final
         B, packed = q.shape[0], positions.cu_seqlens
-        q, k, v = (_as_packed(x, packed) for x in (q, k, v))
         before = None if state is None else state["state"]
+        if positions.before is not None:
+            counted = _of_the_last_document(positions.documents)
+            before = positions.before.state(k, v, self.slope(), counted, normalise)
+        q, k, v = (_as_packed(x, packed) for x in (q, k, v))
         if packed is not None and positions.documents is not None and before is not None:
             before = of_sequences(before, positions.documents[:, 0], len(packed) - 1)
         out, final = linear_attention(
@@ -342,22 +371,45 @@ class LinearMixer(Mixer):
         if not positions.by_row:
             q, k, v = (_as_packed(x, packed) for x in (q, k, v))
         phi_q, phi_k = (activate(self.mixer.feature_map.activation, z) for z in (q, k))
+        phi_k = self._scaled(phi_k)
+        before = None if state is None else WindowState(**state)
+        if positions.before is not None:
+            before = self._window_before(k, v, phi_k.to(v.dtype), positions, positions.before)
         out, memory = windowed_attention(
             q,
             k,
             v,
             phi_q,
-            self._scaled(phi_k),
+            phi_k,
             self.decay(),
             self.log_far_gain,
             self.mixer.window,
             log_sink=self.log_sink,
-            initial_state=None if state is None else WindowState(**state),
+            initial_state=before,
             mask=mask,
             cu_seqlens=packed,
         )
         out = out.view(B, -1, *out.shape[2:])
         return out, {field.name: getattr(memory, field.name) for field in fields(memory)}
+
+    def _window_before(
+        self, k: Tensor, v: Tensor, phi_k: Tensor, positions: Positions, before: Before
+    ) -> WindowState:
+        """What a part of rows begins with, whose earlier tokens other processes compute."""
+        assert self.mixer.window is not None
+        W, T = self.mixer.window, k.shape[1]
+        keys, values, features = (before.last(x, W) for x in (k, v, phi_k))
+        valid, own = before.valid(W), positions.documents
+        # What the state is of lags W tokens behind.
+        counted = valid if own is None else valid & (own[:, :1] == own[:, -1:])
+        of_own = torch.ones_like(k[..., 0, 0], dtype=torch.bool)
+        of_own = of_own if own is None else own == own[:, -1:]
+        counted = torch.cat([counted, of_own], dim=1)[:, :T]
+        lagging_k, lagging_v = (
+            torch.cat([x, y], dim=1)[:, :T] for x, y in ((features, phi_k), (values, v))
+        )
+        state = before.state(lagging_k, lagging_v, self.slope(), counted, True)
+        return WindowState(keys, values, features, valid, state)
 
     def _features(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """phi(q) (B, T, H, Dk) and scaled phi(k) (B, T, K or H, Dk), every rotation included."""
@@ -389,6 +441,11 @@ class LinearMixer(Mixer):
 
     def _scaled(self, k: Tensor) -> Tensor:
         return k if self.mixer.key_scale == 1.0 else k * self.mixer.key_scale
+
+
+def _of_the_last_document(documents: Tensor | None) -> Tensor | None:
+    """Which tokens of every row are of the document that it ends in, (B, T); None if all are."""
+    return None if documents is None else documents == documents[:, -1:]
 
 
 def _as_packed(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: ids (B, T); hidden states (B, T, D).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,13 @@ from supra_core import layout
 from supra_core.rotary import inverse_frequencies
 from supra_core.spec import LayerSpec, LinearAttention, ModelSpec, SoftmaxAttention
 from supra_core.tensors import BFLOAT16, LazyTensor
+from supra_torch.context import Part
 from supra_torch.feed_forward import feed_forward
 from supra_torch.layers import Exact, NormLayer, Positions, for_products
 from supra_torch.mixers import LayerState, LinearMixer, SoftmaxMixer
 from supra_torch.ops import document_numbers
+
+Rotations = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -174,15 +177,19 @@ class SupraModel(nn.Module):
         state: ModelState | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        part: Part | None = None,
     ) -> Positions:
-        """Where the tokens of ids (B, T) stand; padding does not count, documents begin at 0."""
+        """Where the tokens of ids (B, T) stand; padding does not count, documents begin at 0.
+
+        Those of ``part`` alone, where several processes share the rows.
+        """
         documents = None
         if cu_seqlens is not None:
             if state is not None or mask is not None:
                 raise ValueError("packed documents take no state and no mask")
             documents = document_numbers(cu_seqlens, ids.numel())
-            places = torch.arange(ids.numel(), device=ids.device)
-            steps = (places - cu_seqlens.long()[documents]).view(ids.shape)
+            number = torch.arange(ids.numel(), device=ids.device)
+            steps = (number - cu_seqlens.long()[documents]).view(ids.shape)
             documents = documents.view(ids.shape)
         elif mask is not None:
             steps = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -190,8 +197,16 @@ class SupraModel(nn.Module):
             steps = torch.arange(ids.shape[1], device=ids.device)[None]
         if state is not None:
             steps = steps + state.tokens[:, None]
-        tables: dict[int, tuple[Tensor, Tensor]] = {}
-        local_tables: dict[int, tuple[Tensor, Tensor]] = {}
+        places = Positions(steps, {}, self.spec.rope.pairing, cu_seqlens, documents)
+        if part is not None:
+            places = places.shared(part, len(ids))
+        tables, local_tables = self._rotations(places.positions)
+        return replace(places, tables=tables, local_tables=local_tables)
+
+    def _rotations(self, steps: Tensor) -> tuple[Rotations, Rotations]:
+        """The tables of :class:`Positions` for tokens that stand there, and the local ones."""
+        tables: Rotations = {}
+        local_tables: Rotations = {}
         for name, theta in self.frequencies.items():
             assert isinstance(theta, Exact)
             # float64: a float32 angle is off by 4e-3 at position 65,536.
@@ -201,8 +216,7 @@ class SupraModel(nn.Module):
             cos, sin = rope.magnitude * angles.cos(), rope.magnitude * angles.sin()
             of = local_tables if local else tables
             of[int(name.removeprefix(_LOCAL))] = (cos.float(), sin.float())
-        pairing = self.spec.rope.pairing
-        return Positions(steps, tables, pairing, cu_seqlens, documents, local_tables)
+        return tables, local_tables
 
     def hidden(
         self,

@@ -23,6 +23,7 @@ from supra_torch.uptrain.step import adamw  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     end_by,
     logged_losses,
+    records,
     run_in_process,
     run_in_processes,
     weights_in,
@@ -71,6 +72,36 @@ def test_rows_in_segments(shared: UptrainConfig, alone: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     cut = shared.model_copy(update={"segment_tokens": 12})
     assert run_in_processes(cut, run, 2).wait() == 0
+    np.testing.assert_allclose(
+        logged_losses(run), logged_losses(alone), rtol=100 * RELATIVE, atol=ABSOLUTE
+    )
+
+
+@pytest.mark.parametrize(("count", "sharing"), [(2, 2), (4, 2)])
+def test_rows_are_shared(
+    shared: UptrainConfig, alone: Path, tmp_path: Path, count: int, sharing: int
+) -> None:
+    """Two processes compute the halves of every row; with four, each two have rows of their own."""
+    run = tmp_path / "run"
+    together = shared.model_copy(update={"context_parallel": sharing})
+    assert run_in_processes(together, run, count).wait() == 0
+    np.testing.assert_allclose(
+        logged_losses(run), logged_losses(alone), rtol=100 * RELATIVE, atol=ABSOLUTE
+    )
+    ours, theirs = (
+        [record["perplexity"] for record in records(path) if "perplexity" in record]
+        for path in (run, alone)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert [r["step_tokens"] for r in records(run) if "loss" in r] == [128] * 24
+
+
+def test_a_row_shared_by_another_number(shared: UptrainConfig, alone: Path, tmp_path: Path) -> None:
+    """Begun with shared rows, a run goes on with whole ones."""
+    run = tmp_path / "run"
+    together = shared.model_copy(update={"context_parallel": 2})
+    assert end_by(signal.SIGTERM, run_in_processes(together, run, 2, pause=0.05), run, 11) != 0
+    assert run_in_process(shared, run).wait() == 0
     np.testing.assert_allclose(
         logged_losses(run), logged_losses(alone), rtol=100 * RELATIVE, atol=ABSOLUTE
     )

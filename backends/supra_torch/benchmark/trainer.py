@@ -134,7 +134,8 @@ def _original(
     )
 
     def accumulate(batches: Sequence[Batch]) -> Tensor:
-        ((ids, _),) = batches
+        (batch,) = batches
+        ids = batch.ids
         with autocast(device, training.precision):
             loss: Tensor = model(ids, labels=ids, use_cache=False).loss
         loss.backward()  # type: ignore[no-untyped-call]

@@ -7,24 +7,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from supra_torch.context import Part
+from supra_torch.layers import Positions
+from supra_torch.model import SupraModel
 from supra_torch.uptrain.data import Mixture, Rows
 
 
 class Batch(NamedTuple):
-    """ids (B, T); cu_seqlens (N + 1,) as SupraModel.hidden takes them, None: a row is one text."""
+    """ids (B, T); cu_seqlens (N + 1,) as SupraModel.hidden takes them, None: a row is one text.
+
+    ``part``: what this process computes of these rows, where several share them.
+    """
 
     ids: Tensor
     cu_seqlens: Tensor | None = None
+    part: Part | None = None
+
+    @property
+    def own(self) -> slice:
+        """Which tokens of every row this process computes."""
+        tokens = self.ids.shape[1]
+        return slice(0, tokens) if self.part is None else self.part.of(tokens)
+
+    def positions(self, model: SupraModel) -> Positions:
+        """Where they stand."""
+        return model.positions(self.ids, cu_seqlens=self.cu_seqlens, part=self.part)
 
 
 class Batches:
     """Puts the rows of steps on a device, in shapes that stay the same through a stage.
 
-    ``cut``: rows of a sequence; ``together``: rows that are computed at a time (0: all of them).
+    ``cut``: rows of a sequence; ``together``: rows that are computed at a time (0: all of them);
+    ``part``: of every row, None for all of it.
     """
 
-    def __init__(self, data: Mixture, cut: int, together: int, device: torch.device) -> None:
-        self._together, self._device = together, device
+    def __init__(
+        self,
+        data: Mixture,
+        cut: int,
+        together: int,
+        device: torch.device,
+        part: Part | None = None,
+    ) -> None:
+        self._together, self._device, self._part = together, device, part
         self._documents = data.most_documents(cut)
 
     def of(self, rows: Rows) -> list[Batch]:
@@ -35,6 +60,6 @@ class Batches:
     def _batch(self, rows: Rows) -> Batch:
         ids = torch.from_numpy(rows.ids).to(self._device)
         if self._documents == 1:
-            return Batch(ids)
+            return Batch(ids, part=self._part)
         borders = torch.from_numpy(rows.cu_seqlens(self._documents * len(rows)))
-        return Batch(ids, borders.to(self._device))
+        return Batch(ids, borders.to(self._device), self._part)

@@ -55,7 +55,10 @@ class CapturedGradients:
         return self._captured.replay(batches, self._parameters)
 
     def _capture(self, batches: Sequence[Batch]) -> _Captured:
-        place = [Batch(ids.clone(), None if cu is None else cu.clone()) for ids, cu in batches]
+        place = [
+            Batch(ids.clone(), None if cu is None else cu.clone(), part)
+            for ids, cu, part in batches
+        ]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -130,6 +130,8 @@ class UptrainConfig(_Strict):
     ``device_rows``: a device computes so many rows of a batch at a time (0: all of its share).
     ``segment_tokens``: a device computes so many tokens of a row at a time (0: all), and passes the
     state on to the next ones: memory of one segment, for one more forward.
+    ``context_parallel``: so many devices share every row, of which each computes a part, with
+    nothing but states to exchange in a linear layer.
     ``reduce_dtype``: what gradients are summed in. In float64, a row at a time, the weights are the
     same to the last bit whatever number of processes computes them, even if it changes.
     ``devices_together``: models are sharded over so many devices, and replicated over as many
@@ -157,6 +159,7 @@ class UptrainConfig(_Strict):
     FREE: ClassVar[frozenset[str]] = frozenset(
         {
             "activation_checkpointing",
+            "context_parallel",
             "device_rows",
             "segment_tokens",
             "devices_together",
@@ -177,6 +180,7 @@ class UptrainConfig(_Strict):
     batch_tokens: int = Field(default=2048, ge=2)
     device_rows: int = Field(default=0, ge=0)
     segment_tokens: int = Field(default=0, ge=0)
+    context_parallel: int = Field(default=1, ge=1)
     reduce_dtype: Literal["float32", "float64"] = "float32"
     devices_together: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=50, ge=1)
@@ -271,6 +275,30 @@ class UptrainConfig(_Strict):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _rows_are_shared_evenly(self) -> UptrainConfig:
+        sharing = self.context_parallel
+        if sharing == 1:
+            return self
+        for name, reason in (
+            ("segment_tokens", "passes a row's states on inside a device"),
+            ("reduce_dtype", "sums the gradients of whole rows"),
+        ):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"context_parallel {sharing} and {name} {getattr(self, name)} exclude each "
+                    f"other, which {reason}: leave one of them out"
+                )
+        for index, stage in enumerate(self.stages):
+            _, length = self.batch_shape(stage)
+            if length % sharing:
+                raise ValueError(
+                    f"context_parallel {sharing} does not divide the rows of {length} tokens of "
+                    f"stages.{index}: choose a divisor, or set sequence_length or "
+                    f"stages.{index}.cut"
+                )
+        return self
+
     def in_segments(self, stage: Stage) -> bool:
         """Whether a device computes the stage's rows in more than one segment."""
         _, length = self.batch_shape(stage)
@@ -282,7 +310,10 @@ class UptrainConfig(_Strict):
         return max(1, int(self.batch_tokens * stage.batch_share) // length), length
 
     def refuse_uneven(self, processes: int) -> None:
-        """Raise SupraError when a batch cannot be shared evenly by so many processes."""
+        """Raise SupraError when a batch cannot be shared evenly by so many processes.
+
+        Those that share rows count as one.
+        """
         for index, stage in enumerate(self.stages):
             rows, length = self.batch_shape(stage)
             if rows % processes:

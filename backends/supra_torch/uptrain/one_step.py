@@ -52,7 +52,7 @@ def one_step(session: Session, place: Place, work: Work, most: float) -> dict[st
         most=most,
         clip_gradients=session.clip_gradients,
     )
-    seconds, tokens = time.perf_counter() - began, own.ids.size * every.size
+    seconds, tokens = time.perf_counter() - began, own.ids.size * every.crews
     record: dict[str, Any] = {
         "stage": stage.kind,
         "stage_index": place.stage,

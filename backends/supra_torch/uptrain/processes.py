@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from supra_core.errors import EndedByAnother, Preempted, SupraError
+from supra_torch.context import Part
 
 # The first process may tokenise a large text while the others wait.
 _PATIENCE = timedelta(days=1)
@@ -31,7 +32,8 @@ class Processes:
     ``mesh``: over which models are sharded, and along its first axis, if it has two, replicated;
     None for a process that was not started by torchrun. ``control``: a group for the CPU, for
     waiting and for what is decided together; ``saving``: another, for checkpoints that are
-    written meanwhile.
+    written meanwhile. ``part``: of every row, what this one computes, None for all of it; those of
+    neighbouring ranks share rows.
     """
 
     rank: int
@@ -40,6 +42,7 @@ class Processes:
     mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
+    part: Part | None = None
 
     @property
     def is_first(self) -> bool:
@@ -60,10 +63,25 @@ class Processes:
         if self.is_first:
             self.wait()
 
+    @property
+    def sharing(self) -> int:
+        """How many processes share every row."""
+        return 1 if self.part is None else self.part.count
+
+    @property
+    def crews(self) -> int:
+        """Among how many the rows of a batch are divided: processes, or those that share rows."""
+        return self.size // self.sharing
+
+    @property
+    def crew(self) -> int:
+        """Which of them this process belongs to."""
+        return self.rank // self.sharing
+
     def share(self, rows: int) -> slice:
-        """This process's part of a batch's rows; they are a multiple of the processes."""
-        own = rows // self.size
-        return slice(self.rank * own, (self.rank + 1) * own)
+        """This process's rows of a batch; they are a multiple of the crews."""
+        own = rows // self.crews
+        return slice(self.crew * own, (self.crew + 1) * own)
 
     def sums(self, values: list[float]) -> list[float]:
         """Each value summed over all processes, in float64."""
@@ -80,15 +98,23 @@ def is_first() -> bool:
 
 
 @contextmanager
-def processes(devices_together: int = 0, *, two_axes: bool = False) -> Iterator[Processes]:
+def processes(
+    devices_together: int = 0, *, two_axes: bool = False, context_parallel: int = 1
+) -> Iterator[Processes]:
     """Join the others, where torchrun started this process; leave them at the end.
 
     Models are sharded over ``devices_together`` devices (0: over all of a node if there are
     several nodes, else over all), and replicated over as many groups of them. ``two_axes``: the
-    mesh has both axes even if there is one group. Raises SupraError when that does not divide the
-    number of processes.
+    mesh has both axes even if there is one group. ``context_parallel``: so many processes share
+    every row. Raises SupraError when either does not divide the number of processes.
     """
     places = _places()
+    if (1 if places is None else places[1]) % context_parallel:
+        count = "one process is" if places is None else f"{places[1]} processes are"
+        raise SupraError(
+            f"context_parallel {context_parallel}: {count} no multiple of it: start as many with "
+            "torchrun, or set a divisor of them"
+        )
     if places is None:
         yield Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
@@ -120,6 +146,7 @@ def processes(devices_together: int = 0, *, two_axes: bool = False) -> Iterator[
                 mesh_over(device.type, size, together, two_axes=two_axes),
                 dist.new_group(backend="gloo", timeout=_PATIENCE),
                 dist.new_group(backend="gloo", timeout=_PATIENCE),
+                part_of_rows(rank, context_parallel),
             )
     except BaseException:
         # NCCL would wait here for processes that wait for this one: who catches this is to end
@@ -157,6 +184,14 @@ def mesh_over(device_type: str, size: int, together: int, *, two_axes: bool = Fa
         return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
     shape = (size // together, together)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def part_of_rows(rank: int, sharing: int) -> Part | None:
+    """The part of its rows that a process computes, if neighbouring ones share them."""
+    if sharing == 1:
+        return None
+    group, _ = dist.new_subgroups(sharing)
+    return Part(rank % sharing, sharing, group.group_name)
 
 
 @contextmanager

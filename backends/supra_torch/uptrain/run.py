@@ -67,7 +67,11 @@ def uptrain(
     A process by itself keeps the memory that it frees (:func:`keep_freed_memory`).
     """
     # Until all have joined there is nothing to save, and who waits for the others hears no signal.
-    joined = processes(config.devices_together, two_axes=config.sums_exactly)
+    joined = processes(
+        config.devices_together,
+        two_axes=config.sums_exactly,
+        context_parallel=config.context_parallel,
+    )
     with joined as every, Stop() as stop:
         if not every.is_first:
             progress, say = silent, lambda text: None
@@ -93,7 +97,7 @@ def _uptrain(
         if every.is_first:
             lock.take()
         refuse_another_run(run, config)
-        config.refuse_uneven(every.size)
+        config.refuse_uneven(every.crews)
         refuse_missing(config.report_to)
         summary_file = run / "summary.json"
         if summary_file.is_file() and (run / "model").is_dir():

@@ -89,8 +89,10 @@ class Session:
         captured = self.compiles and self.device.type == "cuda" and alone and not exactly
         captured = captured and self.spec.experts is None
         sums = Float64Sums(list(trained_parameters(optimiser))) if exactly and alone else None
-        # FSDP takes means over processes, but sums where each row is to count the same wherever.
-        sharing = self.processes.size if exactly else 1
+        every = self.processes
+        # FSDP takes means over processes, of which some may share rows, but sums where each row is
+        # to count the same wherever.
+        sharing = every.size if exactly else 1
 
         def compute(batches: Sequence[Batch]) -> Tensor:
             rows = sum(len(batch.ids) for batch in batches) * sharing
@@ -100,7 +102,7 @@ class Session:
                     self.stop_if_asked()
                 synchronise(student, number == len(batches))
                 with self.autocast():
-                    share = len(batch.ids) / rows
+                    share = every.sharing * len(batch.ids) / rows
                     total += gradients(
                         stage.kind, student, self.teacher, batch, share,
                         self.config.segment_tokens,
@@ -117,7 +119,8 @@ class Session:
 
     def batches(self, cut: int) -> Batches:
         """Puts rows on the device, for a stage that cuts sequences so."""
-        return Batches(self.data, cut, self.config.rows_together, self.device)
+        config, part = self.config, self.processes.part
+        return Batches(self.data, cut, config.rows_together, self.device, part)
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], most: float) -> float:
         """Scale gradients to a norm of at most ``most``; returns the norm that they had."""

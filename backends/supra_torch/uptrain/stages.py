@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from supra_core import layout
 from supra_core.errors import SupraError
 from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
+from supra_torch.context import Part
 from supra_torch.layers import Positions, for_products
 from supra_torch.model import Layer, ModelState, SupraModel
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
@@ -62,12 +63,12 @@ def transfer(
     Returns its mean over linear layers.
     """
     total, linear = torch.zeros((), dtype=torch.float64, device=batch.ids.device), 0
-    pieces, places = segments.parts(batch.ids.shape[1], segment), None
+    pieces, places = segments.parts(batch.own.stop - batch.own.start, segment), None
     for ours, x, target, positions in teacher_forced(student, teacher, batch):
         # The positions are those of all layers.
         places = places or _places(positions, pieces)
         if is_linear(ours):
-            total += _match(ours, x, target, pieces, places, share)
+            total += _match(ours, x, target, pieces, places, share, batch.part)
             linear += 1
     return total / max(linear, 1)
 
@@ -86,9 +87,11 @@ def _match(
     pieces: Sequence[slice],
     places: Mapping[int, Positions],
     share: float,
+    part: Part | None,
 ) -> Tensor:
     """Accumulate the gradients of one mixer's error on x, times ``share``; returns both."""
-    scale = _mean_square(target).clamp(min=1e-12)
+    scale = _mean_square(target, part).clamp(min=1e-12)
+    tokens = x.shape[1] * (1 if part is None else part.count)
 
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
         state, own = None if before is None else before[0], places[part.start]
@@ -97,15 +100,21 @@ def _match(
 
     def error(output: Tensor, part: slice) -> Tensor:
         squares = (output.float() - target[:, part].float()).square() / scale
-        return squares.mean() * (share * output.shape[1] / x.shape[1])
+        return squares.mean() * (share * output.shape[1] / tokens)
 
     return segments.backward(run, error, pieces)
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    """Of every row of x (B, T, D): (B, 1, 1) in float32, however many threads share the sum."""
+def _mean_square(x: Tensor, part: Part | None) -> Tensor:
+    """Of every row of x (B, T, D): (B, 1, 1) in float32, however many threads share the sum.
+
+    ``part``: of the rows that x is.
+    """
     total = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64).square()
-    return (total / x[0].numel()).float()
+    numbers = x[0].numel()
+    if part is not None:
+        total, numbers = part.sum(total), numbers * part.count
+    return (total / numbers).float()
 
 
 def teacher_forced(
@@ -114,14 +123,12 @@ def teacher_forced(
     """Layer by layer on a batch: the student's layer and what its mixer is to do.
 
     That is the teacher's mixer input and its output, both (B, T, D) and without gradients, and
-    the positions. Errors of one layer do not reach the next.
+    the positions, of the tokens that this process computes. Errors of one layer do not reach the
+    next.
     """
-    positions, own = (
-        model.positions(batch.ids, cu_seqlens=batch.cu_seqlens) for model in (teacher, student)
-    )
-    positions = positions.joined(own)
+    positions = batch.positions(teacher).joined(batch.positions(student))
     with torch.no_grad(), gathered(teacher):
-        h = teacher.embed(batch.ids)
+        h = teacher.embed(batch.ids[:, batch.own])
     for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
         assert isinstance(ours, Layer) and isinstance(theirs, Layer)
         with torch.no_grad(), gathered(theirs):
@@ -148,14 +155,14 @@ def distill(
             softcap=student.spec.logits_softcap,
             teacher_softcap=teacher.spec.logits_softcap,
         )
-        return loss * (share * hidden.shape[1] / target.shape[1])
+        return loss * (share * hidden.shape[1] / batch.ids.shape[1])
 
     return _in_segments(student, batch, divergence, segment)
 
 
 def uptrain(student: SupraModel, batch: Batch, share: float = 1.0, segment: int = 0) -> Tensor:
     """Accumulate gradients of :func:`next_token_loss`."""
-    targets, divisor = next_tokens(batch), _targets(batch)
+    targets, divisor = next_tokens(batch)[:, batch.own], _targets(batch)
 
     def loss(hidden: Tensor, part: slice) -> Tensor:
         return _cross_entropy(student, hidden, targets[:, part], divisor) * share
@@ -167,13 +174,14 @@ def _in_segments(
     student: SupraModel, batch: Batch, loss: Callable[[Tensor, slice], Tensor], segment: int
 ) -> Tensor:
     """Accumulate the gradients of a loss of the last hidden states, so many tokens at a time."""
-    pieces = segments.parts(batch.ids.shape[1], segment)
-    places = _places(student.positions(batch.ids, cu_seqlens=batch.cu_seqlens), pieces)
-    seen = torch.zeros_like(batch.ids[:, 0])
+    ids = batch.ids[:, batch.own]
+    pieces = segments.parts(ids.shape[1], segment)
+    places = _places(batch.positions(student), pieces)
+    seen = torch.zeros_like(ids[:, 0])
 
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
         hidden, after = student.hidden(
-            batch.ids[:, part],
+            ids[:, part],
             None if before is None else ModelState(seen, tuple(before)),
             remember=len(pieces) > 1,
             positions=places[part.start],
@@ -186,9 +194,11 @@ def _in_segments(
 def next_token_loss(model: SupraModel, batch: Batch) -> Tensor:
     """Mean over all tokens but each row's first of -log p(token | before), in nats.
 
-    What begins a document inside a row counts as 0: nothing before it is its own.
+    What begins a document inside a row counts as 0: nothing before it is its own. Of rows that
+    processes share, this one's tokens' part of the mean.
     """
-    return _cross_entropy(model, last_hidden(model, batch), next_tokens(batch), _targets(batch))
+    targets = next_tokens(batch)[:, batch.own]
+    return _cross_entropy(model, last_hidden(model, batch), targets, _targets(batch))
 
 
 def next_tokens(batch: Batch) -> Tensor:
@@ -217,8 +227,9 @@ def _cross_entropy(model: SupraModel, hidden: Tensor, targets: Tensor, divisor: 
 
 
 def last_hidden(model: SupraModel, batch: Batch) -> Tensor:
-    """The last hidden states as the head receives them, (B, T, D)."""
-    return model.hidden(batch.ids, remember=False, cu_seqlens=batch.cu_seqlens)[0]
+    """As the head receives them, (B, T, D), of the tokens that this process computes."""
+    ids = batch.ids[:, batch.own]
+    return model.hidden(ids, remember=False, positions=batch.positions(model))[0]
 
 
 def is_linear(layer: Layer) -> bool:

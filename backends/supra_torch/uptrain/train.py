@@ -314,15 +314,15 @@ def _perplexity(session: Session, model: SupraModel) -> float:
     """
     rows, every = session.data.held_out(), session.processes
     batches, total, targets = session.batches(1), 0.0, 0.0
-    for first in range(0, len(rows), every.size):
+    for first in range(0, len(rows), every.crews):
         session.stop_if_asked()
-        number = min(first + every.rank, len(rows) - 1)
+        number = min(first + every.crew, len(rows) - 1)
         row = rows[number : number + 1]
         (batch,) = batches.of(row)
         with session.autocast(), eagerly(session.device):
             loss = next_token_loss(model, batch).item() * (batch.ids.numel() - 1)
-        if number == first + every.rank:
-            total, targets = total + loss, targets + row.targets
+        if number == first + every.crew:
+            total, targets = total + loss, targets + row.targets / every.sharing
     release(model)
     total, targets = every.sums([total, targets])
     # Far from a language model the mean loss can exceed what exp can hold.

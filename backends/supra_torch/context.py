@@ -1,0 +1,123 @@
+"""Rows that several processes share, each of which computes a part of every row's tokens.
+
+Context parallelism (https://arxiv.org/abs/2404.02882), for layers that pass on a state of fixed
+size: all processes compute a layer at the same time. With F_i the state that part i of n tokens
+ends with when it begins from nothing, part r begins with::
+
+    S_r = sum_{i < r} gamma^(n (r - 1 - i)) F_i
+
+so that a layer exchanges a state for each process, whatever the length. A window needs the last
+tokens of the part before as well, softmax the keys and values of all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName
+
+from supra_torch.ops.final_state import final_state
+
+
+@dataclass(frozen=True)
+class Part:
+    """The ``number``-th of ``count`` equal parts of every row; ``group``: its processes' name."""
+
+    number: int
+    count: int
+    group: GroupName
+
+    def of(self, tokens: int) -> slice:
+        """Which of a row's tokens; they are a multiple of the parts."""
+        own = tokens // self.count
+        return slice(self.number * own, (self.number + 1) * own)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """What every part has in the place of x: (count, ...); gradients go back to all."""
+        # To each the same: unlike an all-gather it has a backward that every backend knows.
+        sent = x.contiguous().expand(self.count, *x.shape).flatten()
+        came: Tensor = collectives.all_to_all_single_autograd(sent, None, None, self.group)
+        return came.view(self.count, *x.shape)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all parts of x, without gradients."""
+        total: Tensor = collectives.all_reduce(x.contiguous(), "sum", self.group)
+        return total
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a part of every row can learn of the tokens before it, of which there are S.
+
+    ``reached`` (count, B) bool: the earlier parts that end in the document which this one begins
+    in; ``same`` (B, S) bool: the tokens of that document; ``places`` (B, S) their positions.
+    """
+
+    part: Part
+    reached: Tensor
+    same: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(part: Part, places: Tensor, documents: Tensor | None, rows: int) -> Before:
+        """From the positions (B or 1, T) and the documents (B, T) of whole rows."""
+        own = part.of(places.shape[1])
+        length = own.stop - own.start
+        places = places.expand(rows, -1)
+        if documents is None:
+            documents = torch.zeros_like(places)
+        first = documents[:, own.start, None]
+        ends = documents[:, length - 1 :: length] == first
+        earlier = torch.arange(part.count, device=places.device) < part.number
+        return Before(
+            part,
+            (ends & earlier).T,
+            documents[:, : own.start] == first,
+            places[:, : own.start],
+        )
+
+    def state(
+        self, k: Tensor, v: Tensor, slope: Tensor, counted: Tensor | None, normalise: bool
+    ) -> Tensor:
+        """The state to begin with, (B, H, Dk, Dv) or one more column; all parts call it.
+
+        The arguments are this part's, as :func:`final_state` takes them; what counts is of the
+        document that it ends in.
+        """
+        ends = self.part.gather(final_state(k, v, slope.float(), counted, normalise))
+        between = self.part.number - 1 - torch.arange(self.part.count, device=k.device)
+        tokens = between.clamp(min=0) * k.shape[1]
+        # (count, B, H)
+        weights = torch.exp(-slope.double() * tokens[:, None])[:, None] * self.reached[..., None]
+        return (weights.to(ends.dtype)[..., None, None] * ends).sum(0)
+
+    def earlier(self, x: Tensor) -> Tensor:
+        """All parts' x (B, T, ...) before this one's, (B, S, ...); all parts call it."""
+        return self.part.gather(x).movedim(0, 1).flatten(1, 2)[:, : self.same.shape[1]]
+
+    def last(self, x: Tensor, slots: int) -> Tensor:
+        """The last so many of all parts' x (B, T, ...) before this one's; all parts call it.
+
+        What stands in slots for which there is no token is not :meth:`valid`.
+        """
+        if slots <= x.shape[1]:
+            return self.part.gather(x[:, x.shape[1] - slots :])[max(0, self.part.number - 1)]
+        return self._slots(self.earlier(x), slots)
+
+    def valid(self, slots: int) -> Tensor:
+        """Which of the last so many tokens are of this part's first document, (B, slots) bool."""
+        return self._slots(self.same, slots)
+
+    def positions(self, slots: int) -> Tensor:
+        """Where the last so many tokens stand, (B, slots)."""
+        return self._slots(self.places, slots)
+
+    @staticmethod
+    def _slots(x: Tensor, slots: int) -> Tensor:
+        there = x.shape[1]
+        missing = (0, 0) * (x.ndim - 2) + (max(0, slots - there), 0)
+        return F.pad(x[:, max(0, there - slots) :], missing)
