@@ -7,7 +7,8 @@ ends with when it begins from nothing, part r begins with::
     S_r = sum_{i < r} gamma^(n (r - 1 - i)) F_i
 
 so that a layer exchanges a state for each process, whatever the length. A window needs the last
-tokens of the part before as well, softmax the keys and values of all.
+tokens of the part before as well. Softmax over all tokens divides its heads among the processes
+meanwhile, each of which then has whole rows (https://arxiv.org/abs/2309.14509).
 """
 
 from __future__ import annotations
@@ -36,12 +37,31 @@ class Part:
         own = tokens // self.count
         return slice(self.number * own, (self.number + 1) * own)
 
+    def exchange(self, x: Tensor) -> Tensor:
+        """x (count, ...), something for every part -> what every part has for this one."""
+        came: Tensor = collectives.all_to_all_single_autograd(
+            x.contiguous().flatten(), None, None, self.group
+        )
+        return came.view(x.shape)
+
     def gather(self, x: Tensor) -> Tensor:
         """What every part has in the place of x: (count, ...); gradients go back to all."""
         # To each the same: unlike an all-gather it has a backward that every backend knows.
-        sent = x.contiguous().expand(self.count, *x.shape).flatten()
-        came: Tensor = collectives.all_to_all_single_autograd(sent, None, None, self.group)
-        return came.view(self.count, *x.shape)
+        return self.exchange(x.expand(self.count, *x.shape))
+
+    def by_heads(self, x: Tensor) -> Tensor:
+        """x (B, T, heads, D) of this part -> (B, count T, heads / count, D) of whole rows.
+
+        Heads of zeros make them a multiple of the parts.
+        """
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % self.count))
+        x = x.unflatten(2, (self.count, -1)).movedim(2, 0)
+        return self.exchange(x).movedim(0, 1).flatten(1, 2)
+
+    def by_tokens(self, x: Tensor, heads: int) -> Tensor:
+        """The way back: (B, count T, ., D) -> (B, T, heads, D)."""
+        x = x.unflatten(1, (self.count, -1)).movedim(1, 0)
+        return self.exchange(x).movedim(0, 2).flatten(2, 3)[:, :, :heads]
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all parts of x, without gradients."""
@@ -51,34 +71,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Before:
-    """What a part of every row can learn of the tokens before it, of which there are S.
+    """What a part of every row can learn of the tokens before it.
 
     ``reached`` (count, B) bool: the earlier parts that end in the document which this one begins
-    in; ``same`` (B, S) bool: the tokens of that document; ``places`` (B, S) their positions.
+    in; ``places`` (B, T) and ``documents`` (B, T), None for one a row: of the whole rows' tokens.
     """
 
     part: Part
     reached: Tensor
-    same: Tensor
     places: Tensor
+    documents: Tensor | None
 
     @staticmethod
     def of(part: Part, places: Tensor, documents: Tensor | None, rows: int) -> Before:
         """From the positions (B or 1, T) and the documents (B, T) of whole rows."""
-        own = part.of(places.shape[1])
-        length = own.stop - own.start
-        places = places.expand(rows, -1)
-        if documents is None:
-            documents = torch.zeros_like(places)
-        first = documents[:, own.start, None]
-        ends = documents[:, length - 1 :: length] == first
-        earlier = torch.arange(part.count, device=places.device) < part.number
-        return Before(
-            part,
-            (ends & earlier).T,
-            documents[:, : own.start] == first,
-            places[:, : own.start],
-        )
+        T, device = places.shape[1], places.device
+        reached = (torch.arange(part.count, device=device) < part.number)[:, None].expand(-1, rows)
+        if documents is not None:
+            own, length = part.of(T), T // part.count
+            ends = documents[:, length - 1 :: length] == documents[:, own.start, None]
+            reached = reached & ends.T
+        return Before(part, reached, places.expand(rows, -1), documents)
 
     def state(
         self, k: Tensor, v: Tensor, slope: Tensor, counted: Tensor | None, normalise: bool
@@ -95,10 +108,6 @@ class Before:
         weights = torch.exp(-slope.double() * tokens[:, None])[:, None] * self.reached[..., None]
         return (weights.to(ends.dtype)[..., None, None] * ends).sum(0)
 
-    def earlier(self, x: Tensor) -> Tensor:
-        """All parts' x (B, T, ...) before this one's, (B, S, ...); all parts call it."""
-        return self.part.gather(x).movedim(0, 1).flatten(1, 2)[:, : self.same.shape[1]]
-
     def last(self, x: Tensor, slots: int) -> Tensor:
         """The last so many of all parts' x (B, T, ...) before this one's; all parts call it.
 
@@ -106,18 +115,21 @@ class Before:
         """
         if slots <= x.shape[1]:
             return self.part.gather(x[:, x.shape[1] - slots :])[max(0, self.part.number - 1)]
-        return self._slots(self.earlier(x), slots)
+        return self._slots(self.part.gather(x).movedim(0, 1).flatten(1, 2), slots)
 
     def valid(self, slots: int) -> Tensor:
         """Which of the last so many tokens are of this part's first document, (B, slots) bool."""
-        return self._slots(self.same, slots)
+        if self.documents is None:
+            return self._slots(torch.ones_like(self.places, dtype=torch.bool), slots)
+        start = self.part.of(self.places.shape[1]).start
+        return self._slots(self.documents == self.documents[:, start, None], slots)
 
     def positions(self, slots: int) -> Tensor:
         """Where the last so many tokens stand, (B, slots)."""
         return self._slots(self.places, slots)
 
-    @staticmethod
-    def _slots(x: Tensor, slots: int) -> Tensor:
-        there = x.shape[1]
-        missing = (0, 0) * (x.ndim - 2) + (max(0, slots - there), 0)
-        return F.pad(x[:, max(0, there - slots) :], missing)
+    def _slots(self, x: Tensor, slots: int) -> Tensor:
+        """Of x (B, T, ...) for whole rows the last so many before this part, zeros in front."""
+        start = self.part.of(x.shape[1]).start
+        missing = (0, 0) * (x.ndim - 2) + (max(0, slots - start), 0)
+        return F.pad(x[:, max(0, start - slots) : start], missing)

@@ -5,12 +5,11 @@ Shapes: x (B, T, D); q (B, T, H, ·), k and v (B, T, K, ·).
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from supra_core import decay as decays
 from supra_core.spec import (
@@ -142,7 +141,8 @@ class SoftmaxMixer(Mixer):
         state = _kept(state, positions)
         B, T = x.shape[:2]
         if positions.before is not None:
-            return self._shared(q, k, v, positions, positions.before), {}
+            out = self._shared(q, k, v, positions, positions.before)
+            return self.o_proj(out.flatten(-2)), {}
         alike = state is None and mask is None and positions.documents is None
         if alike and (self.window is None or self.window >= T):
             bias = None
@@ -158,24 +158,23 @@ class SoftmaxMixer(Mixer):
     def _shared(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, before: Before
     ) -> Tensor:
-        """The output of a part of rows, whose earlier keys and values other processes have."""
-        B, T = q.shape[:2]
-        alike = self.window is None and positions.documents is None
+        """The heads' output (B, T, H, Dv) for a part of rows, of which others have the rest."""
+        (B, T, H), part, bias = q.shape[:3], before.part, None
         if self.window is None:
-            keys, values = (before.earlier(x) for x in (k, v))
+            if k.shape[2] % part.count:
+                k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
+            q, k, v = (part.by_heads(x) for x in (q, k, v))
+            if before.documents is not None:
+                whole = replace(positions, positions=before.places, documents=before.documents)
+                bias = self._mask(B, q.shape[1], whole, None, None)
         else:
-            keys, values = (before.last(x, self.window - 1) for x in (k, v))
-        slots = keys.shape[1]
-        if alike and self.softcap is None and kind(q) == "cuda":
-            # What a GPU takes without a mask of all pairs.
-            bias: Tensor = causal_lower_right(T, slots + T)
-        else:
+            slots = self.window - 1
+            k, v = (torch.cat([before.last(x, slots), x], dim=1) for x in (k, v))
             state = {"valid": before.valid(slots), "positions": before.positions(slots)}
             bias = self._mask(B, T, positions, state, None)
-        k, v = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        out = self.attend(q, k, v, bias, causal=False)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = self.attend(q, k, v, bias, causal=bias is None).transpose(1, 2)
+        return part.by_tokens(out, H) if self.window is None else out
 
     def _mask(
         self,
@@ -337,7 +336,8 @@ class LinearMixer(Mixer):
         B, packed = q.shape[0], positions.cu_seqlens
         before = None if state is None else state["state"]
         if positions.before is not None:
-            counted = _of_the_last_document(positions.documents)
+            own = positions.documents
+            counted = None if own is None else own == own[:, -1:]
             before = positions.before.state(k, v, self.slope(), counted, normalise)
         q, k, v = (_as_packed(x, packed) for x in (q, k, v))
         if packed is not None and positions.documents is not None and before is not None:
@@ -399,15 +399,15 @@ class LinearMixer(Mixer):
         assert self.mixer.window is not None
         W, T = self.mixer.window, k.shape[1]
         keys, values, features = (before.last(x, W) for x in (k, v, phi_k))
-        valid, own = before.valid(W), positions.documents
-        # What the state is of lags W tokens behind.
-        counted = valid if own is None else valid & (own[:, :1] == own[:, -1:])
-        of_own = torch.ones_like(k[..., 0, 0], dtype=torch.bool)
-        of_own = of_own if own is None else own == own[:, -1:]
-        counted = torch.cat([counted, of_own], dim=1)[:, :T]
+        valid, documents = before.valid(W), positions.documents
+        if documents is None:
+            documents = torch.zeros(k.shape[:2], dtype=torch.long, device=k.device)
+        # The state is of tokens that lag W behind.
+        lagging = torch.cat([documents[:, :1].where(valid, -1), documents], dim=1)[:, :T]
         lagging_k, lagging_v = (
             torch.cat([x, y], dim=1)[:, :T] for x, y in ((features, phi_k), (values, v))
         )
+        counted = lagging == documents[:, -1:]
         state = before.state(lagging_k, lagging_v, self.slope(), counted, True)
         return WindowState(keys, values, features, valid, state)
 
@@ -441,11 +441,6 @@ class LinearMixer(Mixer):
 
     def _scaled(self, k: Tensor) -> Tensor:
         return k if self.mixer.key_scale == 1.0 else k * self.mixer.key_scale
-
-
-def _of_the_last_document(documents: Tensor | None) -> Tensor | None:
-    """Which tokens of every row are of the document that it ends in, (B, T); None if all are."""
-    return None if documents is None else documents == documents[:, -1:]
 
 
 def _as_packed(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

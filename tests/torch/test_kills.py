@@ -83,9 +83,13 @@ def _storms(config: Path, folder: Path, **instructions: object) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-def test_twenty_kills_change_nothing(config: Path, tmp_path: Path, count: int) -> None:
-    _storms(config, tmp_path, storms=[([count], 20, count)], tolerance=0.0)
+@pytest.mark.parametrize(("count", "sharing"), [(1, 1), (2, 1), (2, 2)])
+def test_twenty_kills_change_nothing(
+    config: Path, tmp_path: Path, count: int, sharing: int
+) -> None:
+    file = tmp_path / "storm.toml"
+    file.write_text(f"context_parallel = {sharing}\n" + config.read_text())
+    _storms(file, tmp_path, storms=[([count], 20, count)], tolerance=0.0)
 
 
 @pytest.mark.slow

@@ -266,6 +266,20 @@ def test_more_devices_take_less_time_and_memory(tiny_transformer: Path) -> None:
     assert eight.device_hours == pytest.approx(eight.seconds / 3600 * 8)
 
 
+@pytest.mark.parametrize("recipe", ["windowed", "paper"])
+def test_a_row_shared_by_devices(tiny_transformer: Path, recipe: str) -> None:
+    """Two halves of a row take a device what a row of half the length does, and some exchanges."""
+    whole = config_of(tiny_transformer, recipe=recipe, sequence_length=1024, batch_tokens=4096)
+    half = config_of(tiny_transformer, recipe=recipe, sequence_length=512, batch_tokens=4096)
+    shared = plan(whole.model_copy(update={"context_parallel": 2}), gpu="h100", gpus=2)
+    apart = plan(half, gpu="h100", gpus=2)
+    for ours, theirs in zip(shared.stages, apart.stages, strict=True):
+        assert ours.received_bytes > theirs.received_bytes
+        assert ours.parts["activations"] == pytest.approx(theirs.parts["activations"], rel=0.5)
+    with pytest.raises(SupraError, match="context_parallel is 2: 3 processes are no multiple"):
+        plan(whole.model_copy(update={"context_parallel": 2}), gpu="h100", gpus=3)
+
+
 def test_what_does_not_fit_says_what_would(
     tiny_transformer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,12 +198,32 @@ def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path
             {"reduce_dtype": "float64", "segment_tokens": "64"},
             "segment_tokens 64 and reduce_dtype float64 exclude each other",
         ),
+        (
+            {"context_parallel": "2", "segment_tokens": "64"},
+            "context_parallel 2 and segment_tokens 64 exclude each other",
+        ),
+        (
+            {"context_parallel": "2", "reduce_dtype": "float64"},
+            "context_parallel 2 and reduce_dtype float64 exclude each other",
+        ),
+        (
+            {"context_parallel": "3"},
+            r"context_parallel 3 does not divide the rows of 256 tokens of stages\.0",
+        ),
+        ({"context_parallel": "0"}, "field context_parallel"),
         ({"recipe": "magic"}, "unknown recipe 'magic'"),
     ],
 )
 def test_wrong_settings_are_named(overrides: dict[str, str], message: str) -> None:
     with pytest.raises(SupraError, match=message):
         resolve(config=None, model="m", recipe=None, data="d", overrides=overrides)
+
+
+def test_one_process_shares_no_rows(settings: UptrainConfig, tmp_path: Path) -> None:
+    config = settings.model_copy(update={"context_parallel": 2})
+    with pytest.raises(SupraError, match="context_parallel is 2: one process is no multiple"):
+        uptrain(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_in_a_file_is_a_name(tmp_path: Path) -> None:

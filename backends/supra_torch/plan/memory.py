@@ -20,7 +20,7 @@ from supra_torch.uptrain import lora
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.exact import Float64Sums
-from supra_torch.uptrain.processes import Processes, mesh_over
+from supra_torch.uptrain.processes import Processes, mesh_over, part_of_rows
 from supra_torch.uptrain.sharding import meta_model, placed, settle, synchronise
 from supra_torch.uptrain.stages import gradients, optimiser_for
 from supra_torch.uptrain.step import autocast, product_type, trained_parameters
@@ -28,11 +28,15 @@ from supra_torch.uptrain.step import autocast, product_type, trained_parameters
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a run is to be: ``devices`` in all, models sharded over ``together`` of them."""
+    """Where a run is to be: ``devices`` in all, models sharded over ``together`` of them.
+
+    ``sharing``: devices that share every row.
+    """
 
     devices: int
     together: int
     device_type: str
+    sharing: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def trace_stage(
     nothing.
     """
     rows, length = config.batch_shape(stage)
-    own = rows // where.devices
+    own = rows * where.sharing // where.devices
     student, teacher = _student(config, stage, student_spec), None
     if teacher_spec is not None:
         teacher = meta_model(teacher_spec, dtype=product_type(precision))
@@ -95,9 +99,10 @@ def trace_stage(
                 trace.repeats = count
                 synchronise(student, last)
                 ids = torch.zeros(size, length, dtype=torch.long)
+                batch = Batch(ids, part=one.part)
                 with autocast(one.device, precision, sharded=one.mesh is not None):
                     gradients(
-                        stage.kind, student, teacher, Batch(ids), size / own, config.segment_tokens
+                        stage.kind, student, teacher, batch, size / own, config.segment_tokens
                     )
                 if sums is not None:
                     sums.add()
@@ -163,6 +168,7 @@ def _processes(where: Layout, two_axes: bool) -> Iterator[Processes]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=where.devices)
     try:
         mesh = mesh_over("cpu", where.devices, where.together, two_axes=two_axes)
-        yield Processes(0, where.devices, cpu, mesh)
+        part = part_of_rows(0, where.sharing)
+        yield Processes(0, where.devices, cpu, mesh, part=part)
     finally:
         dist.destroy_process_group()

@@ -215,7 +215,8 @@ class _Planner:
         for remedy in _REMEDIES:
             if all(getattr(made.config, name) == value for name, value in remedy.items()):
                 continue
-            if made.config.sums_exactly and "segment_tokens" in remedy:
+            whole = made.config.sums_exactly or made.config.context_parallel > 1
+            if whole and "segment_tokens" in remedy:
                 continue
             changed = made.config.model_copy(update=remedy)
             largest = max(self.stages(changed, progress), key=lambda stage: stage.bytes)
@@ -230,7 +231,8 @@ class _Planner:
                 f"devices_together {together} does not divide {self.gpus * self.nodes} devices: "
                 "set a divisor"
             )
-        return Layout(self.gpus * self.nodes, together, self.device.kind)
+        devices = self.gpus * self.nodes
+        return Layout(devices, together, self.device.kind, config.context_parallel)
 
     def _stage(
         self,

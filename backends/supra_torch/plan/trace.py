@@ -243,6 +243,9 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def _came(func: Any, args: Any) -> int | None:
     """Bytes that a collective brings to this device and takes from it; None if it is none."""
     name = func.name()
+    if name.startswith("_c10d_functional::all_"):
+        # Between the processes that share rows: as much comes as goes.
+        return sum(t.numel() * t.itemsize for t in _tensors(args))
     if not name.startswith("c10d::"):
         return None
     held = [sum(t.numel() * t.itemsize for t in _tensors(part)) for part in args[:2]]

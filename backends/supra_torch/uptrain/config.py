@@ -310,18 +310,18 @@ class UptrainConfig(_Strict):
         return max(1, int(self.batch_tokens * stage.batch_share) // length), length
 
     def refuse_uneven(self, processes: int) -> None:
-        """Raise SupraError when a batch cannot be shared evenly by so many processes.
-
-        Those that share rows count as one.
-        """
+        """Raise SupraError when a batch cannot be shared evenly by so many processes."""
+        sharing = self.context_parallel
+        refuse_unshared(sharing, processes)
+        crews = processes // sharing
+        who = f"{crews} processes" if sharing == 1 else f"{crews} groups of {sharing} processes"
         for index, stage in enumerate(self.stages):
             rows, length = self.batch_shape(stage)
-            if rows % processes:
-                wanted = math.ceil(processes * length / stage.batch_share)
+            if rows % crews:
+                wanted = math.ceil(crews * length / stage.batch_share)
                 raise SupraError(
                     f"stage {index} ({stage.kind}) has {rows} rows of {length} tokens a step, "
-                    f"which {processes} processes cannot share evenly: set batch_tokens to a "
-                    f"multiple of {wanted}"
+                    f"which {who} cannot share evenly: set batch_tokens to a multiple of {wanted}"
                 )
 
     def stage_steps(self) -> list[int]:
@@ -332,6 +332,16 @@ class UptrainConfig(_Strict):
             max(1, round(count / math.prod(self.batch_shape(stage))))
             for count, stage in zip(tokens, self.stages, strict=True)
         ]
+
+
+def refuse_unshared(context_parallel: int, processes: int) -> None:
+    """Raise SupraError when so many processes are not groups that share rows."""
+    if processes % context_parallel:
+        count = "one process is" if processes == 1 else f"{processes} processes are"
+        raise SupraError(
+            f"field context_parallel is {context_parallel}: {count} no multiple of it: start "
+            f"{context_parallel} with torchrun (supra plan: --gpus), or set a divisor of them"
+        )
 
 
 def resolve(

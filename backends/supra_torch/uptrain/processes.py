@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from supra_core.errors import EndedByAnother, Preempted, SupraError
 from supra_torch.context import Part
+from supra_torch.uptrain.config import refuse_unshared
 
 # The first process may tokenise a large text while the others wait.
 _PATIENCE = timedelta(days=1)
@@ -109,12 +110,7 @@ def processes(
     every row. Raises SupraError when either does not divide the number of processes.
     """
     places = _places()
-    if (1 if places is None else places[1]) % context_parallel:
-        count = "one process is" if places is None else f"{places[1]} processes are"
-        raise SupraError(
-            f"context_parallel {context_parallel}: {count} no multiple of it: start as many with "
-            "torchrun, or set a divisor of them"
-        )
+    refuse_unshared(context_parallel, 1 if places is None else places[1])
     if places is None:
         yield Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return

@@ -97,7 +97,7 @@ def _uptrain(
         if every.is_first:
             lock.take()
         refuse_another_run(run, config)
-        config.refuse_uneven(every.crews)
+        config.refuse_uneven(every.size)
         refuse_missing(config.report_to)
         summary_file = run / "summary.json"
         if summary_file.is_file() and (run / "model").is_dir():
