@@ -105,7 +105,7 @@ def _match(
     return segments.backward(run, error, pieces)
 
 
-def _mean_square(x: Tensor, part: Part | None) -> Tensor:
+def _mean_square(x: Tensor, part: Part | None = None) -> Tensor:
     """Of every row of x (B, T, D): (B, 1, 1) in float32, however many threads share the sum.
 
     ``part``: of the rows that x is.
