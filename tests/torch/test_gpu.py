@@ -15,10 +15,13 @@ torch = pytest.importorskip("torch")
 
 from supra_core.reference import ReferenceModel  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
+from supra_torch.context import Part  # noqa: E402
 from supra_torch.model import build  # noqa: E402
 from supra_torch.ops.dense import linear_attention_dense  # noqa: E402
 from supra_torch.ops.losses import _chunk  # noqa: E402
 from supra_torch.ops.step import linear_attention_step_with_sums  # noqa: E402
+from supra_torch.uptrain.batches import Batch  # noqa: E402
+from supra_torch.uptrain.stages import gradients  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
 from tests.torch import test_losses, test_windowed_attention  # noqa: E402
 from tests.torch.uptraining import logged_losses  # noqa: E402
@@ -153,6 +156,29 @@ def test_every_model_is_the_reference(name: str) -> None:
         near = np.abs(found - expected).max(axis=-1) <= 2e-2 * np.abs(expected).max()
         # Where two experts are all but equally probable, rounding may choose the other one.
         assert near.mean() >= (1.0 if spec.experts is None else 0.9)
+
+
+@pytest.mark.parametrize("name", ["windowed_sink", "hybrid", "sandwich"])
+def test_a_shared_row_is_a_whole_one(name: str, tmp_path: Path) -> None:
+    """Shared by one process alone: what is exchanged goes through NCCL all the same."""
+    import torch.distributed as dist
+
+    spec, ids = SPECS[name], torch.arange(96, device="cuda").view(2, 48) % 50
+    borders = torch.tensor([0, 20, 48, 96, 96], dtype=torch.int32, device="cuda")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("cuda:nccl,cpu:gloo", store=store, rank=0, world_size=1)
+    try:
+        group, _ = dist.new_subgroups(1)
+        found = []
+        for part in (None, Part(0, 1, group.group_name)):
+            model = build(spec, lazy_weights(spec), dtype=torch.float32).cuda()
+            loss = gradients("uptrain", model, None, Batch(ids, borders, part))
+            found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    finally:
+        dist.destroy_process_group()
+    for whole, shared in zip(*found, strict=True):
+        # The same sums in the same order, but for atomic additions.
+        assert (whole - shared).abs().max() <= 1e-3 * whole.abs().max()
 
 
 @pytest.mark.parametrize(
