@@ -13,6 +13,7 @@ meanwhile, each of which then has whole rows (https://arxiv.org/abs/2309.14509).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,21 +40,37 @@ class Part:
 
     def exchange(self, x: Tensor) -> Tensor:
         """x (count, ...), something for every part -> what every part has for this one."""
-        came: Tensor = collectives.all_to_all_single_autograd(
-            x.contiguous().flatten(), None, None, self.group
-        )
-        return came.view(x.shape)
+        return self._exchanged(x, None, None).view(x.shape)
 
     def gather(self, x: Tensor) -> Tensor:
         """What every part has in the place of x: (count, ...); gradients go back to all."""
-        # To each the same: unlike an all-gather it has a backward that every backend knows.
         return self.exchange(x.expand(self.count, *x.shape))
 
-    def by_heads(self, x: Tensor) -> Tensor:
+    def of_the_part_before(self, x: Tensor) -> Tensor:
+        """What the part before this one has in the place of x; zeros for the first."""
+        sent, came = [0] * self.count, [0] * self.count
+        if self.number + 1 < self.count:
+            sent[self.number + 1] = x.numel()
+        if self.number:
+            came[self.number - 1] = x.numel()
+        found = self._exchanged(x if any(sent) else x[:0], came, sent)
+        return F.pad(found, (x.numel() - sum(came), 0)).view(x.shape)
+
+    def _exchanged(self, x: Tensor, came: list[int] | None, sent: list[int] | None) -> Tensor:
+        found: Tensor = collectives.all_to_all_single_autograd(
+            x.contiguous().flatten(), came, sent, self.group
+        )
+        return found
+
+    def by_heads(self, x: Tensor, of: int) -> Tensor:
         """x (B, T, heads, D) of this part -> (B, count T, heads / count, D) of whole rows.
 
-        Heads of zeros make them a multiple of the parts.
+        ``of``: the query heads that these are for, a multiple. They are repeated as often as it
+        takes to divide them, and those of zeros added that are missing still.
         """
+        heads = x.shape[2]
+        even = math.lcm(heads, self.count)
+        x = x.repeat_interleave((of if of % even else even) // heads, dim=2)
         x = F.pad(x, (0, 0, 0, -x.shape[2] % self.count))
         x = x.unflatten(2, (self.count, -1)).movedim(2, 0)
         return self.exchange(x).movedim(0, 1).flatten(1, 2)
@@ -104,8 +121,9 @@ class Before:
         ends = self.part.gather(final_state(k, v, slope.float(), counted, normalise))
         between = self.part.number - 1 - torch.arange(self.part.count, device=k.device)
         tokens = between.clamp(min=0) * k.shape[1]
+        decays = torch.exp(-slope.double() * tokens[:, None])
         # (count, B, H)
-        weights = torch.exp(-slope.double() * tokens[:, None])[:, None] * self.reached[..., None]
+        weights = decays[:, None] * self.reached[..., None]
         return (weights.to(ends.dtype)[..., None, None] * ends).sum(0)
 
     def last(self, x: Tensor, slots: int) -> Tensor:
@@ -114,7 +132,7 @@ class Before:
         What stands in slots for which there is no token is not :meth:`valid`.
         """
         if slots <= x.shape[1]:
-            return self.part.gather(x[:, x.shape[1] - slots :])[max(0, self.part.number - 1)]
+            return self.part.of_the_part_before(x[:, x.shape[1] - slots :])
         return self._slots(self.part.gather(x).movedim(0, 1).flatten(1, 2), slots)
 
     def valid(self, slots: int) -> Tensor:

@@ -66,8 +66,11 @@ class Positions:
             local_tables={**others.local_tables, **self.local_tables},
         )
 
-    def part(self, tokens: slice) -> Positions:
-        """Those of some of the tokens of every row, to which a state comes from those before."""
+    def part(self, tokens: slice, borders: Tensor | None = None) -> Positions:
+        """Those of some of the tokens of every row, to which a state comes from those before.
+
+        ``borders`` (N + 1,): where packed documents begin among these, if that is known.
+        """
 
         def cut(tables: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
             return {size: (cos[:, tokens], sin[:, tokens]) for size, (cos, sin) in tables.items()}
@@ -81,16 +84,17 @@ class Positions:
         if self.cu_seqlens is None or self.documents is None:
             return own
         T, length = self.positions.shape[1], own.positions.shape[1]
-        borders = _borders_within(self.cu_seqlens, T, tokens.start, length, len(self.positions))
+        if borders is None:
+            borders = _borders_within(self.cu_seqlens, T, tokens.start, length, len(self.positions))
         numbers = document_numbers(borders, own.positions.numel()).view(own.positions.shape)
         at, before = (
             self.documents[:, max(0, place)] for place in (tokens.start, tokens.start - 1)
         )
         return replace(own, cu_seqlens=borders, documents=numbers, goes_on=at == before)
 
-    def shared(self, part: Part, rows: int) -> Positions:
-        """Those of one of several processes' part of every row."""
-        own = self.part(part.of(self.positions.shape[1]))
+    def shared(self, part: Part, rows: int, borders: Tensor | None) -> Positions:
+        """Those of one of several processes' part of every row; ``borders`` as :meth:`part`'s."""
+        own = self.part(part.of(self.positions.shape[1]), borders)
         return replace(own, before=Before.of(part, self.positions, self.documents, rows))
 
     def rotate(self, x: Tensor, rope: str = "global") -> Tensor:

@@ -5,7 +5,7 @@ Shapes: x (B, T, D); q (B, T, H, ·), k and v (B, T, K, ·).
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from supra_torch.ops.step import linear_attention_step, linear_attention_step_
 from supra_torch.ops.target import kind
 
 LayerState = dict[str, Tensor]
+
+# Queries whose mask is in memory at once.
+_QUERIES = 4096
 
 
 class OwnedLayerState(LayerState):
@@ -95,6 +98,58 @@ class Mixer(nn.Module):
         return self.v_proj(x).unflatten(-1, (self.key_value_heads, -1))
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What decides which keys a query sees beside their order, S keys up to T queries' own.
+
+    ``valid`` (B, S) bool; ``places`` (B, T) and ``key_places`` (B, S), their positions;
+    ``documents`` and ``key_documents`` of packed rows alike; ``contiguous``: no padding stands
+    between the keys.
+    """
+
+    valid: Tensor
+    places: Tensor
+    key_places: Tensor
+    documents: Tensor | None
+    key_documents: Tensor | None
+    contiguous: bool
+
+    def first_key(self, slot: int, window: int | None) -> int:
+        """The first key that a query in the place of this one may see."""
+        return max(0, slot - window + 1) if window is not None and self.contiguous else 0
+
+    def mask(self, queries: slice, keys: slice, window: int | None) -> Tensor:
+        """Which of these keys each of these queries sees: (B, 1, T, S) bool."""
+        device, before = self.valid.device, self.valid.shape[1] - self.places.shape[1]
+        own = torch.arange(before + queries.start, before + queries.stop, device=device)[:, None]
+        slots = torch.arange(keys.start, keys.stop, device=device)
+        seen = (own >= slots) & self.valid[:, None, keys]
+        if self.documents is not None and self.key_documents is not None:
+            seen &= self.documents[:, queries, None] == self.key_documents[:, None, keys]
+        if window is not None:
+            seen &= self.places[:, queries, None] < self.key_places[:, None, keys] + window
+        # A padding query sees itself: an empty row would be NaN.
+        return (seen | (own == slots))[:, None]
+
+
+def _seen(
+    B: int, T: int, positions: Positions, state: LayerState | None, mask: Tensor | None
+) -> _Seen:
+    """For T queries whose keys follow those of ``state``, which are of a row's first document."""
+    valid = mask
+    if valid is None:
+        valid = torch.ones(B, T, dtype=torch.bool, device=positions.positions.device)
+    places = key_places = positions.positions.expand(B, T)
+    documents = key_documents = positions.documents
+    if state is not None:
+        valid = torch.cat([state["valid"], valid], dim=1)
+        key_places = torch.cat([state["positions"], places], dim=1)
+        if documents is not None:
+            kept = documents[:, :1].expand_as(state["valid"])
+            key_documents = torch.cat([kept, documents], dim=1)
+    return _Seen(valid, places, key_places, documents, key_documents, mask is None)
+
+
 class SoftmaxMixer(Mixer):
     """Softmax attention; its state holds keys, values and which of them are tokens.
 
@@ -141,69 +196,55 @@ class SoftmaxMixer(Mixer):
         state = _kept(state, positions)
         B, T = x.shape[:2]
         if positions.before is not None:
+            assert state is None and mask is None
             out = self._shared(q, k, v, positions, positions.before)
             return self.o_proj(out.flatten(-2)), {}
         alike = state is None and mask is None and positions.documents is None
-        if alike and (self.window is None or self.window >= T):
-            bias = None
-        else:
-            bias = self._mask(B, T, positions, state, mask)
+        seen = None
+        if not alike or (self.window is not None and self.window < T):
+            seen = _seen(B, T, positions, state, mask)
         memory = self._remember(k, v, positions, state, mask)
         if state is not None:
             k, v = (torch.cat([state[name], x], dim=1) for name, x in (("keys", k), ("values", v)))
+        return self.o_proj(self._attended(q, k, v, seen, self.window).flatten(-2)), memory
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: _Seen | None, window: int | None
+    ) -> Tensor:
+        """Attention of q (B, T, H, d) to k, v (B, S, K, .): (B, T, H, Dv).
+
+        ``seen`` None: of every query to all keys up to its own, S being T. Else some queries at a
+        time, since a mask of all pairs would grow with the square of T.
+        """
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        out = self.attend(q, k, v, bias, causal=bias is None)
-        return self.o_proj(out.transpose(1, 2).flatten(-2)), memory
+        if seen is None:
+            return self.attend(q, k, v, None, causal=True).transpose(1, 2)
+        T, S = q.shape[2], k.shape[2]
+        found = []
+        for first in range(0, T, _QUERIES):
+            queries = slice(first, min(first + _QUERIES, T))
+            keys = slice(seen.first_key(S - T + first, window), S - T + queries.stop)
+            mask = seen.mask(queries, keys, window)
+            found.append(self.attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, False))
+        return (found[0] if len(found) == 1 else torch.cat(found, dim=2)).transpose(1, 2)
 
     def _shared(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, before: Before
     ) -> Tensor:
         """The heads' output (B, T, H, Dv) for a part of rows, of which others have the rest."""
-        (B, T, H), part, bias = q.shape[:3], before.part, None
-        if self.window is None:
-            if k.shape[2] % part.count:
-                k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
-            q, k, v = (part.by_heads(x) for x in (q, k, v))
-            if before.documents is not None:
-                whole = replace(positions, positions=before.places, documents=before.documents)
-                bias = self._mask(B, q.shape[1], whole, None, None)
-        else:
-            slots = self.window - 1
-            k, v = (torch.cat([before.last(x, slots), x], dim=1) for x in (k, v))
-            state = {"valid": before.valid(slots), "positions": before.positions(slots)}
-            bias = self._mask(B, T, positions, state, None)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = self.attend(q, k, v, bias, causal=bias is None).transpose(1, 2)
-        return part.by_tokens(out, H) if self.window is None else out
-
-    def _mask(
-        self,
-        B: int,
-        T: int,
-        positions: Positions,
-        state: LayerState | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Which keys each query sees: (B, 1, T, S) bool."""
-        device = positions.positions.device
-        valid = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask
-        place = positions.positions.expand(B, T)
-        key_place = place
-        if state is not None:
-            valid = torch.cat([state["valid"], valid], dim=1)
-            key_place = torch.cat([state["positions"], place], dim=1)
-        S = valid.shape[1]
-        slot = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
-        seen = (slot >= 0) & valid[:, None]
-        if positions.documents is not None:
-            own = positions.documents
-            # What a row remembers is of its first document.
-            of_keys = torch.cat([own[:, :1].expand(B, S - T), own], dim=1)
-            seen &= own[:, :, None] == of_keys[:, None]
-        if self.window is not None:
-            seen &= place[:, :, None] - key_place[:, None] < self.window
-        # A padding query sees itself: an empty row would be NaN.
-        return (seen | (slot == 0))[:, None]
+        (B, T, H), part, seen = q.shape[:3], before.part, None
+        whole, documents = before.places.shape[1], before.documents
+        if self.window is None or self.window >= whole:
+            k, v = (part.by_heads(x, of=H) for x in (k, v))
+            if documents is not None:
+                everywhere = replace(positions, positions=before.places, documents=documents)
+                seen = _seen(B, whole, everywhere, None, None)
+            out = self._attended(part.by_heads(q, of=H), k, v, seen, None)
+            return part.by_tokens(out, H)
+        slots = min(self.window - 1, whole - T)
+        k, v = (torch.cat([before.last(x, slots), x], dim=1) for x in (k, v))
+        state = {"valid": before.valid(slots), "positions": before.positions(slots)}
+        return self._attended(q, k, v, _seen(B, T, positions, state, None), self.window)
 
     def _remember(
         self,

@@ -178,10 +178,12 @@ class SupraModel(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         part: Part | None = None,
+        own_seqlens: Tensor | None = None,
     ) -> Positions:
         """Where the tokens of ids (B, T) stand; padding does not count, documents begin at 0.
 
-        Those of ``part`` alone, where several processes share the rows.
+        Those of ``part`` alone, where several processes share the rows; ``own_seqlens``: where
+        documents begin among its tokens, if that is known, for there may be fewer.
         """
         documents = None
         if cu_seqlens is not None:
@@ -199,7 +201,7 @@ class SupraModel(nn.Module):
             steps = steps + state.tokens[:, None]
         places = Positions(steps, {}, self.spec.rope.pairing, cu_seqlens, documents)
         if part is not None:
-            places = places.shared(part, len(ids))
+            places = places.shared(part, len(ids), own_seqlens)
         tables, local_tables = self._rotations(places.positions)
         return replace(places, tables=tables, local_tables=local_tables)
 

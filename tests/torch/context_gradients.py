@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from supra_torch import mixers
 from supra_torch.context import Part
 from supra_torch.model import SupraModel, build
 from supra_torch.uptrain.batches import Batch
@@ -81,6 +82,8 @@ def _model(name: str, noise: float = 0.0) -> SupraModel:
 def main() -> None:
     rank, size = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
+    # As in rows that are longer.
+    mixers._QUERIES = 17
     store = dist.FileStore(sys.argv[3], size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     found = []

@@ -30,7 +30,7 @@ def _counted(B: int, T: int, begins: int) -> Any:
 @settings(deadline=None, max_examples=40)
 @given(
     B=st.integers(1, 2), T=st.integers(1, 40), K=st.integers(1, 3), G=st.integers(1, 3),
-    begins=st.integers(0, 39), at_once=st.integers(1, 50), normalise=st.booleans(),
+    begins=st.integers(0, 39), at_once=st.integers(0, 50), normalise=st.booleans(),
 )  # fmt: skip
 def test_it_is_the_references(
     B: int, T: int, K: int, G: int, begins: int, at_once: int, normalise: bool
@@ -38,7 +38,7 @@ def test_it_is_the_references(
     """Counted from some token on, so many tokens at a time."""
     x = random_inputs(T, B, T, K, G, normalise=normalise)
     counted = _counted(B, T, begins)
-    with patch.object(module, "_AT_ONCE", at_once):
+    with patch.dict(module.AT_ONCE, cpu=at_once * 1000):
         found = final_state(x.k, x.v, x.slope, counted, normalise)
     _, expected = reference.linear_attention(
         *(z.detach().numpy() for z in (x.q, x.k, x.v, torch.exp(-x.slope))),
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_the_dense_form(normalise: bool, begins: int | No
     def gradients(state: Any) -> list[Any]:
         return list(torch.autograd.grad((state * weight).sum(), inputs))
 
-    with patch.object(module, "_AT_ONCE", 8):
+    with patch.dict(module.AT_ONCE, cpu=8 * 2 * 6 * 5 * 8):
         ours = gradients(final_state(x.k, x.v, x.slope, counted, normalise))
     dense = linear_attention_dense(x.q, x.k, x.v, x.slope, None, counted, None, normalise)
     for found, expected in zip(ours, gradients(dense[2]), strict=True):
@@ -74,6 +74,19 @@ def test_halves_are_summed_in_float32() -> None:
     assert found.dtype == torch.float32
     # Sums of 500 products, in order of size.
     assert (found - exact).abs().max() <= 500 * 2**-24 * exact.abs().max()
+
+
+def test_backward_is_not_rounded_where_a_step_is() -> None:
+    """A step runs backward inside autocast too."""
+    found = []
+    for enabled in (False, True):
+        x = random_inputs(T=200, dtype=torch.float32)
+        inputs = [tensor.requires_grad_() for tensor in (x.k, x.v, x.slope)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            state = final_state(*inputs, None, True)
+            found.append(torch.autograd.grad(state.square().sum(), inputs))
+    for exact, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=0)
 
 
 def test_what_a_custom_operator_must_obey() -> None:

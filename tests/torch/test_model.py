@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from supra_core.backend import Form  # noqa: E402
 from supra_core.errors import LayoutError  # noqa: E402
+from supra_torch import mixers  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.model import build, lazy_tensors  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights, random_weights, reference  # noqa: E402
@@ -51,6 +52,24 @@ def test_padding_changes_nothing(name: str, form: Form, kind: str) -> None:
     expected = reference(backend.spec).logits(ids, mask=mask)
     found = backend.logits(ids, mask=mask, form=form)
     np.testing.assert_allclose(found[mask], expected[mask], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["whole", "left", "holes"])
+@pytest.mark.parametrize("name", ["sliding", "hybrid", "sandwich", "transformer"])
+def test_some_queries_at_a_time(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for long rows; the state before them is of another number of tokens."""
+    backend = _backend(name)
+    ids, mask = _ids(backend, 2, 75), np.ones((2, 75), dtype=bool)
+    if kind == "left":
+        mask[1, :23] = False
+    elif kind == "holes":
+        mask = np.random.default_rng(2).random((2, 75)) > 0.4
+    given = None if kind == "whole" else mask
+    expected = backend.logits(ids, mask=given)
+    monkeypatch.setattr(mixers, "_QUERIES", 17)
+    for form in ("parallel", "recurrent"):
+        found = backend.logits(ids, mask=given, form=form)
+        np.testing.assert_allclose(found[mask], expected[mask], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", SPECS)

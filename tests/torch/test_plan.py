@@ -275,6 +275,8 @@ def test_a_row_shared_by_devices(tiny_transformer: Path, recipe: str) -> None:
     apart = plan(half, gpu="h100", gpus=2)
     for ours, theirs in zip(shared.stages, apart.stages, strict=True):
         assert ours.received_bytes > theirs.received_bytes
+        # Softmax has more keys, and the states at the end of a part are computed before.
+        assert theirs.flops_per_token < ours.flops_per_token < 1.5 * theirs.flops_per_token
         assert ours.parts["activations"] == pytest.approx(theirs.parts["activations"], rel=0.5)
     with pytest.raises(SupraError, match="context_parallel is 2: 3 processes are no multiple"):
         plan(whole.model_copy(update={"context_parallel": 2}), gpu="h100", gpus=3)

@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Tokens whose keys are weighted at once.
-_AT_ONCE = 1024
+from supra_torch.ops.target import kind
+
+# Bytes of the keys that are weighted at once: on a CPU they stay in the caches, a GPU is to be
+# filled by few launches.
+AT_ONCE = {"cpu": 2**23, "cuda": 2**28}
 
 
 def final_state(
@@ -40,10 +43,9 @@ def _forward_op(
     k: Tensor, v: Tensor, slope: Tensor, counted: Tensor | None, normalise: bool
 ) -> Tensor:
     state = _forward_fake(k, v, slope, counted, normalise).zero_()
-    by_head = state.view(k.shape[0], k.shape[2], -1, state.shape[-1])
+    by_head = state.view(k.shape[0] * k.shape[2], -1, state.shape[-1])
     for piece in _pieces(k, v, slope, counted, normalise):
-        weighted = piece.k[:, :, None] * piece.weight
-        by_head += weighted.transpose(2, 3).flatten(3).mT @ piece.v
+        by_head.baddbmm_(piece.weighted().mT, piece.v)
     return state
 
 
@@ -62,21 +64,21 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of k, v and slope."""
     dk, dv, d_slope = _backward_fake(d_state, k, v, slope, counted, normalise)
-    K = k.shape[2]
-    # (B, K, G Dk, W)
-    by_head = d_state.unflatten(1, (K, -1)).flatten(2, 3)
-    total = torch.zeros_like(d_slope).view(K, -1)
+    B, K, Dk, Dv = k.shape[0], k.shape[2], k.shape[3], v.shape[3]
+    by_head = d_state.reshape(B * K, -1, d_state.shape[3])
+    total = torch.zeros_like(d_slope)
     for piece in _pieces(k, v, slope, counted, normalise):
-        pairs = (piece.v @ by_head.mT).unflatten(3, (-1, k.shape[3])).transpose(2, 3)
+        pairs = torch.bmm(piece.v, by_head.mT).unflatten(2, (-1, Dk))
         d_keys = pairs * piece.weight
-        dk[:, piece.place] = d_keys.sum(2).transpose(1, 2)
-        total -= (d_keys * piece.k[:, :, None]).sum((0, 4)).mul_(piece.age).sum(2)
-        weighted = (piece.k[:, :, None] * piece.weight).transpose(2, 3).flatten(3)
-        d_values = (weighted @ by_head)[..., : v.shape[3]].transpose(1, 2)
+        dk[:, piece.place] = d_keys.sum(2).unflatten(0, (B, K)).transpose(1, 2)
+        aged = (d_keys * piece.k[:, :, None]).sum(-1) * piece.age[:, None]
+        total -= aged.unflatten(0, (B, K)).sum((0, 2)).flatten()
+        d_values = torch.bmm(piece.weighted(), by_head)[..., :Dv]
+        d_values = d_values.unflatten(0, (B, K)).transpose(1, 2)
         if counted is not None:
             d_values = d_values * counted[:, piece.place, None, None]
         dv[:, piece.place] = d_values
-    d_slope.copy_(total.flatten())
+    d_slope.copy_(total)
     return dk, dv, d_slope
 
 
@@ -95,7 +97,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, d_state: Tensor) -> tuple[Tensor | None, ...]:
     k, v, slope, counted = ctx.saved_tensors
-    dk, dv, d_slope = _backward_op(d_state.contiguous(), k, v, slope, counted, ctx.normalise)
+    with torch.autocast(k.device.type, enabled=False):
+        dk, dv, d_slope = _backward_op(d_state.contiguous(), k, v, slope, counted, ctx.normalise)
     return dk, dv, d_slope, None, None
 
 
@@ -103,7 +106,7 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Piece(NamedTuple):
-    """Some tokens: k (B, K, C, Dk); v (B, K, C, W); weight (K, G, C, 1) and age (C,)."""
+    """Some tokens: k (B K, C, Dk); v (B K, C, W); weight (B K, C, G, 1) and age (C,)."""
 
     place: slice
     k: Tensor
@@ -111,20 +114,26 @@ class _Piece(NamedTuple):
     weight: Tensor
     age: Tensor
 
+    def weighted(self) -> Tensor:
+        """The keys as every head weights them: (B K, C, G Dk)."""
+        return (self.k[:, :, None] * self.weight).flatten(2)
+
 
 def _pieces(
     k: Tensor, v: Tensor, slope: Tensor, counted: Tensor | None, normalise: bool
 ) -> Iterator[_Piece]:
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-    T, K = k.shape[1:3]
-    rate = slope.to(wide).view(K, -1, 1)
-    for first in range(0, T, _AT_ONCE):
-        place = slice(first, min(first + _AT_ONCE, T))
+    B, T, K, Dk = k.shape
+    rate = slope.to(wide).view(K, 1, -1)
+    at_once = max(1, AT_ONCE[kind(k)] // (B * len(slope) * Dk * wide.itemsize))
+    for first in range(0, T, at_once):
+        place = slice(first, min(first + at_once, T))
         keys, values = (x[:, place].to(wide) for x in (k, v))
         if normalise:
             values = torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
         if counted is not None:
             values = values * counted[:, place, None, None]
         age = torch.arange(T - 1 - first, T - 1 - place.stop, -1, device=k.device).to(wide)
-        weight = torch.exp(-rate * age)[..., None]
-        yield _Piece(place, keys.transpose(1, 2), values.transpose(1, 2), weight, age)
+        weight = torch.exp(-rate * age[:, None]).expand(B, -1, -1, -1).flatten(0, 1)
+        keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
+        yield _Piece(place, keys, values, weight[..., None], age)

@@ -24,6 +24,7 @@ from supra_core.spec import ModelSpec
 from supra_core.teacher import original_spec
 from supra_torch.devices import CPU, Device, device_named
 from supra_torch.plan.memory import Layout, StepTrace, trace_stage
+from supra_torch.plan.trace import EXCHANGE
 from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.inputs import refuse_another_recipe
 from supra_torch.uptrain.lora import adapter_count
@@ -252,6 +253,7 @@ class _Planner:
             for cost, count in traced.costs.items()
         )
         communication = self._communication(where, traced)
+        exchange = self._exchange(where, traced)
         parts = {**traced.parts, **self._around(config, steps, traced, first=first)}
         return StagePlan(
             kind=stage.kind,
@@ -260,17 +262,22 @@ class _Planner:
             parts=parts,
             flops_per_token=flops * self.gpus * self.nodes / tokens,
             received_bytes=sum(traced.sent.values()),
-            # What is sent is sent meanwhile.
-            step_seconds=max(roofline / _ATTAINED, communication),
-            least_step_seconds=max(flops / peak, communication),
+            # What FSDP sends is sent meanwhile; what a shared row's parts exchange is waited for.
+            step_seconds=max(roofline / _ATTAINED, communication) + exchange,
+            least_step_seconds=max(flops / peak, communication) + exchange,
         )
 
     def _communication(self, where: Layout, traced: StepTrace) -> float:
         """Seconds a step: weights and gradients in a group, sums of gradients between groups."""
         between = sum(size for name, size in traced.sent.items() if "allreduce" in name)
-        within = sum(traced.sent.values()) - between
+        within = sum(traced.sent.values()) - between - _exchanged(traced)
         link = self.device.link if where.together <= self.gpus else self.device.network
         return within / link + between / self.device.network
+
+    def _exchange(self, where: Layout, traced: StepTrace) -> float:
+        """Seconds a step between devices that share rows."""
+        link = self.device.link if where.sharing <= self.gpus else self.device.network
+        return _exchanged(traced) / link
 
     def _around(
         self, config: UptrainConfig, steps: int, traced: StepTrace, *, first: bool
@@ -285,6 +292,11 @@ class _Planner:
             # A copy of what is being written, while training goes on.
             around["checkpoint"] = sum(traced.parts.get(part, 0) for part in copied)
         return around
+
+
+def _exchanged(traced: StepTrace) -> int:
+    """Bytes a step that came from devices with other parts of a row."""
+    return sum(size for name, size in traced.sent.items() if EXCHANGE in name)
 
 
 def _resident() -> int:

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from supra_torch.ops import chunked, losses, window_softmax
+from supra_torch.ops import chunked, final_state, losses, window_softmax
 
 _aten = torch.ops.aten
 _CPU_ATTENTION = {
@@ -35,6 +35,7 @@ _CPU_ATTENTION = {
         _aten._scaled_dot_product_flash_attention_backward
     ),
 }
+EXCHANGE = "all_to_all_single"
 # Tokens of a chunk of the Triton kernel, in which scores are taken; backward is three such scans.
 _CHUNK = 64
 
@@ -218,7 +219,7 @@ class Trace(TorchDispatchMode):
 def _bodies() -> dict[Any, Callable[..., Any]]:
     """Our operators that are written in torch: what their calls run."""
     found = {}
-    for module in (chunked, losses, window_softmax):
+    for module in (chunked, final_state, losses, window_softmax):
         for value in vars(module).values():
             if isinstance(value, CustomOpDef):
                 found[value._opoverload] = value._init_fn
@@ -243,9 +244,10 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def _came(func: Any, args: Any) -> int | None:
     """Bytes that a collective brings to this device and takes from it; None if it is none."""
     name = func.name()
-    if name.startswith("_c10d_functional::all_"):
-        # Between the processes that share rows: as much comes as goes.
-        return sum(t.numel() * t.itemsize for t in _tensors(args))
+    if EXCHANGE in name:
+        # Between devices that share rows; what is a device's own stays.
+        sent, count = args[0], len(args[2])
+        return sent.numel() * sent.itemsize * (count - 1) // count
     if not name.startswith("c10d::"):
         return None
     held = [sum(t.numel() * t.itemsize for t in _tensors(part)) for part in args[:2]]

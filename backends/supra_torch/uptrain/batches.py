@@ -16,12 +16,14 @@ from supra_torch.uptrain.data import Mixture, Rows
 class Batch(NamedTuple):
     """ids (B, T); cu_seqlens (N + 1,) as SupraModel.hidden takes them, None: a row is one text.
 
-    ``part``: what this process computes of these rows, where several share them.
+    ``part``: what this process computes of these rows, where several share them; ``own_seqlens``:
+    where documents begin among its tokens.
     """
 
     ids: Tensor
     cu_seqlens: Tensor | None = None
     part: Part | None = None
+    own_seqlens: Tensor | None = None
 
     @property
     def own(self) -> slice:
@@ -31,7 +33,9 @@ class Batch(NamedTuple):
 
     def positions(self, model: SupraModel) -> Positions:
         """Where they stand."""
-        return model.positions(self.ids, cu_seqlens=self.cu_seqlens, part=self.part)
+        return model.positions(
+            self.ids, cu_seqlens=self.cu_seqlens, part=self.part, own_seqlens=self.own_seqlens
+        )
 
 
 class Batches:
@@ -51,6 +55,7 @@ class Batches:
     ) -> None:
         self._together, self._device, self._part = together, device, part
         self._documents = data.most_documents(cut)
+        self._own_documents = 1 if part is None else data.most_documents(cut * part.count)
 
     def of(self, rows: Rows) -> list[Batch]:
         """All rows, in order."""
@@ -61,5 +66,13 @@ class Batches:
         ids = torch.from_numpy(rows.ids).to(self._device)
         if self._documents == 1:
             return Batch(ids, part=self._part)
-        borders = torch.from_numpy(rows.cu_seqlens(self._documents * len(rows)))
-        return Batch(ids, borders.to(self._device), self._part)
+        borders = self._borders(rows, self._documents)
+        part, own = self._part, None
+        if part is not None:
+            own = self._borders(
+                rows.cut(part.count)[part.number :: part.count], self._own_documents
+            )
+        return Batch(ids, borders, part, own)
+
+    def _borders(self, rows: Rows, documents: int) -> Tensor:
+        return torch.from_numpy(rows.cu_seqlens(documents * len(rows))).to(self._device)

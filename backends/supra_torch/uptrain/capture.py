@@ -56,8 +56,11 @@ class CapturedGradients:
 
     def _capture(self, batches: Sequence[Batch]) -> _Captured:
         place = [
-            Batch(ids.clone(), None if cu is None else cu.clone(), part)
-            for ids, cu, part in batches
+            batch._replace(
+                ids=batch.ids.clone(),
+                cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.clone(),
+            )
+            for batch in batches
         ]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -281,13 +281,13 @@ class UptrainConfig(_Strict):
         if sharing == 1:
             return self
         for name, reason in (
-            ("segment_tokens", "passes a row's states on inside a device"),
-            ("reduce_dtype", "sums the gradients of whole rows"),
+            ("segment_tokens", "one passes a row's states on in a device, the other between them"),
+            ("reduce_dtype", "sums in float64 are of whole rows"),
         ):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"context_parallel {sharing} and {name} {getattr(self, name)} exclude each "
-                    f"other, which {reason}: leave one of them out"
+                    f"other ({reason}): leave one of them out"
                 )
         for index, stage in enumerate(self.stages):
             _, length = self.batch_shape(stage)
@@ -308,6 +308,12 @@ class UptrainConfig(_Strict):
         """Rows a step of the stage, and tokens in a row."""
         length = self.sequence_length // stage.cut
         return max(1, int(self.batch_tokens * stage.batch_share) // length), length
+
+    @property
+    def calibration_cut(self) -> int:
+        """Into how many rows a sequence is cut to be calibrated on, of which two are needed."""
+        length, most = self.sequence_length, max(2, self.calibrate_tokens // 2)
+        return next(n for n in range(-(-length // most), length + 1) if length % n == 0)
 
     def refuse_uneven(self, processes: int) -> None:
         """Raise SupraError when a batch cannot be shared evenly by so many processes."""
@@ -339,8 +345,8 @@ def refuse_unshared(context_parallel: int, processes: int) -> None:
     if processes % context_parallel:
         count = "one process is" if processes == 1 else f"{processes} processes are"
         raise SupraError(
-            f"field context_parallel is {context_parallel}: {count} no multiple of it: start "
-            f"{context_parallel} with torchrun (supra plan: --gpus), or set a divisor of them"
+            f"field context_parallel is {context_parallel}: {count} no multiple of it: use "
+            f"a multiple (torchrun --nproc-per-node, supra plan --gpus), or set a divisor of them"
         )
 
 

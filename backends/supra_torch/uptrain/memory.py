@@ -43,9 +43,9 @@ def memory_errors(run: Path) -> Iterator[None]:
             raise
         said = str(error).strip().split("\n")[0].split(". ")[0]
         raise SupraError(
-            f"{run}: memory has run out ({said}): set device_rows=1, activation_checkpointing=true "
-            "or segment_tokens; the run goes on after the last checkpoint, and supra plan says "
-            "what each of them takes"
+            f"{run}: memory has run out ({said}): set device_rows=1, "
+            "activation_checkpointing=true, segment_tokens or, on several GPUs, context_parallel; "
+            "the run goes on after the last checkpoint, and supra plan says what each of them takes"
         ) from None
 
 

@@ -219,9 +219,10 @@ def _calibrated(
     if inputs.teacher is None or not wanted or checkpoint.newest(run):
         return inputs.student_tensors
     if not file.is_file() and every.is_first:
-        rows = max(2, config.calibrate_tokens // config.sequence_length)
+        cut = config.calibration_cut
+        rows = max(2, config.calibrate_tokens // (config.sequence_length // cut))
         began = time.perf_counter()
-        ids = torch.from_numpy(data.batch(0, rows).ids).to(every.device)
+        ids = torch.from_numpy(data.batch(0, rows, cut).ids).to(every.device)
         changed, fits = calibrated_tensors(
             inputs.teacher, inputs.student_spec, inputs.student_tensors, ids, precision,
             outputs=config.calibrate == "all", progress=progress,

@@ -92,10 +92,10 @@ class Session:
         every = self.processes
         # FSDP takes means over processes, of which some may share rows, but sums where each row is
         # to count the same wherever.
-        sharing = every.size if exactly else 1
+        divisor = every.size if exactly else 1
 
         def compute(batches: Sequence[Batch]) -> Tensor:
-            rows = sum(len(batch.ids) for batch in batches) * sharing
+            rows = sum(len(batch.ids) for batch in batches) * divisor
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for number, batch in enumerate(batches, start=1):
                 if number > 1 and not captured:
@@ -111,7 +111,7 @@ class Session:
                     sums.add()
             if sums is not None:
                 sums.leave()
-            return total * sharing
+            return total * divisor
 
         if not captured:
             return compute

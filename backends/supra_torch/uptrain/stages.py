@@ -68,7 +68,7 @@ def transfer(
         # The positions are those of all layers.
         places = places or _places(positions, pieces)
         if is_linear(ours):
-            total += _match(ours, x, target, pieces, places, share, batch.part)
+            total += _match(ours, x, target, pieces, places, share, batch)
             linear += 1
     return total / max(linear, 1)
 
@@ -87,11 +87,11 @@ def _match(
     pieces: Sequence[slice],
     places: Mapping[int, Positions],
     share: float,
-    part: Part | None,
+    batch: Batch,
 ) -> Tensor:
     """Accumulate the gradients of one mixer's error on x, times ``share``; returns both."""
-    scale = _mean_square(target, part).clamp(min=1e-12)
-    tokens = x.shape[1] * (1 if part is None else part.count)
+    scale = _mean_square(target, batch.part).clamp(min=1e-12)
+    tokens = batch.ids.shape[1]
 
     def run(part: slice, before: States | None) -> tuple[Tensor, States]:
         state, own = None if before is None else before[0], places[part.start]
