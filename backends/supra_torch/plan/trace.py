@@ -29,7 +29,9 @@ from torch.utils.flop_counter import flop_registry
 from supra_torch.ops import chunked, final_state, losses, window_softmax
 
 _aten = torch.ops.aten
-_CPU_ATTENTION = {
+# Operations that do as much as one of those whose operations are known.
+_AS_MUCH = {
+    _aten.baddbmm_: _aten.baddbmm,
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         _aten._scaled_dot_product_flash_attention_backward
@@ -278,7 +280,7 @@ def _cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
     elif func.name() == "supra::linear_attention_triton_backward":
         flops = 3 * _scan_flops(args[3], args[5])
     else:
-        formula = flop_registry.get(_CPU_ATTENTION.get(packet, packet))
+        formula = flop_registry.get(_AS_MUCH.get(packet, packet))
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=result)
     return Cost(flops, sum(moved.values()))
