@@ -5,7 +5,7 @@ Shapes: x (B, T, D); q (B, T, H, ·), k and v (B, T, K, ·).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from supra_torch.ops import WindowState, linear_attention, windowed_attention
 from supra_torch.ops.linear_attention import of_sequences
 from supra_torch.ops.step import linear_attention_step, linear_attention_step_
 from supra_torch.ops.target import kind
+from supra_torch.seen import Seen, seen_keys
 
 LayerState = dict[str, Tensor]
 
@@ -98,58 +99,6 @@ class Mixer(nn.Module):
         return self.v_proj(x).unflatten(-1, (self.key_value_heads, -1))
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What decides which keys a query sees beside their order, S keys up to T queries' own.
-
-    ``valid`` (B, S) bool; ``places`` (B, T) and ``key_places`` (B, S), their positions;
-    ``documents`` and ``key_documents`` of packed rows alike; ``contiguous``: no padding stands
-    between the keys.
-    """
-
-    valid: Tensor
-    places: Tensor
-    key_places: Tensor
-    documents: Tensor | None
-    key_documents: Tensor | None
-    contiguous: bool
-
-    def first_key(self, slot: int, window: int | None) -> int:
-        """The first key that a query in the place of this one may see."""
-        return max(0, slot - window + 1) if window is not None and self.contiguous else 0
-
-    def mask(self, queries: slice, keys: slice, window: int | None) -> Tensor:
-        """Which of these keys each of these queries sees: (B, 1, T, S) bool."""
-        device, before = self.valid.device, self.valid.shape[1] - self.places.shape[1]
-        own = torch.arange(before + queries.start, before + queries.stop, device=device)[:, None]
-        slots = torch.arange(keys.start, keys.stop, device=device)
-        seen = (own >= slots) & self.valid[:, None, keys]
-        if self.documents is not None and self.key_documents is not None:
-            seen &= self.documents[:, queries, None] == self.key_documents[:, None, keys]
-        if window is not None:
-            seen &= self.places[:, queries, None] < self.key_places[:, None, keys] + window
-        # A padding query sees itself: an empty row would be NaN.
-        return (seen | (own == slots))[:, None]
-
-
-def _seen(
-    B: int, T: int, positions: Positions, state: LayerState | None, mask: Tensor | None
-) -> _Seen:
-    """For T queries whose keys follow those of ``state``, which are of a row's first document."""
-    valid = mask
-    if valid is None:
-        valid = torch.ones(B, T, dtype=torch.bool, device=positions.positions.device)
-    places = key_places = positions.positions.expand(B, T)
-    documents = key_documents = positions.documents
-    if state is not None:
-        valid = torch.cat([state["valid"], valid], dim=1)
-        key_places = torch.cat([state["positions"], places], dim=1)
-        if documents is not None:
-            kept = documents[:, :1].expand_as(state["valid"])
-            key_documents = torch.cat([kept, documents], dim=1)
-    return _Seen(valid, places, key_places, documents, key_documents, mask is None)
-
-
 class SoftmaxMixer(Mixer):
     """Softmax attention; its state holds keys, values and which of them are tokens.
 
@@ -202,14 +151,14 @@ class SoftmaxMixer(Mixer):
         alike = state is None and mask is None and positions.documents is None
         seen = None
         if not alike or (self.window is not None and self.window < T):
-            seen = _seen(B, T, positions, state, mask)
+            seen = seen_keys(B, T, positions, state, mask)
         memory = self._remember(k, v, positions, state, mask)
         if state is not None:
             k, v = (torch.cat([state[name], x], dim=1) for name, x in (("keys", k), ("values", v)))
         return self.o_proj(self._attended(q, k, v, seen, self.window).flatten(-2)), memory
 
     def _attended(
-        self, q: Tensor, k: Tensor, v: Tensor, seen: _Seen | None, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, window: int | None
     ) -> Tensor:
         """Attention of q (B, T, H, d) to k, v (B, S, K, .): (B, T, H, Dv).
 
@@ -238,13 +187,13 @@ class SoftmaxMixer(Mixer):
             k, v = (part.by_heads(x, of=H) for x in (k, v))
             if documents is not None:
                 everywhere = replace(positions, positions=before.places, documents=documents)
-                seen = _seen(B, whole, everywhere, None, None)
+                seen = seen_keys(B, whole, everywhere, None, None)
             out = self._attended(part.by_heads(q, of=H), k, v, seen, None)
             return part.by_tokens(out, H)
         slots = min(self.window - 1, whole - T)
         k, v = (torch.cat([before.last(x, slots), x], dim=1) for x in (k, v))
         state = {"valid": before.valid(slots), "positions": before.positions(slots)}
-        return self._attended(q, k, v, _seen(B, T, positions, state, None), self.window)
+        return self._attended(q, k, v, seen_keys(B, T, positions, state, None), self.window)
 
     def _remember(
         self,

@@ -51,6 +51,13 @@ CASES = (
 )
 
 
+def cases(count: int) -> tuple[Case, ...]:
+    """For so many processes: all for three, what has softmax where heads are not divided evenly."""
+    if count == 3:
+        return CASES
+    return tuple(case for case in CASES if case.model in ("transformer", "sliding", "hybrid"))
+
+
 def of(case: Case, part: Part | None) -> dict[str, Tensor]:
     """What this process computes of loss, evaluation and gradients."""
     model, teacher = _model(case.model), _model(case.model, 0.1).requires_grad_(False)
@@ -88,7 +95,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     found = []
     part = part_of_rows(rank, size)
-    for case in CASES:
+    for case in cases(size):
         sums = of(case, part)
         for tensor in sums.values():
             dist.all_reduce(tensor)

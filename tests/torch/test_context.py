@@ -17,16 +17,17 @@ from tests.torch.uptraining import environment  # noqa: E402
 TOLERANCE = 2e-5
 
 
-def test_gradients_are_those_of_whole_rows(tmp_path: Path) -> None:
-    """Every tiny model, shared by three; parts shorter than a window too."""
+@pytest.mark.parametrize("count", [3, 4])
+def test_gradients_are_those_of_whole_rows(count: int, tmp_path: Path) -> None:
+    """Every tiny model; parts shorter than a window, heads that are no multiple of the parts."""
     store, out = tmp_path / "store", tmp_path / "gradients.pt"
     command = [sys.executable, "-m", context_gradients.__name__]
-    three = [
-        subprocess.Popen([*command, str(rank), "3", str(store), str(out)], env=environment())
-        for rank in range(3)
+    every = [
+        subprocess.Popen([*command, str(rank), str(count), str(store), str(out)], env=environment())
+        for rank in range(count)
     ]
-    assert [process.wait(300) for process in three] == [0, 0, 0]
-    for case, found in zip(context_gradients.CASES, torch.load(out), strict=True):
+    assert [process.wait(300) for process in every] == [0] * count
+    for case, found in zip(context_gradients.cases(count), torch.load(out), strict=True):
         expected = context_gradients.of(case._replace(compiled=False), None)
         assert found.keys() == expected.keys()
         for name, whole in expected.items():
