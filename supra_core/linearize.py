@@ -121,6 +121,11 @@ def linear_spec(spec: ModelSpec, options: LinearizeOptions) -> ModelSpec:
     every, layers = options.keep_softmax_every, spec.num_hidden_layers
     # The last of every so many layers, so that the first ones of a model are linear.
     kept = {*options.keep_softmax, *(range(every - 1, layers, every) if every else ())}
+    if len(kept) == layers:
+        raise SpecError(
+            f"--keep-softmax names all {layers} layers, and nothing would be linear: leave at "
+            "least one out"
+        )
     theirs = [m for m in (layer.mixer for layer in spec.layers) if isinstance(m, SoftmaxAttention)]
     mixers = [m if i in kept else _in_place_of(m, mixer) for i, m in enumerate(theirs)]
     plain = all(theirs[i] == SoftmaxAttention() for i in range(layers) if i not in kept)

@@ -110,6 +110,7 @@ def test_kept_layers_stay_softmax() -> None:
         ({"output_norm": "group_norm", "window": 8}, "a window needs the sum normaliser"),
         ({"preset": "paper", "output_norm": "sum", "feature_map": "none"}, "never negative"),
         ({"keep_softmax": (2,)}, "--keep-softmax names layer 2"),
+        ({"keep_softmax": (0, 1)}, "--keep-softmax names all 2 layers"),
         ({"feature_map": "sigmoid"}, "--feature-map 'sigmoid' is unknown"),
     ],
 )

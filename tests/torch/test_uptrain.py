@@ -365,3 +365,24 @@ def test_a_run_from_before_a_setting_existed_goes_on(
     assert uptrain(settings.model_copy(update={"device_rows": 1}), finished)["already_finished"]
     with pytest.raises(SupraError, match="another setting of divergence"):
         uptrain(settings.model_copy(update={"divergence": 4.0}), finished)
+
+
+def test_a_run_goes_on_from_another_directory(
+    settings: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One model has many names; another one of the same name is another model."""
+    assert isinstance(settings.data, str)
+    (tmp_path / "text.txt").symlink_to(settings.data)
+    for place in ("here", "there"):
+        shutil.copytree(settings.model, tmp_path / place / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    short = {"tokens": 256, "data": "../text.txt", "model": "model"}
+    config = settings.model_copy(update=short)
+    uptrain(config, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(SupraError, match="another setting of model"):
+        uptrain(config, tmp_path / "run")
+    named = {"model": "../here/model", "data": str(tmp_path / "text.txt")}
+    assert uptrain(config.model_copy(update=named), tmp_path / "run")["already_finished"]
+    with pytest.raises(SupraError, match="another setting of data"):
+        uptrain(config.model_copy(update=named | {"data": "gone.txt"}), tmp_path / "run")

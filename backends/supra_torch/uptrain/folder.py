@@ -45,20 +45,24 @@ def refuse_another_run(run: Path, config: UptrainConfig) -> None:
             if run.is_dir() and not all(map(is_partial, run.iterdir())):
                 raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
             return
-    before, stated = read_object(file).get("config"), config.model_dump(mode="json")
+    record, stated = read_object(file), config.model_dump(mode="json")
+    before = record.get("config")
     if not isinstance(before, dict):
         raise SupraError(f"{file} has no config: name another run folder")
     # A setting that is younger than the run had its default then, but for this one.
     defaults = {key: field.default for key, field in UptrainConfig.model_fields.items()}
-    defaults["documents"] = "joined"
+    before = defaults | {"documents": "joined"} | before
+    # Runs that are older than this field have no directory: their paths are those of this one.
+    begun_in, here = str(record.get("directory", "")), os.getcwd()
     different = [
         key
         for key in stated
-        if key not in config.FREE and before.get(key, defaults[key]) != stated[key]
+        if key not in config.FREE
+        and _located(key, before[key], begun_in) != _located(key, stated[key], here)
     ]
     if different and metrics_of(run).is_file():
         key = different[0]
-        values = (before.get(key, defaults[key]), stated[key])
+        values = (before[key], stated[key])
         plain = all(isinstance(value, str | int | float) for value in values)
         said = f" ({key} was {values[0]} and is {values[1]} now)" if plain else ""
         raise SupraError(
@@ -80,6 +84,7 @@ def claim(run: Path, config: UptrainConfig, precision: str, processes: int) -> N
     packages = ("supra-lm", "torch", "numpy", "safetensors", "tokenizers")
     record = {
         "config": config.model_dump(mode="json"),
+        "directory": os.getcwd(),
         "teacher": _absolute(config.teacher or config.model),
         "precision": precision,
         "processes": processes,
@@ -195,6 +200,19 @@ def logged_steps(run: Path, place: Place) -> list[dict[str, Any]]:
 def _absolute(model: str) -> str:
     """The model's path from wherever it is looked for; a hub id as it is."""
     return str(Path(model).resolve()) if os.path.exists(model) else model
+
+
+def _located(key: str, value: Any, directory: str) -> Any:
+    """A setting, its paths as they are from anywhere: one file has many names."""
+    if key == "data" and isinstance(value, list):
+        return [_located(key, part, directory) for part in value]
+    if key == "data" and isinstance(value, dict):
+        return value | {"path": _located(key, value.get("path"), directory)}
+    is_path = key in ("model", "teacher", "data") or (key == "recipe" and ".toml" in str(value))
+    if not is_path or not isinstance(value, str):
+        return value
+    place = os.path.join(directory, value)
+    return os.path.realpath(place) if os.path.exists(place) else value
 
 
 def _version(package: str) -> str:
