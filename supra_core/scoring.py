@@ -34,6 +34,9 @@ class Pair:
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
+    def __len__(self) -> int:
+        return len(self.context) + len(self.continuation)
+
 
 @dataclass(frozen=True)
 class Score:

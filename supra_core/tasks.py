@@ -51,13 +51,15 @@ class Question:
 class TaskResult:
     """Metrics by name, with the standard error of each as ``NAME_stderr``.
 
-    ``records``: one object an example, in the file's order.
+    ``records``: one object an example, in the file's order. ``cut_prompts``: how many were longer
+    than the model's positions and lost their beginning.
     """
 
     metrics: dict[str, float]
     examples: int
     text_form: str
     records: tuple[dict[str, Any], ...]
+    cut_prompts: int
 
 
 def lambada(
@@ -91,7 +93,8 @@ def lambada(
         {"right": found.greedy, "log_likelihood": found.log_likelihood} for found in scores
     )
     form_of_text = f"{LAMBADA_FORM}; {leading_form(tokenizer)}"
-    return TaskResult(metrics, len(scores), form_of_text, records)
+    cut = sum(len(pair) > max_length for pair in pairs)
+    return TaskResult(metrics, len(scores), form_of_text, records, cut)
 
 
 def passage_pairs(tokenizer: Tokenizer, passages: Sequence[Passage]) -> list[Pair]:
@@ -149,7 +152,8 @@ def multiple_choice(
         right = [float(record[key] == record["gold"]) for record in records]
         metrics[name], metrics[f"{name}_stderr"] = _mean(right)
     form_of_text = f"{CHOICE_FORM}; {leading_form(tokenizer)}"
-    return TaskResult(metrics, len(records), form_of_text, tuple(records))
+    cut = sum(len(pair) > max_length for pair in pairs)
+    return TaskResult(metrics, len(records), form_of_text, tuple(records), cut)
 
 
 def task_of(path: Path) -> str:

@@ -237,13 +237,19 @@ def test_eval_says_when_no_teacher_is_known(
     assert "is no transformer" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def short(tiny_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer with 32 positions."""
+    folder = tmp_path_factory.mktemp("positions") / "short"
+    shutil.copytree(tiny_transformer, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
+    return folder
+
+
 def test_eval_says_where_windows_are_longer_than_a_transformer_reads(
-    converted: Path, tiny_transformer: Path, text_file: Path, tmp_path: Path
+    converted: Path, short: Path, text_file: Path
 ) -> None:
-    short = tmp_path / "short"
-    shutil.copytree(tiny_transformer, short)
-    config = json.loads((short / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
     arguments = ["eval", str(converted), "--data", str(text_file), "--teacher", str(short)]
     for length in (32, 33):
         given = [*arguments, "--limit", "100", "--length", str(length)]
@@ -254,6 +260,20 @@ def test_eval_says_where_windows_are_longer_than_a_transformer_reads(
         )
         shown = runner.invoke(app, given)
         assert ("the teacher is a transformer of 32 positions" in shown.stderr) == (length > 32)
+
+
+def test_eval_says_how_many_prompts_are_longer_than_the_positions(
+    converted: Path, short: Path, tmp_path: Path
+) -> None:
+    lines = [{"context": "The state " * n, "continuation": "size"} for n in (1, 40, 60)]
+    file = tmp_path / "last.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["eval", str(converted), "--data", str(file), "--teacher", str(short)]
+    found = result(*arguments)
+    assert "cut_prompts" not in found["results"]["lambada"]
+    assert found["teacher"]["lambada"]["cut_prompts"] == 2
+    shown = runner.invoke(app, arguments)
+    assert "2 prompts are longer than the positions of the teacher" in shown.stderr
 
 
 def test_eval_does_not_write_over_its_data(converted: Path, text_file: Path) -> None:

@@ -479,6 +479,20 @@ def test_windows_longer_than_the_teacher_reads_are_noted(
         assert any("teacher is a transformer of 64" in note for note in notes) == bool(positions)
 
 
+def test_prompts_longer_than_a_model_reads_are_noted(
+    report: tuple[dict[str, Any], Path, str],
+) -> None:
+    files = report[0]["quality"]["files"]
+    name = next(name for name, file in files.items() if file["task"] == "multiple_choice")
+    assert files[name]["student"]["cut_prompts"] == 0
+    for cut in (0, 3):
+        student = {**files[name]["student"], "cut_prompts": cut}
+        changed = {**files, name: {**files[name], "student": student}}
+        notes = model_sections.quality({**report[0], "quality": {"files": changed}}).notes
+        said = f"3 prompts of {name} are longer than the positions of the student"
+        assert any(said in note for note in notes) == bool(cut)
+
+
 def test_a_ratio_is_of_the_same_tokens(
     report: tuple[dict[str, Any], Path, str],
 ) -> None:

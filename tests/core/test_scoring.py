@@ -18,6 +18,7 @@ from supra_core.tasks import (
     Question,
     lambada,
     multiple_choice,
+    passage_pairs,
     read_passages,
     read_questions,
     task_of,
@@ -151,10 +152,19 @@ def test_lambada_is_the_last_word(tokenizer: Tokenizer) -> None:
     assert found.metrics["acc"] == 0.0
     likelihoods = [record["log_likelihood"] for record in found.records]
     assert found.metrics["perplexity"] == pytest.approx(np.exp(-np.mean(likelihoods)))
+    assert found.cut_prompts == 0
     # Of 50 logits 0 ... 49 the sum of exponentials is e^50 / (e - 1).
     normaliser = 50 - np.log(np.e - 1)
     ids = encode_pair(tokenizer, "the cat", " sat").continuation
     assert likelihoods[0] == pytest.approx(sum(ids) - len(ids) * normaliser, abs=1e-3)
+
+
+def test_prompts_that_were_cut_are_counted(tokenizer: Tokenizer) -> None:
+    passages = [Passage("the cat", "sat"), Passage("the cat " * 9, "sat")]
+    longest = max(map(len, passage_pairs(tokenizer, passages)))
+    for length, cut in ((longest, 0), (longest - 1, 1)):
+        found = lambada(_Prefers(), tokenizer, passages, max_length=length)  # type: ignore[arg-type]
+        assert found.cut_prompts == cut
 
 
 def test_files_say_what_they_are_for(tmp_path: Path) -> None:

@@ -356,7 +356,8 @@ def _task(
     }
     measure = lambada if measurement.task == "lambada" else multiple_choice
     found = measure(model, tokenizer, measurement.content, **given)
-    return {"metrics": found.metrics, "examples": found.examples, "text_form": found.text_form}
+    result = {"metrics": found.metrics, "examples": found.examples, "text_form": found.text_form}
+    return result | ({"cut_prompts": found.cut_prompts} if found.cut_prompts else {})
 
 
 def _show(record: dict[str, Any]) -> None:
@@ -381,6 +382,11 @@ def _show(record: dict[str, Any]) -> None:
                 notes.append(
                     f"{name}: the {label} is a transformer of {found['beyond_positions']:,} "
                     "positions, and the windows are longer: give a smaller --length"
+                )
+            if "cut_prompts" in found:
+                notes.append(
+                    f"{name}: {found['cut_prompts']:,} prompts are longer than the positions of "
+                    f"the {label}, which did not read their beginning"
                 )
     columns = ("", "metric", "model", "teacher")
     width = 4 if teacher else 3

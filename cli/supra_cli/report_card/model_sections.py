@@ -50,7 +50,12 @@ def quality(record: dict[str, Any]) -> Section:
         "of accuracies Wilson's; a task's perplexity is of the last words only. Texts have none: "
         "their windows are no sample.",
         tuple(tables),
-        notes=(*_other_tokens(texts), *_beyond_positions(texts), *dict.fromkeys(missing)),
+        notes=(
+            *_other_tokens(texts),
+            *_beyond_positions(texts),
+            *_cut_prompts(others),
+            *dict.fromkeys(missing),
+        ),
     )
 
 
@@ -65,6 +70,17 @@ def _beyond_positions(files: dict[str, Any]) -> tuple[str, ...]:
     return tuple(
         f"The {role} is a transformer of {positions:,} positions, and the windows are longer."
         for role, positions in found.items()
+    )
+
+
+def _cut_prompts(files: dict[str, Any]) -> tuple[str, ...]:
+    """What is said of prompts that are longer than a model's positions."""
+    return tuple(
+        f"{cut:,} prompts of {name} are longer than the positions of the {role}, which did not "
+        "read their beginning."
+        for name, file in files.items()
+        for role in _MODELS
+        if (cut := (file[role] or {}).get("cut_prompts", 0))
     )
 
 

@@ -132,6 +132,7 @@ class SideMeasurement:
             },
             "examples": task.examples,
             "text_form": task.text_form,
+            "cut_prompts": task.cut_prompts,
         }
 
     def _ids(self) -> tuple[str, npt.NDArray[np.int64]]:
