@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from supra_core.backend import Backend, Form
 from supra_core.errors import MissingDependencyError, SupraError
 from supra_core.generate import Sampling, generate
+from supra_core.progress import Progress, silent
 from supra_core.scoring import Pair, score
 from supra_core.text import encode_prompt, leading_ids
 
@@ -37,10 +38,13 @@ def evaluate(
     *,
     form: Form = "parallel",
     limit: int | None = None,
+    progress: Progress = silent,
+    stage: str = "tasks",
 ) -> dict[str, dict[str, Any]]:
     """Metrics and number of examples of each task, by its name.
 
-    ``tasks``: names the harness knows, or .yaml files in its format. Raises
+    ``tasks``: names the harness knows, or .yaml files in its format. ``progress`` is told of the
+    requests of a kind, all tasks' together. Raises
     :class:`MissingDependencyError` without the harness, :class:`SupraError` for a task that is
     unknown or whose data cannot be had.
     """
@@ -60,7 +64,7 @@ def evaluate(
         raise SupraError(f"task {unknown[0]} is neither ours nor the lm-eval harness's: correct it")
     try:
         found = simple_evaluate(
-            _harness_model(model, tokenizer, form),
+            _harness_model(model, tokenizer, form, progress, stage),
             tasks=names, limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAPS,
             log_samples=False,
         )  # fmt: skip
@@ -134,7 +138,9 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
+def _harness_model(
+    model: Backend, tokenizer: Tokenizer, form: Form, progress: Progress, stage: str
+) -> Any:
     """An ``lm_eval`` model; its base class exists only where the harness is installed."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -160,13 +166,15 @@ def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
         def _loglikelihood_tokens(
             self, requests: list[tuple[Any, list[int], list[int]]], **given: Any
         ) -> list[tuple[float, bool]]:
-            return self._scored([_pair(a, b, self.prefix_token_id) for _, a, b in requests])
+            return self._scored(
+                [_pair(a, b, self.prefix_token_id) for _, a, b in requests], progress
+            )
 
         def loglikelihood_rolling(
             self, requests: list[Any], disable_tqdm: bool = False
         ) -> list[float]:
             totals = []
-            for request in requests:
+            for done, request in enumerate(requests, 1):
                 windows = get_rolling_token_windows(
                     self.tok_encode(request.args[0]), self.prefix_token_id,
                     spec.max_position_embeddings - 1, 1,
@@ -175,18 +183,23 @@ def _harness_model(model: Backend, tokenizer: Tokenizer, form: Form) -> Any:
                     _pair(context, continuation, self.prefix_token_id)
                     for context, continuation in map(make_disjoint_window, windows)
                 ]
-                totals.append(sum(x for x, _ in self._scored(pairs)))
+                totals.append(sum(x for x, _ in self._scored(pairs, silent)))
+                progress(stage, done, len(requests))
             return totals
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            texts = []
             # The repeats of a request follow it, each with a seed of its own.
-            return [
-                _generate(model, tokenizer, *request.args, seed=seed)
-                for seed, request in enumerate(requests)
-            ]
+            for seed, request in enumerate(requests):
+                texts.append(_generate(model, tokenizer, *request.args, seed=seed))
+                progress(stage, len(texts), len(requests))
+            return texts
 
-        def _scored(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-            found = score(model, pairs, form=form, max_length=spec.max_position_embeddings)
+        def _scored(self, pairs: Sequence[Pair], told: Progress) -> list[tuple[float, bool]]:
+            found = score(
+                model, pairs, form=form, max_length=spec.max_position_embeddings,
+                progress=told, stage=stage,
+            )  # fmt: skip
             return [(one.log_likelihood, one.greedy) for one in found]
 
     return HarnessModel()

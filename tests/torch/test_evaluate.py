@@ -124,8 +124,18 @@ def test_the_harness_agrees_with_our_tasks(
 def test_rolling_and_generation(
     model: TorchBackend, tokenizer: Tokenizer, files: dict[str, Path]
 ) -> None:
-    names = [str(files["rolling"]), str(files["until"])]
-    found: dict[str, Any] = evaluate(model, tokenizer, names, limit=3)
+    names = [str(files[name]) for name in ("rolling", "until", "last_word")]
+    told: list[tuple[str, int, int]] = []
+
+    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
+        told.append((stage, done, total))
+
+    found: dict[str, Any] = evaluate(
+        model, tokenizer, names, limit=3, progress=progress, stage="model"
+    )
+    # Each kind of request in turn, all of its task.
+    steps = [[("model", done, 3) for done in done_of] for done_of in ((1, 2, 3), (3,))]
+    assert sorted(told) == sorted(steps[0] + steps[0] + steps[1])
     # Random weights over 32 letters, five to a word: far above 32, below chance for them all.
     assert 32 < found["local_text"]["metrics"]["word_perplexity"] < 1e12
     assert found["local_until"]["examples"] == 3

@@ -110,7 +110,7 @@ def command(
         for key, side in sides.items():
             label = "model" if key == "results" else key
             record[key] = (
-                side.harness(harness, limit) if harness
+                side.harness(harness, limit, progress, label) if harness
                 else side.measured(measurements, plan, progress, label)
             )  # fmt: skip
     record["seconds"] = round(time.monotonic() - start, 1)
@@ -213,7 +213,9 @@ class _Side:
             }
         return results
 
-    def harness(self, tasks: Sequence[str], limit: int | None) -> dict[str, Any]:
+    def harness(
+        self, tasks: Sequence[str], limit: int | None, progress: Progress, label: str
+    ) -> dict[str, Any]:
         """The lm-eval harness's results by task."""
         from supra_core.backend import load
         from supra_torch.evaluate import evaluate
@@ -221,7 +223,10 @@ class _Side:
         loaded = load(self.backend, self.path, dtype=self.dtype)
         # Some of the harness's data sets print, which is not to end up in a record on stdout.
         with redirect_stdout(sys.stderr):
-            found = evaluate(loaded, self.tokenizer, tasks, form=self.form, limit=limit)
+            found = evaluate(
+                loaded, self.tokenizer, tasks, form=self.form, limit=limit, progress=progress,
+                stage=f"{label}: {', '.join(tasks)}",
+            )  # fmt: skip
         common = {
             "model": self.path, "backend": self.backend, "form": self.form, "dtype": self.dtype
         }  # fmt: skip
