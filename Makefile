@@ -3,6 +3,7 @@
 #   make demo       the whole way, ~8 min    make test-slow  the tests that take minutes
 #   make lint       style and types           make test-gpu   the tests that need a CUDA device
 #   make test-triton  the kernels, compiled for every GPU  make bench-gpu  tests and times on a GPU
+#   make test-eval  the tests that need the extra eval (lm-eval)
 #   make fuzz N=100000  as many damaged files of each format, an hour or more
 # PYTHON=... names the interpreter to build the environment with (3.11 or newer).
 
@@ -13,10 +14,10 @@ STAMP := $(VENV)/.supra-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu test-triton fuzz bench-gpu demo clean
+.PHONY: help setup lint test test-slow test-eval test-gpu test-triton fuzz bench-gpu demo clean
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 setup: $(STAMP)
 
@@ -50,6 +51,11 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# The lm-eval harness on our models; only this target installs it.
+test-eval: $(STAMP)
+	@$(PIP) --constraint constraints.txt --editable '.[eval]'
+	$(BIN)/python -m pytest tests/torch/test_evaluate.py tests/hf/test_harness.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

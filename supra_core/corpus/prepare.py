@@ -202,7 +202,7 @@ def _write_shards(
 
 def _leave_out(error: BadRecord, settings: Settings, position: _Position) -> None:
     if not settings.skip_bad:
-        raise SupraError(f"{error}, or leave such records out with --skip-bad")
+        raise SupraError(f"{error}, or leave such records out with supra data prepare --skip-bad")
     position.skipped_count += 1
     if len(position.skipped) < _NAMED:
         position.skipped.append(str(error))
