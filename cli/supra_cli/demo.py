@@ -37,6 +37,8 @@ _ANSWER_TOKENS = 48
 _MIN_TOKENS, _MAX_TOKENS, _STEP_TOKENS = 8_192, 400_000, 2_048
 # Fewer than uptraining refuses (4), since a part is held out and sequences are whole.
 _EPOCHS, _FEWEST_TOKENS = 3.0, 2_048
+# From here on the mixers are learned anew; fewer leave them worse than conversion fitted them.
+_WINDOWED_TOKENS = 98_304
 # Training does about half the arithmetic a second that bare matrix products do.
 _EFFICIENCY = 0.5
 
@@ -275,7 +277,7 @@ def uptrain_model(
     config = resolve(
         config=None,
         model=str(converted),
-        recipe="windowed",
+        recipe="windowed" if tokens >= _WINDOWED_TOKENS else "brief",
         data=str(data),
         overrides={
             "tokens": str(tokens), "batch_tokens": str(_STEP_TOKENS),

@@ -225,11 +225,11 @@ def test_the_parts_of_a_windowed_model_are_measured(
 def test_the_curves_are_the_runs_own(report: tuple[dict[str, Any], Path, str], run: Path) -> None:
     training = report[0]["training"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for stage in training["stages"]:
-        losses = [line["loss"] for line in lines if line.get("stage") == stage["stage"]]
+    for index, stage in enumerate(training["stages"]):
+        losses = [line["loss"] for line in lines if line.get("stage_index") == index]
         assert stage["losses"] == losses
         assert stage["steps"] == len(losses)
-    assert [stage["stage"] for stage in training["stages"]] == ["transfer", "distill"]
+    assert [stage["stage"] for stage in training["stages"]] == ["transfer"] + 2 * ["distill"]
     held_out = [line["perplexity"] for line in lines if "perplexity" in line]
     assert [one["perplexity"] for one in training["held_out"]] == held_out
 

@@ -64,7 +64,8 @@ def settings(folder: Path, text_file: Path) -> UptrainConfig:
         config=None, model=str(folder), recipe=None, data=str(text_file),
         overrides={**SETTINGS, **EVEN_STAGES, "tokens": str(12 * 64), "checkpoint_every": "100"},
     )  # fmt: skip
-    stages = (*config.stages, config.stages[1].model_copy(update={"kind": "uptrain"}))
+    transfer, distill, *_ = config.stages
+    stages = (transfer, distill, distill.model_copy(update={"kind": "uptrain"}))
     return config.model_copy(update={"stages": stages})
 
 

@@ -33,11 +33,14 @@ from supra_torch.uptrain.stages import gradients, optimiser_for  # noqa: E402
 from supra_torch.uptrain.step import trained_parameters, training_step  # noqa: E402
 
 ONE = Layout(1, 1, "cpu")
+# Rows that are long enough for so small a model, and a stage that trains all of it.
+_WHOLE = {"stages.0.cut": "2", "stages.1.cut": "1", "stages.1.freeze": "[]"}
 
 
 def config_of(model: Path, recipe: str = "windowed", **settings: Any) -> UptrainConfig:
     values = {
         "sequence_length": "96", "batch_tokens": "384", "precision": "float32",
+        **(_WHOLE if recipe == "windowed" else {}),
         **{key: str(value) for key, value in settings.items()},
     }  # fmt: skip
     return resolve(config=None, model=str(model), recipe=recipe, data="none", overrides=values)

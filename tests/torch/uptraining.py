@@ -25,7 +25,8 @@ SETTINGS = {
 
 EVEN_STAGES = {
     "stages.0.share": "1.0", "stages.0.cut": "1", "stages.0.batch_share": "1.0",
-    "stages.1.share": "1.0", "stages.1.batch_share": "1.0",
+    "stages.1.share": "1.0", "stages.1.cut": "1", "stages.1.batch_share": "1.0",
+    "stages.1.freeze": "[]",
 }  # fmt: skip
 
 

@@ -28,9 +28,8 @@ class Measured:
 
 MEASURED = (
     Measured("windowed", 30_720, 1.85, 1.28, "docs/results/recipes"),
-    Measured("windowed", 401_408, 1.21, 1.03, "docs/results/smollm2-windowed-402k"),
+    Measured("windowed", 301_056, 1.19, 1.04, "docs/results/smollm2-windowed-301k"),
     Measured("windowed", 6_000_000, 1.16, 0.98, "docs/results/smollm2-h200"),
-    Measured("windowed_long", 301_056, 1.19, 1.04, "docs/results/smollm2-windowed-long-301k"),
     Measured("pure", 30_720, 7.58, 2.25, "docs/results/recipes"),
     Measured("pure", 401_408, 3.37, 1.36, "docs/results/smollm2-pure-401k"),
     Measured("pure", 1_800_192, 2.73, 1.21, "docs/results/smollm2-pure-1800k"),
