@@ -197,9 +197,10 @@ def logged_steps(run: Path, place: Place) -> list[dict[str, Any]]:
     return [record for record in records if "loss" in record and record["step"] > first]
 
 
-def _absolute(model: str) -> str:
-    """The model's path from wherever it is looked for; a hub id as it is."""
-    return str(Path(model).resolve()) if os.path.exists(model) else model
+def _absolute(path: str, directory: str = "") -> str:
+    """A path as seen from ``directory``, from wherever it is looked for; a hub id as it is."""
+    place = os.path.join(directory, path)
+    return os.path.realpath(place) if os.path.exists(place) else path
 
 
 def _located(key: str, value: Any, directory: str) -> Any:
@@ -211,8 +212,7 @@ def _located(key: str, value: Any, directory: str) -> Any:
     is_path = key in ("model", "teacher", "data") or (key == "recipe" and ".toml" in str(value))
     if not is_path or not isinstance(value, str):
         return value
-    place = os.path.join(directory, value)
-    return os.path.realpath(place) if os.path.exists(place) else value
+    return _absolute(value, directory)
 
 
 def _version(package: str) -> str:
