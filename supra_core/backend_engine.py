@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,11 +11,12 @@ import numpy as np
 
 from supra_core.backend import Backend, Logits, StateArrays
 from supra_core.batch import Batch, InTurns
-from supra_core.conversation import Message
+from supra_core.conversation import clock
 from supra_core.errors import FormatError, SupraError
 from supra_core.generate import Sampling, continuation
 from supra_core.progress import Progress, silent
-from supra_core.text import detokenizer, render_chat
+from supra_core.text import ModelTokenizer
+from supra_core.text.chat_template import ANSWER, Rendering
 
 # Tokens fed at once: a backend returns the logits of all of them.
 _PIECE = 512
@@ -29,19 +30,24 @@ class Held:
 
 
 class BackendEngine:
-    """:class:`~supra_core.conversation.Engine` over a backend and transformers' tokenizer."""
+    """:class:`~supra_core.conversation.Engine` over a backend and the model's tokenizer."""
 
-    def __init__(self, model: Backend, tokenizer: Any) -> None:
+    def __init__(self, model: Backend, tokenizer: ModelTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.backend = model.name
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it stands."""
-        return [int(token) for token in self.tokenizer.encode(text)]
+        """Token ids of a text that is to be continued."""
+        return self.tokenizer.encode_prompt(text)
 
-    def render(self, messages: Sequence[Message], now: datetime | None = None) -> list[int]:
-        """As the chat template has it; SupraError when the tokenizer has none."""
-        return render_chat(self.tokenizer, messages, now)
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        now: datetime | None = None,
+        how: Rendering = ANSWER,
+    ) -> list[int]:
+        """As the chat template has it; SupraError when there is none, or it refuses."""
+        return self.tokenizer.render(messages, how, now or clock())
 
     def fresh(self) -> Held:
         """The state before the first token."""
@@ -73,7 +79,7 @@ class BackendEngine:
         self.feed(ids[:-1], state, progress)
         logits = self._show(ids[-1:], state)[0, -1]
         recent = (*seen, *ids)
-        text = detokenizer(self.tokenizer, recent if continues else ())
+        text = self.tokenizer.stream(recent if continues else ())
         for token, after in continuation(self.model, logits, state.state, recent, sampling):
             state.state = after
             yield token, text(token)

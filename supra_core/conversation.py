@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,8 +13,9 @@ from supra_core.batch import Batch
 from supra_core.errors import FormatError
 from supra_core.generate import REPETITION_CONTEXT, Sampling
 from supra_core.progress import Progress, silent
+from supra_core.text.chat_template import ANSWER, Rendering
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 # Turns whose states are kept to go back to; each costs one state (64 MiB for a 7B model).
 _SNAPSHOTS = 8
@@ -30,10 +31,15 @@ class Engine(Protocol):
     backend: str
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it stands."""
+        """Token ids of a text that is to be continued."""
         ...
 
-    def render(self, messages: Sequence[Message], now: datetime | None = None) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        now: datetime | None = None,
+        how: Rendering = ANSWER,
+    ) -> list[int]:
         """Token ids of the conversation by the model's chat template, up to the next answer.
 
         ``now``: what a template is told that asks for the time; None: the clock's.
@@ -166,7 +172,7 @@ class Conversation:
         if not self.turns:
             return None
         last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
-        question = self.messages[last]["content"]
+        question = str(self.messages[last]["content"])
         del self.messages[last:]
         if self._snapshots:
             self._take_up(self._snapshots.pop())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +15,8 @@ from supra_core.backend import Backend, Form
 from supra_core.errors import SupraError
 from supra_core.evaluate import token_scores
 from supra_core.progress import Progress, silent
-from supra_core.text import encode_prompt
+from supra_core.text import ModelTokenizer
 from supra_core.verify import check_ids
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 # Tokens computed together, padding included.
 DEFAULT_BATCH_TOKENS = 2048
@@ -47,18 +43,18 @@ class Score:
     tokens: int
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+def encode_pair(tokenizer: ModelTokenizer, context: str, continuation: str) -> Pair:
     """Both texts tokenised as one, as the lm-eval harness does it.
 
     White space at the end of the context goes to the continuation, and the whole is cut where the
     context alone ends, so that a token over the border belongs to the continuation. The context
-    begins as the tokenizer begins a text (:func:`supra_core.text.leading_ids`). Raises
+    begins as the tokenizer begins a text (:attr:`ModelTokenizer.leading_ids`). Raises
     :class:`SupraError` when either has no token.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
-    whole = encode_prompt(tokenizer, stripped + continuation)
-    border = len(encode_prompt(tokenizer, stripped))
+    whole = tokenizer.encode_prompt(stripped + continuation)
+    border = len(tokenizer.encode_prompt(stripped))
     if not 0 < border < len(whole):
         raise SupraError(
             f"context '{context[:40]}' with continuation '{continuation[:40]}' cannot be scored: "

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +20,7 @@ from supra_core.config import MODEL_TYPE
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats import gguf, huggingface, openlm
 from supra_core.formats.assets import read_assets
-from supra_core.formats.generation_config import further_ends
+from supra_core.formats.generation_config import further_ends, with_ends
 from supra_core.formats.inside import file_in, files_in, has_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
@@ -31,6 +31,8 @@ from supra_core.hub import cached_folder, download, hub_id
 from supra_core.progress import Progress as Reporter
 from supra_core.spec import ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource
+from supra_core.text import ModelTokenizer, load_tokenizer
+from supra_core.text.files import end_token, one_tokenizer
 
 Kind = Literal["hf", "gguf", "openlm", "supra", "run"]
 
@@ -49,7 +51,7 @@ class Source:
     ``originals``: a calibrated model's tensors as the transformer had them. ``packed``: the
     tensors of a folder that MLX quantised, as they stand. ``notes``: what the user should know
     of how it was had, one sentence each. ``further_ends``: those of the spec's end-of-text tokens,
-    its last, that generation_config.json alone states.
+    its last, that generation_config.json or the tokenizer alone states.
     """
 
     spec: ModelSpec
@@ -62,6 +64,10 @@ class Source:
     packed: Packed | None = None
     notes: tuple[str, ...] = ()
     further_ends: tuple[int, ...] = ()
+
+    def tokenizer(self) -> ModelTokenizer:
+        """The model's tokenizer; FormatError when it has none, or one that cannot be read."""
+        return load_tokenizer(self.assets(), str(self.path), self.spec.vocab_size)
 
 
 class Writer(Protocol):
@@ -181,23 +187,21 @@ def _open_gguf(path: Path) -> Source:
 
 def _open_huggingface(folder: Path, config: dict[str, Any]) -> Source:
     spec, tensors = huggingface.read(folder, config, str(folder / CONFIG))
-    source = Source(spec, tensors, partial(read_assets, folder), _dtype(tensors), "hf", folder)
-    return _with_further_ends(source)
+    return _with_files(Source(spec, tensors, dict, _dtype(tensors), "hf", folder), folder)
 
 
 def _open_openlm(path: Path, config: Path | None) -> Source:
     spec, tensors = openlm.read(path, config)
     folder = path if path.is_dir() else path.parent
-    return Source(spec, tensors, partial(read_assets, folder), _dtype(tensors), "openlm", path)
+    return _with_files(Source(spec, tensors, dict, _dtype(tensors), "openlm", path), folder)
 
 
 def _open_artifact(folder: Path) -> Source:
     read = artifact.read(folder)
     source = Source(
-        read.spec, read.tensors, partial(read_assets, folder), read.dtype, "supra", folder,
-        read.originals, read.packed,
+        read.spec, read.tensors, dict, read.dtype, "supra", folder, read.originals, read.packed,
     )  # fmt: skip
-    return _with_further_ends(source)
+    return _with_files(source, folder)
 
 
 def _open_run(folder: Path) -> Source:
@@ -225,11 +229,34 @@ def _open_run(folder: Path) -> Source:
     return replace(_open_artifact(newest), kind="run", path=folder)
 
 
-def _with_further_ends(source: Source) -> Source:
-    """The config's end-of-text tokens come first: the first one stands between documents."""
-    more = further_ends(source.path, source.spec)
-    spec = replace(source.spec, eos_token_id=(*source.spec.eos_token_id, *more))
-    return replace(source, spec=spec, further_ends=more)
+def _with_files(source: Source, folder: Path) -> Source:
+    """With the files beside the weights, and what they say of where a text ends.
+
+    The config's end-of-text tokens come first: the first one stands between documents.
+    """
+    stated, read = source.spec.eos_token_id, cache(partial(read_assets, folder))
+    named = _named_end(source.spec, read, str(folder))
+    more = dict.fromkeys((*further_ends(folder, source.spec), *named))
+    further = tuple(token for token in more if token not in stated)
+    spec = replace(source.spec, eos_token_id=(*stated, *further))
+
+    @cache
+    def assets() -> dict[str, bytes]:
+        return with_ends(one_tokenizer(read(), str(folder)), spec)
+
+    return replace(source, spec=spec, further_ends=further, assets=assets)
+
+
+def _named_end(
+    spec: ModelSpec, read: Callable[[], dict[str, bytes]], where: str
+) -> tuple[int, ...]:
+    """The end of a turn that the tokenizer names, where it can be read and the model has it."""
+    try:
+        end = end_token(read(), where)
+    except FormatError:
+        # Whoever needs the tokenizer is told; the model can be looked at without it.
+        return ()
+    return () if end is None or end >= spec.vocab_size else (end,)
 
 
 def _dtype(tensors: Mapping[str, LazyTensor]) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from supra_core.chat_template import ChatTurns
 from supra_core.errors import FormatError
+from supra_core.text.chat_template import ChatTurns
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +21,7 @@ from supra_core.errors import FormatError
 from supra_core.formats.jsonfile import parse, reason
 from supra_core.progress import Progress, silent
 from supra_core.scoring import DEFAULT_BATCH_TOKENS, Pair, encode_pair, score
-from supra_core.text import leading_form, read_text
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from supra_core.text import ModelTokenizer, read_text
 
 LAMBADA_FORM = "context, a space, last word"
 CHOICE_FORM = "query, 'Answer:', a space, choice; acc_norm: log-likelihood over characters"
@@ -64,7 +61,7 @@ class TaskResult:
 
 def lambada(
     model: Backend,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     passages: Sequence[Passage],
     *,
     form: Form = "parallel",
@@ -92,17 +89,17 @@ def lambada(
     records = tuple(
         {"right": found.greedy, "log_likelihood": found.log_likelihood} for found in scores
     )
-    form_of_text = f"{LAMBADA_FORM}; {leading_form(tokenizer)}"
+    form_of_text = f"{LAMBADA_FORM}; {tokenizer.leading_form}"
     cut = sum(len(pair) > max_length for pair in pairs)
     return TaskResult(metrics, len(scores), form_of_text, records, cut)
 
 
-def passage_pairs(tokenizer: Tokenizer, passages: Sequence[Passage]) -> list[Pair]:
+def passage_pairs(tokenizer: ModelTokenizer, passages: Sequence[Passage]) -> list[Pair]:
     """What :func:`lambada` scores; SupraError for a passage that cannot be."""
     return [encode_pair(tokenizer, p.context, " " + p.continuation) for p in passages]
 
 
-def question_pairs(tokenizer: Tokenizer, questions: Sequence[Question]) -> list[Pair]:
+def question_pairs(tokenizer: ModelTokenizer, questions: Sequence[Question]) -> list[Pair]:
     """What :func:`multiple_choice` scores, choice by choice; SupraError likewise."""
     return [
         encode_pair(tokenizer, question.query + "Answer:", " " + choice)
@@ -113,7 +110,7 @@ def question_pairs(tokenizer: Tokenizer, questions: Sequence[Question]) -> list[
 
 def multiple_choice(
     model: Backend,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     questions: Sequence[Question],
     *,
     form: Form = "parallel",
@@ -151,7 +148,7 @@ def multiple_choice(
     for name, key in (("acc", "chosen"), ("acc_norm", "chosen_norm")):
         right = [float(record[key] == record["gold"]) for record in records]
         metrics[name], metrics[f"{name}_stderr"] = _mean(right)
-    form_of_text = f"{CHOICE_FORM}; {leading_form(tokenizer)}"
+    form_of_text = f"{CHOICE_FORM}; {tokenizer.leading_form}"
     cut = sum(len(pair) > max_length for pair in pairs)
     return TaskResult(metrics, len(records), form_of_text, tuple(records), cut)
 

@@ -15,12 +15,11 @@ from mlx_lm.sample_utils import (
     make_repetition_penalty,
     make_sampler,
 )
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from supra_core.batch import Spoken
 from supra_core.errors import SupraError
 from supra_core.generate import REPETITION_CONTEXT, Sampling
-from supra_core.text import detokenizer
+from supra_core.text import ModelTokenizer
 from supra_mlx.model import Model
 
 Sampler = Callable[[mx.array], mx.array]
@@ -32,11 +31,11 @@ class MLXBatch:
     Everything has to be called from the thread that loaded the model.
     """
 
-    def __init__(self, model: Model, tokenizer: TokenizerWrapper, size: int) -> None:
+    def __init__(self, model: Model, tokenizer: ModelTokenizer, size: int) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._generator = BatchGenerator(
             model,
-            stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+            stop_tokens=[[token] for token in model.spec.eos_token_id],
             completion_batch_size=size,
             prefill_batch_size=size,
             stream=mx.default_stream(mx.default_device()),
@@ -68,7 +67,7 @@ class MLXBatch:
             samplers=[_sampler(sampling)],
             logits_processors=[processors],
         )
-        self._texts[key] = detokenizer(self._tokenizer, (*seen, *ids) if continues else ())
+        self._texts[key] = self._tokenizer.stream((*seen, *ids) if continues else ())
         return int(key)
 
     def step(self) -> list[Spoken]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from supra_core.backend import StateArrays
 from supra_core.batch import Batch
-from supra_core.conversation import Message
+from supra_core.conversation import clock
 from supra_core.errors import FormatError
 from supra_core.generate import Sampling
 from supra_core.progress import Progress, silent
-from supra_core.text import detokenizer, render_chat
+from supra_core.text import ModelTokenizer
+from supra_core.text.chat_template import ANSWER, Rendering
 from supra_mlx.batch import MLXBatch
 from supra_mlx.caches import fill, layer_arrays
 from supra_mlx.generate import PREFILL_STEP, stream
@@ -31,16 +31,21 @@ class MLXEngine:
 
     backend = "mlx"
 
-    def __init__(self, model: Model, tokenizer: TokenizerWrapper) -> None:
+    def __init__(self, model: Model, tokenizer: ModelTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it stands."""
-        return [int(token) for token in self.tokenizer.encode(text)]
+        """Token ids of a text that is to be continued."""
+        return self.tokenizer.encode_prompt(text)
 
-    def render(self, messages: Sequence[Message], now: datetime | None = None) -> list[int]:
-        """As the chat template has it; SupraError when the tokenizer has none."""
-        return render_chat(self.tokenizer, messages, now)
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        now: datetime | None = None,
+        how: Rendering = ANSWER,
+    ) -> list[int]:
+        """As the chat template has it; SupraError when there is none, or it refuses."""
+        return self.tokenizer.render(messages, how, now or clock())
 
     def fresh(self) -> Caches:
         """The state before the first token."""
@@ -69,10 +74,8 @@ class MLXEngine:
         continues: bool = False,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text; the end of a turn is one of them."""
-        text = detokenizer(self.tokenizer, (*seen, *ids) if continues else ())
-        for token in stream(
-            self.model, self.tokenizer, ids, sampling, cache=state, progress=progress, seen=seen
-        ):
+        text = self.tokenizer.stream((*seen, *ids) if continues else ())
+        for token in stream(self.model, ids, sampling, cache=state, progress=progress, seen=seen):
             yield token, text(token)
 
     def batch(self, size: int) -> Batch:

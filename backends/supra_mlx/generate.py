@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from transformers import AutoTokenizer
 
-from supra_core.errors import FormatError, SupraError
-from supra_core.formats.assets import write_assets
+from supra_core.errors import SupraError
 from supra_core.generate import REPETITION_CONTEXT, Sampling
 from supra_core.progress import Progress, silent
 from supra_core.sources import Source, open_source
+from supra_core.text import ModelTokenizer
 from supra_mlx.model import Model
 from supra_mlx.weights import load_source
 
@@ -28,45 +25,18 @@ PREFILL_STEP = 2048
 
 def load_model(
     model: str | Path | Source, *, dtype: str | None = None
-) -> tuple[Model, TokenizerWrapper]:
+) -> tuple[Model, ModelTokenizer]:
     """A model, opened or anything that ``open_source`` opens, and its tokenizer.
 
     No code of a folder is run. Raises SupraError when either cannot be read.
     """
     source = model if isinstance(model, Source) else open_source(model)
-    tokenizer = load_tokenizer(source)
+    tokenizer = source.tokenizer()
     return load_source(source, dtype=dtype), tokenizer
-
-
-def load_tokenizer(source: Source) -> TokenizerWrapper:
-    """A source's tokenizer in mlx-lm's wrapper, ending at the spec's end-of-text tokens."""
-    assets = source.assets()
-    if not {"tokenizer.json", "tokenizer.model"} & set(assets):
-        raise FormatError(
-            f"{source.path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from "
-            "the source model into it, or convert it again"
-        )
-    # Only the known files are laid out: a GGUF has them inside it, and none of them is code.
-    with tempfile.TemporaryDirectory() as folder:
-        write_assets(Path(folder), assets)
-        try:
-            # Not mlx-lm's own loader: it looks for modules that the configuration names, as of a
-            # tool parser, which another release may not have, and nothing here uses.
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-            return TokenizerWrapper(tokenizer, eos_token_ids=source.spec.eos_token_id)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise FormatError(
-                f"the tokenizer of {source.path} cannot be read ({reason}): copy the tokenizer "
-                "files from the source model again"
-            ) from error
 
 
 def stream(
     model: Model,
-    tokenizer: TokenizerWrapper,
     prompt_ids: Sequence[int],
     sampling: Sampling,
     *,
@@ -98,7 +68,7 @@ def stream(
         prefill_step_size=PREFILL_STEP,
         prompt_progress_callback=lambda done, total: progress("read", done, total),
     )
-    return _until_the_end(steps, model, tokenizer.eos_token_ids)
+    return _until_the_end(steps, model, frozenset(model.spec.eos_token_id))
 
 
 def _until_the_end(

@@ -15,7 +15,6 @@ from supra_core.progress import Progress, silent
 from supra_core.sources import Source
 from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
-from supra_core.text import encode, load_tokenizer
 from supra_torch.calibrate import LayerFit, calibrate_layers
 from supra_torch.model import Layer, SupraModel, build_layer, to_torch
 from supra_torch.uptrain.step import autocast, product_type, resolved_precision
@@ -50,12 +49,12 @@ class TextCalibration:
 
     def _sequences(self, teacher: Source) -> Tensor:
         """Token ids (N, 512), spread over the text."""
-        tokenizer = load_tokenizer(teacher.assets(), str(teacher.path))
+        tokenizer = teacher.tokenizer()
         count = max(_FEWEST, self.tokens // _LENGTH)
         width = len(self.text) / count
         # Only what is used is tokenised; no tokenizer's tokens are longer on average.
         parts = [self.text[int(i * width) :][: min(int(width), 16 * _LENGTH)] for i in range(count)]
-        rows = [encode(tokenizer, part).ids[:_LENGTH] for part in parts]
+        rows = [tokenizer.encode(part).ids[:_LENGTH] for part in parts]
         length = min(len(row) for row in rows)
         if length < _SHORTEST:
             raise SupraError(

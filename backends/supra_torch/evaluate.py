@@ -9,17 +9,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from supra_core.backend import Backend, Form
 from supra_core.errors import MissingDependencyError, SupraError
 from supra_core.generate import Sampling, generate
 from supra_core.progress import Progress, silent
 from supra_core.scoring import Pair, score
-from supra_core.text import encode_prompt, leading_ids
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from supra_core.text import ModelTokenizer
 
 _ERROR = "_stderr"
 # What a task may ask of generation; the first that is there of several names counts.
@@ -33,7 +30,7 @@ _BOOTSTRAPS = 1000
 
 def evaluate(
     model: Backend,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     tasks: Sequence[str],
     *,
     form: Form = "parallel",
@@ -139,7 +136,7 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _harness_model(
-    model: Backend, tokenizer: Tokenizer, form: Form, progress: Progress, stage: str
+    model: Backend, tokenizer: ModelTokenizer, form: Form, progress: Progress, stage: str
 ) -> Any:
     """An ``lm_eval`` model; its base class exists only where the harness is installed."""
     from lm_eval.api.model import TemplateLM
@@ -210,15 +207,15 @@ def _pair(context: Sequence[int], continuation: Sequence[int], prefix: int) -> P
     return Pair(tuple(context) or (prefix,), tuple(continuation))
 
 
-def _encoded(tokenizer: Tokenizer, text: str, special: bool | None) -> list[int]:
+def _encoded(tokenizer: ModelTokenizer, text: str, special: bool | None) -> list[int]:
     """A text with what the tokenizer puts in front of it, as the harness's own model encodes it.
 
     ``special``: whether it does, None: unless the text begins so itself.
     """
     if special is None:
-        return encode_prompt(tokenizer, text)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return leading_ids(tokenizer) + ids if special else ids
+        return tokenizer.encode_prompt(text)
+    ids: list[int] = tokenizer.encode(text).ids.tolist()
+    return tokenizer.leading_ids + ids if special else ids
 
 
 def _sampling(given: dict[str, Any], seed: int) -> Sampling:
@@ -243,13 +240,13 @@ def _sampling(given: dict[str, Any], seed: int) -> Sampling:
 
 
 def _generate(
-    model: Backend, tokenizer: Tokenizer, context: str, given: dict[str, Any], *, seed: int
+    model: Backend, tokenizer: ModelTokenizer, context: str, given: dict[str, Any], *, seed: int
 ) -> str:
     """The continuation of ``context``, cut before the first of ``given["until"]``."""
     until = given.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)
     sampling = _sampling(given, seed)
-    prompt = encode_prompt(tokenizer, context)
+    prompt = tokenizer.encode_prompt(context)
     room = model.spec.max_position_embeddings - sampling.max_tokens
     tokens: list[int] = []
     text = ""

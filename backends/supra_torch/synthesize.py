@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from supra_core.chat_template import ChatTurns
 from supra_core.synthesis import (
     ConversationRow,
     DocumentRow,
@@ -20,6 +19,7 @@ from supra_core.synthesis import (
     Script,
     Vocabulary,
 )
+from supra_core.text.chat_template import ChatTurns
 from supra_torch.kv_cache import LockstepDecoder
 from supra_torch.model import SupraModel
 

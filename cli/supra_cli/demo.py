@@ -212,10 +212,10 @@ def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> di
 def evaluate(model: Path, held_out: Path, progress: Progress, stage: str) -> dict[str, Any]:
     from supra_core.backend import load
     from supra_core.evaluate import DTYPE, perplexity
-    from supra_core.text import encode, load_tokenizer, read_text
+    from supra_core.text import read_text
 
-    tokenizer = load_tokenizer(open_source(model).assets(), str(model))
-    text = encode(tokenizer, read_text(held_out)).head(_EVALUATED_TOKENS)
+    tokenizer = open_source(model).tokenizer()
+    text = tokenizer.encode(read_text(held_out)).head(_EVALUATED_TOKENS)
     loaded = load(default_for_evaluation(), model, dtype=DTYPE)
     found = perplexity(loaded, text, progress=progress, stage=stage)
     return {
@@ -225,10 +225,10 @@ def evaluate(model: Path, held_out: Path, progress: Progress, stage: str) -> dic
 
 
 def count_tokens(text: Path, model: Path) -> int:
-    from supra_core.text import encode, load_tokenizer, read_text
+    from supra_core.text import read_text
 
-    tokenizer = load_tokenizer(open_source(model).assets(), str(model))
-    return len(encode(tokenizer, read_text(text)).ids)
+    tokenizer = open_source(model).tokenizer()
+    return len(tokenizer.encode(read_text(text)).ids)
 
 
 def choose_tokens(teacher: Path, available: int, settings: DemoSettings) -> int:
@@ -293,11 +293,11 @@ def verify_model(model: Path, text: Path, progress: Progress) -> dict[str, Any] 
 
     if not is_installed("mlx"):
         return None
-    from supra_core.text import encode, load_tokenizer, read_text
+    from supra_core.text import read_text
     from supra_core.verify import candidates, verify
 
-    tokenizer = load_tokenizer(open_source(model).assets(), str(model))
-    ids = encode(tokenizer, read_text(text)).ids[None, :_VERIFIED_TOKENS]
+    tokenizer = open_source(model).tokenizer()
+    ids = tokenizer.encode(read_text(text)).ids[None, :_VERIFIED_TOKENS]
     chosen = candidates(model, None, ("torch", "mlx"), "parallel")
     report = verify(chosen, ids, tolerance=_TOLERANCE, dtype="float32", progress=progress)
     difference = report.comparisons[0].difference

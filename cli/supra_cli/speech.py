@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from supra_cli.output import log
 from supra_core.backend import default_for_generation, importing, load
 from supra_core.backend_engine import BackendEngine
 from supra_core.conversation import Conversation, Engine, HeldBack, Snapshot
-from supra_core.errors import FormatError, SupraError
+from supra_core.errors import SupraError
 from supra_core.fingerprint import fingerprint
-from supra_core.formats.assets import write_assets
 from supra_core.formats.state_file import Owner, SavedState, check_owner, read_state, write_state
 from supra_core.generate import Sampling
 from supra_core.progress import silent
@@ -142,7 +139,7 @@ def _mlx_engine(source: Source, dtype: str | None) -> Engine:
 
 
 def _backend_engine(backend: str, source: Source, dtype: str | None) -> Engine:
-    tokenizer = chat_tokenizer(source)
+    tokenizer = source.tokenizer()
     return BackendEngine(load(backend, source.path, dtype=dtype), tokenizer)
 
 
@@ -158,31 +155,3 @@ def check_text(text: str | None, what: str) -> None:
     """Raise SupraError for an argument that was not UTF-8 on the command line."""
     if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
         raise SupraError(f"{what} is not UTF-8 text: give it in that encoding")
-
-
-def chat_tokenizer(source: Source) -> Any:
-    """transformers' tokenizer of a source, which knows its chat template."""
-    from supra_cli.backends import require
-
-    require("transformers", "the chat template")
-    from transformers import AutoTokenizer
-
-    assets = source.assets()
-    if not any(name.startswith("tokenizer") for name in assets):
-        raise FormatError(
-            f"{source.path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from "
-            "the source model into it, or convert it again"
-        )
-    # Laid out in a folder of their own: a GGUF has them inside it.
-    with tempfile.TemporaryDirectory() as folder:
-        write_assets(Path(folder), assets)
-        try:
-            return AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise FormatError(
-                f"the tokenizer of {source.path} cannot be read ({reason}): copy the tokenizer "
-                "files from the source model again"
-            ) from error

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from supra_cli.record import write_record
-from supra_core.chat_template import ChatTurns, named_tokens, read_template, split_template
 from supra_core.errors import SupraError
 from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress
@@ -20,7 +19,7 @@ from supra_core.synthesis import Vocabulary, vocabulary
 from supra_core.synthesis_plan import Settings, next_batch
 from supra_core.teacher import holds_original, original
 from supra_core.tensors import dtype_named
-from supra_core.text import load_tokenizer
+from supra_core.text.chat_template import ChatTurns
 
 # So many batches without a sample to keep are no accident.
 _MOST_FRUITLESS = 4
@@ -75,9 +74,8 @@ def _prepared(
         raise SupraError(f"--length must be at most {most}, the model's context")
     if settings.dtype is not None:
         dtype_named(settings.dtype)
-    assets = source.assets()
-    tokenizer = load_tokenizer(assets, model)
-    template = read_template(assets, model)
+    tokenizer = source.tokenizer()
+    template = tokenizer.template
     share = settings.conversations
     if template is None and share:
         raise SupraError(
@@ -85,9 +83,9 @@ def _prepared(
         )
     if share is None:
         share = 0.0 if template is None else _SHARE
-    turns = None if template is None else split_template(template, named_tokens(assets, model))
+    turns = None if template is None else template.turns()
     spec = source.spec
-    words = vocabulary(tokenizer, spec.bos_token_id, spec.eos_token_id, turns, model)
+    words = vocabulary(tokenizer.raw, spec.bos_token_id, spec.eos_token_id, turns, model)
     if turns is not None and share > 0:
         opening = len(words.encode(turns.opening))
         if opening + 2 > settings.length:

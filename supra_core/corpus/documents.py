@@ -37,7 +37,7 @@ _KNOWN = (_TEXT, *_LINES, _PARQUET, _TAR)
 # Where a record has its document, unless a field is named.
 _FIELDS = ("text", "messages", "tokens", "input_ids")
 
-Render = Callable[[list[Mapping[str, str]]], str]
+Render = Callable[[list[Mapping[str, Any]]], npt.NDArray[np.int64]]
 
 
 class BadRecord(SupraError):
@@ -62,8 +62,8 @@ Record = Document | BadRecord
 @dataclass
 class Reading:
     """How to read: a record's ``field`` (None: text, messages, tokens or input_ids, whichever
-    it has), the hub's ``split``, ``render``, which writes a conversation's messages as text, and
-    the size of the vocabulary that token ids are of.
+    it has), the hub's ``split``, ``render``, which turns a conversation's messages into token
+    ids, and the size of the vocabulary that token ids are of.
 
     ``bytes_read`` is where in the files the reader stands.
     """
@@ -353,14 +353,14 @@ def _document(record: Any, where: str, reading: Reading) -> Document:
     if isinstance(value, str):
         return Document(pieces(value))
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        text = _conversation(value, f"{where}: {field}", reading)
-        return Document(pieces(text), is_closed=True)
+        ids = _conversation(value, f"{where}: {field}", reading)
+        return Document(ids=ids, is_closed=True)
     if isinstance(value, list):
         return _from_ids(value, f"{where}: {field}", reading)
     raise BadRecord(f"{where}: {field} is neither text nor messages nor token ids: correct it")
 
 
-def _conversation(messages: list[Any], where: str, reading: Reading) -> str:
+def _conversation(messages: list[Any], where: str, reading: Reading) -> npt.NDArray[np.int64]:
     for message in messages:
         parts = message if isinstance(message, dict) else {}
         if not all(isinstance(parts.get(key), str) for key in ("role", "content")):

@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from supra_core.chat_template import named_tokens, read_template, render
 from supra_core.corpus.documents import BadRecord, Reading, Record, Render, records, source_files
 from supra_core.corpus.store import (
     INDEX,
@@ -30,10 +29,7 @@ from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file, check_replaceable, put_folder, writing
 from supra_core.formats.jsonfile import INDEX_BYTES, read_object
 from supra_core.progress import Progress, silent
-from supra_core.text import TOKENIZER, load_tokenizer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from supra_core.text import TOKENIZER, ModelTokenizer, load_tokenizer
 
 # Pieces tokenised together, on all cores, and their characters at most.
 _BATCH, _BATCH_CHARACTERS = 1024, 4_000_000
@@ -97,7 +93,7 @@ def prepare(
     unless those are skipped.
     """
     check_replaceable(out, force, holds=INDEX)
-    tokenizer = load_tokenizer(assets, where)
+    tokenizer = load_tokenizer(assets, where, settings.vocab_size)
     facts: dict[str, Any] = {
         "dtype": type_for(settings.vocab_size),
         "tokenizer": tokenizer_hash(assets[TOKENIZER]),
@@ -108,7 +104,7 @@ def prepare(
     place = Path(os.path.realpath(out))
     work = place.with_name(f".{place.name}.preparing")
     position = _begun(work, facts)
-    reading = Reading(settings.field, settings.split, _renderer(assets, where), settings.vocab_size)
+    reading = Reading(settings.field, settings.split, _renderer(tokenizer), settings.vocab_size)
     _write_shards(settings, tokenizer, reading, work, position, facts, progress)
     if not position.shards:
         shutil.rmtree(work)
@@ -164,7 +160,7 @@ def _begun(work: Path, facts: dict[str, Any]) -> _Position:
 
 def _write_shards(
     settings: Settings,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     reading: Reading,
     work: Path,
     position: _Position,
@@ -237,19 +233,21 @@ class _Piece:
 _Unencoded = tuple[_Piece, str | None]
 
 
-def _encoded(found: Iterator[Record], tokenizer: Tokenizer) -> Iterator[list[_Piece | BadRecord]]:
+def _encoded(
+    found: Iterator[Record], tokenizer: ModelTokenizer
+) -> Iterator[list[_Piece | BadRecord]]:
     """Every piece with its ids, in order; the library encodes a batch on all cores."""
     for batch in _batches(_pieces(found)):
         texts = [e[1] for e in batch if not isinstance(e, BadRecord) and e[1] is not None]
-        encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        encoded = iter(tokenizer.encode_batch(texts))
         yield [_with_ids(entry, encoded) for entry in batch]
 
 
-def _with_ids(entry: _Unencoded | BadRecord, encoded: Iterator[Any]) -> _Piece | BadRecord:
+def _with_ids(entry: _Unencoded | BadRecord, encoded: Iterator[Ids]) -> _Piece | BadRecord:
     if isinstance(entry, BadRecord):
         return entry
     piece, text = entry
-    return piece if text is None else replace(piece, ids=np.array(next(encoded).ids, np.int64))
+    return piece if text is None else replace(piece, ids=next(encoded))
 
 
 def _pieces(found: Iterator[Record]) -> Iterator[_Unencoded | BadRecord]:
@@ -285,9 +283,8 @@ def _batches(
         yield batch
 
 
-def _renderer(assets: Mapping[str, bytes], where: str) -> Render | None:
-    """What writes messages as text by the chat template; None when there is none."""
-    template, tokens = read_template(assets, where), named_tokens(assets, where)
-    if template is None:
+def _renderer(tokenizer: ModelTokenizer) -> Render | None:
+    """What turns messages into ids by the chat template; None when there is none."""
+    if tokenizer.template is None:
         return None
-    return lambda messages: render(template, messages, answer_next=False, tokens=tokens)
+    return lambda messages: np.array(tokenizer.render(messages), dtype=np.int64)

@@ -24,7 +24,7 @@ from supra_core.tasks import Question
 from supra_core.verify import check_ids
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from supra_core.text import ModelTokenizer
 
 TEXT_FORM = "query, a line 'A. choice' for each choice, 'Answer:', a space, letter"
 _BATCH_TOKENS = 1024
@@ -61,7 +61,7 @@ class PermutationConsistency:
 
 def option_permutations(
     model: Backend,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     questions: Sequence[Question],
     *,
     form: Form = "parallel",
@@ -100,7 +100,9 @@ def _orders(generator: np.random.Generator, count: int) -> list[Int64]:
     return [np.roll(first, shift) for shift in range(count)]
 
 
-def _asked(tokenizer: Tokenizer, question: Question, order: Int64) -> tuple[list[int], list[int]]:
+def _asked(
+    tokenizer: ModelTokenizer, question: Question, order: Int64
+) -> tuple[list[int], list[int]]:
     """The prompt's tokens, and for each letter the token that tells it from the others."""
     lines = "".join(
         f"{letter}. {question.choices[content]}\n"

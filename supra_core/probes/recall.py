@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +19,8 @@ from supra_core.errors import SupraError
 from supra_core.intervals import of_share
 from supra_core.probes.words import word_tokens
 from supra_core.progress import Progress, silent
-from supra_core.text import leading_ids
+from supra_core.text import ModelTokenizer
 from supra_core.verify import check_ids
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 Int64 = npt.NDArray[np.int64]
 
@@ -55,7 +51,7 @@ class DistanceAccuracy:
 
 def associative_recall(
     model: Backend,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     filler: Int64,
     *,
     distances: Sequence[int],
@@ -72,9 +68,9 @@ def associative_recall(
     repetition, or into the model's max_position_embeddings, are left out. Raises
     :class:`SupraError` for tokens of ``filler`` that the model does not have.
     """
-    words, _ = word_tokens(tokenizer, model.spec.vocab_size)
+    words, _ = word_tokens(tokenizer.raw, model.spec.vocab_size)
     colon, line = (_ids(tokenizer, text) for text in (":", "\n"))
-    leading = np.array(leading_ids(tokenizer), dtype=np.int64)
+    leading = np.array(tokenizer.leading_ids, dtype=np.int64)
     check_ids(np.concatenate([leading, filler, colon, line]), model.spec.vocab_size)
     pair = 2 + len(colon) + len(line)
     # After the asked value: its line end, the pairs after it, text, key and colon.
@@ -104,7 +100,7 @@ def associative_recall(
 
 def copying(
     model: Backend,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     filler: Int64,
     *,
     distances: Sequence[int],
@@ -120,8 +116,8 @@ def copying(
     has just read would be below the chance of all sixteen. Distances as in
     :func:`associative_recall`, as is what is raised.
     """
-    words, _ = word_tokens(tokenizer, model.spec.vocab_size)
-    leading = np.array(leading_ids(tokenizer), dtype=np.int64)
+    words, _ = word_tokens(tokenizer.raw, model.spec.vocab_size)
+    leading = np.array(tokenizer.leading_ids, dtype=np.int64)
     check_ids(np.concatenate([leading, filler]), model.spec.vocab_size)
     generator = np.random.default_rng(seed)
     room = model.spec.max_position_embeddings - len(leading)
@@ -233,8 +229,8 @@ def _batches(total: int, size: int) -> Iterator[int]:
         yield min(size, total - first)
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> Int64:
-    found = tokenizer.encode(text, add_special_tokens=False).ids
+def _ids(tokenizer: ModelTokenizer, text: str) -> Int64:
+    found = tokenizer.encode(text).ids.tolist()
     if not found:
         raise SupraError(f"the tokenizer has no token for {text!r}, which the probes need")
     return np.array(found, dtype=np.int64)

@@ -160,7 +160,7 @@ def _claimed(
 ) -> Mixture:
     """The run's text in tokens, in a folder that is this run's; SupraError when it will not do."""
     refuse_another_recipe(config, inputs.student_spec)
-    load_tokenizer(inputs.student_assets, config.model)
+    load_tokenizer(inputs.student_assets, config.model, inputs.student_spec.vocab_size)
     refuse_unfit(config.data_parts, inputs.student_assets)
     existed, begun = run.is_dir(), metrics_of(run).is_file()
     claim(run, config, precision, every.size)

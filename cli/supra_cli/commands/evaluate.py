@@ -16,12 +16,10 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from supra_core.backend import Backend, Form
     from supra_core.progress import Progress
     from supra_core.scoring import Pair
-    from supra_core.text import EncodedText
+    from supra_core.text import EncodedText, ModelTokenizer
 
 TASKS = ("perplexity", "lambada", "multiple_choice")
 _METRICS = ("perplexity", "bits_per_byte", "nats_per_token")
@@ -129,15 +127,13 @@ class _Plan:
     limit: int | None
     length: int
     batch: int
-    tokenizer: Tokenizer
+    tokenizer: ModelTokenizer
     _texts: dict[str, EncodedText] = field(default_factory=dict)
 
     def text(self, measurement: _Measurement) -> EncodedText:
         """The model's own tokens of a text, which are found once."""
-        from supra_core.text import encode
-
         if measurement.name not in self._texts:
-            text = encode(self.tokenizer, measurement.content)
+            text = self.tokenizer.encode(measurement.content)
             self._texts[measurement.name] = text if self.limit is None else text.head(self.limit)
         return self._texts[measurement.name]
 
@@ -183,11 +179,10 @@ class _Side:
                 raise SupraError(f"{measurement.path} with {self.path}: {error}") from None
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> ModelTokenizer:
         from supra_core.sources import open_source
-        from supra_core.text import load_tokenizer
 
-        return load_tokenizer(open_source(self.path).assets(), self.path)
+        return open_source(self.path).tokenizer()
 
     def measured(
         self, measurements: Sequence[_Measurement], plan: _Plan, progress: Progress, label: str
@@ -300,7 +295,7 @@ def _content(task: str, path: Path, limit: int | None) -> Any:
 
 def _perplexity(
     model: Backend,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     measurement: _Measurement,
     plan: _Plan,
     form: Form,
@@ -326,15 +321,15 @@ def _perplexity(
     return {"metrics": metrics, **found, **({} if alike else {"same_tokens": False}), **beyond}
 
 
-def _text(tokenizer: Tokenizer, measurement: _Measurement, plan: _Plan) -> tuple[EncodedText, bool]:
+def _text(
+    tokenizer: ModelTokenizer, measurement: _Measurement, plan: _Plan
+) -> tuple[EncodedText, bool]:
     """The tokens to be measured, and whether they are those of the model's own tokenizer."""
-    from supra_core.text import same_stretch
-
     text = plan.text(measurement)
-    return (text, True) if tokenizer is plan.tokenizer else same_stretch(tokenizer, text)
+    return (text, True) if tokenizer is plan.tokenizer else tokenizer.same_stretch(text)
 
 
-def _pairs(tokenizer: Tokenizer, measurement: _Measurement) -> list[Pair]:
+def _pairs(tokenizer: ModelTokenizer, measurement: _Measurement) -> list[Pair]:
     from supra_core.tasks import passage_pairs, question_pairs
 
     encode = passage_pairs if measurement.task == "lambada" else question_pairs
@@ -344,7 +339,7 @@ def _pairs(tokenizer: Tokenizer, measurement: _Measurement) -> list[Pair]:
 
 def _task(
     model: Backend,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     measurement: _Measurement,
     plan: _Plan,
     form: Form,

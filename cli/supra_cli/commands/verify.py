@@ -120,7 +120,6 @@ def parse_form(name: str) -> Form:
 def _tokens(model: Path, ids: Path | None, text: str | None) -> Ids:
     from supra_core.errors import SupraError
     from supra_core.sources import open_source
-    from supra_core.text import encode, load_tokenizer
     from supra_core.verify import random_ids, read_ids
 
     if ids is not None and text is not None:
@@ -130,7 +129,7 @@ def _tokens(model: Path, ids: Path | None, text: str | None) -> Ids:
     source = open_source(model)
     if text is None:
         return random_ids(source.spec.vocab_size)
-    encoded = encode(load_tokenizer(source.assets(), str(model)), text)
+    encoded = source.tokenizer().encode(text)
     if not len(encoded.ids):
         raise SupraError("--text has no tokens: give some text")
     return encoded.ids[None]

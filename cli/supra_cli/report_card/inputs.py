@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from supra_cli import pythondocs
 from supra_cli.backends import default_for_evaluation
@@ -19,10 +18,7 @@ from supra_core.evaluate import DTYPE
 from supra_core.sources import RUN_FILE, Source, open_source
 from supra_core.tasks import Passage, Question, read_passages, read_questions, task_of
 from supra_core.teacher import find_teacher
-from supra_core.text import load_tokenizer, read_text
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from supra_core.text import ModelTokenizer, read_text
 
 PYTHON_TEXT = "Python documentation"
 _HELD_OUT_CHARACTERS = 40_000
@@ -51,7 +47,7 @@ class Side:
     form: Form
     dtype: str
     source: Source
-    tokenizer: Tokenizer
+    tokenizer: ModelTokenizer
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ def read_inputs(settings: ReportSettings) -> Inputs:
 
 def _side(role: str, path: str, backend: str, form: Form) -> Side:
     source = open_source(path)
-    return Side(role, path, backend, form, DTYPE, source, load_tokenizer(source.assets(), path))
+    return Side(role, path, backend, form, DTYPE, source, source.tokenizer())
 
 
 def _files(data: Sequence[Path], examples: int) -> tuple[DataFile, ...]:

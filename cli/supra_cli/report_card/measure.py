@@ -16,7 +16,6 @@ from supra_core import artifact, sizes
 from supra_core.backend import load
 from supra_core.probes.positions import sequences
 from supra_core.progress import Progress
-from supra_core.text import encode
 from supra_core.variants import is_windowed, window_alone, without_window
 
 MEMORY_CONTEXTS = tuple(2**power for power in range(9, 18))
@@ -120,7 +119,7 @@ def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
     from supra_torch.backend import load as load_in_torch
     from supra_torch.layer_errors import layer_errors
 
-    ids = encode(inputs.teacher.tokenizer, inputs.text.content).ids[: budget.layer_tokens]
+    ids = inputs.teacher.tokenizer.encode(inputs.text.content).ids[: budget.layer_tokens]
     length = min(LAYER_SEQUENCE, len(ids))
     rows = sequences(ids, length, len(ids) // length)
     student, teacher = (
@@ -148,7 +147,7 @@ def _variants(inputs: Inputs, budget: Budget, beside: Path, progress: Progress) 
         return not_measured("no layer of the model has linear attention with a window")
     if inputs.text is None or not isinstance(inputs.text.content, str):
         return not_measured("none of the files is a text: name one with --data")
-    text = encode(side.tokenizer, inputs.text.content).head(budget.variant_tokens)
+    text = side.tokenizer.encode(inputs.text.content).head(budget.variant_tokens)
     results: Result = {"text": inputs.text.name}
     whole = load(side.backend, side.path, dtype=side.dtype)
     results["whole"] = text_result(whole, side, text, progress, "student: whole")

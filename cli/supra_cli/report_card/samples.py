@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +12,7 @@ from supra_core.generate import Sampling, generate
 from supra_core.intervals import of_share
 from supra_core.probes.loops import RULE, check_loops
 from supra_core.progress import Progress
-from supra_core.text import encode_prompt, leading_form, render_chat
+from supra_core.text.chat_template import ANSWER
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -47,7 +46,7 @@ def sample(
                 {
                     "question": question,
                     "temperature": temperature,
-                    "text": side.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                    "text": side.tokenizer.decode(tokens).strip(),
                     **asdict(check_loops(tokens)),
                 }
             )
@@ -74,17 +73,14 @@ def _rate(answers: list[dict[str, Any]], temperature: float) -> dict[str, Any]:
 
 def _prompter(side: Side) -> tuple[str, Prompter]:
     """How a question becomes tokens: by the chat template where the model has one."""
-    if importlib.util.find_spec("transformers") is not None:
-        from supra_cli.speech import chat_tokenizer
-
-        tokenizer = chat_tokenizer(side.source)
-        if tokenizer.chat_template:
-            return (
-                "the model's chat template",
-                lambda question: render_chat(tokenizer, [{"role": "user", "content": question}]),
-            )
+    tokenizer = side.tokenizer
+    if tokenizer.template is not None:
+        return (
+            "the model's chat template",
+            lambda question: tokenizer.render([{"role": "user", "content": question}], ANSWER),
+        )
     return (
         "'Question: ...', a line 'Answer:' (the model has no chat template here), "
-        + leading_form(side.tokenizer),
-        lambda question: encode_prompt(side.tokenizer, f"Question: {question}\nAnswer:"),
+        + tokenizer.leading_form,
+        lambda question: tokenizer.encode_prompt(f"Question: {question}\nAnswer:"),
     )

@@ -24,7 +24,7 @@ from supra_core.probes.positions import by_position, sequences
 from supra_core.probes.recall import associative_recall, copying
 from supra_core.probes.speed import speed
 from supra_core.progress import Progress
-from supra_core.text import EncodedText, encode, leading_form, same_stretch
+from supra_core.text import EncodedText
 
 Result = dict[str, Any]
 
@@ -109,10 +109,10 @@ class SideMeasurement:
         stage = f"{self._side.role}: {file.name}"
         if isinstance(file.content, str):
             student = self._inputs.student
-            text = encode(student.tokenizer, file.content).head(self._budget.text_tokens)
+            text = student.tokenizer.encode(file.content).head(self._budget.text_tokens)
             alike = True
             if self._side is not student:
-                text, alike = same_stretch(self._side.tokenizer, text)
+                text, alike = self._side.tokenizer.same_stretch(text)
             found = text_result(self._model, self._side, text, self._progress, stage)
             return found if alike else {**found, "same_tokens": False}
         measure: Any = tasks.lambada if file.task == "lambada" else tasks.multiple_choice
@@ -140,7 +140,7 @@ class SideMeasurement:
         file = self._inputs.text
         if file is None or not isinstance(file.content, str):
             raise SupraError("none of the files is a text: name one with --data")
-        return file.name, encode(self._side.tokenizer, file.content).ids
+        return file.name, self._side.tokenizer.encode(file.content).ids
 
     def _positions(self) -> Result:
         name, ids = self._ids()
@@ -194,7 +194,7 @@ class SideMeasurement:
             form=self._side.form, seed=self._seed, progress=self._progress,
             stage=f"{self._side.role}: permutations",
         )  # fmt: skip
-        text_form = f"{TEXT_FORM}; {leading_form(self._side.tokenizer)}"
+        text_form = f"{TEXT_FORM}; {self._side.tokenizer.leading_form}"
         return {"file": name, "text_form": text_form, **asdict(found)}
 
     def _samples(self) -> Result:

@@ -1,0 +1,245 @@
+"""A chat template: conversations to text, and what stands around each side's turns.
+
+The template is a jinja program that only knows how to render whole conversations. Rendered with
+marks in place of the messages, it shows what it puts between them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from supra_core.errors import FormatError, SupraError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+
+Messages = Sequence[Mapping[str, Any]]
+# A text of a message, with its role, as it is shown to the template.
+Shown = Callable[[str, str], str]
+
+# No template changes these: no white space at the ends, no case to fold, nothing to escape.
+_MARKS = ("Xq7userA", "Xq7answerA", "Xq7userB")
+# Unicode leaves these to programs: no text has them. The second one stands where a message that
+# is to be continued ends.
+GUARD, _OPEN_END = "\ufdd0", "\ufdd1"
+
+# What templates ask for the time, as transformers has it.
+_CLOCK = "strftime_now"
+# The time for templates that must have one where none is told: 1 January 2025, noon.
+FIXED_TIME = datetime(2025, 1, 1, 12)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How a conversation becomes text.
+
+    ``answer_next`` adds the header of the next answer. ``continues`` leaves the last message, an
+    answer, open: the text ends where it ends. ``variables``: what the template is told besides the
+    messages, e.g. ``enable_thinking``. ``parse_markers``: markers of turns inside messages are
+    markers; otherwise they are text.
+    """
+
+    answer_next: bool = True
+    continues: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    parse_markers: bool = False
+
+
+# For the next answer; and what a conversation is trained on: all of it, and nothing behind.
+ANSWER, WHOLE = Rendering(), Rendering(answer_next=False)
+
+
+@dataclass(frozen=True)
+class ChatTurns:
+    """What stands around the messages of a conversation, verbatim.
+
+    ``opening`` USER ``to_answer`` ANSWER ``to_user`` USER ... ANSWER ``closing``; the opening
+    includes the system prompt that the template has by default.
+    """
+
+    opening: str
+    to_answer: str
+    to_user: str
+    closing: str
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template's program, and the tokens that it may name, e.g. ``bos_token``."""
+
+    source: str
+    tokens: Mapping[str, str]
+
+    def render(
+        self,
+        messages: Messages,
+        how: Rendering = WHOLE,
+        now: datetime | None = None,
+        shown: Shown = lambda text, role: text,
+    ) -> str:
+        """The conversation as text.
+
+        ``now``: what the template is told when it asks for the time. None: it is offered no clock,
+        and a template that cannot do without is told FIXED_TIME, so that the same messages give
+        the same text on every day. ``shown`` changes every text of a message on its way.
+        Raises SupraError when the template refuses the messages, FormatError when it is broken or
+        leaves out the message that is to be continued.
+        """
+        messages = [
+            {
+                name: _shown(value, str(message.get("role")), shown)
+                for name, value in message.items()
+            }
+            for message in messages
+        ]
+        if how.continues:
+            messages = [*messages[:-1], _opened(messages[-1] if messages else {})]
+        text = self._rendered(messages, how, now)
+        if not how.continues:
+            return text
+        before, found, _ = text.rpartition(_OPEN_END)
+        if not found:
+            raise FormatError(
+                "the model's chat template does not show the last message as it is, so it cannot "
+                "be continued: ask a question instead"
+            )
+        return before
+
+    def turns(self) -> ChatTurns:
+        """The strings around messages; FormatError if the template rewrites or reorders them."""
+        user, answer, second = _MARKS
+        talk = [_message("user", user), _message("assistant", answer), _message("user", second)]
+        asked = self.render(talk[:1], ANSWER)
+        answered = self.render(talk[:2])
+        again = self.render(talk, ANSWER)
+        opening, to_answer = _around(asked, user)
+        _, closing = _around(answered, answer)
+        _, after = _around(again, answer)
+        to_user, _ = _around(after, second)
+        if not to_answer.strip() or not to_user.strip():
+            raise FormatError(
+                "the model's chat template puts nothing between a message and the next, so that "
+                "none is seen to end: correct chat_template.jinja"
+            )
+        return ChatTurns(opening, to_answer, to_user, closing)
+
+    def _rendered(self, messages: Messages, how: Rendering, now: datetime | None) -> str:
+        from jinja2 import UndefinedError
+
+        variables: dict[str, Any] = {"tools": None, "documents": None, **self.tokens}
+        variables |= how.variables
+        variables |= {
+            "messages": list(messages),
+            "add_generation_prompt": how.answer_next and not how.continues,
+        }
+        if now is not None:
+            variables[_CLOCK] = now.strftime
+        try:
+            try:
+                return _compiled(self.source).render(variables)
+            except UndefinedError as error:
+                if error.message != f"'{_CLOCK}' is undefined":
+                    raise
+                return _compiled(self.source).render(variables | {_CLOCK: FIXED_TIME.strftime})
+        except _Refusal as refusal:
+            raise SupraError(
+                f"the model's chat template refuses these messages: {refusal}"
+                + self._advice(messages, how, now)
+            ) from None
+        # A template is a program of someone else's: it may fail in any way.
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise FormatError(
+                f"the model's chat template cannot be rendered ({reason}): correct "
+                "chat_template.jinja"
+            ) from None
+
+    def _advice(self, messages: Messages, how: Rendering, now: datetime | None) -> str:
+        """What to leave out, where that is a system message or tools."""
+        for role, name in (("system", "the system message"), ("tool", "the messages of tools")):
+            others = [message for message in messages if message.get("role") != role]
+            if others and len(others) < len(messages):
+                try:
+                    self._rendered(others, replace(how, continues=False), now)
+                except SupraError:
+                    continue
+                return f"; leave out {name}"
+        return ""
+
+
+class _Refusal(Exception):
+    """What a template says when it calls ``raise_exception``."""
+
+
+def _shown(value: Any, role: str, shown: Shown) -> Any:
+    """``value`` with every text in it changed, however deep."""
+    if isinstance(value, str):
+        return shown(value.replace(GUARD, "\ufffd").replace(_OPEN_END, "\ufffd"), role)
+    if isinstance(value, Mapping):
+        return {name: _shown(part, role, shown) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(part, role, shown) for part in value]
+    return value
+
+
+def _opened(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with a mark at its end."""
+    content = message.get("content")
+    if message.get("role") != "assistant" or not isinstance(content, str):
+        raise SupraError("only an answer can be continued: end with an assistant message of text")
+    return {**message, "content": content + _OPEN_END}
+
+
+def _around(text: str, mark: str) -> tuple[str, str]:
+    """What stands before and after the only ``mark``."""
+    before, found, after = text.partition(mark)
+    if not found or mark in after:
+        raise FormatError(
+            "the model's chat template does not show each message once as it is: correct "
+            "chat_template.jinja"
+        )
+    return before, after
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> Template:
+    return _environment().from_string(source)
+
+
+def _environment() -> Environment:
+    """Set up as transformers does, in a sandbox: a template comes with a model from anywhere."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}`` marks what to train on; here its body is all that counts."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def refuse(message: str) -> None:
+        raise _Refusal(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    return environment

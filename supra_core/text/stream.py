@@ -1,0 +1,54 @@
+"""Tokens to text as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Tokens of a prompt that its continuation is decoded with.
+_CONTEXT = 16
+# What stands for bytes that are no whole character.
+_UNKNOWN = "\ufffd"
+
+
+class TextStream:
+    """Tokens decoded together with those of the piece before, whose text is known.
+
+    As tokenizers' own DecodeStream, which fails where bytes that are no character follow others
+    that are. Special tokens are no text. ``after``: the tokens that the text goes on from; without
+    any it begins a text, at whose beginning some tokenizers drop a space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = self._whole(list(after)[-_CONTEXT:])
+        self._known, self._known_ids = self._decode(self._ids), len(self._ids)
+
+    def take(self, token: int) -> str:
+        """The text that became certain with ``token``; a character may span several tokens."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith(_UNKNOWN):
+            # The next token may complete the character.
+            return ""
+        new_ids = self._ids[self._known_ids :]
+        whole = text.startswith(self._known)
+        piece = text[len(self._known) :] if whole else self._decode(new_ids)
+        if piece:
+            self._ids, self._known = new_ids, self._decode(new_ids)
+            self._known_ids = len(new_ids)
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _whole(self, ids: list[int]) -> list[int]:
+        """The last of ``ids`` that are whole characters; none where they end inside one."""
+        for start in range(len(ids)):
+            text = self._decode(ids[start:])
+            if not text.startswith(_UNKNOWN) and not text.endswith(_UNKNOWN):
+                return ids[start:]
+        return []

@@ -1,0 +1,268 @@
+"""A model's tokenizer: text to token ids for whoever asks, and conversations by its template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from supra_core.errors import FormatError, SupraError
+from supra_core.text.chat_template import GUARD, WHOLE, ChatTemplate, Messages, Rendering
+from supra_core.text.files import (
+    TOKENIZER,
+    named_tokens,
+    read_template,
+    reading_error,
+    tokenizer_of,
+)
+from supra_core.text.stream import TextStream
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Ids = npt.NDArray[np.int64]
+
+# So unlikely that a Unigram model takes any other division of a text.
+_NEVER = -1e9
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text, its token ids (T,), and the character where each token ends (T,)."""
+
+    text: str
+    ids: Ids
+    ends: Ids
+
+    def head(self, tokens: int) -> EncodedText:
+        """The first ``tokens`` tokens."""
+        return EncodedText(self.text, self.ids[:tokens], self.ends[:tokens])
+
+    def byte_count(self, start: int, stop: int) -> int:
+        """UTF-8 bytes of tokens start .. stop - 1."""
+        first = int(self.ends[start - 1]) if start else 0
+        return len(self.text[first : int(self.ends[stop - 1])].encode())
+
+
+@dataclass(frozen=True)
+class ModelTokenizer:
+    """The tokenizer of a model, with its chat template if it has one.
+
+    ``where`` names the model in errors. ``vocab_size``: rows of the model's embedding; a text with
+    a token beyond them is refused with SupraError wherever it is encoded. None: not checked.
+    Only one thread may use it at a time.
+    """
+
+    raw: Tokenizer
+    where: str = "the model"
+    vocab_size: int | None = None
+    template: ChatTemplate | None = None
+
+    # --- texts --------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> EncodedText:
+        """``text`` as it stands: no BOS, no template."""
+        with self._reading():
+            encoding = self.raw.encode(text, add_special_tokens=False)
+        ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
+        return EncodedText(text, self._checked(encoding.ids), ends)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids (T,) of each text as it stands, on all cores; ids are not checked."""
+        with self._reading():
+            encoded = self.raw.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """``text`` behind the :attr:`leading_ids`, as the lm-eval harness feeds a prompt.
+
+        A text that begins with them itself gets no second ones, and nothing stands behind it.
+        """
+        ids: list[int] = self.encode(text).ids.tolist()
+        leading = self.leading_ids
+        return ids if ids[: len(leading)] == leading else leading + ids
+
+    @cached_property
+    def leading_ids(self) -> list[int]:
+        """What the tokenizer puts in front of every text: the BOS of Llama, Mistral, Gemma."""
+        with self._reading():
+            encoding = self.raw.encode("x")
+        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return [index for index, _ in takewhile(lambda token: token[1], added)]
+
+    @property
+    def leading_form(self) -> str:
+        """How results state the :attr:`leading_ids`."""
+        names = [str(self.raw.id_to_token(index)) for index in self.leading_ids]
+        return f"behind the tokenizer's own {' '.join(names)}" if names else "no BOS"
+
+    def same_stretch(self, text: EncodedText) -> tuple[EncodedText, bool]:
+        """The characters of another tokenizer's ``text``, and whether this one divides them alike.
+
+        Where it does, perplexities of the two compare; else only what is counted a byte.
+        """
+        other = self.encode(text.text).head(len(text.ids))
+        if np.array_equal(other.ids, text.ids):
+            return other, True
+        return self.encode(text.text[: int(text.ends[-1])]), False
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens left out."""
+        with self._reading():
+            return str(self.raw.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self, after: Sequence[int] = ()) -> Callable[[int], str]:
+        """Token -> the text that became certain with it; see :class:`TextStream`."""
+        return TextStream(self.raw, after).take
+
+    def beyond(self) -> dict[int, str]:
+        """Tokens that the model has no embedding for, by id."""
+        if self.vocab_size is None or self.raw.get_vocab_size() <= self.vocab_size:
+            return {}
+        vocabulary = self.raw.get_vocab()
+        return dict(sorted((i, t) for t, i in vocabulary.items() if i >= self.vocab_size))
+
+    # --- conversations ------------------------------------------------------------------------
+
+    def render(
+        self, messages: Messages, how: Rendering = WHOLE, now: datetime | None = None
+    ) -> list[int]:
+        """The conversation's token ids by the chat template; see :meth:`ChatTemplate.render`.
+
+        SupraError when there is no template.
+        """
+        text = self.render_text(messages, how, now)
+        tokenizer = self._guarding if GUARD in text else self.raw
+        with self._reading():
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        self._checked(ids)
+        return ids
+
+    def render_text(
+        self, messages: Messages, how: Rendering = WHOLE, now: datetime | None = None
+    ) -> str:
+        """The conversation as text, where GUARD stands inside what only looks like a marker."""
+        if self.template is None:
+            raise SupraError(
+                f"{self.where} has no chat template, so it takes no messages: give it plain text, "
+                "or use a model made for chat"
+            )
+        if how.parse_markers:
+            return self.template.render(messages, how, now)
+        return self.template.render(messages, how, now, self._guarded)
+
+    def _guarded(self, text: str, role: str) -> str:
+        """A message's text with GUARD inside what the tokenizer would take for a marker.
+
+        An answer may hold the markers that no token ends a turn by, e.g. ``<think>``.
+        """
+        markers = self._special if role == "assistant" else self._markers
+        if self._literal and not any(marker in text for marker in markers.values()):
+            return text
+        with self._reading():
+            encoding = self.raw.encode(text, add_special_tokens=False)
+        pieces, done = [], 0
+        for ident, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if ident in markers and end > start:
+                # Between all characters: part of a marker may be one, too.
+                pieces += [text[done:start], GUARD.join(["", *text[start:end], ""])]
+                done = end
+        return "".join([*pieces, text[done:]])
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        tokens = self.raw.get_added_tokens_decoder()
+        return {ident: token.content for ident, token in tokens.items() if token.special}
+
+    @cached_property
+    def _markers(self) -> dict[int, str]:
+        """What divides turns: special tokens, and others that the template's program names."""
+        program = self.template.source if self.template is not None else ""
+        named = {
+            ident: token.content
+            for ident, token in self.raw.get_added_tokens_decoder().items()
+            if token.content.strip() and token.content in program
+        }
+        return self._special | named
+
+    @cached_property
+    def _literal(self) -> bool:
+        """Whether a marker is found in a text only as it is spelled."""
+        tokens = self.raw.get_added_tokens_decoder()
+        return self.raw.normalizer is None or not any(
+            tokens[ident].normalized for ident in self._markers
+        )
+
+    @cached_property
+    def _guarding(self) -> Tokenizer:
+        """The same tokenizer, to which GUARD is nothing but a hindrance to markers."""
+        described = json.loads(self.raw.to_str())
+        names = set(self._markers.values())
+        for token in described["added_tokens"]:
+            # Else markers would be looked for where GUARD is already gone.
+            token["normalized"] &= token["content"] not in names
+        guard = {"type": "Replace", "pattern": {"String": GUARD}, "content": ""}
+        own = described.get("normalizer")
+        steps = [guard] if own is None else [guard, own]
+        described["normalizer"] = {"type": "Sequence", "normalizers": steps}
+        if described["model"].get("type") == "Unigram":
+            vocabulary = described["model"]["vocab"]
+            for entry in vocabulary:
+                entry[1] = _NEVER if entry[0] in names else entry[1]
+        return type(self.raw).from_str(json.dumps(described))
+
+    # --- checks -------------------------------------------------------------------------------
+
+    def _checked(self, ids: Sequence[int]) -> Ids:
+        found = np.array(ids, dtype=np.int64)
+        if problem := self.problem(found):
+            raise SupraError(problem)
+        return found
+
+    def problem(self, ids: Ids) -> str | None:
+        """What is wrong with ids (T,) for the model, None where nothing is."""
+        if self.vocab_size is None or not len(ids) or int(ids.max()) < self.vocab_size:
+            return None
+        ident = int(ids.max())
+        return (
+            f"the text has '{self.raw.id_to_token(ident)}', token {ident}, for which {self.where} "
+            f"has no embedding: it has {self.vocab_size:,}; leave that token out"
+        )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What the library runs into with a stranger's tokenizer.json or a broken text."""
+        try:
+            yield
+        except (TypeError, UnicodeEncodeError):
+            raise SupraError(
+                "the text holds half of a surrogate pair, which is no character: correct it"
+            ) from None
+        except BaseException as error:
+            raise reading_error(error, self.where) from None
+
+
+def load_tokenizer(
+    assets: Mapping[str, bytes], where: str, vocab_size: int | None = None
+) -> ModelTokenizer:
+    """The tokenizer among a source's assets, with its chat template; see :class:`ModelTokenizer`.
+
+    Raises FormatError when there is none, or it cannot be read.
+    """
+    if TOKENIZER not in assets:
+        raise FormatError(
+            f"{where} has no tokenizer: give token ids, or copy {TOKENIZER} and "
+            "tokenizer_config.json from the source model into it"
+        )
+    raw = tokenizer_of(assets[TOKENIZER], where)
+    program = read_template(assets, where)
+    template = None if program is None else ChatTemplate(program, named_tokens(assets, where))
+    return ModelTokenizer(raw, where, vocab_size, template)
