@@ -87,8 +87,8 @@ class ChatTemplate:
         ``now``: what the template is told when it asks for the time. None: it is offered no clock,
         and a template that cannot do without is told FIXED_TIME, so that the same messages give
         the same text on every day. ``shown`` changes every text of a message on its way.
-        Raises SupraError when the template refuses the messages, FormatError when it is broken or
-        leaves out the message that is to be continued.
+        Raises FormatError when the template refuses the messages, is broken, or leaves out the
+        message that is to be continued; SupraError when that message is no answer.
         """
         messages = [
             {
@@ -147,7 +147,7 @@ class ChatTemplate:
                     raise
                 return _compiled(self.source).render(variables | {_CLOCK: FIXED_TIME.strftime})
         except _Refusal as refusal:
-            raise SupraError(
+            raise FormatError(
                 f"the model's chat template refuses these messages: {refusal}"
                 + self._advice(messages, how, now)
             ) from None

@@ -148,6 +148,9 @@ def _with_tokens(
     content: bytes, stated: Mapping[str, Any], added: Mapping[int, Any], where: str
 ) -> bytes:
     """tokenizer.json with the tokens that only other files state, at the ids that they state."""
+    named = (*_named(stated).values(), *_extra(stated))
+    if not (added or named):
+        return content
     known = tokenizer_of(content, where)
     for ident, token in added.items():
         if (own := known.token_to_id(token["content"])) not in (None, ident):
@@ -156,7 +159,7 @@ def _with_tokens(
                 f"{TOKENIZER}: get both files again"
             )
     new = {token["content"]: token for _, token in sorted(added.items())}
-    for name in (*_named(stated).values(), *_extra(stated)):
+    for name in named:
         new.setdefault(name, {"content": name, "special": True})
     new = {name: token for name, token in new.items() if known.token_to_id(name) is None}
     if not new:

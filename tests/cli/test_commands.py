@@ -17,7 +17,6 @@ from supra_core import artifact
 from supra_core.sources import WRITERS, open_source
 from supra_core.spec import SoftmaxAttention
 from supra_core.tensors import LazyTensor
-from supra_core.text import encode, load_tokenizer
 from tests.tiny_models import SPECS, lazy_weights
 
 runner = CliRunner()
@@ -295,8 +294,8 @@ def test_eval_reads_the_same_text_with_another_tokenizer(
     assert "same_tokens" not in student
     assert teacher["same_tokens"] is False
     # A letter is a token there, and the first one of either is not predicted.
-    tokenizer = load_tokenizer(open_source(converted).assets(), "converted")
-    text = encode(tokenizer, text_file.read_text()).head(100)
+    tokenizer = open_source(converted).tokenizer()
+    text = tokenizer.encode(text_file.read_text()).head(100)
     assert student["text_bytes"] == int(text.ends[-1] - text.ends[0])
     assert teacher["tokens"] == teacher["text_bytes"] == int(text.ends[-1]) - 1
     done = runner.invoke(app, [*map(str, arguments), "--limit", "20"])

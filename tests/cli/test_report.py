@@ -25,7 +25,6 @@ from supra_core import backend
 from supra_core.errors import FormatError
 from supra_core.intervals import of_share
 from supra_core.progress import silent
-from supra_core.text import encode
 from tests.cli.test_bad_input import refused
 
 pytest.importorskip("torch")
@@ -530,7 +529,7 @@ def test_a_teacher_with_another_tokenizer_reads_the_same_text(
             monkeypatch.setattr(one, f"_{name}", dict)
     student, theirs = (one.all()["quality"]["files"]["text.txt"] for one in found)
     assert theirs["same_tokens"] is False
-    text = encode(inputs.student.tokenizer, text_file.read_text()).head(64)
+    text = inputs.student.tokenizer.encode(text_file.read_text()).head(64)
     assert theirs["tokens"] == int(text.ends[-1]) - 1
     assert student["tokens"] == 63
 

@@ -7,16 +7,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from supra_core.chat_template import (
-    FIXED_TIME,
-    _environment,
-    named_tokens,
-    read_template,
-    render,
-    split_template,
-    with_time,
-)
 from supra_core.errors import FormatError
+from supra_core.text.chat_template import ChatTemplate
+from supra_core.text.files import named_tokens, read_template
 from tests.tiny_chat import CHATML, LLAMA3, MISTRAL
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -54,7 +47,7 @@ TALK = [
     ids=["chatml", "llama3", "mistral"],
 )
 def test_the_strings_around_messages(template: str, expected: tuple[str, ...]) -> None:
-    turns = split_template(template, TOKENS)
+    turns = ChatTemplate(template, TOKENS).turns()
     assert (turns.opening, turns.to_answer, turns.to_user, turns.closing) == expected
     # Mistral's form puts a space before the answer, which the model says itself.
     space = " " if template == MISTRAL else ""
@@ -63,7 +56,7 @@ def test_the_strings_around_messages(template: str, expected: tuple[str, ...]) -
         + turns.to_user + TALK[2]["content"] + turns.to_answer + space + TALK[3]["content"]
         + turns.closing
     )  # fmt: skip
-    assert said == render(template, TALK, answer_next=False, tokens=TOKENS)
+    assert said == ChatTemplate(template, TOKENS).render(TALK)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +73,12 @@ def test_the_strings_around_messages(template: str, expected: tuple[str, ...]) -
 )
 def test_templates_that_cannot_be_taken_apart(template: str, problem: str) -> None:
     with pytest.raises(FormatError, match=problem):
-        split_template(template, TOKENS)
+        ChatTemplate(template, TOKENS).turns()
 
 
 def test_the_date_is_not_rendered() -> None:
     template = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CHATML
-    assert str(datetime.now(UTC).year) not in split_template(template, TOKENS).opening
+    assert str(datetime.now(UTC).year) not in ChatTemplate(template, TOKENS).turns().opening
 
 
 # As SmolLM3 and Granite 3.1 ask for the time: with nothing for where there is none.
@@ -98,53 +91,26 @@ UNCONDITIONAL = (
 
 @pytest.mark.parametrize("template", UNCONDITIONAL)
 def test_a_template_that_must_have_a_date(template: str) -> None:
-    turns = split_template(template, TOKENS)
+    turns = ChatTemplate(template, TOKENS).turns()
     assert "2025" in turns.opening and "January" in turns.opening and "01" in turns.opening
-    plain = split_template(CHATML, TOKENS)
+    plain = ChatTemplate(CHATML, TOKENS).turns()
     assert turns.opening.endswith(plain.opening)
     assert (turns.to_answer, turns.to_user) == (plain.to_answer, plain.to_user)
-    said = render(template, TALK, answer_next=False, tokens=TOKENS)
+    said = ChatTemplate(template, TOKENS).render(TALK)
     assert said.startswith(turns.opening + "why?")
 
 
 @pytest.mark.parametrize("rest", ["{{ nothing() }}", "{{ strftime_now.clock() }}"])
 def test_what_else_is_undefined_is_still_an_error(rest: str) -> None:
     with pytest.raises(FormatError, match="cannot be rendered"):
-        split_template(UNCONDITIONAL[0] + rest, TOKENS)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        "strftime_now('%d %b %Y')", 'strftime_now("%Y-%m-%d")', "strftime_now(format='%H:%M')",
-        "strftime_now( '%d' )", 'strftime_now("it\'s %A")', "strftime_now('%%d')",
-        "strftime_now('')", "strftime_now('a') ~ strftime_now('%Y')",
-    ],
-)  # fmt: skip
-def test_a_time_that_is_written_is_the_time_that_is_told(call: str) -> None:
-    """The template with the time in it renders as the template that is given a clock."""
-    template = "{% if strftime_now is defined %}[{{ " + call + " }}]{% endif %}"
-    written = with_time(template, FIXED_TIME)
-    # What is left to call would show another day.
-    told = _environment().from_string(template).render(strftime_now=FIXED_TIME.strftime)
-    other = _environment().from_string(written).render(strftime_now=lambda format: "another")
-    assert other == told != ""
-
-
-def test_what_a_time_is_not_written_into() -> None:
-    for template in (
-        "{{ strftime_now(form) }}",
-        "{{ strftime_now }}",
-        "{{ my_strftime_now('%d') }}",
-    ):
-        assert with_time(template, FIXED_TIME) == template
+        ChatTemplate(UNCONDITIONAL[0] + rest, TOKENS).turns()
 
 
 def test_a_template_with_a_generation_block() -> None:
     template = CHATML.replace(
         "{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"
     )
-    assert split_template(template, TOKENS) == split_template(CHATML, TOKENS)
+    assert ChatTemplate(template, TOKENS).turns() == ChatTemplate(CHATML, TOKENS).turns()
 
 
 def test_where_templates_are_kept() -> None:

@@ -25,7 +25,6 @@ from supra_core.corpus.store import ShardWriter, TokenStore, type_for, write_ind
 from supra_core.errors import FormatError, SupraError
 from supra_core.progress import silent
 from supra_core.sources import open_source
-from supra_core.text import load_tokenizer
 
 END = 1
 TEXTS = [
@@ -270,7 +269,7 @@ def test_pieces_have_the_tokens_of_the_whole(
     source = open_source(smollm2_gguf)
     told = Settings((str(file),), None, source.spec.vocab_size)
     store = prepare.prepare(told, source.assets(), tmp_path / "out")
-    tokenizer = load_tokenizer(source.assets(), "SmolLM2")
+    tokenizer = source.tokenizer().raw
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     assert len(list(documents.pieces(text))) > 10
     found = store[0 : len(store)].tolist()

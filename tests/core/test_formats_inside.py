@@ -65,7 +65,10 @@ def test_links_inside_the_folder_are_followed(model: Path) -> None:
 
 def test_the_folder_itself_may_be_a_link(model: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(model)
-    assert open_source(tmp_path / "link").assets().keys() == {"tokenizer.json"}
+    assert open_source(tmp_path / "link").assets().keys() == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 def test_a_file_that_the_user_names_may_be_a_link(model: Path, tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_the_cache_of_the_hub_is_made_of_links(model: Path, tmp_path: Path) -> N
     snapshot = _hub_cache(model, tmp_path / "cache")
     assert (snapshot / "model.safetensors").is_symlink()
     found = open_source(snapshot)
-    assert found.assets().keys() == {"tokenizer.json"}
+    assert found.assets().keys() == {"tokenizer.json", "tokenizer_config.json"}
     assert found.tensors["model.norm.weight"].read().shape == (24,)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from supra_core.backend import load
-from supra_core.chat_template import split_template
 from supra_core.errors import SupraError
 from supra_core.fingerprint import fingerprint
 from supra_core.generate import Sampling, generate
 from supra_core.sources import WRITERS, Source, open_source
 from supra_core.synthesis import DocumentRow, Script, vocabulary
+from supra_core.text.chat_template import ChatTemplate
 from tests.tiny_chat import CHATML, tokenizer
 from tests.tiny_models import SPECS, lazy_weights
 
@@ -133,10 +133,10 @@ def test_what_is_written_says_the_same_to_everyone(kind: str, tmp_path: Path, to
 
 def test_mlx_stops_at_all_of_them(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("mlx.core")
-    from supra_mlx.generate import load_tokenizer
+    from supra_mlx.weights import load_source
 
     source = open_source(folder_of(kind, tmp_path, {"eos_token_id": ALL}))
-    assert set(load_tokenizer(source).eos_token_ids) == set(ALL)
+    assert set(load_source(source).spec.eos_token_id) == set(ALL)
 
 
 def test_a_continuation_ends_there(kind: str, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_continuation_ends_there(kind: str, tmp_path: Path) -> None:
 
 def test_synthesis_stops_at_all_of_them(tmp_path: Path) -> None:
     spec = open_source(folder_of("hf", tmp_path, {"eos_token_id": [2, 4, 9]})).spec
-    turns = split_template(CHATML, {})
+    turns = ChatTemplate(CHATML, {}).turns()
     words = vocabulary(tokenizer(), spec.bos_token_id, spec.eos_token_id, turns, "model")
     # The first id stays what stands between documents where no marker says it.
     assert (words.start, words.end) == (0, 0)

@@ -21,6 +21,7 @@ from supra_core.probes.recall import CUE_WORDS, associative_recall, copying
 from supra_core.probes.speed import speed
 from supra_core.probes.words import word_tokens
 from supra_core.tasks import Question
+from supra_core.text import ModelTokenizer
 from tests.tiny_models import SPECS, reference
 
 VOCABULARY = 300
@@ -80,7 +81,7 @@ def remembers(tokens: int) -> Rule:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer() -> ModelTokenizer:
     """Letters and marks, and two hundred words with a space before them, a token each."""
     marks = ["<|end|>", " ", ":", "\n", ".", *"ABCDEQnswer?"]
     letters = "bdfgklmt"
@@ -90,14 +91,14 @@ def tokenizer() -> Tokenizer:
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     made.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     made.add_special_tokens(["<|end|>"])
-    return made
+    return ModelTokenizer(made)
 
 
 FILLER = np.zeros(700, dtype=np.int64)  # never one of the words
 
 
 @pytest.mark.parametrize("probe", [associative_recall, copying])
-def test_recall_ends_where_the_memory_does(probe: Any, tokenizer: Tokenizer) -> None:
+def test_recall_ends_where_the_memory_does(probe: Any, tokenizer: ModelTokenizer) -> None:
     model = FakeBackend(remembers(64))
     found = probe(model, tokenizer, FILLER, distances=(16, 32, 64, 128, 256), sequences=6)
     # Between the first of eight lines and its repetition there is no room for 16 tokens.
@@ -111,7 +112,7 @@ def test_recall_ends_where_the_memory_does(probe: Any, tokenizer: Tokenizer) -> 
         assert one.greedy_interval[0] <= one.greedy <= one.greedy_interval[1]
 
 
-def test_recall_of_a_model_that_guesses_is_at_chance(tokenizer: Tokenizer) -> None:
+def test_recall_of_a_model_that_guesses_is_at_chance(tokenizer: ModelTokenizer) -> None:
     noise = np.random.default_rng(0)
     model = FakeBackend(lambda seen: noise.normal(size=VOCABULARY))
     found = copying(model, tokenizer, FILLER, distances=(16,), sequences=60)[0]
@@ -123,7 +124,7 @@ def test_recall_of_a_model_that_guesses_is_at_chance(tokenizer: Tokenizer) -> No
 @pytest.mark.parametrize("latest", [True, False])
 @pytest.mark.parametrize("sequences", [8, 16, 32, 40])
 def test_preferring_recent_or_early_words_is_chance(
-    probe: Any, latest: bool, sequences: int, tokenizer: Tokenizer
+    probe: Any, latest: bool, sequences: int, tokenizer: ModelTokenizer
 ) -> None:
     """No memory of what belongs together, only of what was said when."""
 
@@ -144,7 +145,7 @@ def test_preferring_recent_or_early_words_is_chance(
         assert found.among == (0.0 if latest else 1.0)
 
 
-def test_recall_is_seeded_and_feeds_a_sequence_once(tokenizer: Tokenizer) -> None:
+def test_recall_is_seeded_and_feeds_a_sequence_once(tokenizer: ModelTokenizer) -> None:
     noise = lambda seen: np.random.default_rng(sum(seen)).normal(size=VOCABULARY)  # noqa: E731
     given: dict[str, Any] = {"distances": (16, 64, 128), "sequences": 8}
     first, second = FakeBackend(noise), FakeBackend(noise)
@@ -161,7 +162,7 @@ def test_full_reports_ask_by_fours() -> None:
 
 
 @pytest.mark.parametrize("probe", [associative_recall, copying])
-def test_text_beyond_the_vocabulary_is_refused(probe: Any, tokenizer: Tokenizer) -> None:
+def test_text_beyond_the_vocabulary_is_refused(probe: Any, tokenizer: ModelTokenizer) -> None:
     model = FakeBackend(remembers(64))
     beyond = np.append(FILLER, VOCABULARY)
     with pytest.raises(SupraError, match="token id 300 is outside"):
@@ -170,8 +171,10 @@ def test_text_beyond_the_vocabulary_is_refused(probe: Any, tokenizer: Tokenizer)
 
 
 @pytest.mark.parametrize("probe", [associative_recall, copying])
-def test_a_sequence_begins_as_the_tokenizer_begins_a_text(probe: Any, tokenizer: Tokenizer) -> None:
-    begun = Tokenizer.from_str(tokenizer.to_str())
+def test_a_sequence_begins_as_the_tokenizer_begins_a_text(
+    probe: Any, tokenizer: ModelTokenizer
+) -> None:
+    begun = Tokenizer.from_str(tokenizer.raw.to_str())
     end = begun.token_to_id("<|end|>")
     begun.post_processor = processors.TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", end)]
@@ -187,12 +190,12 @@ def test_a_sequence_begins_as_the_tokenizer_begins_a_text(probe: Any, tokenizer:
     given: dict[str, Any] = {"distances": (64,), "sequences": 4}
     for positions, kept in ((64 + 2 * around, 0), (65 + 2 * around, 1)):
         model = FakeBackend(rule, positions)
-        assert len(probe(model, begun, FILLER + 1, **given)) == kept
+        assert len(probe(model, ModelTokenizer(begun), FILLER + 1, **given)) == kept
         assert len(probe(FakeBackend(remembers(64), positions), tokenizer, FILLER, **given)) == 1
     assert beginnings == {end}
 
 
-def test_distances_that_do_not_fit_are_left_out(tokenizer: Tokenizer) -> None:
+def test_distances_that_do_not_fit_are_left_out(tokenizer: ModelTokenizer) -> None:
     model = FakeBackend(remembers(64), positions=128)
     found = associative_recall(
         model, tokenizer, FILLER, distances=(2, 16, 32, 64, 128, 1024), sequences=4
@@ -201,15 +204,15 @@ def test_distances_that_do_not_fit_are_left_out(tokenizer: Tokenizer) -> None:
     assert copying(model, tokenizer, FILLER, distances=(8,), sequences=4) == []
 
 
-def test_words_are_whole_words_or_else_any_tokens(tokenizer: Tokenizer) -> None:
-    ids, real = word_tokens(tokenizer, VOCABULARY)
+def test_words_are_whole_words_or_else_any_tokens(tokenizer: ModelTokenizer) -> None:
+    ids, real = word_tokens(tokenizer.raw, VOCABULARY)
     assert real
-    assert all(tokenizer.id_to_token(index).startswith("Ġ") for index in ids)
-    others, real = word_tokens(tokenizer, 90, fewest=80)
+    assert all(tokenizer.raw.id_to_token(index).startswith("Ġ") for index in ids)
+    others, real = word_tokens(tokenizer.raw, 90, fewest=80)
     assert not real
-    assert tokenizer.token_to_id("<|end|>") not in others
+    assert tokenizer.raw.token_to_id("<|end|>") not in others
     with pytest.raises(SupraError, match="60 are needed"):
-        word_tokens(tokenizer, 10, fewest=60)
+        word_tokens(tokenizer.raw, 10, fewest=60)
 
 
 # --- positions ------------------------------------------------------------------------------
@@ -247,27 +250,27 @@ QUESTIONS = [
 ]
 
 
-def _answers(choose: Callable[[str], str], tokenizer: Tokenizer) -> FakeBackend:
+def _answers(choose: Callable[[str], str], tokenizer: ModelTokenizer) -> FakeBackend:
     """A backend that answers a prompt by the letter that ``choose`` makes of it."""
 
     def rule(seen: Sequence[int]) -> Any:
-        text = "".join(tokenizer.id_to_token(token) for token in seen).replace("Ġ", " ")
+        text = "".join(tokenizer.raw.id_to_token(token) for token in seen).replace("Ġ", " ")
         # The space before a letter is a token of its own here.
-        return _one_hot(tokenizer.token_to_id(choose(text) if text.endswith(": ") else "."))
+        return _one_hot(tokenizer.raw.token_to_id(choose(text) if text.endswith(": ") else "."))
 
     return FakeBackend(rule)
 
 
 @pytest.fixture(scope="module")
-def letters() -> Tokenizer:
+def letters() -> ModelTokenizer:
     """Every character is a token."""
     text = "<\n .:?ABCDEFQabcdefgnrsw"
     made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(text)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    return made
+    return ModelTokenizer(made)
 
 
-def test_a_model_that_always_says_one_letter_is_never_consistent(letters: Tokenizer) -> None:
+def test_a_model_that_always_says_one_letter_is_never_consistent(letters: ModelTokenizer) -> None:
     found = option_permutations(_answers(lambda text: "B", letters), letters, QUESTIONS)
     assert found.consistent == 0.0
     assert {one.letter: one.chosen for one in found.letters} == {"A": 0, "B": 1, "C": 0, "D": 0}
@@ -277,7 +280,7 @@ def test_a_model_that_always_says_one_letter_is_never_consistent(letters: Tokeni
     assert found.orders == 4 + 3
 
 
-def test_a_model_that_knows_the_content_always_is(letters: Tokenizer) -> None:
+def test_a_model_that_knows_the_content_always_is(letters: ModelTokenizer) -> None:
     right = {"fbb", "fdd"}
 
     def choose(text: str) -> str:
@@ -294,12 +297,12 @@ def test_a_model_that_knows_the_content_always_is(letters: Tokenizer) -> None:
     assert sum(one.even for one in found.letters) == pytest.approx(1.0)
 
 
-def test_letters_without_a_token_and_long_questions_are_refused(letters: Tokenizer) -> None:
+def test_letters_without_a_token_and_long_questions_are_refused(letters: ModelTokenizer) -> None:
     many = Question("Q?\n", ("b",) * 27, 0)
     with pytest.raises(SupraError, match="letters"):
         option_permutations(_answers(lambda text: "A", letters), letters, [many])
     small = FakeBackend(lambda seen: _one_hot(0))
-    small.spec = replace(small.spec, vocab_size=letters.token_to_id("D"))
+    small.spec = replace(small.spec, vocab_size=letters.raw.token_to_id("D"))
     with pytest.raises(SupraError, match="outside the model's vocabulary"):
         option_permutations(small, letters, QUESTIONS)
     short = FakeBackend(lambda seen: _one_hot(0), positions=20)

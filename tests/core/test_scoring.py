@@ -23,6 +23,7 @@ from supra_core.tasks import (
     read_questions,
     task_of,
 )
+from supra_core.text import ModelTokenizer
 from tests.tiny_models import SPECS, reference
 from tests.tiny_tokenizers import SPECIAL, byte_level, with_bos
 
@@ -30,7 +31,7 @@ _LETTERS = " abcdefghijklmnopqrstuvwxyzAnswer:?."
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer() -> ModelTokenizer:
     """A letter is a token, and two letters that often stand together are one."""
     vocabulary = {letter: index for index, letter in enumerate(dict.fromkeys(_LETTERS))}
     for pair in (" a", "th", "he"):
@@ -39,7 +40,7 @@ def tokenizer() -> Tokenizer:
     merges = [(" ", "a"), ("t", "h"), ("h", "e")]
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     made.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    return made
+    return ModelTokenizer(made)
 
 
 def _random_pairs(count: int, seed: int = 0) -> list[Pair]:
@@ -91,9 +92,9 @@ def test_tokens_beyond_the_vocabulary_are_refused(pair: Pair) -> None:
         score(model, [Pair((1,), (2,)), pair])  # type: ignore[arg-type]
 
 
-def test_spaces_move_to_the_continuation(tokenizer: Tokenizer) -> None:
+def test_spaces_move_to_the_continuation(tokenizer: ModelTokenizer) -> None:
     pair = encode_pair(tokenizer, "the ", "answer")
-    text = [tokenizer.id_to_token(index) for index in pair.continuation]
+    text = [tokenizer.raw.id_to_token(index) for index in pair.continuation]
     assert text[0] == " a"
     assert pair == encode_pair(tokenizer, "the", " answer")
     with pytest.raises(SupraError, match="both need at least one token"):
@@ -101,8 +102,8 @@ def test_spaces_move_to_the_continuation(tokenizer: Tokenizer) -> None:
 
 
 def test_a_context_begins_as_the_tokenizer_begins_a_text() -> None:
-    plain, begun = byte_level(), with_bos(byte_level(), SPECIAL[1])
-    bos = plain.token_to_id(SPECIAL[1])
+    plain, begun = map(ModelTokenizer, (byte_level(), with_bos(byte_level(), SPECIAL[1])))
+    bos = plain.raw.token_to_id(SPECIAL[1])
     for context in ("the cat", "the ", SPECIAL[1] + "a"):
         without, found = (encode_pair(t, context, " sat") for t in (plain, begun))
         assert found.continuation == without.continuation
@@ -112,16 +113,16 @@ def test_a_context_begins_as_the_tokenizer_begins_a_text() -> None:
     assert encode_pair(begun, " ", "sat").context == (bos,)
 
 
-def test_results_state_how_prompts_begin(tokenizer: Tokenizer) -> None:
+def test_results_state_how_prompts_begin(tokenizer: ModelTokenizer) -> None:
     found = lambada(_Prefers(), tokenizer, [Passage("the", "he")])  # type: ignore[arg-type]
     assert found.text_form.endswith("; no BOS")
-    bos = Tokenizer.from_str(tokenizer.to_str())
+    bos = Tokenizer.from_str(tokenizer.raw.to_str())
     bos.add_special_tokens(["."])
     bos.post_processor = processors.TemplateProcessing(
         single=". $A", special_tokens=[(".", bos.token_to_id("."))]
     )
     question = Question("who?", ("b", "w"), 1)
-    asked = multiple_choice(_Prefers(), bos, [question])  # type: ignore[arg-type]
+    asked = multiple_choice(_Prefers(), ModelTokenizer(bos), [question])  # type: ignore[arg-type]
     assert asked.text_form.endswith("; behind the tokenizer's own .")
 
 
@@ -135,7 +136,7 @@ class _Prefers:
         return np.broadcast_to(np.arange(50, dtype=np.float32), (*ids.shape, 50))
 
 
-def test_multiple_choice_chooses_by_likelihood(tokenizer: Tokenizer) -> None:
+def test_multiple_choice_chooses_by_likelihood(tokenizer: ModelTokenizer) -> None:
     # "w" has a greater id than "b": alone it wins; six of them lose, but not by the letter.
     questions = [Question("who?", ("b", "w"), 1), Question("who?", ("b", "wwwwww"), 1)]
     found = multiple_choice(_Prefers(), tokenizer, questions)  # type: ignore[arg-type]
@@ -146,7 +147,7 @@ def test_multiple_choice_chooses_by_likelihood(tokenizer: Tokenizer) -> None:
     assert found.metrics["acc_norm"] == 1.0
 
 
-def test_lambada_is_the_last_word(tokenizer: Tokenizer) -> None:
+def test_lambada_is_the_last_word(tokenizer: ModelTokenizer) -> None:
     passages = [Passage("the cat", "sat"), Passage("the", "hehe")]
     found = lambada(_Prefers(), tokenizer, passages)  # type: ignore[arg-type]
     assert found.metrics["acc"] == 0.0
@@ -159,7 +160,7 @@ def test_lambada_is_the_last_word(tokenizer: Tokenizer) -> None:
     assert likelihoods[0] == pytest.approx(sum(ids) - len(ids) * normaliser, abs=1e-3)
 
 
-def test_prompts_that_were_cut_are_counted(tokenizer: Tokenizer) -> None:
+def test_prompts_that_were_cut_are_counted(tokenizer: ModelTokenizer) -> None:
     passages = [Passage("the cat", "sat"), Passage("the cat " * 9, "sat")]
     longest = max(map(len, passage_pairs(tokenizer, passages)))
     for length, cut in ((longest, 0), (longest - 1, 1)):

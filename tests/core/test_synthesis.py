@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 
-from supra_core.chat_template import split_template
 from supra_core.errors import FormatError
 from supra_core.synthesis import (
     ConversationRow,
@@ -19,6 +18,7 @@ from supra_core.synthesis import (
     loops,
     vocabulary,
 )
+from supra_core.text.chat_template import ChatTemplate
 from tests.tiny_chat import CHATML, MISTRAL, SPECIAL, tokenizer
 
 END, IM_START, IM_END, BOS, EOS = range(5)
@@ -28,13 +28,13 @@ TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 def words(
     template: str | None = CHATML, bos: int | None = IM_START, eos: int = IM_END
 ) -> Vocabulary:
-    turns = None if template is None else split_template(template, TOKENS)
+    turns = None if template is None else ChatTemplate(template, TOKENS).turns()
     return vocabulary(tokenizer(), bos, (eos,), turns, "model")
 
 
 def conversation(template: str = CHATML, most: int = 2) -> ConversationRow:
     known = words() if template == CHATML else words(template, BOS, EOS)
-    return ConversationRow(Script(known, split_template(template, TOKENS), most))
+    return ConversationRow(Script(known, ChatTemplate(template, TOKENS).turns(), most))
 
 
 def say(row: Row, said: str) -> str:

@@ -1,27 +1,13 @@
-"""Tokens to text as they come, and chats at a time of one's choice."""
+"""Texts to tokens, and tokens to text as they come."""
 
 from __future__ import annotations
-
-from datetime import datetime
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from supra_core.errors import FormatError
-from supra_core.text import (
-    detokenizer,
-    encode,
-    encode_prompt,
-    leading_form,
-    leading_ids,
-    load_tokenizer,
-    render_chat,
-    same_stretch,
-)
+from supra_core.text import ModelTokenizer, load_tokenizer
 from tests.tiny_tokenizers import SPECIAL, byte_level, sentencepiece, with_bos
 
 TOKENIZERS = {"sentencepiece": sentencepiece(), "byte_level": byte_level()}
@@ -34,7 +20,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], after: list[int] | None = None) -> list[str]:
-    take = detokenizer(SimpleNamespace(backend_tokenizer=tokenizer), after or [])
+    take = ModelTokenizer(tokenizer).stream(after or [])
     return [take(token) for token in ids]
 
 
@@ -126,7 +112,7 @@ def test_what_a_file_says_of_truncation_and_padding_is_left_out(tokenizer: Token
     assert len(saved.encode("abcdef abc")) == 9
     loaded = load_tokenizer({"tokenizer.json": saved.to_str().encode()}, "the file")
     for text in ("abcdef abc", "a"):
-        found = encode(loaded, text)
+        found = loaded.encode(text)
         assert found.ids.tolist() == encoded(tokenizer, text)
         assert found.ends[-1] == len(text)
 
@@ -136,70 +122,32 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(name: str) -> None:
     plain = TOKENIZERS[name]
     begun = with_bos(Tokenizer.from_str(plain.to_str()), SPECIAL[1])
     bos = plain.token_to_id(SPECIAL[1])
-    assert (leading_ids(plain), leading_ids(begun)) == ([], [bos])
-    assert (leading_form(plain), leading_form(begun)) == (
+    ours, theirs = ModelTokenizer(plain), ModelTokenizer(begun)
+    assert (ours.leading_ids, theirs.leading_ids) == ([], [bos])
+    assert (ours.leading_form, theirs.leading_form) == (
         "no BOS", f"behind the tokenizer's own {SPECIAL[1]}"
     )  # fmt: skip
     for text in ("", "ab c", "x"):
         ids = encoded(plain, text)
-        assert encode_prompt(plain, text) == ids
+        assert ours.encode_prompt(text) == ids
         # What the tokenizer puts behind a text is none of a prompt's.
-        assert encode_prompt(begun, text) == [bos, *ids] == begun.encode(text).ids[:-1]
+        assert theirs.encode_prompt(text) == [bos, *ids] == begun.encode(text).ids[:-1]
     twice = SPECIAL[1] + "ab"
-    assert encode_prompt(begun, twice) == encoded(plain, twice)
-    assert encode_prompt(begun, twice).count(bos) == 1
+    assert theirs.encode_prompt(twice) == encoded(plain, twice)
+    assert theirs.encode_prompt(twice).count(bos) == 1
     # Perplexity is of the text as it stands.
-    assert encode(begun, "ab").ids.tolist() == encoded(plain, "ab")
+    assert theirs.encode("ab").ids.tolist() == encoded(plain, "ab")
 
 
 @pytest.mark.parametrize("text", ["abc def", "x é€ 😀"])
 def test_the_same_stretch_by_another_tokenizer(text: str) -> None:
-    first, other = TOKENIZERS["byte_level"], TOKENIZERS["sentencepiece"]
-    whole = encode(first, text)
+    first, other = (ModelTokenizer(TOKENIZERS[n]) for n in ("byte_level", "sentencepiece"))
+    whole = first.encode(text)
     for tokens in range(1, len(whole.ids) + 1):
         head = whole.head(tokens)
-        same, alike = same_stretch(first, head)
+        same, alike = first.same_stretch(head)
         assert alike and same.ids.tolist() == head.ids.tolist()
-        theirs, alike = same_stretch(other, head)
+        theirs, alike = other.same_stretch(head)
         assert not alike
         assert theirs.text == text[: head.ends[-1]]
-        assert theirs.ids.tolist() == encoded(other, theirs.text)
-
-
-# --- chats ----------------------------------------------------------------------------------
-
-GUARDED = (
-    "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}"
-    "{% else %}{% set d = 'no day' %}{% endif %}"
-)
-UNGUARDED = '{%- set d = strftime_now("%d %b %Y") -%}'
-BODY = "{{ d }}: {% for m in messages %}{{ m.content }}{% endfor %}"
-MOMENT = datetime(2019, 3, 7, 9, 30)
-
-
-@pytest.fixture
-def chat_tokenizer() -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level())
-
-
-def rendered(tokenizer: Any, template: Any, now: datetime | None) -> str:
-    tokenizer.chat_template = template
-    ids = render_chat(tokenizer, [{"role": "user", "content": "hi"}], now)
-    return str(tokenizer.decode(ids))
-
-
-@pytest.mark.parametrize("template", [GUARDED + BODY, UNGUARDED + BODY])
-def test_a_chat_at_a_time_of_ones_choice(chat_tokenizer: Any, template: str) -> None:
-    assert rendered(chat_tokenizer, template, MOMENT) == "07 Mar 2019: hi"
-    several = {"default": template, "tool_use": "none"}
-    assert rendered(chat_tokenizer, several, MOMENT) == "07 Mar 2019: hi"
-    # Without one it is the clock's.
-    assert str(datetime.now().year) in rendered(chat_tokenizer, template, None)
-
-
-def test_templates_that_do_not_ask_for_the_time(chat_tokenizer: Any) -> None:
-    template = "{% set d = 1 %}" + BODY
-    assert rendered(chat_tokenizer, template, MOMENT) == "1: hi"
-    with pytest.raises(FormatError, match="cannot be rendered"):
-        rendered(chat_tokenizer, UNGUARDED + "{{ nothing() }}", MOMENT)
+        assert theirs.ids.tolist() == encoded(other.raw, theirs.text)

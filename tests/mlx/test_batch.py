@@ -154,16 +154,13 @@ def test_nothing_to_go_on_from(engine: MLXEngine) -> None:
         engine.batch(1).add([], engine.fresh(), Sampling())
 
 
-def test_it_ends_at_the_end_of_a_turn(engine: MLXEngine, tmp_path: Path) -> None:
+def test_it_ends_at_the_end_of_a_turn(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     likely = alone(engine, PROMPTS[3], Sampling(max_tokens=6))
-    kept = engine.tokenizer.eos_token_ids
-    engine.tokenizer.eos_token_ids = [likely[3]]
-    try:
-        batch, said = engine.batch(2), {}
-        key = batch.add(PROMPTS[3], engine.fresh(), Sampling(max_tokens=40))
-        assert finished(batch, [key], said) == {key: "stop"}
-    finally:
-        engine.tokenizer.eos_token_ids = kept
+    spec = replace(engine.model.spec, eos_token_id=(likely[3],))
+    monkeypatch.setattr(type(engine.model), "spec", spec)
+    batch, said = engine.batch(2), {}
+    key = batch.add(PROMPTS[3], engine.fresh(), Sampling(max_tokens=40))
+    assert finished(batch, [key], said) == {key: "stop"}
     assert said[key] == likely[: likely.index(likely[3]) + 1]
 
 

@@ -15,7 +15,6 @@ from supra_core import fold as folding  # noqa: E402
 from supra_core.layout import parameter_count  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.sources import Source, open_source  # noqa: E402
-from supra_core.text import encode, load_tokenizer  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.model import build  # noqa: E402
 
@@ -31,8 +30,7 @@ def source(smollm2_gguf: Path) -> Source:
 def ids(source: Source) -> Any:
     """600 tokens of English that any Python has."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in ("class", "import", "with"))
-    tokenizer = load_tokenizer(source.assets(), "SmolLM2")
-    return encode(tokenizer, text).ids[None, :600]
+    return source.tokenizer().encode(text).ids[None, :600]
 
 
 def _torch(spec: Any, tensors: Any) -> TorchBackend:

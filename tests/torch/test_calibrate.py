@@ -25,7 +25,7 @@ from supra_core.linearize import (  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
 from supra_core.spec import ModelSpec, SoftmaxAttention  # noqa: E402
-from supra_core.text import encode, load_tokenizer, read_text  # noqa: E402
+from supra_core.text import read_text  # noqa: E402
 from supra_torch.calibrate import _moments, _ridge, calibrate  # noqa: E402
 from supra_torch.conversion import TextCalibration, calibrated_tensors  # noqa: E402
 from supra_torch.model import SupraModel, build  # noqa: E402
@@ -152,9 +152,7 @@ def test_a_run_is_calibrated_once(tiny_transformer: Path, text_file: Path, tmp_p
 def test_a_file_is_calibrated_as_a_model_is(tiny_transformer: Path, text_file: Path) -> None:
     source = open_source(tiny_transformer)
     spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(window=8))
-    ids = torch.from_numpy(
-        encode(load_tokenizer(source.assets(), "tiny"), read_text(text_file)).ids[:600]
-    ).view(10, 60)
+    ids = torch.from_numpy(source.tokenizer().encode(read_text(text_file)).ids[:600]).view(10, 60)
     found, fits = calibrated_tensors((source.spec, source.tensors), spec, tensors, ids, "float32")
     student = build(spec, tensors, dtype=torch.float32)
     teacher = build(source.spec, source.tensors, dtype=torch.float32)

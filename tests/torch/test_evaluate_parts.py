@@ -11,6 +11,7 @@ import pytest
 from supra_core.errors import SupraError
 from supra_core.generate import Sampling
 from supra_core.scoring import Pair
+from supra_core.text import ModelTokenizer
 from tests.tiny_tokenizers import byte_level, with_bos
 
 pytest.importorskip("torch")
@@ -45,13 +46,13 @@ def test_a_context_without_a_token_is_the_prefix() -> None:
 
 
 def test_texts_begin_as_the_tokenizer_begins_them() -> None:
-    tokenizer = with_bos(byte_level(), BOS)
-    plain = tokenizer.encode("ab", add_special_tokens=False).ids
-    bos = tokenizer.token_to_id(BOS)
+    tokenizer = ModelTokenizer(with_bos(byte_level(), BOS))
+    plain = tokenizer.encode("ab").ids.tolist()
+    bos = tokenizer.raw.token_to_id(BOS)
     assert _encoded(tokenizer, "ab", None) == _encoded(tokenizer, "ab", True) == [bos, *plain]
     assert _encoded(tokenizer, "ab", False) == plain
     assert _encoded(tokenizer, BOS + "ab", None) == [bos, *plain]
-    model = Even(tokenizer.get_vocab_size())
+    model = Even(tokenizer.raw.get_vocab_size())
     _generate(model, tokenizer, "ab", {"max_gen_toks": 2}, seed=0)  # type: ignore[arg-type]
     assert model.prompts == [[bos, *plain]]
 
@@ -92,8 +93,8 @@ def test_generation_that_we_have_not_is_refused(given: dict[str, Any]) -> None:
 
 
 def test_repeats_are_other_samples() -> None:
-    tokenizer = byte_level()
-    model: Any = Even(tokenizer.get_vocab_size())
+    tokenizer = ModelTokenizer(byte_level())
+    model: Any = Even(tokenizer.raw.get_vocab_size())
     given = {"temperature": 1.0, "max_gen_toks": 20}
     texts = [_generate(model, tokenizer, "ab", given, seed=seed) for seed in (0, 1, 0)]
     assert texts[0] == texts[2] != texts[1]

@@ -9,15 +9,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_core.chat_template import split_template  # noqa: E402
 from supra_core.synthesis import Kind, Vocabulary, vocabulary  # noqa: E402
+from supra_core.text.chat_template import ChatTemplate  # noqa: E402
 from supra_torch.kv_cache import LockstepDecoder  # noqa: E402
 from supra_torch.model import SupraModel, build  # noqa: E402
 from supra_torch.synthesize import Draw, Synthesizer, draw_tokens  # noqa: E402
 from tests.tiny_chat import CHATML, SPECIAL, tokenizer  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
 
-TURNS = split_template(CHATML, {})
+TURNS = ChatTemplate(CHATML, {}).turns()
 
 
 def _model(name: str = "transformer") -> SupraModel:
