@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast, get_args
 
@@ -20,6 +22,7 @@ from supra_core.progress import Progress, silent
 from supra_core.sources import WRITERS, Source, open_source
 from supra_core.spec import LongropeScaling, ModelSpec, RopeFactors
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named
+from supra_core.text import TOKENIZER
 
 TARGETS = tuple(WRITERS)
 
@@ -172,8 +175,20 @@ def convert(
     )
     return Conversion(
         spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold,
-        linearizing.left_out(spec) if wanted else (), watch.found, found.notes,
+        linearizing.left_out(spec) if wanted else (), watch.found,
+        (*found.notes, *_without_embedding(found)),
     )  # fmt: skip
+
+
+def _without_embedding(source: Source) -> Iterator[str]:
+    """What to tell of tokens that the tokenizer has and the model has not."""
+    if TOKENIZER in source.assets() and (beyond := source.tokenizer().beyond()):
+        names = [f"'{token}' ({ident})" for ident, token in islice(beyond.items(), 3)]
+        more = f" and {len(beyond) - 3:,} more" if len(beyond) > 3 else ""
+        yield (
+            f"the tokenizer has {', '.join(names)}{more}, and the model has embeddings for "
+            f"{source.spec.vocab_size:,} tokens only: text with such a token is refused"
+        )
 
 
 def _require_finite(source: Source, where: str | Path) -> None:

@@ -31,7 +31,7 @@ from supra_core.hub import cached_folder, download, hub_id
 from supra_core.progress import Progress as Reporter
 from supra_core.spec import ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource
-from supra_core.text import ModelTokenizer, load_tokenizer
+from supra_core.text import TOKENIZER, ModelTokenizer, load_tokenizer
 from supra_core.text.files import end_token, one_tokenizer
 
 Kind = Literal["hf", "gguf", "openlm", "supra", "run"]
@@ -65,9 +65,13 @@ class Source:
     notes: tuple[str, ...] = ()
     further_ends: tuple[int, ...] = ()
 
-    def tokenizer(self) -> ModelTokenizer:
-        """The model's tokenizer; FormatError when it has none, or one that cannot be read."""
-        return load_tokenizer(self.assets(), str(self.path), self.spec.vocab_size)
+    def tokenizer(self, *, parse_markers: bool = False) -> ModelTokenizer:
+        """The model's tokenizer; FormatError when it has none, or one that cannot be read.
+
+        ``parse_markers``: see :class:`ModelTokenizer`.
+        """
+        size, where = self.spec.vocab_size, str(self.path)
+        return load_tokenizer(self.assets(), where, size, parse_markers=parse_markers)
 
 
 class Writer(Protocol):
@@ -235,25 +239,22 @@ def _with_files(source: Source, folder: Path) -> Source:
     The config's end-of-text tokens come first: the first one stands between documents.
     """
     stated, read = source.spec.eos_token_id, cache(partial(read_assets, folder))
-    named = _named_end(source.spec, read, str(folder))
+    one = cache(lambda: one_tokenizer(read(), str(folder)))
+    named = _named_end(source.spec, read, one, str(folder))
     more = dict.fromkeys((*further_ends(folder, source.spec), *named))
     further = tuple(token for token in more if token not in stated)
     spec = replace(source.spec, eos_token_id=(*stated, *further))
-
-    @cache
-    def assets() -> dict[str, bytes]:
-        return with_ends(one_tokenizer(read(), str(folder)), spec)
-
-    return replace(source, spec=spec, further_ends=further, assets=assets)
+    return replace(source, spec=spec, further_ends=further, assets=lambda: with_ends(one(), spec))
 
 
-def _named_end(
-    spec: ModelSpec, read: Callable[[], dict[str, bytes]], where: str
-) -> tuple[int, ...]:
+Assets = Callable[[], dict[str, bytes]]
+
+
+def _named_end(spec: ModelSpec, read: Assets, one: Assets, where: str) -> tuple[int, ...]:
     """The end of a turn that the tokenizer names, where it can be read and the model has it."""
     try:
-        end = end_token(read(), where)
-    except FormatError:
+        end = end_token(read() if TOKENIZER in read() else one(), where)
+    except SupraError:
         # Whoever needs the tokenizer is told; the model can be looked at without it.
         return ()
     return () if end is None or end >= spec.vocab_size else (end,)

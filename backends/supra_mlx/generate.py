@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,25 +13,10 @@ from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 from supra_core.errors import SupraError
 from supra_core.generate import REPETITION_CONTEXT, Sampling
 from supra_core.progress import Progress, silent
-from supra_core.sources import Source, open_source
-from supra_core.text import ModelTokenizer
 from supra_mlx.model import Model
-from supra_mlx.weights import load_source
 
 # Tokens of a prompt that are fed at once, as mlx-lm has it.
 PREFILL_STEP = 2048
-
-
-def load_model(
-    model: str | Path | Source, *, dtype: str | None = None
-) -> tuple[Model, ModelTokenizer]:
-    """A model, opened or anything that ``open_source`` opens, and its tokenizer.
-
-    No code of a folder is run. Raises SupraError when either cannot be read.
-    """
-    source = model if isinstance(model, Source) else open_source(model)
-    tokenizer = source.tokenizer()
-    return load_source(source, dtype=dtype), tokenizer
 
 
 def stream(

@@ -33,6 +33,13 @@ Stop = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
 Seed = Annotated[int | None, typer.Option(help="Repeatable sampling.")]
+ParseMarkers = Annotated[
+    bool,
+    typer.Option(
+        "--parse-markers",
+        help="Take markers of turns inside messages, such as <|im_end|>, for markers, not text.",
+    ),
+]
 State = Annotated[Path | None, typer.Option(help="Go on from a file of /save or supra state read.")]
 System = Annotated[str | None, typer.Option(help="System prompt; default: the template's own.")]
 GenerationBackend = Annotated[

@@ -22,6 +22,7 @@ from supra_core.progress import silent
 from supra_core.sizes import Sizes, measure
 from supra_core.sources import Source, open_source
 from supra_core.tensors import dtype_named
+from supra_core.text import ModelTokenizer
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,19 @@ def load_speaker(
     dtype: str | None = None,
     *,
     state: Path | None = None,
+    parse_markers: bool = False,
 ) -> Speaker:
     """The model in MLX, with mlx-lm's own generator, or in any other backend, with ours.
 
     ``state``: a file to go on from; SupraError before the model is loaded when it does not fit.
+    ``parse_markers``: see :class:`~supra_core.text.ModelTokenizer`.
     """
     name, source = backend or default_for_generation(), open_source(model)
     owner = cache(partial(_owner, source, name, dtype or source.dtype))
     begun = None if state is None else (state, _fitting(state, owner))
     make = _mlx_engine if name == "mlx" else partial(_backend_engine, name)
-    return Speaker(make(source, dtype), owner, _sizes(source, name, dtype), begun)
+    tokenizer = source.tokenizer(parse_markers=parse_markers)
+    return Speaker(make(source, tokenizer, dtype), owner, _sizes(source, name, dtype), begun)
 
 
 def _sizes(source: Source, backend: str, dtype: str | None) -> Sizes:
@@ -130,16 +134,17 @@ def _fitting(path: Path, owner: Callable[[], Owner]) -> SavedState:
     return saved
 
 
-def _mlx_engine(source: Source, dtype: str | None) -> Engine:
+def _mlx_engine(source: Source, tokenizer: ModelTokenizer, dtype: str | None) -> Engine:
     with importing("mlx"):
         from supra_mlx.engine import MLXEngine
-        from supra_mlx.generate import load_model
+        from supra_mlx.weights import load_source
 
-    return MLXEngine(*load_model(source, dtype=dtype))
+    return MLXEngine(load_source(source, dtype=dtype), tokenizer)
 
 
-def _backend_engine(backend: str, source: Source, dtype: str | None) -> Engine:
-    tokenizer = source.tokenizer()
+def _backend_engine(
+    backend: str, source: Source, tokenizer: ModelTokenizer, dtype: str | None
+) -> Engine:
     return BackendEngine(load(backend, source.path, dtype=dtype), tokenizer)
 
 

@@ -49,7 +49,8 @@ class Settings:
     """What is prepared and how; the same settings go on where they were interrupted.
 
     ``sources``: files, folders, and data sets of the hub; ``separator``: the token after every
-    document, None for none; ``skip_bad``: leave out records that are no documents.
+    document, None for none; ``skip_bad``: leave out records that are no documents;
+    ``parse_markers``: markers of turns inside messages are markers, not text.
     """
 
     sources: tuple[str, ...]
@@ -58,6 +59,7 @@ class Settings:
     field: str | None = None
     split: str = "train"
     skip_bad: bool = False
+    parse_markers: bool = False
     shard_tokens: int = 100_000_000
 
     def __post_init__(self) -> None:
@@ -93,7 +95,9 @@ def prepare(
     unless those are skipped.
     """
     check_replaceable(out, force, holds=INDEX)
-    tokenizer = load_tokenizer(assets, where, settings.vocab_size)
+    tokenizer = load_tokenizer(
+        assets, where, settings.vocab_size, parse_markers=settings.parse_markers
+    )
     facts: dict[str, Any] = {
         "dtype": type_for(settings.vocab_size),
         "tokenizer": tokenizer_hash(assets[TOKENIZER]),

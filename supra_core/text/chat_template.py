@@ -40,14 +40,12 @@ class Rendering:
 
     ``answer_next`` adds the header of the next answer. ``continues`` leaves the last message, an
     answer, open: the text ends where it ends. ``variables``: what the template is told besides the
-    messages, e.g. ``enable_thinking``. ``parse_markers``: markers of turns inside messages are
-    markers; otherwise they are text.
+    messages, e.g. ``enable_thinking``.
     """
 
     answer_next: bool = True
     continues: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
-    parse_markers: bool = False
 
 
 # For the next answer; and what a conversation is trained on: all of it, and nothing behind.
@@ -153,7 +151,7 @@ class ChatTemplate:
             ) from None
         # A template is a program of someone else's: it may fail in any way.
         except Exception as error:
-            reason = str(error) or type(error).__name__
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise FormatError(
                 f"the model's chat template cannot be rendered ({reason}): correct "
                 "chat_template.jinja"

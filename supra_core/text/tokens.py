@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.int64]
 
-# So unlikely that a Unigram model takes any other division of a text.
-_NEVER = -1e9
-
 
 @dataclass(frozen=True)
 class EncodedText:
@@ -58,6 +55,7 @@ class ModelTokenizer:
 
     ``where`` names the model in errors. ``vocab_size``: rows of the model's embedding; a text with
     a token beyond them is refused with SupraError wherever it is encoded. None: not checked.
+    ``parse_markers``: markers of turns inside messages are markers; otherwise they are text.
     Only one thread may use it at a time.
     """
 
@@ -65,6 +63,7 @@ class ModelTokenizer:
     where: str = "the model"
     vocab_size: int | None = None
     template: ChatTemplate | None = None
+    parse_markers: bool = False
 
     # --- texts --------------------------------------------------------------------------------
 
@@ -140,11 +139,17 @@ class ModelTokenizer:
         SupraError when there is no template.
         """
         text = self.render_text(messages, how, now)
-        tokenizer = self._guarding if GUARD in text else self.raw
         with self._reading():
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+            ids = self._without_guards(text) if GUARD in text else self._plain(text)
         self._checked(ids)
         return ids
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.raw.encode(text, add_special_tokens=False).ids)
+
+    def _without_guards(self, text: str) -> list[int]:
+        guarding, own = self._guarding
+        return [own.get(i, i) for i in guarding.encode(text, add_special_tokens=False).ids]
 
     def render_text(
         self, messages: Messages, how: Rendering = WHOLE, now: datetime | None = None
@@ -155,7 +160,7 @@ class ModelTokenizer:
                 f"{self.where} has no chat template, so it takes no messages: give it plain text, "
                 "or use a model made for chat"
             )
-        if how.parse_markers:
+        if self.parse_markers:
             return self.template.render(messages, how, now)
         return self.template.render(messages, how, now, self._guarded)
 
@@ -202,8 +207,11 @@ class ModelTokenizer:
         )
 
     @cached_property
-    def _guarding(self) -> Tokenizer:
-        """The same tokenizer, to which GUARD is nothing but a hindrance to markers."""
+    def _guarding(self) -> tuple[Tokenizer, dict[int, int]]:
+        """The same tokenizer, to which GUARD is nothing but a hindrance to markers.
+
+        Beside it, the markers' ids there and here.
+        """
         described = json.loads(self.raw.to_str())
         names = set(self._markers.values())
         for token in described["added_tokens"]:
@@ -214,10 +222,13 @@ class ModelTokenizer:
         steps = [guard] if own is None else [guard, own]
         described["normalizer"] = {"type": "Sequence", "normalizers": steps}
         if described["model"].get("type") == "Unigram":
-            vocabulary = described["model"]["vocab"]
-            for entry in vocabulary:
-                entry[1] = _NEVER if entry[0] in names else entry[1]
-        return type(self.raw).from_str(json.dumps(described))
+            # It would take a marker in a text for one of its pieces.
+            for entry in described["model"]["vocab"]:
+                entry[0] = GUARD + entry[0] if entry[0] in names else entry[0]
+        guarding = type(self.raw).from_str(json.dumps(described))
+        pairs = ((guarding.token_to_id(name), ident) for ident, name in self._markers.items())
+        ids = {there: here for there, here in pairs if there is not None}
+        return guarding, ids
 
     # --- checks -------------------------------------------------------------------------------
 
@@ -251,7 +262,11 @@ class ModelTokenizer:
 
 
 def load_tokenizer(
-    assets: Mapping[str, bytes], where: str, vocab_size: int | None = None
+    assets: Mapping[str, bytes],
+    where: str,
+    vocab_size: int | None = None,
+    *,
+    parse_markers: bool = False,
 ) -> ModelTokenizer:
     """The tokenizer among a source's assets, with its chat template; see :class:`ModelTokenizer`.
 
@@ -265,4 +280,4 @@ def load_tokenizer(
     raw = tokenizer_of(assets[TOKENIZER], where)
     program = read_template(assets, where)
     template = None if program is None else ChatTemplate(program, named_tokens(assets, where))
-    return ModelTokenizer(raw, where, vocab_size, template)
+    return ModelTokenizer(raw, where, vocab_size, template, parse_markers)

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from supra_core.errors import FormatError
-from supra_core.text.chat_template import ChatTemplate
+from supra_core.errors import FormatError, SupraError
+from supra_core.text.chat_template import ANSWER, ChatTemplate, Rendering
 from supra_core.text.files import named_tokens, read_template
 from tests.tiny_chat import CHATML, LLAMA3, MISTRAL
 
@@ -127,3 +127,76 @@ def test_where_templates_are_kept() -> None:
     assert named_tokens(both, "x") == {"eos_token": "</s>"}
     with pytest.raises(FormatError, match="tokenizer_config.json is not valid JSON"):
         read_template({"tokenizer_config.json": b"{"}, "x")
+
+
+# --- refusals, and answers that go on ---------------------------------------------------------
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}[{{ m.content }}]{% endfor %}"
+)
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_a_refusal_is_told_as_one() -> None:
+    with pytest.raises(FormatError) as told:
+        ChatTemplate(NO_SYSTEM, {}).render([SYSTEM, *TALK])
+    assert str(told.value) == (
+        "the model's chat template refuses these messages: System role not supported; leave out "
+        "the system message"
+    )
+    with pytest.raises(FormatError, match="refuses these messages: roles must alternate$"):
+        ChatTemplate(MISTRAL, TOKENS).render([TALK[0], TALK[0]])
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "{{ 1 // 0 }}", "{{ 1 / 0 }}", "{{ {}['a'].b }}", "{{ 'a' + 1 }}",
+        "{{ (10 ** 400) / 3.0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ '%d' % 'a' }}", "{% include 'x' %}", "{{ messages | map(attribute='x.y') | sum }}",
+        "{{ messages[0].content[::0] }}", "{{ none.x.y }}",
+    ],
+)  # fmt: skip
+def test_whatever_a_template_runs_into_is_one_sentence(program: str) -> None:
+    with pytest.raises(FormatError, match="cannot be rendered") as told:
+        ChatTemplate(program, {}).render(TALK)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3])
+@pytest.mark.parametrize("said", ["so far", "so far,\n", ""])
+def test_an_answer_that_goes_on(template: str, said: str) -> None:
+    chat = ChatTemplate(template, TOKENS)
+    talk = [TALK[0], {"role": "assistant", "content": said}]
+    asked = chat.render(TALK[:1], ANSWER)
+    assert chat.render(talk, Rendering(continues=True)) == asked + said
+
+
+def test_only_answers_go_on() -> None:
+    chat = ChatTemplate(CHATML, TOKENS)
+    for talk in ([TALK[0]], [], [{"role": "assistant", "content": None}]):
+        with pytest.raises(SupraError, match="only an answer can be continued"):
+            chat.render(talk, Rendering(continues=True))
+    silent = ChatTemplate("{% for m in messages[:1] %}{{ m.content }}{% endfor %}", {})
+    with pytest.raises(FormatError, match="cannot be continued"):
+        silent.render(TALK[:2], Rendering(continues=True))
+
+
+def test_variables_reach_the_template() -> None:
+    program = "{% if think is defined and not think %}quick{% endif %}{{ bos_token }}"
+    chat = ChatTemplate(program, TOKENS)
+    assert chat.render(TALK) == "<s>"
+    assert chat.render(TALK, Rendering(variables={"think": False})) == "quick<s>"
+
+
+def test_a_time_that_is_told() -> None:
+    chat = ChatTemplate(UNCONDITIONAL[0], TOKENS)
+    assert chat.render(TALK, now=datetime(2019, 3, 7)).startswith("Today: 07 March 2019\n")
+
+
+def test_tool_calls_are_shown_to_the_template() -> None:
+    program = "{% for m in messages %}{{ m.content or m.tool_calls[0].function.name }};{% endfor %}"
+    call = {"function": {"name": "look", "arguments": {"at": "it"}}}
+    talk = [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert ChatTemplate(program, {}).render(talk) == "why?;look;"

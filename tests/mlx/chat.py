@@ -6,12 +6,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_letters, digits, punctuation
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from supra_core import artifact
+from supra_core.sources import open_source
 from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor
+from supra_core.text import ModelTokenizer
 from tests.mlx.models import random_weights
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -60,6 +63,14 @@ def write_chat_model(
     }
     artifact.write(folder, spec, tensors, assets, dtype="float32")
     return folder
+
+
+def load_model(folder: Path) -> tuple[Any, ModelTokenizer]:
+    """The model in a folder in MLX, and its tokenizer."""
+    from supra_mlx.weights import load_source
+
+    source = open_source(folder)
+    return load_source(source), source.tokenizer()
 
 
 def _of_characters() -> Tokenizer:

@@ -16,8 +16,7 @@ from supra_core.errors import SupraError  # noqa: E402
 from supra_core.generate import Sampling  # noqa: E402
 from supra_mlx import model  # noqa: E402
 from supra_mlx.engine import MLXEngine  # noqa: E402
-from supra_mlx.generate import load_model  # noqa: E402
-from tests.mlx.chat import write_chat_model  # noqa: E402
+from tests.mlx.chat import load_model, write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
 
 PROMPTS = [list(range(5, 5 + length)) for length in (1, 2, 7, 19, 33)]

@@ -22,8 +22,12 @@ from supra_core.errors import FormatError, SupraError  # noqa: E402
 from supra_core.generate import Sampling, sample  # noqa: E402
 from supra_mlx.backend import MLXBackend, load  # noqa: E402
 from supra_mlx.engine import MLXEngine  # noqa: E402
-from supra_mlx.generate import load_model, stream  # noqa: E402
-from tests.mlx.chat import END_OF_TURN, write_chat_model  # noqa: E402
+from supra_mlx.generate import stream  # noqa: E402
+from tests.mlx.chat import (  # noqa: E402
+    END_OF_TURN,
+    load_model,  # noqa: E402
+    write_chat_model,
+)
 from tests.mlx.models import SPECS  # noqa: E402
 from tests.tiny_tokenizers import byte_level, sentencepiece  # noqa: E402
 

@@ -21,6 +21,7 @@ def command(
     stop: options.Stop = None,
     system: options.System = None,
     state: options.State = None,
+    parse_markers: options.ParseMarkers = False,
     dtype: options.Dtype = None,
 ) -> None:
     """Talk to a model; lines come from a terminal or from stdin."""
@@ -35,7 +36,7 @@ def command(
         raise SupraError("--state has its own system prompt: leave out --system")
     check_text(system, "--system")
     sampling = Sampling(temperature, top_p, max_tokens, seed, min_p, repetition_penalty)
-    speaker = load_speaker(model, backend, dtype, state=state)
+    speaker = load_speaker(model, backend, dtype, state=state, parse_markers=parse_markers)
     conversation = speaker.conversation(system)
     session = Session(speaker, sampling, conversation, stop=stop or (), progress=ReadingProgress())
     if on_terminal():

@@ -25,6 +25,7 @@ def command(
     stop: options.Stop = None,
     system: options.System = None,
     state: options.State = None,
+    parse_markers: options.ParseMarkers = False,
     dtype: options.Dtype = None,
     json_output: options.Json = False,
 ) -> None:
@@ -41,7 +42,7 @@ def command(
     if state is not None and (raw or system is not None):
         raise SupraError("--state goes on with a conversation: leave out --raw and --system")
     sampling = Sampling(temperature, top_p, max_tokens, seed, min_p, repetition_penalty)
-    speaker = load_speaker(model, backend, dtype, state=state)
+    speaker = load_speaker(model, backend, dtype, state=state, parse_markers=parse_markers)
     start = time.monotonic()
     pieces: Iterator[str]
     if raw:

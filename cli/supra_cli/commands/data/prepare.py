@@ -30,6 +30,7 @@ def command(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out records that are no documents.")
     ] = False,
+    parse_markers: options.ParseMarkers = False,
     shard_tokens: Annotated[
         int, typer.Option(help="A shard ends with the document that reaches so many tokens.")
     ] = 100_000_000,
@@ -51,6 +52,7 @@ def command(
         field=field,
         split=split,
         skip_bad=skip_bad,
+        parse_markers=parse_markers,
         shard_tokens=shard_tokens,
     )
     with ProgressReporter() as progress:
