@@ -21,7 +21,7 @@ from supra_core.spec import ModelSpec
 from supra_core.text import EncodedText
 from supra_core.verify import check_ids
 
-TEXT_FORM = "as it stands in the file, UTF-8, no BOS"
+TEXT_FORM = "as it stands in the file, UTF-8"
 
 DEFAULT_LENGTH = 512
 DEFAULT_BATCH = 4
@@ -56,7 +56,7 @@ class Perplexity:
     text_bytes: int
     length: int
     stride: int
-    text_form: str = TEXT_FORM
+    text_form: str
 
 
 def perplexity(
@@ -71,7 +71,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity over consecutive windows of ``length`` tokens that do not overlap.
 
-    The last window may be shorter. Raises :class:`SupraError` as :func:`check_text` does.
+    The last window may be shorter; before each stands what the text ``begins`` with. Raises
+    :class:`SupraError` as :func:`check_text` does.
     """
     if length < 2:
         raise SupraError(f"length must be at least 2 tokens, not {length}")
@@ -80,7 +81,7 @@ def perplexity(
     nats, predicted, text_bytes = 0.0, 0, 0
     progress(stage, 0, total)
     for start, ids in _batches(text.ids, length, batch):
-        losses, _ = token_scores(model, ids, form)
+        losses = token_scores(model, _begun(text.begins, ids), form)[0][:, len(text.begins) :]
         nats += float(losses.sum(dtype=np.float64))
         predicted += losses.size
         for row in range(len(ids)):
@@ -97,6 +98,7 @@ def perplexity(
         text_bytes=text_bytes,
         length=length,
         stride=length,
+        text_form=f"{TEXT_FORM}, {text.form}",
     )
 
 
@@ -145,6 +147,12 @@ def _batches(
     rest = ids[whole * length :]
     if len(rest) > 1:
         yield whole * length, rest[None]
+
+
+def _begun(begins: tuple[int, ...], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Windows (B, T) behind the tokens that each begins with."""
+    before = np.broadcast_to(np.array(begins, dtype=np.int64), (len(ids), len(begins)))
+    return np.concatenate([before, ids], axis=1)
 
 
 def _exp(nats: float) -> float:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 from supra_core import artifact
 from supra_core.config import MODEL_TYPE
 from supra_core.errors import FormatError, SupraError
+from supra_core.families import needs_bos
 from supra_core.formats import gguf, huggingface, openlm
 from supra_core.formats.assets import read_assets
 from supra_core.formats.generation_config import further_ends, with_ends
@@ -71,7 +72,10 @@ class Source:
         ``parse_markers``: see :class:`ModelTokenizer`.
         """
         size, where = self.spec.vocab_size, str(self.path)
-        return load_tokenizer(self.assets(), where, size, parse_markers=parse_markers)
+        return load_tokenizer(
+            self.assets(), where, size,
+            needs_bos=needs_bos(self.spec), parse_markers=parse_markers,
+        )  # fmt: skip
 
 
 class Writer(Protocol):

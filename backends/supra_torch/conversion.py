@@ -54,7 +54,8 @@ class TextCalibration:
         width = len(self.text) / count
         # Only what is used is tokenised; no tokenizer's tokens are longer on average.
         parts = [self.text[int(i * width) :][: min(int(width), 16 * _LENGTH)] for i in range(count)]
-        rows = [tokenizer.encode(part).ids[:_LENGTH] for part in parts]
+        begins = np.array(tokenizer.begins, dtype=np.int64)
+        rows = [np.concatenate([begins, tokenizer.encode(part).ids])[:_LENGTH] for part in parts]
         length = min(len(row) for row in rows)
         if length < _SHORTEST:
             raise SupraError(

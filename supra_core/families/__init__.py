@@ -3,7 +3,7 @@
 Adding a family is adding a module with ``MODEL_TYPE``, ``to_spec`` and ``to_config``, and its
 row here. A module whose layers name tensors otherwise than the canonical layout has ``MODULES``,
 from its names to the canonical ones; one that stores them otherwise has ``to_canonical`` and
-``from_canonical``.
+``from_canonical``; one whose models cannot do without their BOS has ``NEEDS_BOS``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Family:
     """One architecture: ``to_spec(config, where)`` and ``to_config(spec)``, and its tensors.
 
     ``to_canonical(spec, tensors)`` and ``from_canonical`` are each other's inverse.
+    ``needs_bos``: its models make nothing of a text that does not begin with BOS.
     """
 
     model_type: str
@@ -47,6 +48,7 @@ class Family:
     to_config: Callable[[ModelSpec], dict[str, Any]]
     to_canonical: Translate
     from_canonical: Translate
+    needs_bos: bool
 
 
 def _family(module: Any) -> Family:
@@ -64,6 +66,7 @@ def _family(module: Any) -> Family:
         module.to_config,
         getattr(module, "to_canonical", to_canonical),
         getattr(module, "from_canonical", from_canonical),
+        getattr(module, "NEEDS_BOS", False),
     )
 
 
@@ -126,6 +129,12 @@ def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
             + (", or convert it with --rope-factors short" if chosen else "")
         )
     return config
+
+
+def needs_bos(spec: ModelSpec) -> bool:
+    """Whether the model, or the one that it was made from, makes nothing of a text without BOS."""
+    family = FAMILIES.get(spec.provenance.family)
+    return family is not None and family.needs_bos
 
 
 def family_of(spec: ModelSpec) -> Family:

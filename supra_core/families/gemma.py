@@ -10,6 +10,7 @@ from supra_core.families.gemma_fields import GELU_NAMES, gemma_config, gemma_spe
 from supra_core.spec import ModelSpec
 
 MODEL_TYPE = "gemma"
+NEEDS_BOS = True
 # The first released files say gelu and mean its approximation.
 _ACTIVATIONS = (*GELU_NAMES, "gelu")
 

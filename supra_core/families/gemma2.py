@@ -22,6 +22,7 @@ from supra_core.families.layer_kinds import common_window, layer_types, sliding_
 from supra_core.spec import ModelSpec, SoftmaxAttention
 
 MODEL_TYPE = "gemma2"
+NEEDS_BOS = True
 MODULES = SANDWICH
 
 

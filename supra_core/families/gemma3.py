@@ -34,6 +34,7 @@ from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
 from supra_core.spec import ModelSpec, RotaryEmbedding, SoftmaxAttention
 
 MODEL_TYPE = "gemma3_text"
+NEEDS_BOS = True
 MODULES = {**SANDWICH, **NORM_NAMES}
 
 _BASE, _LOCAL_BASE = 1000000.0, 10000.0

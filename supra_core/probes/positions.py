@@ -73,12 +73,6 @@ def by_position(
     ]
 
 
-def sequences(ids: npt.NDArray[np.int64], length: int, count: int) -> npt.NDArray[np.int64]:
-    """At most ``count`` windows of ``length`` tokens from the beginning of a text, (N, length)."""
-    whole = min(len(ids) // length, count)
-    return ids[: whole * length].reshape(whole, length)
-
-
 def _losses(model: Backend, row: Ids, piece: int) -> Iterator[npt.NDArray[np.float32]]:
     """Nats of row[:, 1:] piece by piece; row (1, T)."""
     state: Any = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
@@ -30,18 +30,25 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.int64]
 
+NO_BOS = "no BOS"
+
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text, its token ids (T,), and the character where each token ends (T,)."""
+    """A text, its token ids (T,), and the character where each token ends (T,).
+
+    ``begins``: tokens without which the model makes nothing of any part of it, ``form`` says so.
+    """
 
     text: str
     ids: Ids
     ends: Ids
+    begins: tuple[int, ...] = ()
+    form: str = NO_BOS
 
     def head(self, tokens: int) -> EncodedText:
         """The first ``tokens`` tokens."""
-        return EncodedText(self.text, self.ids[:tokens], self.ends[:tokens])
+        return replace(self, ids=self.ids[:tokens], ends=self.ends[:tokens])
 
     def byte_count(self, start: int, stop: int) -> int:
         """UTF-8 bytes of tokens start .. stop - 1."""
@@ -55,6 +62,7 @@ class ModelTokenizer:
 
     ``where`` names the model in errors. ``vocab_size``: rows of the model's embedding; a text with
     a token beyond them is refused with SupraError wherever it is encoded. None: not checked.
+    ``needs_bos``: documents, and whatever is measured, begin as the tokenizer begins a text.
     ``parse_markers``: markers of turns inside messages are markers; otherwise they are text.
     Only one thread may use it at a time.
     """
@@ -63,6 +71,7 @@ class ModelTokenizer:
     where: str = "the model"
     vocab_size: int | None = None
     template: ChatTemplate | None = None
+    needs_bos: bool = False
     parse_markers: bool = False
 
     # --- texts --------------------------------------------------------------------------------
@@ -72,7 +81,8 @@ class ModelTokenizer:
         with self._reading():
             encoding = self.raw.encode(text, add_special_tokens=False)
         ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
-        return EncodedText(text, self._checked(encoding.ids), ends)
+        form = self.leading_form if self.begins else NO_BOS
+        return EncodedText(text, self._checked(encoding.ids), ends, self.begins, form)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids (T,) of each text as it stands, on all cores; ids are not checked."""
@@ -98,10 +108,21 @@ class ModelTokenizer:
         return [index for index, _ in takewhile(lambda token: token[1], added)]
 
     @property
+    def begins(self) -> tuple[int, ...]:
+        """What stands before documents, and before each window of a text that is measured."""
+        return tuple(self.leading_ids) if self.needs_bos else ()
+
+    def rows(self, ids: Ids, length: int) -> Ids:
+        """Ids (N length,) as rows (N, length), whose first tokens give way to :attr:`begins`."""
+        rows = ids[: len(ids) // length * length].reshape(-1, length).copy()
+        rows[:, : len(self.begins)] = self.begins[:length]
+        return rows
+
+    @property
     def leading_form(self) -> str:
         """How results state the :attr:`leading_ids`."""
         names = [str(self.raw.id_to_token(index)) for index in self.leading_ids]
-        return f"behind the tokenizer's own {' '.join(names)}" if names else "no BOS"
+        return f"behind the tokenizer's own {' '.join(names)}" if names else NO_BOS
 
     def same_stretch(self, text: EncodedText) -> tuple[EncodedText, bool]:
         """The characters of another tokenizer's ``text``, and whether this one divides them alike.
@@ -266,6 +287,7 @@ def load_tokenizer(
     where: str,
     vocab_size: int | None = None,
     *,
+    needs_bos: bool = False,
     parse_markers: bool = False,
 ) -> ModelTokenizer:
     """The tokenizer among a source's assets, with its chat template; see :class:`ModelTokenizer`.
@@ -280,4 +302,4 @@ def load_tokenizer(
     raw = tokenizer_of(assets[TOKENIZER], where)
     program = read_template(assets, where)
     template = None if program is None else ChatTemplate(program, named_tokens(assets, where))
-    return ModelTokenizer(raw, where, vocab_size, template, parse_markers)
+    return ModelTokenizer(raw, where, vocab_size, template, needs_bos, parse_markers)

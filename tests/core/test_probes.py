@@ -16,7 +16,7 @@ from supra_core.intervals import around, of_share
 from supra_core.probes import recall
 from supra_core.probes.loops import check_loops, distinct_share, repeated_share
 from supra_core.probes.permutations import option_permutations
-from supra_core.probes.positions import bin_edges, by_position, sequences
+from supra_core.probes.positions import bin_edges, by_position
 from supra_core.probes.recall import CUE_WORDS, associative_recall, copying
 from supra_core.probes.speed import speed
 from supra_core.probes.words import word_tokens
@@ -239,7 +239,6 @@ def test_bins_double_and_cover_everything() -> None:
     assert bin_edges(2048) == [1, 64, 128, 256, 512, 1024, 2048]
     assert bin_edges(65) == [1, 64, 65]
     assert bin_edges(40) == [1, 40]
-    assert sequences(np.arange(100), 30, 2).tolist() == [list(range(30)), list(range(30, 60))]
 
 
 # --- permutations ---------------------------------------------------------------------------

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from supra_core.errors import SupraError
+from supra_core.evaluate import perplexity
+from supra_core.families import needs_bos
 from supra_core.text import ModelTokenizer, load_tokenizer
 from supra_core.text.chat_template import ANSWER, ChatTemplate
+from tests.tiny_models import SPECS
 from tests.tiny_tokenizers import SPECIAL, byte_level, sentencepiece, with_bos
 
 TOKENIZERS = {"sentencepiece": sentencepiece(), "byte_level": byte_level()}
@@ -234,3 +240,43 @@ def test_half_a_character_is_refused(text: str) -> None:
         chatting().encode(text)
     with pytest.raises(SupraError, match="half of a surrogate pair"):
         chatting().render([{"role": "user", "content": text}])
+
+
+# --- models that need their BOS ---------------------------------------------------------------
+
+
+def test_what_is_measured_begins_as_the_model_needs_it() -> None:
+    """Gemma makes nothing of a text without BOS: each window of it has one."""
+    made = with_bos(byte_level(), SPECIAL[1])
+    bos = made.token_to_id(SPECIAL[1])
+    plain, needing = (ModelTokenizer(made, needs_bos=needs) for needs in (False, True))
+    text, begun = (tokenizer.encode("ab cd ef gh i") for tokenizer in (plain, needing))
+    assert text.ids.tolist() == begun.ids.tolist()
+    assert (plain.begins, text.form, needing.begins) == ((), "no BOS", (bos,))
+    seen: list[list[int]] = []
+
+    class Even:
+        spec = replace(SPECS["transformer"], vocab_size=made.get_vocab_size())
+
+        def logits(self, ids: Any, form: str = "parallel") -> Any:
+            seen.extend(ids.tolist())
+            return np.zeros((*ids.shape, self.spec.vocab_size), np.float32)
+
+    for model_text, begins in ((text, []), (begun, [bos])):
+        seen.clear()
+        found = perplexity(Even(), model_text, length=4)  # type: ignore[arg-type]
+        ids = text.ids.tolist()
+        rows = [ids[start : start + 4] for start in range(0, len(ids), 4)]
+        assert seen == [begins + row for row in rows if len(row) > 1]
+        # As many tokens are predicted, and compare.
+        assert found.tokens == sum(len(row) - 1 for row in rows)
+        assert found.text_form.endswith(model_text.form)
+    assert begun.form == f"behind the tokenizer's own {SPECIAL[1]}"
+    assert needing.rows(np.arange(7), 3).tolist() == [[bos, 1, 2], [bos, 4, 5]]
+    assert plain.rows(np.arange(7), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(("family", "needs"), [("gemma2", True), ("llama", False), ("", False)])
+def test_which_models_need_it(family: str, needs: bool) -> None:
+    spec = SPECS["paper"]
+    assert needs_bos(replace(spec, provenance=replace(spec.provenance, family=family))) is needs

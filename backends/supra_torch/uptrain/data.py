@@ -40,14 +40,16 @@ _HELD_OUT = 16
 class Rows:
     """Rows of tokens, and where documents begin in them: both (N, T), ids int64, begins bool.
 
-    A row begins one, whether or not its document began before it.
+    A row begins one, whether or not its document began before it; where it did, its first token
+    gives way to ``lead``, without which some models make nothing of it.
     """
 
     ids: npt.NDArray[np.int64]
     begins: npt.NDArray[np.bool_]
+    lead: int | None = None
 
     def __getitem__(self, rows: slice) -> Rows:
-        return Rows(self.ids[rows], self.begins[rows])
+        return Rows(self.ids[rows], self.begins[rows], self.lead)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,9 +57,17 @@ class Rows:
     def cut(self, pieces: int) -> Rows:
         """Every row cut into so many: (N pieces, T / pieces)."""
         length = self.ids.shape[1] // pieces
-        begins = self.begins.reshape(-1, length).copy()
+        return self.led(self.ids.reshape(-1, length), self.begins.reshape(-1, length), self.lead)
+
+    @staticmethod
+    def led(ids: npt.NDArray[np.int64], begins: npt.NDArray[np.bool_], lead: int | None) -> Rows:
+        """Rows that may begin inside a document."""
+        if lead is not None:
+            ids = ids.copy()
+            ids[~begins[:, 0], 0] = lead
+        begins = begins.copy()
         begins[:, 0] = True
-        return Rows(self.ids.reshape(-1, length), begins)
+        return Rows(ids, begins, lead)
 
     @property
     def targets(self) -> int:
@@ -77,7 +87,8 @@ class Rows:
 
 def joined(rows: Sequence[Rows]) -> Rows:
     """Rows of one length, one after the other."""
-    return Rows(np.concatenate([r.ids for r in rows]), np.concatenate([r.begins for r in rows]))
+    ids, begins = (np.concatenate([getattr(r, name) for r in rows]) for name in ("ids", "begins"))
+    return Rows(ids, begins, rows[0].lead)
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,8 @@ class Sequences:
     """Non-overlapping sequences of ``length`` tokens; the last few are held out.
 
     ``name`` stands for the text in errors. ``apart``: rows say where documents begin in them;
-    else, and where the text is not stored in documents, each row is one.
+    else, and where the text is not stored in documents, each row is one. ``lead``: see
+    :class:`Rows`.
     """
 
     tokens: Tokens
@@ -93,6 +105,7 @@ class Sequences:
     seed: int
     name: str = "the data"
     apart: bool = True
+    lead: int | None = None
 
     def __post_init__(self) -> None:
         if self.count < 2:
@@ -136,8 +149,7 @@ class Sequences:
         begins = np.zeros((1, self.length), dtype=bool)
         if self.apart and isinstance(self.tokens, TokenStore):
             begins[0, self.tokens.documents(start, stop) - start] = True
-        begins[0, 0] = True
-        return Rows(self.tokens[start:stop].astype(np.int64)[None], begins)
+        return Rows.led(self.tokens[start:stop].astype(np.int64)[None], begins, self.lead)
 
 
 @lru_cache(maxsize=8)
@@ -212,10 +224,11 @@ def mixture(
     length: int,
     seed: int,
     apart: bool = True,
+    lead: int | None = None,
 ) -> Mixture:
     """The texts as one source; what has no share divides the rest by size."""
     sequences = tuple(
-        Sequences(found, length, seed, part.path, apart)
+        Sequences(found, length, seed, part.path, apart, lead)
         for found, part in zip(tokens, parts, strict=True)
     )
     stated = sum(part.share or 0.0 for part in parts)

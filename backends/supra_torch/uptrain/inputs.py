@@ -10,6 +10,7 @@ from supra_core.sources import Source, open_source
 from supra_core.spec import ModelSpec
 from supra_core.teacher import holds_original, original, original_spec
 from supra_core.tensors import TensorSource
+from supra_core.text import ModelTokenizer
 from supra_torch.uptrain.config import UptrainConfig
 
 
@@ -20,6 +21,7 @@ class Inputs:
     student_spec: ModelSpec
     student_tensors: TensorSource
     student_assets: dict[str, bytes]
+    tokenizer: ModelTokenizer
     teacher: tuple[ModelSpec, TensorSource] | None
 
 
@@ -29,12 +31,12 @@ def open_inputs(config: UptrainConfig) -> Inputs:
     teacher = _teacher_of(config, model)
     if model.spec.is_transformer:
         spec, tensors = linearize(model.spec, model.tensors, _linearize_options(config))
-        return Inputs(spec, tensors, model.assets(), teacher)
+        return Inputs(spec, tensors, model.assets(), model.tokenizer(), teacher)
     begins: TensorSource = model.tensors
     if config.calibrate == "heads" and holds_original(model):
         # Fitted output projections learn more slowly than the transformer's own.
         begins = {**begins, **model.originals}
-    return Inputs(model.spec, begins, model.assets(), teacher)
+    return Inputs(model.spec, begins, model.assets(), model.tokenizer(), teacher)
 
 
 def _linearize_options(config: UptrainConfig) -> LinearizeOptions:

@@ -23,7 +23,6 @@ from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress, silent
 from supra_core.tensors import LazyTensor
-from supra_core.text import load_tokenizer
 from supra_torch.conversion import calibrated_tensors
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.config import UptrainConfig
@@ -160,7 +159,6 @@ def _claimed(
 ) -> Mixture:
     """The run's text in tokens, in a folder that is this run's; SupraError when it will not do."""
     refuse_another_recipe(config, inputs.student_spec)
-    load_tokenizer(inputs.student_assets, config.model, inputs.student_spec.vocab_size)
     refuse_unfit(config.data_parts, inputs.student_assets)
     existed, begun = run.is_dir(), metrics_of(run).is_file()
     claim(run, config, precision, every.size)
@@ -187,7 +185,8 @@ def _data(
         parts, inputs.student_assets, inputs.student_spec, run / "data", progress, begun=begun
     )
     apart = config.documents == "apart"
-    data = mixture(parts, tokens, config.sequence_length, config.seed, apart)
+    lead = next(iter(inputs.tokenizer.begins), None)
+    data = mixture(parts, tokens, config.sequence_length, config.seed, apart, lead)
     refuse_too_little(data, parts, config.tokens, config.epochs)
     return data
 

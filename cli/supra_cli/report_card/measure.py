@@ -14,7 +14,6 @@ from supra_cli.report_card.settings import Budget, ReportSettings
 from supra_cli.report_card.sides import Result, SideMeasurement, failed, not_measured, text_result
 from supra_core import artifact, sizes
 from supra_core.backend import load
-from supra_core.probes.positions import sequences
 from supra_core.progress import Progress
 from supra_core.variants import is_windowed, window_alone, without_window
 
@@ -119,9 +118,10 @@ def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
     from supra_torch.backend import load as load_in_torch
     from supra_torch.layer_errors import layer_errors
 
-    ids = inputs.teacher.tokenizer.encode(inputs.text.content).ids[: budget.layer_tokens]
+    tokenizer = inputs.teacher.tokenizer
+    ids = tokenizer.encode(inputs.text.content).ids[: budget.layer_tokens]
     length = min(LAYER_SEQUENCE, len(ids))
-    rows = sequences(ids, length, len(ids) // length)
+    rows = tokenizer.rows(ids, length)
     student, teacher = (
         load_in_torch(side.source.path, dtype=side.dtype).model for side in inputs.sides
     )

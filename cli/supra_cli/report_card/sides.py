@@ -20,7 +20,7 @@ from supra_core.errors import SupraError
 from supra_core.evaluate import beyond_positions, perplexity
 from supra_core.intervals import around, of_share
 from supra_core.probes.permutations import TEXT_FORM, option_permutations
-from supra_core.probes.positions import by_position, sequences
+from supra_core.probes.positions import by_position
 from supra_core.probes.recall import associative_recall, copying
 from supra_core.probes.speed import speed
 from supra_core.progress import Progress
@@ -147,7 +147,7 @@ class SideMeasurement:
         ids = ids[: self._budget.position_tokens]
         curves = []
         for length in position_lengths(len(ids), self._budget.longest_position):
-            rows = sequences(ids, length, len(ids) // length)
+            rows = self._side.tokenizer.rows(ids, length)
             if self._side.role == "teacher":
                 rows = rows[:, : self._model.spec.max_position_embeddings]
             stage = f"{self._side.role}: positions to {length}"
