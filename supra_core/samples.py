@@ -12,7 +12,7 @@ from typing import Any
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.atomic import atomic_file, writing
-from supra_core.formats.jsonfile import read_object
+from supra_core.formats.jsonfile import parse, read_object
 from supra_core.synthesis import KINDS, Kind, Sample
 
 SAMPLES, RECORD = "samples.jsonl", "synthesis.json"
@@ -166,7 +166,7 @@ def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            value = json.loads(line) if line.endswith(b"\n") else None
+            value = parse(line) if line.endswith(b"\n") else None
         except ValueError:
             value = None
         if not isinstance(value, dict) and number < len(lines):

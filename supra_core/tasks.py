@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from supra_core.backend import Backend, Form
+from supra_core.corpus.documents import refuse_records
 from supra_core.errors import FormatError
 from supra_core.formats.jsonfile import parse, reason
 from supra_core.progress import Progress, silent
@@ -156,6 +157,7 @@ def multiple_choice(
 def task_of(path: Path) -> str:
     """Which task a file is for: ``perplexity`` for text; a .jsonl file says it by its fields."""
     if path.suffix.lower() != ".jsonl":
+        refuse_records(path)
         return "perplexity"
     _, first = _objects(path, 1)[0]
     if {"query", "choices", "gold"} <= first.keys():
@@ -211,7 +213,7 @@ def _objects(path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
     """Each line's number, from 1, and object; blank lines are passed over."""
     items: list[tuple[int, dict[str, Any]]] = []
     # Not splitlines(), for which a line also ends at characters that stand in JSON texts.
-    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if len(items) == limit:
             break
         if not line.strip():

@@ -15,6 +15,7 @@ from typing import Any
 from supra_cli import pythondocs
 from supra_cli.backends import default_for_evaluation, require
 from supra_cli.output import bytes_text, log, print_table
+from supra_core.corpus.documents import refuse_records
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
 from supra_core.layout import parameter_count
@@ -150,6 +151,7 @@ def _data_named(data: Path | None) -> str:
         return "python"
     if not os.path.isfile(data):
         raise SupraError(f"{data} does not exist: name a text file with --data")
+    refuse_records(data)
     return f"{data} {data.stat().st_size} {data.stat().st_mtime_ns}"
 
 

@@ -1,78 +1,60 @@
-"""Documents from files: texts, JSON lines, Parquet, tar archives, and data sets of the hub.
+"""Documents from files: texts, JSON, tables, tar archives, and data sets of the hub.
 
-Nothing is held whole but one record: a text file is read in pieces. A record that is no document
-comes as a :class:`BadRecord`, so that who reads may stop or go on.
+Nothing is held whole but one record, and one member of an archive: a text file is read in pieces.
+A record that is no document comes as a :class:`BadRecord`, so that who reads may stop or go on.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gzip
 import importlib
 import io
-import json
-import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
 
 from supra_core import samples
-from supra_core.errors import MissingDependencyError, SupraError
+from supra_core.corpus.json_values import values
+from supra_core.corpus.record import (
+    BadRecord,
+    Document,
+    Reading,
+    Record,
+    border,
+    columns,
+    document,
+    pieces,
+)
+from supra_core.errors import FormatError, MissingDependencyError, SupraError
+from supra_core.formats.jsonfile import parse, reason
+from supra_core.plain_text import BOM, other_code, plain
+
+if TYPE_CHECKING:
+    # It has no parameters when it runs.
+    Stream = io.BufferedReader[Any]
 
 # A data set of the hub: hub:ORG/NAME.
 HUB = "hub:"
-# Characters of a text that are tokenised together.
-_PIECE = 200_000
-# No token of the usual tokenizers goes on from a letter or digit to a line's end.
-_BORDER = re.compile(r"(?<=\w)\n")
-_COMPRESSED = (".gz", ".zst")
-_TEXT, _LINES, _PARQUET, _TAR = ".txt", (".jsonl", ".ndjson"), ".parquet", ".tar"
-_KNOWN = (_TEXT, *_LINES, _PARQUET, _TAR)
-# Where a record has its document, unless a field is named.
-_FIELDS = ("text", "messages", "tokens", "input_ids")
+# Characters of a text that are read together.
+_CHUNK = 200_000
+# Modules whose open() reads what is compressed so; Zstandard is pyarrow's.
+_OPENERS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+_ZSTANDARD = ".zst"
+_TEXTS, _LINES, _JSON = (".txt", ".md", ".rst"), (".jsonl", ".ndjson"), ".json"
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_PARQUET, _TAR, _NO_ENDING = ".parquet", ".tar", ""
+_KNOWN = (*_TEXTS, *_LINES, _JSON, *_TABLES, _PARQUET, _TAR)
+_NAMED_KNOWN = f"{', '.join(_KNOWN)} (also compressed: {', '.join((*_OPENERS, _ZSTANDARD))})"
+# What macOS and pax leave beside the members of an archive; names with a dot in front likewise.
+_LITTER = ("__MACOSX", "PaxHeader")
 
-Render = Callable[[list[Mapping[str, Any]]], npt.NDArray[np.int64]]
-
-
-class BadRecord(SupraError):
-    """One record that is no document; the next may be."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text in pieces, read as they are asked for, or token ids.
-
-    ``is_closed``: it brings its own end, as conversations and token ids do.
-    """
-
-    pieces: Iterable[str] = ()
-    ids: npt.NDArray[np.int64] | None = None
-    is_closed: bool = False
-
-
-Record = Document | BadRecord
-
-
-@dataclass
-class Reading:
-    """How to read: a record's ``field`` (None: text, messages, tokens or input_ids, whichever
-    it has), the hub's ``split``, ``render``, which turns a conversation's messages into token
-    ids, and the size of the vocabulary that token ids are of.
-
-    ``bytes_read`` is where in the files the reader stands.
-    """
-
-    field: str | None = None
-    split: str = "train"
-    render: Render | None = None
-    vocab_size: int = 2**32
-    bytes_read: int = 0
+Followed = Callable[[], None]
 
 
 def source_files(source: str) -> list[Path]:
@@ -87,13 +69,24 @@ def source_files(source: str) -> list[Path]:
     if samples.is_synthesis(path):
         return [samples.finished(path)]
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if _is_known(file) and file.is_file()]
+        files = [file for file in _inside(path) if _kind(file.name) in _KNOWN and file.is_file()]
         if not files:
-            raise SupraError(f"{path} holds no file that ends in {', '.join(_KNOWN)}: name others")
+            raise SupraError(f"{path} holds no file that ends in {_NAMED_KNOWN}: name others")
         return files
     if not path.is_file():
         raise SupraError(f"{path} does not exist: name a text file or a folder of them")
+    if _kind(path.name) not in (*_KNOWN, _NO_ENDING):
+        raise SupraError(
+            f"{path} ends in {_kind(path.name)}, which is not read as text: convert it to what "
+            f"ends in {_NAMED_KNOWN}"
+        )
     return [path]
+
+
+def refuse_records(path: Path) -> None:
+    """Raise FormatError for a file that holds records, where one text is measured or read."""
+    if _kind(path.name) in _KNOWN and _kind(path.name) not in _TEXTS:
+        raise FormatError(f"{path} holds records, not one text: write what it says to a text file")
 
 
 def records(source: str, reading: Reading) -> Iterator[Record]:
@@ -101,144 +94,235 @@ def records(source: str, reading: Reading) -> Iterator[Record]:
     if source.startswith(HUB):
         yield from _hub(source.removeprefix(HUB), reading)
         return
+    files, folder = source_files(source), Path(source)
+    if folder.is_dir() and not samples.is_synthesis(folder):
+        others = set(_inside(folder)).difference(files)
+        reading.left_out.update("folder" if f.is_dir() else _ending(f.name) for f in others)
     before = reading.bytes_read
-    for file in source_files(source):
-        with _reading(file):
-            yield from _file(file, reading, before)
+    for file in files:
+        with _reading(str(file)), open(file, "rb") as raw:
+
+            def followed(raw: Stream = raw, before: int = before) -> None:
+                reading.bytes_read = before + raw.tell()
+
+            if file.name == samples.SAMPLES and samples.is_synthesis(file.parent):
+                yield from _samples(_parsed_lines(str(file), raw, followed))
+            else:
+                yield from _content(file.name, raw, str(file), followed, reading)
         before += file.stat().st_size
         reading.bytes_read = before
 
 
-def _is_known(file: Path) -> bool:
-    return not file.name.startswith(".") and _kind(file) in _KNOWN
+def in_words(left_out: Mapping[str, int]) -> str:
+    """What was not read, the most frequent first: ``2 .jpg, 1 .xml``."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {ending}" for ending, count in ordered)
 
 
-def _kind(file: Path) -> str:
-    """The ending that says what is inside, without that of a compression."""
-    name = file.name.lower()
-    for ending in _COMPRESSED:
-        name = name.removesuffix(ending)
-    return Path(name).suffix.replace(".tgz", _TAR)
+def _inside(folder: Path) -> list[Path]:
+    """What a folder holds, without what is hidden, in order of name."""
+    return [path for path in sorted(folder.iterdir()) if not _is_litter(path.name)]
 
 
-def _file(file: Path, reading: Reading, before: int) -> Iterator[Record]:
-    kind = _kind(file)
+def _is_litter(name: str) -> bool:
+    """Whether a file is hidden, or lies in a folder that is."""
+    parts = (part for part in PurePosixPath(name).parts if part != "..")
+    return any(part.startswith((".", *_LITTER)) for part in parts)
+
+
+def _kind(name: str) -> str:
+    """The ending that says what is inside, in lower case, without that of a compression."""
+    inner = name.lower().replace(".tgz", _TAR + ".gz")
+    for ending in (*_OPENERS, _ZSTANDARD):
+        if inner.endswith(ending):
+            kind = PurePosixPath(inner.removesuffix(ending)).suffix
+            # Parquet is compressed inside.
+            return kind + ending if kind == _PARQUET else kind
+    return PurePosixPath(inner).suffix
+
+
+def _ending(name: str) -> str:
+    return _kind(name) or "without an ending"
+
+
+# --- containers -------------------------------------------------------------------------------
+
+
+def _content(
+    name: str, raw: Stream, where: str, followed: Followed, reading: Reading
+) -> Iterator[Record]:
+    """The documents of one file, or of one member of an archive, by the ending of its name."""
+    kind = _kind(name)
     if kind == _PARQUET:
-        yield from _parquet(file, reading, before)
+        yield from _parquet(where, raw, followed, reading)
         return
-    with open(file, "rb") as raw, _uncompressed(file, raw) as stream:
-        followed = _follow(stream, raw, reading, before)
-        if file.name == samples.SAMPLES and samples.is_synthesis(file.parent):
-            yield from _samples(_parsed_lines(file, stream, followed))
-        elif kind in _LINES:
-            yield from _json_lines(file, stream, followed, reading)
-        elif kind == _TAR:
-            yield from _archive(file, stream, followed, reading)
+    with _uncompressed(name, raw, where) as stream:
+        if kind == _TAR:
+            yield from _archive(where, stream, followed, reading)
+            return
+        if code := other_code(stream.peek(4)):
+            raise BadRecord(f"{where} is {code}, not UTF-8: convert it")
+        if kind in _LINES:
+            yield from _documents(_parsed_lines(where, stream, followed), reading)
+        elif kind == _JSON:
+            yield from _documents(_parsed_values(where, stream, followed), reading)
+        elif kind in _TABLES:
+            yield from _documents(_rows(where, stream, _TABLES[kind], followed, reading), reading)
         else:
-            yield Document(_text_pieces(file, stream, followed))
+            yield Document(where, _text_pieces(where, stream, followed))
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def _reading(where: str) -> Iterator[None]:
     """What goes wrong with a file as a whole, in a sentence that names it."""
+    import lzma
+
     try:
         yield
     except UnicodeDecodeError:
-        raise SupraError(f"{file} is not UTF-8 text: convert it") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
-        raise SupraError(f"{file} is damaged ({error}): get it again") from None
+        raise BadRecord(f"{where} is not UTF-8 text: convert it") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        raise BadRecord(f"{where} is damaged ({error}): get it again") from None
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise SupraError(f"{file} cannot be read ({reason}): check the file") from None
+        cause = error.strerror or str(error)
+        raise BadRecord(f"{where} cannot be read ({cause}): check the file") from None
 
 
 @contextmanager
-def _uncompressed(file: Path, raw: IO[bytes]) -> Iterator[IO[bytes]]:
-    ending = file.suffix.lower()
-    if ending == ".zst":
-        arrow = _library("pyarrow", file)
+def _uncompressed(name: str, raw: Stream, where: str) -> Iterator[Stream]:
+    ending = PurePosixPath(name.lower().replace(".tgz", ".gz")).suffix
+    if ending == _ZSTANDARD:
+        arrow = _library("pyarrow", where)
         # Unlike others it notices when the end of a file is missing.
         with arrow.CompressedInputStream(arrow.PythonFile(raw, "r"), "zstd") as stream:
             yield io.BufferedReader(stream)
-    elif ending in (".gz", ".tgz"):
-        with gzip.open(raw) as stream:
-            yield stream  # type: ignore[misc]
+    elif ending in _OPENERS:
+        with importlib.import_module(_OPENERS[ending]).open(raw) as stream:
+            yield stream
     else:
         yield raw
 
 
-def _follow(stream: IO[bytes], raw: IO[bytes], reading: Reading, before: int) -> Callable[[], None]:
-    """What notes how far the file has been read."""
+def _archive(
+    where: str, stream: IO[bytes], followed: Followed, reading: Reading
+) -> Iterator[Record]:
+    """The members in their order, each as a file of its name; no archives inside it."""
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            followed()
+            if member.isdir() or _is_litter(member.name):
+                continue
+            kind = _kind(member.name)
+            if not member.isfile() or kind not in _KNOWN or kind == _TAR:
+                reading.left_out["link" if not member.isfile() else _ending(member.name)] += 1
+                continue
+            content = archive.extractfile(member)
+            if content is not None:
+                yield from _member(member.name, content.read(), where, reading)
 
-    def followed() -> None:
-        reading.bytes_read = before + raw.tell()
 
-    return followed
+def _member(name: str, content: bytes, where: str, reading: Reading) -> Iterator[Record]:
+    """A member's documents; one that is damaged is a BadRecord, and the next may be whole."""
+    where = f"{where}: {name}"
+    try:
+        with _reading(where):
+            raw = io.BufferedReader(io.BytesIO(content))
+            for record in _content(name, raw, where, lambda: None, reading):
+                # Read to its end here, so that a damaged one is noticed before it counts.
+                if isinstance(record, Document):
+                    record = replace(record, pieces=tuple(record.pieces))
+                yield record
+    except BadRecord as error:
+        yield error
 
 
 # --- texts ------------------------------------------------------------------------------------
 
 
-def _text_pieces(file: Path, stream: IO[bytes], followed: Callable[[], None]) -> Iterator[str]:
+def _text_pieces(where: str, stream: IO[bytes], followed: Followed) -> Iterator[str]:
     """The file's text, cut where no token spans the border."""
-    with _reading(file):
-        text = io.TextIOWrapper(stream, encoding="utf-8")
-        left = ""
-        while more := text.read(_PIECE):
-            left += more
+    with _reading(where):
+        # Its own line ends are \n: with newline=None it reads as plain() writes.
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline=None)
+        left = text.read(_CHUNK).lstrip(BOM)
+        more = left
+        while more:
             followed()
-            while len(left) > _PIECE and (end := _border(left)):
+            if "\0" in more:
+                raise BadRecord(f"{where} holds a NUL character, which is in no text: convert it")
+            while end := border(left):
                 yield left[:end]
                 left = left[end:]
+            more = text.read(_CHUNK)
+            left += more
         text.detach()
     if left:
         yield left
 
 
-def _border(text: str) -> int:
-    """Where the piece that begins ``text`` ends; 0: not yet."""
-    found = _BORDER.search(text, _PIECE)
-    if found:
-        return found.start()
-    # A text without such lines is cut anyhow.
-    return _PIECE if len(text) > 4 * _PIECE else 0
-
-
-def pieces(text: str) -> Iterator[str]:
-    """A whole text in pieces whose tokens are the text's."""
-    while len(text) > 4 * _PIECE:
-        end = _border(text)
-        yield text[:end]
-        text = text[end:]
-    yield text
-
-
 # --- records ----------------------------------------------------------------------------------
 
 
-def _json_lines(
-    file: Path, stream: IO[bytes], followed: Callable[[], None], reading: Reading
-) -> Iterator[Record]:
-    for where, record in _parsed_lines(file, stream, followed):
+def _documents(found: Iterator[tuple[str, Any]], reading: Reading) -> Iterator[Record]:
+    """The document of each record, by where it stands."""
+    for where, record in found:
         try:
-            yield record if isinstance(record, BadRecord) else _document(record, where, reading)
+            yield record if isinstance(record, BadRecord) else document(record, where, reading)
         except BadRecord as error:
             yield error
 
 
-def _parsed_lines(
-    file: Path, stream: IO[bytes], followed: Callable[[], None]
-) -> Iterator[tuple[str, Any]]:
-    """Where each line stands, and what it holds; a BadRecord for what is no JSON."""
+def _parsed(content: bytes, where: str) -> tuple[str, Any]:
+    """Where a value stands, and what it is; a BadRecord for what is no JSON."""
+    try:
+        return where, parse(content)
+    except ValueError as error:
+        return where, BadRecord(f"{where} is no JSON ({reason(error)}): correct it")
+
+
+def _parsed_lines(where: str, stream: IO[bytes], followed: Followed) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(stream, 1):
         followed()
-        if not line.strip():
-            continue
-        where = f"{file} line {number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield _parsed(line, f"{where} line {number}")
+
+
+def _parsed_values(where: str, stream: IO[bytes], followed: Followed) -> Iterator[tuple[str, Any]]:
+    for line, content in values(stream):
+        followed()
+        yield _parsed(content, f"{where} line {line}")
+
+
+def _rows(
+    where: str, stream: IO[bytes], delimiter: str, followed: Followed, reading: Reading
+) -> Iterator[tuple[str, Any]]:
+    """The rows of a table with a header, as records whose values are texts."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    # The library's own limit is 128 KB a value.
+    csv.field_size_limit(2**31 - 1)
+    table = csv.reader(text, delimiter=delimiter, strict=True)
+    names: list[str] = []
+    row: list[str] | None = []
+    while row is not None:
+        followed()
+        place = f"{where} line {table.line_num + 1}"
         try:
-            yield where, _parsed(line)
-        except ValueError as error:
-            yield where, BadRecord(f"{where} is no JSON ({error}): correct it")
+            row = next(table, None)
+            if row and not names:
+                names = row
+                columns(names, where, reading)
+            elif row and len(row) != len(names):
+                raise csv.Error(f"{len(row)} values for {len(names)} columns")
+            elif row:
+                yield place, dict(zip(names, row, strict=True))
+        except csv.Error as error:
+            wrong = BadRecord(f"{place} is no row of a table ({error}): correct it")
+            if not names:
+                raise wrong from None
+            yield place, wrong
+    text.detach()
 
 
 def _samples(lines: Iterator[tuple[str, Any]]) -> Iterator[Record]:
@@ -249,139 +333,53 @@ def _samples(lines: Iterator[tuple[str, Any]]) -> Iterator[Record]:
         elif not isinstance(line, dict) or not isinstance(line.get("text"), str):
             yield BadRecord(f"{where} is no sample: synthesize again with --force")
         elif not line.get("dropped"):
-            yield Document(pieces(line["text"]), is_closed=True)
+            yield Document(where, pieces(plain(line["text"])), is_closed=True)
 
 
-def _archive(
-    file: Path, stream: IO[bytes], followed: Callable[[], None], reading: Reading
-) -> Iterator[Record]:
-    """Members .txt are texts; .json lists of token ids, as OpenLM's shards, or records."""
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            followed()
-            kind = _kind(Path(member.name))
-            content = archive.extractfile(member) if kind in (_TEXT, ".json") else None
-            if content is None:
-                continue
-            where = f"{file}: {member.name}"
-            try:
-                with content:
-                    yield _member(kind, member.name, content.read(), where, reading)
-            except BadRecord as error:
-                yield error
-            except (ValueError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-                yield BadRecord(f"{where} cannot be read ({error}): correct it")
-
-
-def _member(kind: str, name: str, content: bytes, where: str, reading: Reading) -> Document:
-    if name.lower().endswith(".gz"):
-        content = gzip.decompress(content)
-    if kind == _TEXT:
-        return Document(pieces(content.decode("utf-8")))
-    return _document(_parsed(content), where, reading)
-
-
-def _parsed(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _parquet(file: Path, reading: Reading, before: int) -> Iterator[Record]:
-    library = _library("pyarrow", file)
+def _parquet(where: str, raw: Stream, followed: Followed, reading: Reading) -> Iterator[Record]:
+    library = _library("pyarrow", where)
     parquet = importlib.import_module("pyarrow.parquet")
-    try:
-        table = parquet.ParquetFile(file)
-        names = list(table.schema_arrow.names)
-        wanted = [reading.field] if reading.field else [n for n in _FIELDS if n in names][:1]
-        if not wanted or wanted[0] not in names:
-            raise SupraError(
-                f"{file} has no column {reading.field or ' or '.join(_FIELDS)}, but "
-                f"{', '.join(names)}: name one with --field"
-            )
-        row, size = 0, file.stat().st_size
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        table = parquet.ParquetFile(raw)
+        wanted = columns(table.schema_arrow.names, where, reading)
+        row = 0
         for batch in table.iter_batches(batch_size=256, columns=wanted):
             for record in batch.to_pylist():
                 row += 1
-                try:
-                    yield _document(record, f"{file} row {row}", reading)
-                except BadRecord as error:
-                    yield error
-            reading.bytes_read = before + size * row // max(1, table.metadata.num_rows)
+                yield f"{where} row {row}", record
+            followed()
+
+    try:
+        yield from _documents(rows(), reading)
     except library.ArrowException as error:
-        raise SupraError(f"{file} is no Parquet file ({error}): get it again") from None
+        raise BadRecord(f"{where} is no Parquet file ({error}): get it again") from None
 
 
 def _hub(name: str, reading: Reading) -> Iterator[Record]:
     _library("datasets", name)
     datasets = importlib.import_module("datasets")
     name, _, config = name.partition(":")
-    try:
+
+    def rows() -> Iterator[tuple[str, Any]]:
         found = datasets.load_dataset(name, config or None, split=reading.split, streaming=True)
-        rows = enumerate(found, 1)
-        while (entry := next(rows, None)) is not None:
-            try:
-                yield _document(entry[1], f"{name} row {entry[0]}", reading)
-            except BadRecord as error:
-                yield error
+        for number, row in enumerate(found, 1):
+            yield f"{name} row {number}", row
+
+    try:
+        yield from _documents(rows(), reading)
     # Whatever a loader meets: no network, no such set or split, a file that is damaged.
     except Exception as error:
         if isinstance(error, SupraError):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SupraError(
-            f"the data set {name} cannot be read ({reason}): check its name, --split and the "
-            "network"
+            f"the data set {name} cannot be read ({cause}): check its name, --split and the network"
         ) from None
 
 
-def _document(record: Any, where: str, reading: Reading) -> Document:
-    """The document of one record; :class:`BadRecord` when it has none."""
-    if isinstance(record, list):
-        return _from_ids(record, where, reading)
-    if not isinstance(record, dict):
-        raise BadRecord(f"{where} is no object: correct it")
-    field = reading.field or next((name for name in _FIELDS if name in record), None)
-    if field is None or field not in record:
-        fields = ", ".join(record) or "no field at all"
-        raise BadRecord(
-            f"{where} has no field {field or ' or '.join(_FIELDS)}, but {fields}: name one with "
-            "--field"
-        )
-    value = record[field]
-    if isinstance(value, str):
-        return Document(pieces(value))
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        ids = _conversation(value, f"{where}: {field}", reading)
-        return Document(ids=ids, is_closed=True)
-    if isinstance(value, list):
-        return _from_ids(value, f"{where}: {field}", reading)
-    raise BadRecord(f"{where}: {field} is neither text nor messages nor token ids: correct it")
-
-
-def _conversation(messages: list[Any], where: str, reading: Reading) -> npt.NDArray[np.int64]:
-    for message in messages:
-        parts = message if isinstance(message, dict) else {}
-        if not all(isinstance(parts.get(key), str) for key in ("role", "content")):
-            raise BadRecord(f"{where} has a message without a text role and content: correct it")
-    if reading.render is None:
-        raise SupraError(f"{where} are messages, and the tokenizer has no chat template for them")
-    try:
-        return reading.render(messages)
-    except SupraError as error:
-        raise BadRecord(f"{where}: {error}") from None
-
-
-def _from_ids(values: list[Any], where: str, reading: Reading) -> Document:
-    size = reading.vocab_size
-    if not all(type(value) is int and 0 <= value < size for value in values):
-        raise BadRecord(f"{where} is no list of token ids from 0 to {size - 1}: correct it")
-    return Document(ids=np.array(values, dtype=np.int64), is_closed=True)
-
-
-def _library(name: str, needed_by: str | Path) -> Any:
+def _library(name: str, needed_by: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise MissingDependencyError.of(name, str(needed_by), "data") from None
+        raise MissingDependencyError.of(name, needed_by, "data") from None

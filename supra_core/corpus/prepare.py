@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from supra_core.corpus.documents import BadRecord, Reading, Record, Render, records, source_files
+from supra_core.corpus.documents import records, source_files
+from supra_core.corpus.record import BadRecord, Reading, Record, Render
 from supra_core.corpus.store import (
     INDEX,
     Ids,
@@ -113,7 +114,11 @@ def prepare(
     if not position.shards:
         shutil.rmtree(work)
         raise SupraError(f"{', '.join(settings.sources)} has no text: name a file with some in it")
-    facts |= {"skipped": position.skipped_count, "skipped_first": position.skipped}
+    facts |= {
+        "skipped": position.skipped_count,
+        "skipped_first": position.skipped,
+        "left_out": dict(reading.left_out),
+    }
     write_index(work, position.shards, facts)
     (work / _POSITION).unlink(missing_ok=True)
     with writing(place):
@@ -225,12 +230,13 @@ _NONE: Ids = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a document: the whole one when it ``begins`` and ``ends`` it."""
+    """A part of the document at ``where``: the whole when it ``begins`` and ``ends`` it."""
 
     ids: Ids
     begins: bool
     ends: bool
     is_closed: bool
+    where: str
 
 
 # A piece, and its text as long as it has no ids.
@@ -244,7 +250,7 @@ def _encoded(
     for batch in _batches(_pieces(found)):
         texts = [e[1] for e in batch if not isinstance(e, BadRecord) and e[1] is not None]
         encoded = iter(tokenizer.encode_batch(texts))
-        yield [_with_ids(entry, encoded) for entry in batch]
+        yield [_known(_with_ids(entry, encoded), tokenizer) for entry in batch]
 
 
 def _with_ids(entry: _Unencoded | BadRecord, encoded: Iterator[Ids]) -> _Piece | BadRecord:
@@ -254,20 +260,32 @@ def _with_ids(entry: _Unencoded | BadRecord, encoded: Iterator[Ids]) -> _Piece |
     return piece if text is None else replace(piece, ids=next(encoded))
 
 
+def _known(piece: _Piece | BadRecord, tokenizer: ModelTokenizer) -> _Piece | BadRecord:
+    """The piece, or a BadRecord when the model has no embedding for one of its tokens."""
+    problem = None if isinstance(piece, BadRecord) else tokenizer.problem(piece.ids)
+    if isinstance(piece, BadRecord) or problem is None:
+        return piece
+    error = BadRecord(f"{piece.where}: {problem}")
+    if not (piece.begins and piece.ends):
+        # Other parts of so long a document may be written already.
+        raise error
+    return error
+
+
 def _pieces(found: Iterator[Record]) -> Iterator[_Unencoded | BadRecord]:
     for record in found:
         if isinstance(record, BadRecord):
             yield record
         elif record.ids is not None:
-            yield _Piece(record.ids, True, True, record.is_closed), None
+            yield _Piece(record.ids, True, True, record.is_closed, record.where), None
         else:
             begins, waiting = True, ""
             for text in record.pieces:
                 if waiting:
-                    yield _Piece(_NONE, begins, False, record.is_closed), waiting
+                    yield _Piece(_NONE, begins, False, record.is_closed, record.where), waiting
                     begins = False
                 waiting = text
-            yield _Piece(_NONE, begins, True, record.is_closed), waiting
+            yield _Piece(_NONE, begins, True, record.is_closed, record.where), waiting
 
 
 def _batches(

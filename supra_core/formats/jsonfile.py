@@ -64,13 +64,19 @@ def parse(
     value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
     if b"\\ud" in data or b"\\uD" in data:
         # Half of a pair is no character: what holds it could be neither hashed nor written.
-        json.dumps(value, ensure_ascii=False).encode()
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a pair of surrogates is no character") from None
     return value
 
 
 def reason(error: ValueError) -> str:
     """Why :func:`parse` refused a line, without the place inside it, which is no line of a file."""
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    # What follows a semicolon is advice to who writes programs.
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
 
 
 def unique(members: list[tuple[str, Any]]) -> dict[str, Any]:

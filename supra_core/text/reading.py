@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from supra_core.errors import FormatError
+from supra_core.plain_text import fault, other_code, plain
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file as one string; :class:`FormatError` if it is absent, empty or no text."""
+    """A UTF-8 file as one :func:`plain` string; FormatError if it is absent, empty or no text."""
     path = Path(path)
     try:
-        # newline="" keeps the file's own line ends: they are part of what is measured.
-        with open(path, encoding="utf-8", newline="") as file:
-            text = file.read()
+        content = path.read_bytes()
+        if code := other_code(content):
+            raise FormatError(f"{path} is {code}, not UTF-8: convert it first")
+        text = plain(content.decode("utf-8"))
     except OSError as error:
         reason = error.strerror or str(error)
         raise FormatError(f"{path} cannot be read ({reason}): name a text file") from None
@@ -25,4 +27,6 @@ def read_text(path: str | Path) -> str:
         raise FormatError(f"{path} cannot be read ({error}): name a text file") from None
     if not text:
         raise FormatError(f"{path} is empty: name a file with text in it")
+    if wrong := fault(text):
+        raise FormatError(f"{path} {wrong}: convert it first")
     return text

@@ -165,6 +165,10 @@ def test_other_commands_refuse_too(tiny_transformer: Path, text_file: Path, tmp_
     )
     (tmp_path / "there.json").touch()
     assert "--force" in refused(*with_text, "--out", tmp_path / "there.json")
+    calibrated = ("convert", model, tmp_path / "made", "--calibration-text")
+    demo = ("demo", "--model", model, "--out", tmp_path / "demo", "--data")
+    for command in (calibrated, demo, ("eval", model, "--data")):
+        assert "records, not one text" in refused(*command, tmp_path / "there.json")
     # A teacher that cannot be read is noticed before the model is measured.
     assert "absent" in refused(*with_text, "--teacher", tmp_path / "absent")
     assert "cannot be read" in refused("eval", model, "--data", tmp_path / "absent.txt")

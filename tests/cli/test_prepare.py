@@ -122,6 +122,43 @@ def test_left_out_records_are_told(model: Path, tmp_path: Path) -> None:
     assert "left out: 2 more" in done.stderr
 
 
+BAD_RECORDS = {
+    "a.jsonl": '{"text": "a"}\n{"text": "cut \\ud83d"}\n',
+    "b.json": '[{"text": "a"},\n{"messages": [{"role": 1, "content": "a"}]}]',
+    "c.csv": "text,id\na,1\nb\n",
+    "d.jsonl": '{"text": "a"}\n{"text": null}\n',
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_a_bad_record_never_ends_in_a_traceback(name: str, model: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / name, tmp_path / "out"
+    file.write_text(BAD_RECORDS[name])
+    arguments = ("data", "prepare", file, "--tokenizer", model, "--out", out)
+    line = 3 if name == "c.csv" else 2
+    assert f"{name} line {line}" in supra(*arguments, code=2)
+    assert not out.exists()
+    made = supra(*arguments, "--skip-bad")
+    assert (made["documents"], made["skipped"]) == (1, 1)
+
+
+def test_what_is_not_read_is_told(model: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    for name in ("a.xml", "b.jpg", "c.jpg", "d.txt"):
+        (given / name).write_text(TEXT)
+    arguments = ("data", "prepare", given, "--tokenizer", model, "--out", tmp_path / "out")
+    done = runner.invoke(app, [*map(str, arguments)])
+    assert "not read: 2 .jpg, 1 .xml\n" in done.stderr
+    settings = ("tokens=128", "sequence_length=32", "batch_tokens=64", "calibrate=none")
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    arguments = ("uptrain", model, "--data", given, "--out", tmp_path / "run", *chosen)
+    done = runner.invoke(app, [*map(str, arguments)])
+    assert f"not read in {given}: 2 .jpg, 1 .xml\n" in done.stderr
+    said = supra("data", "prepare", given / "b.jpg", "--tokenizer", model, "--out", "x", code=2)
+    assert "b.jpg ends in .jpg, which is not read as text" in said
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_and_again(model: Path, tmp_path: Path) -> None:
     file, out = tmp_path / "d.jsonl", tmp_path / "out"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import shutil
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from supra_core.corpus import documents, prepare
+from supra_core.corpus import documents, json_values, prepare, record
 from supra_core.corpus.prepare import Settings
+from supra_core.corpus.record import Reading
 from supra_core.corpus.store import ShardWriter, TokenStore, type_for, write_index
 from supra_core.errors import FormatError, SupraError
 from supra_core.progress import silent
 from supra_core.sources import open_source
+from supra_core.tasks import task_of
+from supra_core.text import read_text
 
 END = 1
 TEXTS = [
@@ -33,18 +39,29 @@ TEXTS = [
     "Zwei Zeilen,\n\nund noch eine: ä ö ü 😀\n",
     "a b " * 50,
 ]
-CHARACTERS = sorted(set("".join(TEXTS)) | set("useranti:|\n"))
-CHATML = "{% for m in messages %}{{ m.role }}:{{ m.content }}|\n{% endfor %}"
+CHARACTERS = sorted(set("".join(TEXTS)) | set("usertantsym:|\n"))
+CHATML = (
+    "{% for m in messages %}{% if m.role == 'zero' %}{{ 1 // 0 }}{% endif %}"
+    "{% if m.role == 'none' %}{{ raise_exception('not this role') }}{% endif %}"
+    "{{ m.role }}:{{ m.content }}|\n{% endfor %}"
+)
+
+
+def with_template(template: str) -> dict[str, bytes]:
+    """The only file of a model that has it."""
+    return {"tokenizer_config.json": json.dumps({"chat_template": template}).encode()}
 
 
 def character_assets() -> dict[str, bytes]:
     """A tokenizer whose tokens are characters, unknown ones 0, and a template."""
     ids = {"<unk>": 0, "<end>": END} | {c: i + 2 for i, c in enumerate(CHARACTERS)}
+    # The model has no embedding for it.
+    ids["\u2603"] = len(ids)
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     return {
         "tokenizer.json": tokenizer.to_str().encode(),
-        "tokenizer_config.json": json.dumps({"chat_template": CHATML}).encode(),
+        **with_template(CHATML),
     }
 
 
@@ -142,6 +159,305 @@ def test_every_format_is_the_same_documents(write: Callable[[Path], Path], tmp_p
     assert store.index["dtype"] == "uint16"
 
 
+WRITTEN = "Hello there.\nHow are you?\n\nAnd note: ä\n"
+
+
+def as_table(records: Sequence[dict[str, Any]], delimiter: str = ",") -> bytes:
+    file = io.StringIO(newline="")
+    table = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
+    table.writeheader()
+    table.writerows(records)
+    return file.getvalue().encode()
+
+
+def as_parquet(records: Sequence[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    table = pytest.importorskip("pyarrow").Table.from_pylist(list(records))
+    pytest.importorskip("pyarrow.parquet").write_table(table, file)
+    return file.getvalue()
+
+
+def as_archive(members: Mapping[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def zstandard(content: bytes) -> bytes:
+    return bytes(pytest.importorskip("pyarrow").Codec("zstd").compress(content, asbytes=True))
+
+
+# Ending -> records of texts as a file of it; UTF-8's own mark may stand before what is marked.
+CONTAINERS: dict[str, Callable[[Sequence[dict[str, Any]]], bytes]] = {
+    "jsonl": lines,
+    "ndjson.bz2": lambda records: bz2.compress(lines(records)),
+    "json": lambda records: json.dumps(records, indent=1).encode(),
+    "json.gz": lambda records: gzip.compress(lines(records)),
+    "csv": as_table,
+    "tsv.xz": lambda records: lzma.compress(as_table(records, "\t")),
+    "parquet": as_parquet,
+    "tar": lambda records: as_archive({"a.jsonl.gz": gzip.compress(lines(records))}),
+    "tgz": lambda records: gzip.compress(as_archive({"./b/a.csv": as_table(records)})),
+    "tar.zst": lambda records: zstandard(as_archive({"a.parquet": as_parquet(records)})),
+    "jsonl.zst": lambda records: zstandard(lines(records)),
+}
+TEXT_FILES: dict[str, Callable[[bytes], bytes]] = {
+    "txt": bytes, "md": bytes, "": bytes, "txt.gz": gzip.compress, "rst.xz": lzma.compress,
+    "txt.bz2": bz2.compress, "txt.zst": zstandard, "tar": lambda text: as_archive({"a.txt": text}),
+}  # fmt: skip
+FORMS = {
+    "\\n": WRITTEN,
+    "\\r\\n": WRITTEN.replace("\n", "\r\n"),
+    "\\r": WRITTEN.replace("\n", "\r"),
+    "mark": "\ufeff" + WRITTEN,
+    "mark, \\r\\n": "\ufeff" + WRITTEN.replace("\n", "\r\n"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_text_has_the_same_tokens(form: str, tmp_path: Path) -> None:
+    """Whatever it lies in, and however its lines end."""
+    text = FORMS[form]
+    expected = [ids_of(WRITTEN)]
+    for ending, write in CONTAINERS.items():
+        file = tmp_path / f"records.{ending}"
+        file.write_bytes(write([{"text": text}]))
+        assert split(prepared(file, out=tmp_path / "out", force=True)) == expected, ending
+    for ending, compress in TEXT_FILES.items():
+        file = tmp_path / (f"text.{ending}" if ending else "text")
+        file.write_bytes(compress(text.encode()))
+        assert split(prepared(file, out=tmp_path / "out", force=True)) == expected, ending
+    assert read_text(tmp_path / "text.txt") == WRITTEN
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+def test_a_file_of_records_may_begin_with_a_mark(ending: str, tmp_path: Path) -> None:
+    file = tmp_path / f"d.{ending}"
+    file.write_bytes(b"\xef\xbb\xbf" + CONTAINERS[ending]([{"text": "x"}, {"text": "a"}]))
+    assert split(prepared(file, out=tmp_path / "out")) == [ids_of("x"), ids_of("a")]
+
+
+TALK = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "n"}]
+SAID = "user:a?|\nassistant:n|\n"
+CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "messages": ({"text": None, "messages": TALK}, SAID),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}]},
+        "user:aa|\n",
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "n"}]},
+        SAID,
+    ),
+    "alpaca": ({"instruction": "a?", "input": "", "output": "n"}, SAID),
+    "alpaca with input": (
+        {"instruction": "a?", "input": "x\r\ny", "output": "n", "system": "so"},
+        "system:so|\nuser:a?\n\nx\ny|\nassistant:n|\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations_of_every_form(name: str, tmp_path: Path) -> None:
+    """In every container; a table has its messages as JSON."""
+    record, said = CONVERSATIONS[name]
+    flat = {k: json.dumps(v) if isinstance(v, list) else v for k, v in record.items()}
+    for ending, write in CONTAINERS.items():
+        is_table = "csv" in ending or "tsv" in ending or ending == "tgz"
+        file = tmp_path / f"d.{ending}"
+        file.write_bytes(write([flat if is_table else record] * 2))
+        store = prepared(file, out=tmp_path / "out", force=True)
+        assert split(store) == [ids_of(said, end=False)] * 2, ending
+
+
+def test_rows_that_have_their_document_in_different_columns(tmp_path: Path) -> None:
+    rows = [{"text": "x", "messages": None}, {"text": None, "messages": TALK}]
+    (tmp_path / "d.parquet").write_bytes(as_parquet(rows))
+    store = prepared(tmp_path / "d.parquet", out=tmp_path / "out")
+    assert split(store) == [ids_of("x"), ids_of(SAID, end=False)]
+
+
+def test_tool_calls_are_the_templates(tmp_path: Path) -> None:
+    calls = [{"name": "f"}]
+    talk = [TALK[0], {"role": "assistant", "content": None, "tool_calls": calls}]
+    (tmp_path / "d.jsonl").write_bytes(lines([{"messages": talk}]))
+    shown = (
+        "{% for m in messages %}{{ m.content or '' }}"
+        "{% for call in m.tool_calls or [] %}<{{ call.name }}>{% endfor %}{% endfor %}"
+    )
+    assets = {**ASSETS, **with_template(shown)}
+    told = Settings((str(tmp_path / "d.jsonl"),), END, VOCABULARY)
+    store = prepare.prepare(told, assets, tmp_path / "out")
+    assert split(store) == [ids_of("a?<f>", end=False)]
+
+
+def test_a_conversation_needs_a_template(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(lines([{"messages": TALK}]))
+    with pytest.raises(SupraError, match="line 1: messages is a conversation, which the model has"):
+        list(documents.records(str(tmp_path / "d.jsonl"), Reading()))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "x"},\n {"text": 3}, {"text": "a"}]', "line 2: text is neither"),
+        ('[{"text": "x"},\n\n {"text" "b"}\n, {"text": "a"}]', "line 3 is no JSON"),
+        ('[{"text": "x"},, {"text": "a"}]', "line 1 is no JSON"),
+        ('[{"text": "x"}}, {"text": "a"}]', None),
+        ('[{"text": "x"}, {"text": "a"}', None),
+        ('[{"text": "x"}, {"text": "a', None),
+        ('{"text": "x"} ] {"text": "a"}', "line 1 is no JSON"),
+        ('[{"text": "x"}, {"text": "a"}]\n3', "line 2 is no object"),
+        ('{"text": "x"}\n{"text": "a"}\n{"text": "b', "line 3 is no JSON"),
+    ],
+)
+def test_json_that_is_wrong_in_one_place(
+    content: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: as a whole."""
+    file = tmp_path / "d.json"
+    file.write_text(content)
+    for chunk in (1, 3, 1000):
+        monkeypatch.setattr(json_values, "_CHUNK", chunk)
+        with pytest.raises(SupraError, match=message or "d.json"):
+            prepared(file, out=tmp_path / "out")
+        if message:
+            store = prepared(file, out=tmp_path / "out", skip_bad=True)
+            assert split(store) == [ids_of("x"), ids_of("a")]
+            assert store.index["skipped"] == 1
+            shutil.rmtree(tmp_path / "out")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(
+        st.dictionaries(
+            st.text(), st.recursive(st.none() | st.text(), st.lists, max_leaves=5), max_size=3
+        ),
+        min_size=1,
+    ),
+    chunk=st.integers(1, 40),
+    indent=st.none() | st.integers(0, 2),
+    is_array=st.booleans(),
+)
+def test_values_of_a_file_are_those_of_the_whole(
+    values: list[Any], chunk: int, indent: int | None, is_array: bool
+) -> None:
+    text = json.dumps(values, indent=indent, ensure_ascii=False)
+    if not is_array:
+        text = "\n".join(json.dumps(value, indent=indent) for value in values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_values, "_CHUNK", chunk)
+        found = list(json_values.values(io.BytesIO(text.encode("utf-8", "surrogatepass"))))
+    assert [json.loads(content) for _, content in found] == values
+    lines_of = text.split("\n")
+    assert all(lines_of[line - 1].strip(" [")[:1] == "{" for line, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('text,id\nx,1\n"a""b\n', "line 3 is no row of a table"),
+        ("text,id\nx,1\na,b,c\n", "line 3 is no row of a table \\(3 values for 2 columns\\)"),
+        ("text,id\nx,1\na\n", "line 3 is no row of a table \\(1 values for 2 columns\\)"),
+        ("text,id\nx,1\na\0b,2\n", "line 3: text holds a NUL character"),
+    ],
+)
+def test_a_bad_row_of_a_table(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "d.csv"
+    file.write_text(content)
+    with pytest.raises(SupraError, match=message):
+        prepared(file, out=tmp_path / "out")
+    store = prepared(file, out=tmp_path / "out", skip_bad=True)
+    assert split(store) == [ids_of("x")]
+    assert store.index["skipped"] == 1
+
+
+def test_a_long_value_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(as_table([{"text": "x" * 200_000}]))
+    assert len(prepared(tmp_path / "d.csv", out=tmp_path / "out")) == 200_001
+
+
+MEMBERS = {
+    "._0.txt": b"\0", "__MACOSX/0.txt": b"\0", "PaxHeader/0.txt": b"\0", ".hidden/0.txt": b"\0",
+    "0.txt": b"x", "1.jpg": b"\0", "2.JPG": b"\0", "3.xml": b"<a/>", "4.zip": b"PK", "README": b"x",
+    "5.parquet.gz": b"",
+}  # fmt: skip
+NOT_READ = {".jpg": 2, ".parquet.gz": 1, ".xml": 1, ".zip": 1, "without an ending": 1}
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_what_is_not_read_is_counted(is_archive: bool, tmp_path: Path) -> None:
+    given = tmp_path / "given.tar"
+    if is_archive:
+        given.write_bytes(as_archive({**MEMBERS, "6.tar": b""}))
+    for name, content in MEMBERS.items():
+        if not is_archive and "/" not in name:
+            given.mkdir(exist_ok=True)
+            (given / name).write_bytes(content)
+    if not is_archive:
+        (given / "more").mkdir()
+    store = prepared(given, out=tmp_path / "out")
+    assert split(store) == [ids_of("x")]
+    assert store.index["left_out"] == NOT_READ | ({".tar": 1} if is_archive else {"folder": 1})
+    assert documents.in_words({".b": 1, ".c": 1000, ".a": 1}) == "1,000 .c, 1 .a, 1 .b"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", "a.txt is not UTF-8 text"),
+        ("a.txt", "ab".encode("utf-16"), "a.txt is UTF-16, not UTF-8"),
+        ("a.txt", b"a\0b\0", "a.txt holds a NUL character"),
+        ("a.csv", "text\na".encode("utf-16"), "a.csv is UTF-16, not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(lines([{"text": "a"}] * 99))[:-9], "a.jsonl.gz is damaged"),
+        ("a.json.bz2", b"nothing", "a.json.bz2 cannot be read"),
+        ("a.txt.xz", b"nothing", "a.txt.xz is damaged"),
+        ("a.csv", b"id\n1\n", "a.csv has no column text"),
+    ],
+)
+def test_a_damaged_file_or_member(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    """A file stops; a member of an archive is a bad record."""
+    (tmp_path / name).write_bytes(content)
+    for skip_bad in (False, True):
+        with pytest.raises(SupraError, match=message):
+            prepared(tmp_path / name, out=tmp_path / "out", skip_bad=skip_bad)
+    archive = tmp_path / "d.tar"
+    archive.write_bytes(as_archive({"0.txt": b"x", name: content, "z.txt": b"n"}))
+    with pytest.raises(SupraError, match=f"d.tar: {message}"):
+        prepared(archive, out=tmp_path / "out")
+    store = prepared(archive, out=tmp_path / "out", skip_bad=True)
+    assert split(store)[0] == ids_of("x") and split(store)[-1] == ids_of("n")
+    assert store.index["skipped"] == 1
+
+
+@pytest.mark.parametrize("name", ["a.py", "a.zip", "a.txt.rar", "a.parquet.gz", "a.2024"])
+def test_an_ending_that_is_not_known(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(SupraError, match="which is not read as text: .*.jsonl, .*.parquet.* .zst"):
+        prepared(tmp_path / name, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv.gz", "a.parquet", "a.ndjson"])
+def test_records_are_not_measured_as_one_text(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="holds records, not one text"):
+        task_of(tmp_path / name)
+
+
+def test_a_token_beyond_the_vocabulary_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its beginning may be written: it stops even where bad records are left out."""
+    monkeypatch.setattr(record, "_PIECE", 10)
+    (tmp_path / "a.txt").write_text("x\n" * 40 + "\u2603", encoding="utf-8")
+    with pytest.raises(SupraError, match="a.txt: the text has '\u2603'"):
+        prepared(tmp_path / "a.txt", out=tmp_path / "out", skip_bad=True)
+
+
 def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     """The library takes a folder for one."""
     pytest.importorskip("datasets")
@@ -179,15 +495,36 @@ def test_another_field(tmp_path: Path) -> None:
 BAD = {
     '{"text": "x"': r"line 2 is no JSON",
     '"text"': r"line 2 is no object",
-    '{"body": "x", "id": 1}': r"line 2 has no field text or .*, but body, id: name one with",
+    '{"body": "x", "id": 1}': r"line 2 has no field text, .* but body, id: name one with",
     '{"text": 3}': r"line 2: text is neither text nor messages",
     '{"messages": [{"role": "user"}]}': r"line 2: messages has a message without",
     '{"messages": [{"role": "user", "content": "x"}, 3]}': r"line 2: messages has a message",
     '{"tokens": [1, 100000]}': r"line 2: tokens is no list of token ids from 0 to \d+",
     '{"tokens": [1, -1]}': r"line 2: tokens is no list",
     '{"tokens": [1, true]}': r"line 2: tokens is no list",
-    "[" * 100_000: r"line 2 is no JSON .*nested too deeply",
-    b"\xff\xfe": r"line 2 is no JSON",
+    "[" * 100_000: r"line 2 is no JSON .*levels deep",
+    b"\xff\xfe": r"line 2 is no JSON \(it is not UTF-8\)",
+    '{"text": null}': r"line 2: text is null",
+    '{"text": null, "messages": null}': r"line 2: text is null",
+    '{"text": "cut \\ud83d"}': r"line 2 is no JSON \(half of a pair of surrogates",
+    '{"text": "a\\u0000b"}': r"line 2: text holds a NUL character",
+    '{"id": ' + "9" * 5000 + "}": r"line 2 is no JSON .*5000 digits\)",
+    '{"messages": [{"role": "user", "content": "\\u0000"}]}': r"messages holds a NUL character",
+    '{"messages": ["a"]}': r"line 2: messages has a message without",
+    '{"messages": [{"role": ["user"], "content": "x"}]}': r"line 2: messages has a message",
+    '{"messages": [{"role": "user", "content": null}]}': r"line 2: messages has a message",
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': r"a part of type 'image'",
+    '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}': r"messages has a message",
+    '{"messages": [{"role": "zero", "content": "x"}]}': r"messages: .*rendered \(.* by zero\)",
+    '{"messages": [{"role": "none", "content": "x"}]}': r"refuses these messages: not this role",
+    '{"messages": [{"role": "user", "content": null, "tool_calls": [{"name": "f"}]}]}': (
+        r"line 2: messages: the chat template has no place for tool calls"
+    ),
+    '{"messages": "a: b"}': r"line 2: messages is no JSON",
+    '{"conversations": [{"from": "nobody", "value": "x"}]}': r"is from 'nobody', not human, gpt",
+    '{"conversations": [{"from": "human"}]}': r"line 2: conversations has a message without",
+    '{"instruction": "x", "output": 3}': r"line 2: instruction, input and output must be texts",
+    '{"text": "\u2603"}': r"text: the text has '\u2603', token \d+, for which",
 }
 
 
@@ -237,7 +574,10 @@ def no_text(folder: Path) -> Path:
     ("write", "message"),
     [
         (damaged_parquet, "d.parquet is no Parquet file"),
-        (without_column, "d.parquet has no column text or .*, but id: name one with --field"),
+        (
+            without_column,
+            "d.parquet has no column text, .* but id: name one with --field",
+        ),
         (cut(write_gzip, -15), "d.jsonl.gz is damaged"),
         (cut(write_zstandard, -15), "d.jsonl.zst"),
         (cut(write_archive, 700), "d.tar is damaged"),
@@ -260,7 +600,8 @@ def test_what_cannot_be_read_is_named(
 def test_pieces_have_the_tokens_of_the_whole(
     smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: bool
 ) -> None:
-    monkeypatch.setattr(documents, "_PIECE", 300)
+    monkeypatch.setattr(record, "_PIECE", 300)
+    monkeypatch.setattr(documents, "_CHUNK", 300)
     lines = [f"Line {i}: ä 😀,\n\n  and {'more ' * (i % 7)}\n of it.\nSo\n" for i in range(200)]
     # At the end there are no lines: it is cut where a token may span the border.
     text = "".join(lines) + "no end " * 1000

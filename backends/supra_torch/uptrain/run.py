@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from supra_core import artifact
+from supra_core.corpus.documents import in_words
 from supra_core.errors import SupraError, WriteError
 from supra_core.formats import safetensors
 from supra_core.formats.atomic import atomic_file
@@ -102,7 +103,7 @@ def _uptrain(
         if summary_file.is_file() and (run / "model").is_dir():
             return {**read_object(summary_file), "already_finished": True}
         inputs = open_inputs(config)
-        data = _claimed(config, run, inputs, every, lock, precision, progress)
+        data = _claimed(config, run, inputs, every, lock, precision, progress, say)
         begins = _calibrated(config, run, inputs, data, every, precision, progress)
     if every.size == 1:
         # Shards come and go in pieces of every size, between which a heap that is kept grows.
@@ -156,6 +157,7 @@ def _claimed(
     lock: Lock,
     precision: str,
     progress: Progress,
+    say: Callable[[str], None],
 ) -> Mixture:
     """The run's text in tokens, in a folder that is this run's; SupraError when it will not do."""
     refuse_another_recipe(config, inputs.student_spec)
@@ -166,7 +168,7 @@ def _claimed(
         lock.take()
         clear(run)
     try:
-        return _data(config, run, inputs, progress, begun)
+        return _data(config, run, inputs, progress, say, begun)
     except WriteError:
         # The same command goes on once there is room.
         raise
@@ -177,13 +179,22 @@ def _claimed(
 
 
 def _data(
-    config: UptrainConfig, run: Path, inputs: Inputs, progress: Progress, begun: bool
+    config: UptrainConfig,
+    run: Path,
+    inputs: Inputs,
+    progress: Progress,
+    say: Callable[[str], None],
+    begun: bool,
 ) -> Mixture:
     """The run's text in tokens; SupraError when it is not enough, or has changed."""
     parts = config.data_parts
     tokens = stored(
         parts, inputs.student_assets, inputs.student_spec, run / "data", progress, begun=begun
     )
+    for part, store in zip(parts, tokens, strict=True):
+        # Older versions did not count it.
+        if left_out := store.index.get("left_out"):
+            say(f"not read in {part.path}: {in_words(left_out)}")
     apart = config.documents == "apart"
     lead = next(iter(inputs.tokenizer.begins), None)
     data = mixture(parts, tokens, config.sequence_length, config.seed, apart, lead)

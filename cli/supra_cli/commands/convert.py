@@ -230,6 +230,7 @@ def _calibration(
     from supra_cli import pythondocs
     from supra_cli.backends import require
     from supra_cli.output import log
+    from supra_core.corpus.documents import refuse_records
     from supra_core.errors import SupraError
     from supra_core.text import TOKENIZER, read_text
 
@@ -257,6 +258,8 @@ def _calibration(
     require("torch", "calibrating")
     from supra_torch.conversion import TextCalibration
 
+    if text is not None:
+        refuse_records(text)
     prose = pythondocs.language_reference() if text is None else read_text(text)
     return TextCalibration(prose, tokens)
 

@@ -208,7 +208,7 @@ class Session:
     def read(self, rest: str) -> None:
         """show the model a text: at once before the first turn, else with the next question"""
         path = _path(_words(rest), "/read FILE")
-        text = read_text(path).removeprefix("\ufeff")
+        text = read_text(path)
         if not self.conversation.turns:
             try:
                 tokens = self.conversation.read(text, self.progress)

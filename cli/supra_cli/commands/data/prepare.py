@@ -15,7 +15,8 @@ def command(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Files (.txt, .jsonl, .parquet, .tar; .gz, .zst), folders of them, hub:ORG/NAME.",
+            help="Files (.txt, .json, .jsonl, .csv, .parquet, .tar, compressed too), folders of "
+            "them, hub:ORG/NAME.",
         ),
     ],
     model: Annotated[
@@ -24,7 +25,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the shards; supra uptrain --data OUT.")],
     field: Annotated[
         str | None,
-        typer.Option(help="A record's field; default: text, messages, tokens or input_ids."),
+        typer.Option(help="A record's field; default: text, messages, or another that is known."),
     ] = None,
     split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
     skip_bad: Annotated[
@@ -40,6 +41,7 @@ def command(
     """Tokenise documents once, into shards that uptrain maps into memory; resumes."""
     from supra_cli.output import log, print_json
     from supra_cli.progress import ProgressReporter
+    from supra_core.corpus.documents import in_words
     from supra_core.corpus.prepare import Settings, prepare
     from supra_core.sources import open_source
 
@@ -66,6 +68,8 @@ def command(
     more = index["skipped"] - len(index["skipped_first"])
     if more > 0:
         log(f"left out: {more:,} more")
+    if index["left_out"]:
+        log(f"not read: {in_words(index['left_out'])}")
     log(
         f"{index['tokens']:,} tokens in {index['documents']:,} documents: "
         f"supra uptrain {model} --data {out} --out RUN"

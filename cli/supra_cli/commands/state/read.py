@@ -31,7 +31,7 @@ def command(
 
     check_text(system, "--system")
     check_new_file(out, force)
-    content = read_text(text).removeprefix("\ufeff")
+    content = read_text(text)
     speaker = load_speaker(model, backend, dtype)
     conversation = Conversation(speaker.engine, system)
     start = time.monotonic()
