@@ -33,7 +33,7 @@ from supra_core.corpus.record import (
 )
 from supra_core.errors import FormatError, MissingDependencyError, SupraError
 from supra_core.formats.jsonfile import parse, reason
-from supra_core.plain_text import BOM, other_code, plain
+from supra_core.text.plain import BOM, other_code, plain
 
 if TYPE_CHECKING:
     # It has no parameters when it runs.

@@ -51,7 +51,8 @@ class Settings:
 
     ``sources``: files, folders, and data sets of the hub; ``separator``: the token after every
     document, None for none; ``skip_bad``: leave out records that are no documents;
-    ``parse_markers``: markers of turns inside messages are markers, not text.
+    ``parse_markers``: markers of turns inside messages are markers, not text; ``needs_bos``:
+    documents begin as the tokenizer begins a text.
     """
 
     sources: tuple[str, ...]
@@ -61,6 +62,7 @@ class Settings:
     split: str = "train"
     skip_bad: bool = False
     parse_markers: bool = False
+    needs_bos: bool = False
     shard_tokens: int = 100_000_000
 
     def __post_init__(self) -> None:
@@ -97,12 +99,14 @@ def prepare(
     """
     check_replaceable(out, force, holds=INDEX)
     tokenizer = load_tokenizer(
-        assets, where, settings.vocab_size, parse_markers=settings.parse_markers
-    )
+        assets, where, settings.vocab_size,
+        needs_bos=settings.needs_bos, parse_markers=settings.parse_markers,
+    )  # fmt: skip
     facts: dict[str, Any] = {
         "dtype": type_for(settings.vocab_size),
         "tokenizer": tokenizer_hash(assets[TOKENIZER]),
         **asdict(settings),
+        "begins": list(tokenizer.begins),
         "files": listing(settings.sources),
     }
     # A path such as "." or "..", or one that is a link, has no name of its own.
@@ -176,6 +180,7 @@ def _write_shards(
     facts: dict[str, Any],
     progress: Progress,
 ) -> None:
+    begin = np.array(tokenizer.begins, dtype=np.int64)
     end = np.array([] if settings.separator is None else [settings.separator], dtype=np.int64)
     total = _bytes_of(facts["files"])
     found = (record for source in settings.sources for record in records(source, reading))
@@ -193,6 +198,8 @@ def _write_shards(
                     shard = ShardWriter(work, len(position.shards), facts["dtype"])
                 if entry.begins and len(entry.ids):
                     shard.begin_document()
+                    if not entry.is_closed:
+                        shard.add(begin)
                 shard.add(entry.ids)
                 if entry.ends and len(entry.ids) and not entry.is_closed:
                     shard.add(end)

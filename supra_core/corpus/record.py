@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from supra_core.errors import SupraError
 from supra_core.formats.jsonfile import parse, reason
-from supra_core.plain_text import fault, plain
+from supra_core.text.plain import fault, plain
 
 # Characters of a text that are tokenised together.
 _PIECE = 200_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from supra_core.errors import FormatError
-from supra_core.plain_text import fault, other_code, plain
+from supra_core.text.plain import fault, other_code, plain
 
 
 def read_text(path: str | Path) -> str:

@@ -31,6 +31,7 @@ from supra_core.progress import silent
 from supra_core.sources import open_source
 from supra_core.tasks import task_of
 from supra_core.text import read_text
+from tests.tiny_tokenizers import SPECIAL, byte_level, with_bos
 
 END = 1
 TEXTS = [
@@ -825,3 +826,25 @@ def test_an_output_that_is_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "out").is_symlink()
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["tokens"]
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "elsewhere", "out"}
+
+
+def test_documents_begin_as_the_model_needs_it(tmp_path: Path) -> None:
+    """Gemma's with BOS; conversations bring their own, and so do token ids."""
+    made = with_bos(byte_level(), SPECIAL[1])
+    bos, end = made.token_to_id(SPECIAL[1]), made.token_to_id(SPECIAL[0])
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    config = {"bos_token": SPECIAL[1], "chat_template": template}
+    assets = {
+        "tokenizer.json": made.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
+    data = tmp_path / "data.jsonl"
+    talk = [{"role": "user", "content": "c"}]
+    lines = [{"text": "a"}, {"text": ""}, {"messages": talk}, {"tokens": [7, 8]}]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    a, c = (made.encode(letter, add_special_tokens=False).ids for letter in "ac")
+    for needs, begin in ((True, [bos]), (False, [])):
+        told = Settings((str(data),), end, made.get_vocab_size(), needs_bos=needs)
+        store = prepare.prepare(told, assets, tmp_path / str(needs))
+        assert store[0 : len(store)].tolist() == [*begin, *a, end, bos, *c, 7, 8]
+        assert store.index["begins"] == begin

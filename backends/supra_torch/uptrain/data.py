@@ -20,6 +20,7 @@ from supra_core.corpus.documents import source_files
 from supra_core.corpus.prepare import Settings, in_short, listing, prepare
 from supra_core.corpus.store import TokenStore, tokenizer_hash
 from supra_core.errors import SupraError
+from supra_core.families import needs_bos
 from supra_core.formats.atomic import atomic_file
 from supra_core.formats.jsonfile import INDEX_BYTES, read_object
 from supra_core.progress import Progress
@@ -296,7 +297,8 @@ def _stored(
     begun: bool,
 ) -> TokenStore:
     ends = spec.eos_token_id
-    settings = Settings((path,), ends[0] if ends else None, spec.vocab_size)
+    separator = ends[0] if ends else None
+    settings = Settings((path,), separator, spec.vocab_size, needs_bos=needs_bos(spec))
     prepared = TokenStore(Path(path)) if TokenStore.is_at(Path(path)) else None
     note = folder / "data.json"
     stated = {"files": listing(settings.sources)} if prepared is None else {"name": prepared.name}

@@ -43,6 +43,7 @@ def command(
     from supra_cli.progress import ProgressReporter
     from supra_core.corpus.documents import in_words
     from supra_core.corpus.prepare import Settings, prepare
+    from supra_core.families import needs_bos
     from supra_core.sources import open_source
 
     source = open_source(model)
@@ -55,6 +56,7 @@ def command(
         split=split,
         skip_bad=skip_bad,
         parse_markers=parse_markers,
+        needs_bos=needs_bos(source.spec),
         shard_tokens=shard_tokens,
     )
     with ProgressReporter() as progress:
