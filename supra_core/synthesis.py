@@ -18,7 +18,7 @@ from supra_core.errors import FormatError
 from supra_core.text.chat_template import ChatTurns
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from supra_core.text import ModelTokenizer
 
 Kind = Literal["document", "conversation"]
 KINDS: tuple[Kind, ...] = ("document", "conversation")
@@ -80,7 +80,7 @@ class Vocabulary:
     ``ends``: all that end a text; ``special``: all special tokens, id to marker.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: ModelTokenizer
     start: int
     end: int
     ends: frozenset[int]
@@ -89,11 +89,11 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Ids that are tokens; a model's matrix may have more rows."""
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+        return self.tokenizer.raw.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, markers parsed and nothing added."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.tokenizer.encode(text).ids.tolist()
         return ids
 
     def count(self, text: str) -> int:
@@ -102,17 +102,21 @@ class Vocabulary:
 
     def marker(self, ident: int) -> str:
         """A token as the tokenizer's file spells it."""
-        return str(self.tokenizer.id_to_token(ident))
+        return str(self.tokenizer.raw.id_to_token(ident))
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text that ids add to the text of ``after``: some tokenizers drop leading spaces."""
-        before = self.tokenizer.decode(list(after), skip_special_tokens=False)
-        whole = self.tokenizer.decode([*after, *ids], skip_special_tokens=False)
+        before = self.tokenizer.raw.decode(list(after), skip_special_tokens=False)
+        whole = self.tokenizer.raw.decode([*after, *ids], skip_special_tokens=False)
         return whole[len(before) :]
 
 
 def vocabulary(
-    tokenizer: Tokenizer, bos: int | None, eos: Sequence[int], turns: ChatTurns | None, where: str
+    tokenizer: ModelTokenizer,
+    bos: int | None,
+    eos: Sequence[int],
+    turns: ChatTurns | None,
+    where: str,
 ) -> Vocabulary:
     """What documents begin and end with, from the spec's ``bos`` and ``eos``.
 
@@ -122,7 +126,7 @@ def vocabulary(
     """
     special = {
         ident: token.content
-        for ident, token in tokenizer.get_added_tokens_decoder().items()
+        for ident, token in tokenizer.raw.get_added_tokens_decoder().items()
         if token.special
     }
     idents = {marker: ident for ident, marker in special.items()}

@@ -83,9 +83,9 @@ def _prepared(
         )
     if share is None:
         share = 0.0 if template is None else _SHARE
-    turns = None if template is None else template.turns()
+    turns = tokenizer.turns()
     spec = source.spec
-    words = vocabulary(tokenizer.raw, spec.bos_token_id, spec.eos_token_id, turns, model)
+    words = vocabulary(tokenizer, spec.bos_token_id, spec.eos_token_id, turns, model)
     if turns is not None and share > 0:
         opening = len(words.encode(turns.opening))
         if opening + 2 > settings.length:

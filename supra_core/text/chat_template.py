@@ -78,7 +78,7 @@ class ChatTemplate:
         messages: Messages,
         how: Rendering = WHOLE,
         now: datetime | None = None,
-        shown: Shown = lambda text, role: text,
+        shown: Shown | None = None,
     ) -> str:
         """The conversation as text.
 
@@ -88,6 +88,7 @@ class ChatTemplate:
         Raises FormatError when the template refuses the messages, is broken, or leaves out the
         message that is to be continued; SupraError when that message is no answer.
         """
+        shown = shown or as_it_is
         messages = [
             {
                 name: _shown(value, str(message.get("role")), shown)
@@ -168,6 +169,11 @@ class ChatTemplate:
                     continue
                 return f"; leave out {name}"
         return ""
+
+
+def as_it_is(text: str, role: str) -> str:
+    """The text that a template is shown where nothing is changed."""
+    return text
 
 
 class _Refusal(Exception):

@@ -10,8 +10,9 @@ everyone: the class that they state is loaded from tokenizer.json alone.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from supra_core.errors import FormatError, MissingDependencyError
 from supra_core.formats.assets import write_assets
 from supra_core.formats.jsonfile import parse
+from supra_core.text.worker import WORKER, Described, Result
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -179,13 +181,31 @@ def _with_tokens(
 def tokenizer_of(content: bytes, where: str) -> Tokenizer:
     """The library's tokenizer of a tokenizer.json, which nobody may change.
 
+    Read in the process of its own first, then here. Kept, since a large one takes a second. Raises
+    FormatError when it cannot be read.
+    """
+    described = Described("supra_core.text.files:readable", {"where": where}, content)
+    WORKER.ask(described, "read", [], len(content))
+    return read_tokenizer(content, where)
+
+
+def readable(fields: Mapping[str, Any], content: bytes) -> Callable[[str, Sequence[Any]], Result]:
+    """What answers :func:`tokenizer_of` in the process of its own."""
+    read_tokenizer(content, fields["where"])
+    return lambda job, given: (None, [])
+
+
+@lru_cache(maxsize=4)
+def read_tokenizer(content: bytes, where: str) -> Tokenizer:
+    """As :func:`tokenizer_of`, here and now.
+
     It encodes texts whole and alone: what the file says of truncation and padding is left out.
-    Kept, since a large one takes a second. Raises FormatError when it cannot be read.
     """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(content.decode())
+        _refuse_growing(tokenizer)
         # Whoever saved the file left these set: every text would be cut, or filled up with pads.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -193,6 +213,26 @@ def tokenizer_of(content: bytes, where: str) -> Tokenizer:
     # The library raises bare Exception for what it cannot read, and panics are none even of these.
     except BaseException as error:
         raise reading_error(error, where) from None
+
+
+# Characters that decoding may make of one.
+_MOST_GROWTH = 64
+
+
+def _refuse_growing(tokenizer: Tokenizer) -> None:
+    """ValueError for replacements that make more and more of the text of a token."""
+    if tokenizer.decoder is None:
+        return
+    steps, growth = [json.loads(tokenizer.decoder.__getstate__())], 1.0
+    while steps:
+        step = steps.pop()
+        steps += step.get("decoders", [])
+        if step.get("type") == "Replace":
+            # A regular expression may take any time, and nobody's decoder has one.
+            pattern = step["pattern"].get("String", "")
+            growth *= max(1.0, len(step["content"]) / len(pattern)) if pattern else math.inf
+    if growth > _MOST_GROWTH:
+        raise ValueError("its decoder makes long texts of short ones")
 
 
 def reading_error(error: BaseException, where: str) -> BaseException:

@@ -5,25 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import FormatError, SupraError
-from supra_core.text.chat_template import GUARD, WHOLE, ChatTemplate, Messages, Rendering
+from supra_core.text.chat_template import (
+    GUARD,
+    WHOLE,
+    ChatTemplate,
+    ChatTurns,
+    Messages,
+    Rendering,
+    as_it_is,
+)
 from supra_core.text.files import (
     TOKENIZER,
     named_tokens,
     read_template,
+    read_tokenizer,
     reading_error,
     tokenizer_of,
 )
 from supra_core.text.stream import TextStream
+from supra_core.text.worker import WORKER, Described, Result
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -64,7 +74,8 @@ class ModelTokenizer:
     a token beyond them is refused with SupraError wherever it is encoded. None: not checked.
     ``needs_bos``: documents, and whatever is measured, begin as the tokenizer begins a text.
     ``parse_markers``: markers of turns inside messages are markers; otherwise they are text.
-    Only one thread may use it at a time.
+    ``apart``: what the process of its own is told that does the encoding and the rendering, since
+    the files may be a stranger's; None: it is done here.
     """
 
     raw: Tokenizer
@@ -73,22 +84,19 @@ class ModelTokenizer:
     template: ChatTemplate | None = None
     needs_bos: bool = False
     parse_markers: bool = False
+    apart: Described | None = None
 
     # --- texts --------------------------------------------------------------------------------
 
     def encode(self, text: str) -> EncodedText:
         """``text`` as it stands: no BOS, no template."""
-        with self._reading():
-            encoding = self.raw.encode(text, add_special_tokens=False)
-        ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
+        _, (ids, ends) = self._ask("encode", [text], len(text))
         form = self.leading_form if self.begins else NO_BOS
-        return EncodedText(text, self._checked(encoding.ids), ends, self.begins, form)
+        return EncodedText(text, self._checked(ids), ends, self.begins, form)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids (T,) of each text as it stands, on all cores; ids are not checked."""
-        with self._reading():
-            encoded = self.raw.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
+        return self._ask("encode_batch", [list(texts)], sum(map(len, texts)))[1]
 
     def encode_prompt(self, text: str) -> list[int]:
         """``text`` behind the :attr:`leading_ids`, as the lm-eval harness feeds a prompt.
@@ -102,10 +110,8 @@ class ModelTokenizer:
     @cached_property
     def leading_ids(self) -> list[int]:
         """What the tokenizer puts in front of every text: the BOS of Llama, Mistral, Gemma."""
-        with self._reading():
-            encoding = self.raw.encode("x")
-        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-        return [index for index, _ in takewhile(lambda token: token[1], added)]
+        ids: list[int] = self._ask("leading", [], 1)[0]
+        return ids
 
     @property
     def begins(self) -> tuple[int, ...]:
@@ -136,8 +142,7 @@ class ModelTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens left out."""
-        with self._reading():
-            return str(self.raw.decode(list(ids), skip_special_tokens=True))
+        return str(self.raw.decode(list(ids), skip_special_tokens=True))
 
     def stream(self, after: Sequence[int] = ()) -> Callable[[int], str]:
         """Token -> the text that became certain with it; see :class:`TextStream`."""
@@ -159,31 +164,63 @@ class ModelTokenizer:
 
         SupraError when there is no template.
         """
-        text = self.render_text(messages, how, now)
-        with self._reading():
-            ids = self._without_guards(text) if GUARD in text else self._plain(text)
-        self._checked(ids)
-        return ids
-
-    def _plain(self, text: str) -> list[int]:
-        return list(self.raw.encode(text, add_special_tokens=False).ids)
-
-    def _without_guards(self, text: str) -> list[int]:
-        guarding, own = self._guarding
-        return [own.get(i, i) for i in guarding.encode(text, add_special_tokens=False).ids]
-
-    def render_text(
-        self, messages: Messages, how: Rendering = WHOLE, now: datetime | None = None
-    ) -> str:
-        """The conversation as text, where GUARD stands inside what only looks like a marker."""
         if self.template is None:
             raise SupraError(
                 f"{self.where} has no chat template, so it takes no messages: give it plain text, "
                 "or use a model made for chat"
             )
-        if self.parse_markers:
-            return self.template.render(messages, how, now)
-        return self.template.render(messages, how, now, self._guarded)
+        told = [dict(message) for message in messages]
+        given = [told, asdict(how), None if now is None else now.isoformat()]
+        ids = self._checked(self._ask("render", given, len(json.dumps(given)))[1][0])
+        return [int(ident) for ident in ids]
+
+    def turns(self) -> ChatTurns | None:
+        """The strings around messages, None without a template; see :meth:`ChatTemplate.turns`."""
+        return None if self.template is None else ChatTurns(*self._ask("turns", [], 1)[0])
+
+    # --- what a stranger's file computes ------------------------------------------------------
+
+    def _ask(self, job: str, given: Sequence[Any], characters: int) -> Result:
+        """The answer of :meth:`answer` in a process of its own, or here where there is none."""
+        if self.apart is None:
+            return self.answer(job, given)
+        return WORKER.ask(self.apart, job, given, characters)
+
+    def answer(self, job: str, given: Sequence[Any]) -> Result:
+        """What a job gives; ``given`` are values that JSON can hold."""
+        with self._reading():
+            result: Result = getattr(self, f"_job_{job}")(*given)
+            return result
+
+    def _job_encode(self, text: str) -> Result:
+        encoding = self.raw.encode(text, add_special_tokens=False)
+        ends = [end for _, end in encoding.offsets]
+        return None, [_array(encoding.ids), _array(ends)]
+
+    def _job_encode_batch(self, texts: list[str]) -> Result:
+        encoded = self.raw.encode_batch_fast(texts, add_special_tokens=False)
+        return None, [_array(encoding.ids) for encoding in encoded]
+
+    def _job_leading(self) -> Result:
+        encoding = self.raw.encode("x")
+        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return [index for index, _ in takewhile(lambda token: token[1], added)], []
+
+    def _job_render(self, messages: Messages, how: Mapping[str, Any], now: str | None) -> Result:
+        assert self.template is not None
+        moment = None if now is None else datetime.fromisoformat(now)
+        shown = as_it_is if self.parse_markers else self._guarded
+        text = self.template.render(messages, Rendering(**how), moment, shown)
+        if GUARD not in text:
+            return None, [_array(self.raw.encode(text, add_special_tokens=False).ids)]
+        guarding, own = self._guarding
+        ids = guarding.encode(text, add_special_tokens=False).ids
+        return None, [_array([own.get(ident, ident) for ident in ids])]
+
+    def _job_turns(self) -> Result:
+        assert self.template is not None
+        turns = self.template.turns()
+        return [turns.opening, turns.to_answer, turns.to_user, turns.closing], []
 
     def _guarded(self, text: str, role: str) -> str:
         """A message's text with GUARD inside what the tokenizer would take for a marker.
@@ -193,8 +230,7 @@ class ModelTokenizer:
         markers = self._special if role == "assistant" else self._markers
         if self._literal and not any(marker in text for marker in markers.values()):
             return text
-        with self._reading():
-            encoding = self.raw.encode(text, add_special_tokens=False)
+        encoding = self.raw.encode(text, add_special_tokens=False)
         pieces, done = [], 0
         for ident, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if ident in markers and end > start:
@@ -253,11 +289,10 @@ class ModelTokenizer:
 
     # --- checks -------------------------------------------------------------------------------
 
-    def _checked(self, ids: Sequence[int]) -> Ids:
-        found = np.array(ids, dtype=np.int64)
-        if problem := self.problem(found):
+    def _checked(self, ids: Ids) -> Ids:
+        if problem := self.problem(ids):
             raise SupraError(problem)
-        return found
+        return ids
 
     def problem(self, ids: Ids) -> str | None:
         """What is wrong with ids (T,) for the model, None where nothing is."""
@@ -282,6 +317,19 @@ class ModelTokenizer:
             raise reading_error(error, self.where) from None
 
 
+def answering(fields: Mapping[str, Any], content: bytes) -> Callable[[str, Sequence[Any]], Result]:
+    """What answers jobs in the process of its own; see :class:`Described`."""
+    template = None if fields["template"] is None else ChatTemplate(**fields["template"])
+    raw = read_tokenizer(content, fields["where"])
+    return ModelTokenizer(
+        raw, fields["where"], template=template, parse_markers=fields["parse_markers"]
+    ).answer
+
+
+def _array(values: Sequence[int]) -> Ids:
+    return np.array(values, dtype=np.int64)
+
+
 def load_tokenizer(
     assets: Mapping[str, bytes],
     where: str,
@@ -299,7 +347,13 @@ def load_tokenizer(
             f"{where} has no tokenizer: give token ids, or copy {TOKENIZER} and "
             "tokenizer_config.json from the source model into it"
         )
-    raw = tokenizer_of(assets[TOKENIZER], where)
     program = read_template(assets, where)
     template = None if program is None else ChatTemplate(program, named_tokens(assets, where))
-    return ModelTokenizer(raw, where, vocab_size, template, needs_bos, parse_markers)
+    fields = {
+        "where": where,
+        "template": None if template is None else asdict(template),
+        "parse_markers": parse_markers,
+    }
+    apart = Described("supra_core.text.tokens:answering", fields, assets[TOKENIZER])
+    raw = tokenizer_of(assets[TOKENIZER], where)
+    return ModelTokenizer(raw, where, vocab_size, template, needs_bos, parse_markers, apart)

@@ -15,6 +15,7 @@ from supra_core.fingerprint import fingerprint
 from supra_core.generate import Sampling, generate
 from supra_core.sources import WRITERS, Source, open_source
 from supra_core.synthesis import DocumentRow, Script, vocabulary
+from supra_core.text import ModelTokenizer
 from supra_core.text.chat_template import ChatTemplate
 from tests.tiny_chat import CHATML, tokenizer
 from tests.tiny_models import SPECS, lazy_weights
@@ -152,7 +153,9 @@ def test_a_continuation_ends_there(kind: str, tmp_path: Path) -> None:
 def test_synthesis_stops_at_all_of_them(tmp_path: Path) -> None:
     spec = open_source(folder_of("hf", tmp_path, {"eos_token_id": [2, 4, 9]})).spec
     turns = ChatTemplate(CHATML, {}).turns()
-    words = vocabulary(tokenizer(), spec.bos_token_id, spec.eos_token_id, turns, "model")
+    words = vocabulary(
+        ModelTokenizer(tokenizer()), spec.bos_token_id, spec.eos_token_id, turns, "model"
+    )
     # The first id stays what stands between documents where no marker says it.
     assert (words.start, words.end) == (0, 0)
     assert words.ends == {0, 2, 4, 9}

@@ -18,6 +18,7 @@ from supra_core.synthesis import (
     loops,
     vocabulary,
 )
+from supra_core.text import ModelTokenizer
 from supra_core.text.chat_template import ChatTemplate
 from tests.tiny_chat import CHATML, MISTRAL, SPECIAL, tokenizer
 
@@ -29,7 +30,7 @@ def words(
     template: str | None = CHATML, bos: int | None = IM_START, eos: int = IM_END
 ) -> Vocabulary:
     turns = None if template is None else ChatTemplate(template, TOKENS).turns()
-    return vocabulary(tokenizer(), bos, (eos,), turns, "model")
+    return vocabulary(ModelTokenizer(tokenizer()), bos, (eos,), turns, "model")
 
 
 def conversation(template: str = CHATML, most: int = 2) -> ConversationRow:
@@ -64,7 +65,7 @@ def test_a_text_needs_an_end() -> None:
     from tokenizers import Tokenizer, models
 
     with pytest.raises(FormatError, match="eos_token_id"):
-        vocabulary(Tokenizer(models.BPE({"a": 0}, [])), None, (), None, "model")
+        vocabulary(ModelTokenizer(Tokenizer(models.BPE({"a": 0}, []))), None, (), None, "model")
 
 
 def test_a_document_ends_with_its_end_and_else_is_cut() -> None:

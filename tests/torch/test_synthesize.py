@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from supra_core.synthesis import Kind, Vocabulary, vocabulary  # noqa: E402
+from supra_core.text import ModelTokenizer  # noqa: E402
 from supra_core.text.chat_template import ChatTemplate  # noqa: E402
 from supra_torch.kv_cache import LockstepDecoder  # noqa: E402
 from supra_torch.model import SupraModel, build  # noqa: E402
@@ -25,7 +26,7 @@ def _model(name: str = "transformer") -> SupraModel:
 
 
 def _words() -> Vocabulary:
-    return vocabulary(tokenizer(), 1, (2,), TURNS, "model")
+    return vocabulary(ModelTokenizer(tokenizer()), 1, (2,), TURNS, "model")
 
 
 def _synthesizer(seed: int = 0, length: int = 120, temperature: float = 1.0) -> Synthesizer:
