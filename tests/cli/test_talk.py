@@ -376,15 +376,9 @@ def test_nothing_of_an_answer_is_hidden() -> None:
         for character in text:
             stream.write(character)
     said = shown.getvalue()
-    for part in (
-        "vector<int>",
-        "<think>secret</think>",
-        "<div> html </div>",
-        "\\x1b]0;title\\x07end",
-    ):
+    for part in ("vector<int>", "<think>secret</think>", "<div> html </div>", "evil.example"):
         assert part in said
-    for part in ("\\u202eback", "evil.example"):
-        assert part in said
+    assert "\\x1b]0;title\\x07end" in said and "\\u202eback" in said
     assert visible(said, lines=True) == said
 
 
