@@ -64,9 +64,9 @@ class SupraGroup(TyperGroup):
         except Preempted:
             log("supra: told to end, and what was done is kept: start it again")
             _end(EXIT_START_AGAIN)
-        except _ENDS:
-            raise
         except Exception as error:
+            if isinstance(error, _ENDS):
+                raise
             # A broken pipe is left to typer: who read the output has gone, and wants no word.
             if isinstance(error, OSError) and error.errno != errno.EPIPE:
                 log(f"supra: error: {SupraError(_refused(error))}")

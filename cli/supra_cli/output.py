@@ -53,7 +53,7 @@ def write_piece(piece: str) -> None:
 
 def log_failure(error: BaseException) -> None:
     """An error that is a mistake in the program, with the places it came from."""
-    log(*"".join(traceback.format_exception(error)).splitlines())
+    print(_block(_trace(error)), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def libraries_visible() -> Iterator[None]:
     """While it lasts, what libraries log and warn of is escaped as well: they quote files."""
     record, written = logging.getLogRecordFactory(), warnings.formatwarning
     logging.setLogRecordFactory(_Record)
-    warnings.formatwarning = lambda *given, **more: visible(written(*given, **more), lines=True)
+    warnings.formatwarning = lambda *given, **more: f"{_block(written(*given, **more))}\n"
     try:
         yield
     finally:
@@ -75,12 +75,20 @@ class _Record(logging.LogRecord):
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
         if self.exc_info and self.exc_info[1] is not None:
-            trace = "".join(traceback.format_exception(self.exc_info[1]))
-            self.exc_text = visible(trace.rstrip(), lines=True)
+            self.exc_text = _block(_trace(self.exc_info[1]))
 
     def getMessage(self) -> str:  # noqa: N802 - logging's own name
         """The message with its arguments."""
-        return visible(super().getMessage(), lines=True)
+        return _block(super().getMessage())
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _block(text: str) -> str:
+    """Several lines, of which only the first begins at the margin as the program's own do."""
+    return visible(text.rstrip("\n"), lines=True).replace("\n", "\n    ")
 
 
 def print_table(
