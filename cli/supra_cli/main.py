@@ -65,13 +65,11 @@ class SupraGroup(TyperGroup):
             log("supra: told to end, and what was done is kept: start it again")
             _end(EXIT_START_AGAIN)
         except Exception as error:
-            if isinstance(error, _ENDS):
-                raise
             # A broken pipe is left to typer: who read the output has gone, and wants no word.
             if isinstance(error, OSError) and error.errno != errno.EPIPE:
                 log(f"supra: error: {SupraError(_refused(error))}")
                 _end(EXIT_BAD_INPUT)
-            if isinstance(error, OSError) and not _is_joined():
+            if isinstance(error, (OSError, *_ENDS)) and not _is_joined():
                 raise
             log_failure(error)
             _end(1)
