@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import logging
@@ -85,6 +86,17 @@ def _names(command: Any, before: str = "") -> Iterator[str]:
 def test_every_command_is_in_the_table() -> None:
     for name in _names(get_command(app)):
         assert any(f"{line} ".startswith(f"{name} ") for line in COMMANDS), name
+
+
+def test_there_is_one_printer() -> None:
+    """What is no constant goes through supra_cli.output, or is escaped where it is drawn."""
+    drawn = {"output.py", "talk/terminal.py"}
+    package = Path(output.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo"):
+                constant = all(isinstance(argument, ast.Constant) for argument in node.args)
+                assert constant or str(path.relative_to(package)) in drawn, f"{path}:{node.lineno}"
 
 
 def _assets(**template: str) -> dict[str, bytes]:
