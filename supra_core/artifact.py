@@ -32,6 +32,7 @@ from supra_core.layout import FLOAT32_SUFFIXES, check_tensors, parameter_count
 from supra_core.linearize import left_out
 from supra_core.spec import ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource, dtype_named
+from supra_core.visible import visible
 
 CONFIG = "config.json"
 # The transformer's own tensors where calibrating replaced them, so that the folder still holds
@@ -169,6 +170,15 @@ mlx_lm.chat --model PATH --trust-remote-code
 """
 
 
+# What begins markup in markdown, tables and HTML.
+_MARKS = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]<>|&~$"})
+
+
+def _plain(text: str) -> str:
+    """A field that a stranger may have written, as one line of markdown that is text alone."""
+    return visible(text).translate(_MARKS)
+
+
 def model_card(spec: ModelSpec, dtype: str, *, quantised: bool = False) -> str:
     """The folder's README.md: what the model is, where it came from and what loads it."""
     kinds = [layer.mixer.layer_type for layer in spec.layers]
@@ -177,10 +187,10 @@ def model_card(spec: ModelSpec, dtype: str, *, quantised: bool = False) -> str:
     model = hub_id(origin.source)
     title = origin.source if model is None else model.name
     rows = {
-        "Source": title or "not stated",
-        **({"Revision of the source": model.revision} if model and model.revision else {}),
-        "Source family": origin.family or "not stated",
-        "Recipe": origin.recipe or "none (converted as it was)",
+        "Source": _plain(title) or "not stated",
+        **({"Revision of the source": _plain(model.revision)} if model and model.revision else {}),
+        "Source family": _plain(origin.family) or "not stated",
+        "Recipe": _plain(origin.recipe) or "none (converted as it was)",
         "Tokens calibrated on": f"{origin.calibration_tokens:,}",
         "Tokens trained after conversion": f"{origin.trained_tokens:,}",
         "Parameters": f"{parameter_count(spec):,}",
@@ -194,7 +204,7 @@ def model_card(spec: ModelSpec, dtype: str, *, quantised: bool = False) -> str:
     return (
         "---\nlibrary_name: supra\npipeline_tag: text-generation\n"
         f"{base}tags:\n- supra\n---\n\n"
-        f"# {title or 'A supra model'}\n\n"
+        f"# {_plain(title) or 'A supra model'}\n\n"
         "Converted with supra. The terms of the source "
         "model's licence apply.\n\n"
         f"| | |\n|---|---|\n{table}\n\n{section}"

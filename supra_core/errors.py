@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Self
 
+from supra_core.visible import visible
+
 # Characters of a message; what a file says about itself may be longer than any terminal.
 MESSAGE_LENGTH = 4000
 
@@ -16,16 +18,14 @@ class SupraError(Exception):
     """
 
     def __init__(self, message: object = "", *rest: object) -> None:
-        super().__init__(_one_line(str(message)), *rest)
+        super().__init__(visible(_cut(str(message))), *rest)
 
 
-def _one_line(message: str) -> str:
-    """``message`` with an escape for every character that cannot be printed."""
-    if len(message) > MESSAGE_LENGTH:
-        half = MESSAGE_LENGTH // 2
-        message = f"{message[:half]} ... {message[-half:]}"
-    # Line breaks and controls, but also half surrogates and what reverses the text after it.
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+def _cut(message: str) -> str:
+    if len(message) <= MESSAGE_LENGTH:
+        return message
+    half = MESSAGE_LENGTH // 2
+    return f"{message[:half]} ... {message[-half:]}"
 
 
 class SpecError(SupraError):

@@ -1,11 +1,11 @@
-"""A plain transformer's folder in stock mlx-lm, behind the same protocol as every backend."""
+"""A plain transformer in stock mlx-lm, behind the same protocol as every backend."""
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,18 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
     make_prompt_cache,
 )
-from mlx_lm.utils import load_model
+from mlx_lm.utils import MODEL_REMAPPING
 
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.errors import FormatError, SupraError
+from supra_core.formats.conversion import converted
+from supra_core.formats.huggingface import for_library
 from supra_core.sources import open_source
 from supra_core.spec import ModelSpec
 from supra_core.tensors import dtype_named
 from supra_mlx.caches import fill_numbered, numbered
 from supra_mlx.pieces import pieces
+from supra_mlx.weights import to_mlx
 
 # How mlx-lm pads each kind of cache on the left.
 _PADDED: dict[type, Callable[[Any, list[int]], Any]] = {
@@ -139,33 +142,34 @@ class StockBackend:
 
 
 def load(path: str | Path, *, dtype: str | None = None) -> StockBackend:
-    """The transformer folder or hub id ``path`` by mlx-lm's own code, and by none of the folder's.
+    """The transformer ``path``, anything that ``open_source`` opens, by mlx-lm's own code.
 
-    ``dtype``: the type to compute in; None keeps the weights' own. Raises SupraError when the
-    folder is one that mlx-lm cannot load.
+    mlx-lm sees no file of the source: its config is written from our spec, and its weights are
+    the tensors that our readers checked. ``dtype``: the type to compute in; None keeps the
+    weights' own. Raises SupraError when the model is one that mlx-lm cannot build.
     """
-    folder = Path(path) if os.path.exists(path) else open_source(path).path
-    if not os.path.isfile(folder / "config.json"):
-        raise SupraError(
-            f"{folder} is no folder with a config.json, which mlx-lm needs: convert it with "
-            "supra convert --to hf"
-        )
-    spec = open_source(folder).spec
-    if not spec.is_transformer:
-        raise SupraError(
-            f"{folder} has linear attention, which stock mlx-lm has not, and none of the folder's "
-            "own code is run here: name a transformer, or use the backend mlx"
-        )
+    source = open_source(path)
+    config, tensors = for_library("stock mlx-lm", source.spec, source.tensors, str(path))
+    if dtype is not None:
+        target = dtype_named(dtype)
+        tensors = {name: converted(name, tensor, target) for name, tensor in tensors.items()}
     try:
-        model, _ = load_model(folder, lazy=dtype is not None)
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        model = _built(config)
+        weights = {name: to_mlx(tensor.read()) for name, tensor in tensors.items()}
+        if hasattr(model, "sanitize"):
+            weights = model.sanitize(weights)
+        model.load_weights(list(weights.items()))
+    except (ImportError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SupraError(
-            f"{folder} cannot be loaded by stock mlx-lm ({reason.rstrip('.')}): use the backend "
-            "mlx, or convert it with supra convert --to hf"
+            f"{path} cannot be run by stock mlx-lm ({reason.rstrip('.')}): use another backend"
         ) from error
-    if dtype is not None:
-        dtype_named(dtype)
-        model.set_dtype(getattr(mx, dtype))
-        mx.eval(model.parameters())
-    return StockBackend(model, spec)
+    mx.eval(model.parameters())
+    return StockBackend(model.eval(), source.spec)
+
+
+def _built(config: dict[str, Any]) -> Any:
+    """mlx-lm's module for a config, with weights still to come."""
+    family = config["model_type"]
+    module = import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(family, family)}")
+    return module.Model(module.ModelArgs.from_dict(config))

@@ -1,11 +1,17 @@
-"""A model as transformers itself computes it, to compare ours with: folders and GGUF files."""
+"""A model as transformers itself computes it, to compare ours with.
+
+transformers sees no file of a source, since a field of a config or a file beside it can make it
+load code: it gets a config written from our spec, and the tensors that our readers checked.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -14,10 +20,13 @@ import torch
 import transformers
 
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
-from supra_core.errors import FormatError, SupraError
+from supra_core.errors import SupraError
 from supra_core.evaluate import Greedy, Losses
-from supra_core.sources import open_source
+from supra_core.formats.huggingface import for_library
+from supra_core.sources import Source, open_source
 from supra_core.spec import ModelSpec
+from supra_core.tensors import LazyTensor
+from supra_torch.model import to_torch
 
 
 class TransformersBackend:
@@ -99,35 +108,39 @@ class TransformersBackend:
 
 
 def load(path: str | Path, *, dtype: str | None = None) -> TransformersBackend:
-    """A plain transformer's folder, hub id or GGUF file; ``dtype`` None is float32."""
-    path = Path(path)
+    """A plain transformer, anything that ``open_source`` opens; ``dtype`` None is float32."""
     source = open_source(path)
-    spec = source.spec
-    if not spec.is_transformer:
-        raise FormatError(f"{path} is no plain transformer: use another backend for it")
-    if source.kind in ("supra", "run"):
-        raise FormatError(
-            f"{path} is a folder of supra's own, which transformers reads by the code in it, and "
-            "supra runs no code of a folder: use another backend, or convert it with --to hf"
-        )
-    model = causal_language_model(source.path, dtype=getattr(torch, dtype or "float32"))
-    return TransformersBackend(model.eval(), spec)
+    model = causal_language_model(source, dtype=getattr(torch, dtype or "float32"))
+    return TransformersBackend(model.eval(), source.spec)
 
 
-def causal_language_model(path: Path, *, dtype: torch.dtype) -> Any:
-    """transformers' own module, with torch's SDPA for attention where that can compute it."""
-    capped = open_source(path).spec.attention_softcap is not None
-    implementation = "eager" if capped else "sdpa"
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": implementation}
-    folder = path
-    if path.suffix == ".gguf":
-        folder = path.parent
-        settings["gguf_file"] = path.name
-        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+def causal_language_model(source: Source, *, dtype: torch.dtype) -> Any:
+    """transformers' own module, with torch's SDPA for attention where that can compute it.
+
+    FormatError when the source is no transformer of a family that transformers has.
+    """
+    config, tensors = for_library("transformers", source.spec, source.tensors, str(source.path))
+    capped = source.spec.attention_softcap is not None
+    (architecture,) = config["architectures"]
     with _without_progress_bars():
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **settings
+        return getattr(transformers, architecture).from_pretrained(
+            None,
+            config=transformers.AutoConfig.for_model(**config),
+            state_dict={name: _Unread(tensor) for name, tensor in tensors.items()},
+            dtype=dtype,
+            attn_implementation="eager" if capped else "sdpa",
+            local_files_only=True,
         )
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor that transformers reads when its turn comes, as it does slices of safetensors."""
+
+    tensor: LazyTensor
+
+    def __getitem__(self, whole: EllipsisType) -> torch.Tensor:
+        return to_torch(self.tensor)
 
 
 @contextmanager

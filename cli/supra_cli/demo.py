@@ -14,7 +14,7 @@ from typing import Any
 
 from supra_cli import pythondocs
 from supra_cli.backends import default_for_evaluation, require
-from supra_cli.output import bytes_text, log, print_table
+from supra_cli.output import bytes_text, log, print_table, say
 from supra_core.corpus.documents import refuse_records
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
@@ -369,13 +369,13 @@ def show(results: dict[str, Any], model: Path) -> None:
     )
     checked = results["verify"]
     if checked is not None:
-        print(
+        say(
             f"torch and MLX agree to {checked['max_abs_difference']:.1e} on {checked['tokens']} "
             f"tokens ({100 * checked['top1_agreement']:.0f} % the same likeliest token)"
             + ("" if checked["passed"] else f": MORE than {checked['tolerance']:g}")
         )
     said = results["answer"]
-    print(f"\n> {said['question']}\n{said['text']}\n")
-    print(f"Next: supra chat {model}")
-    print(f"      supra inspect {model}")
-    print(f"      supra eval {model} --tasks perplexity --data FILE")
+    say("", f"> {said['question']}", *said["text"].split("\n"), "")
+    say(f"Next: supra chat {model}")
+    say(f"      supra inspect {model}")
+    say(f"      supra eval {model} --tasks perplexity --data FILE")

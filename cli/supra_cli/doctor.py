@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from supra_cli.output import log
 
 _PACKAGES = {
     "supra": "supra-lm",
@@ -117,6 +118,6 @@ def _mlx_facts() -> dict[str, Any]:
     try:
         import mlx.core as mx
     except ImportError as error:
-        print(f"supra: mlx cannot be imported: {error}", file=sys.stderr)
+        log(f"supra: mlx cannot be imported: {error}")
         return {"mlx_device": None}
     return {"mlx_device": "metal" if mx.metal.is_available() else "cpu"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import traceback
 from typing import Any, NoReturn
 
 import typer
@@ -39,6 +38,8 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again.
 EXIT_START_AGAIN = 75
+# What typer itself ends a command by; the last is the error of a wrong command line.
+_ENDS = (typer.Exit, typer.Abort, *typer.BadParameter.__bases__)
 
 
 class SupraGroup(TyperGroup):
@@ -46,29 +47,31 @@ class SupraGroup(TyperGroup):
     everything saved in 75, none in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        from supra_cli.output import libraries_visible, log, log_failure
         from supra_core.errors import EndedByAnother, Preempted, SupraError
 
         try:
-            return super().invoke(ctx)
+            with libraries_visible():
+                return super().invoke(ctx)
         except EndedByAnother:
             _end(EXIT_BAD_INPUT)
         except SupraError as error:
-            print(f"supra: error: {error}", file=sys.stderr)
+            log(f"supra: error: {error}")
             _end(EXIT_BAD_INPUT)
         except KeyboardInterrupt:
-            print("\nsupra: interrupted", file=sys.stderr)
+            log("", "supra: interrupted")
             _end(EXIT_INTERRUPTED)
         except Preempted:
-            print("supra: told to end, and what was done is kept: start it again", file=sys.stderr)
+            log("supra: told to end, and what was done is kept: start it again")
             _end(EXIT_START_AGAIN)
         except Exception as error:
             # A broken pipe is left to typer: who read the output has gone, and wants no word.
             if isinstance(error, OSError) and error.errno != errno.EPIPE:
-                print(f"supra: error: {SupraError(_refused(error))}", file=sys.stderr)
+                log(f"supra: error: {SupraError(_refused(error))}")
                 _end(EXIT_BAD_INPUT)
-            if not _is_joined():
+            if isinstance(error, (OSError, *_ENDS)) and not _is_joined():
                 raise
-            traceback.print_exc()
+            log_failure(error)
             _end(1)
 
 

@@ -1,14 +1,23 @@
-"""What commands print: one JSON object, or tables and lines for people."""
+"""What commands print: one JSON object, or tables and lines for people.
+
+Whatever a command shows goes through here, because much of it stands in files or requests that
+strangers wrote: what would steer the terminal is shown as an escape.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
-from collections.abc import Iterable, Sequence
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from supra_core.errors import SupraError
+from supra_core.visible import visible
 
 if TYPE_CHECKING:
     from supra_core.sizes import Sizes
@@ -24,9 +33,62 @@ def json_text(result: dict[str, Any]) -> str:
     return json.dumps(_plain(result), indent=2, allow_nan=False)
 
 
-def log(message: str) -> None:
-    """A line for people, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+def log(*lines: str) -> None:
+    """Lines for people, on stderr."""
+    for line in lines:
+        print(visible(line), file=sys.stderr, flush=True)
+
+
+def say(*lines: str) -> None:
+    """Lines for people that are a command's result, on stdout."""
+    for line in lines:
+        print(visible(line))
+
+
+def write_piece(piece: str) -> None:
+    """More of a model's text on stdout: harmless on a terminal, elsewhere exactly as it is."""
+    shown = visible(piece, lines=True) if sys.stdout.isatty() else piece
+    print(shown, end="", flush=True)
+
+
+def log_failure(error: BaseException) -> None:
+    """An error that is a mistake in the program, with the places it came from."""
+    print(_block(_trace(error)), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def libraries_visible() -> Iterator[None]:
+    """While it lasts, what libraries log and warn of is escaped as well: they quote files."""
+    record, written = logging.getLogRecordFactory(), warnings.formatwarning
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = lambda *given, **more: f"{_block(written(*given, **more))}\n"
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(record)
+        warnings.formatwarning = written
+
+
+class _Record(logging.LogRecord):
+    """A record whose message and traceback are escaped, whatever handler writes them."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        if self.exc_info and self.exc_info[1] is not None:
+            self.exc_text = _block(_trace(self.exc_info[1]))
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's own name
+        """The message with its arguments."""
+        return _block(super().getMessage())
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _block(text: str) -> str:
+    """Several lines, of which only the first begins at the margin as the program's own do."""
+    return visible(text.rstrip("\n"), lines=True).replace("\n", "\n    ")
 
 
 def print_table(
@@ -36,16 +98,17 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
+    title = None if title is None else visible(title)
     table = Table(title=title, title_justify="left", show_header=bool(columns))
-    cells = [[str(cell) for cell in row] for row in rows]
-    width = max((len(row) for row in cells), default=len(columns))
-    for index in range(width):
-        header = columns[index] if index < len(columns) else ""
+    cells = [[visible(str(cell)) for cell in row] for row in rows]
+    for index in range(max((len(row) for row in cells), default=len(columns))):
+        header = visible(columns[index]) if index < len(columns) else ""
         table.add_column(header, justify="right" if index and columns else "left")
     for row in cells:
         table.add_row(*row)
     # A pipe has no width; 80 columns would break paths apart.
-    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def bytes_text(count: float) -> str:

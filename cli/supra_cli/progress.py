@@ -6,8 +6,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from supra_cli.output import bytes_text
+from supra_cli.output import bytes_text, log
 from supra_core.progress import duration
+from supra_core.visible import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -52,7 +53,7 @@ class ProgressReporter:
 
     def _show(self, bars: Bars, stage: str, done: int, total: int, figures: str) -> None:
         if stage not in self._tasks:
-            self._tasks[stage] = bars.add_task(stage, figures="")
+            self._tasks[stage] = bars.add_task(visible(stage), figures="")
         bars.update(self._tasks[stage], completed=done, total=total, figures=figures)
 
     def _print(self, stage: str, done: int, total: int, figures: str) -> None:
@@ -70,7 +71,7 @@ class ProgressReporter:
         if made > 0 and done < total:
             left = f"  {duration(spent / made * (total - done))} left"
         line = f"{stage}  {share}  {spent:.0f} s{left}  {figures}"
-        print(line.rstrip(), file=sys.stderr, flush=True)
+        log(line.rstrip())
 
 
 def _bars() -> Bars:
@@ -85,11 +86,11 @@ def _bars() -> Bars:
     )
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(elapsed_when_finished=False),
-        TextColumn("{task.fields[figures]}"),
-        console=Console(stderr=True),
+        TextColumn("{task.fields[figures]}", markup=False),
+        console=Console(stderr=True, emoji=False),
     )

@@ -84,6 +84,8 @@ def scaling_config(rope: RotaryEmbedding, max_positions: int) -> dict[str, Any] 
         lists = (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor))
         return {
             "rope_type": "longrope",
+            # The older name, the one that mlx-lm's Phi-3 asks for.
+            "type": "longrope",
             **{name: list(factors) for name, factors in lists},
             **original,
             **_unless(_stretched(max_positions / start, start), attention_factor=attention),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core import families
-from supra_core.errors import FormatError
+from supra_core.errors import FormatError, SpecError
 from supra_core.formats import checksums, safetensors, torch_pickle
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
@@ -48,9 +48,7 @@ def write(
 
     :class:`SpecError` if the model is none, e.g. has linear-attention layers.
     """
-    config = families.spec_to_config(spec)
-    check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
-    tensors = families.family_of(spec).from_canonical(spec, tensors)
+    config, tensors = as_transformer(spec, tensors, str(out))
     target = dtype_named(dtype)
     stored = {name: converted(name, tensor, target) for name, tensor in tensors.items()}
     with atomic_folder(out, force, holds="config.json") as folder:
@@ -58,6 +56,33 @@ def write(
         digests = safetensors.write_folder(folder, stored, progress=progress)
         write_assets(folder, assets)
         checksums.write(folder, digests)
+
+
+def as_transformer(
+    spec: ModelSpec, tensors: TensorSource, where: str
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """The config and the tensors under the names that transformers and mlx-lm know.
+
+    Both follow from what was read and checked: no field of a source's own config is among them.
+    ``where`` names the model in errors; :class:`SpecError` as :func:`write`.
+    """
+    config = families.spec_to_config(spec)
+    check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, where)
+    return config, families.family_of(spec).from_canonical(spec, tensors)
+
+
+def for_library(
+    library: str, spec: ModelSpec, tensors: TensorSource, where: str
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """:func:`as_transformer` for ``library``; FormatError when that has no such model."""
+    try:
+        return as_transformer(spec, tensors, where)
+    except SpecError as error:
+        # Its remedy, behind the colon, is for a conversion.
+        reason = str(error).rpartition(": ")[0]
+        raise FormatError(
+            f"{where} cannot be run by {library} ({reason}): use another backend"
+        ) from None
 
 
 def _read_weights(folder: Path) -> dict[str, LazyTensor]:

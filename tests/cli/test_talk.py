@@ -30,6 +30,7 @@ from supra_core.errors import SupraError  # noqa: E402
 from supra_core.formats.state_file import read_state, write_state  # noqa: E402
 from supra_core.generate import Sampling  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
+from supra_core.visible import visible  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
 from tests.tiny_tokenizers import sentencepiece  # noqa: E402
@@ -243,7 +244,7 @@ def test_a_text_read_from_the_command_line(folders: dict[str, Path], tmp_path: P
     assert record["tokens"] > len("Be brief. Some facts.")
     assert record["file_bytes"] == out.stat().st_size
     shown = runner.invoke(app, ["state", "info", str(out)])
-    assert "Be brief.\n\nSome facts." in shown.stdout
+    assert "Be brief.\n\n  Some facts." in shown.stdout
     began = read_state(out).began
     assert began is not None and abs((datetime.now() - began).total_seconds()) < 600
     assert f"begun {began:%Y-%m-%d %H:%M}" in shown.stdout
@@ -368,13 +369,17 @@ def test_complete_blocks_of_markdown(text: str, done: str) -> None:
 def test_nothing_of_an_answer_is_hidden() -> None:
     shown = io.StringIO()
     text = "Use vector<int>.\n\n<think>secret</think>\n\n<div>\nhtml\n</div>\n\n\x1b]0;title\x07end"
+    # The parser decodes these itself.
+    text += "\n\n<http://a.example/%1b]0;title%07>, &#x202e;back, &#13;, ![b](c.png '&#x202e;')"
+    text += "\n\n[good](http://evil.example/)\n\n~~~&#x202e;\ncode\n~~~\n"
     with MarkdownStream(Console(file=shown, force_terminal=False, width=80)) as stream:
         for character in text:
             stream.write(character)
     said = shown.getvalue()
-    for part in ("vector<int>", "<think>secret</think>", "<div> html </div>", "]0;titleend"):
+    for part in ("vector<int>", "<think>secret</think>", "<div> html </div>", "evil.example"):
         assert part in said
-    assert "\x1b" not in said and "\x07" not in said
+    assert "\\x1b]0;title\\x07end" in said and "\\u202eback" in said
+    assert visible(said, lines=True) == said
 
 
 def test_a_block_longer_than_the_screen_shows_its_end() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from supra_core.errors import SupraError
 from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.sources import open_source
+from supra_core.visible import visible
 
 SECONDS = 5
 MEMORY = 512 * 2**20
@@ -105,7 +106,7 @@ def assert_refused_or_read(path: Path, read: Reader = read_as_convert) -> bool:
     except SupraError as error:
         was_read = False
         message = str(error)
-        if len(message.splitlines()) != 1 or not message.isprintable() or len(message) > 5000:
+        if len(message.splitlines()) != 1 or visible(message) != message or len(message) > 5000:
             raise Violation(f"no line for a user: {message!r:.300}") from error
     if _WATCH.seen:
         raise Violation(f"forbidden: {_WATCH.seen[:5]}")

@@ -84,12 +84,16 @@ def test_the_card_says_how_to_load_it(tmp_path: Path) -> None:
     assert found["model"].config.model_type == "supra"
 
 
-def test_supra_itself_refuses_to_run_it(tmp_path: Path) -> None:
-    """`--backend transformers` is for what transformers knows without code of a folder."""
+def test_supra_itself_runs_none_of_its_code(tmp_path: Path) -> None:
+    """`--backend transformers` computes what transformers knows without code of a folder."""
     from supra_torch.transformers_backend import load as load_backend
 
-    folder = write(tmp_path / "model", SPECS["transformer"])
-    with pytest.raises(FormatError, match="convert it with --to hf"):
+    spec = replace(SPECS["transformer"], value_head_dim=SPECS["transformer"].head_dim)
+    folder = write(tmp_path / "plain", replace(spec, attention_bias="qkvo"))
+    (folder / "modeling_supra.py").write_text("raise SystemExit('it ran')")
+    assert type(load_backend(folder)._model) is transformers.LlamaForCausalLM
+    folder = write(tmp_path / "linear", SPECS["hybrid"])
+    with pytest.raises(FormatError, match=r"\(a model with linear-attention .*another backend"):
         load_backend(folder)
 
 

@@ -66,10 +66,8 @@ def test_what_stock_mlx_lm_cannot_do(backend: Any, folder: Path, tmp_path: Path)
     ids = np.zeros((1, 4), dtype=np.int64)
     with pytest.raises(SupraError, match="padding on the left only"):
         backend.logits(ids, mask=np.array([[True, False, True, True]]))
-    with pytest.raises(SupraError, match="no folder with a config.json"):
-        stock_backend.load(tmp_path)
     artifact = write_chat_model(tmp_path / "artifact", SPECS["paper"])
-    with pytest.raises(SupraError, match=r"has linear attention, .*, or use the backend mlx"):
+    with pytest.raises(SupraError, match=r"\(a model with linear-.*use another backend"):
         stock_backend.load(artifact)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     half = stock_backend.load(folder, dtype="bfloat16")
@@ -77,10 +75,19 @@ def test_what_stock_mlx_lm_cannot_do(backend: Any, folder: Path, tmp_path: Path)
 
 
 def test_why_mlx_lm_cannot_load_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*arguments: object, **settings: object) -> None:
-        raise ValueError("Model type unheard_of not supported.")
+    def refused(name: str) -> None:
+        raise ImportError(f"No module named '{name}'.")
 
-    monkeypatch.setattr(stock_backend, "load_model", refused)
-    message = r"cannot be loaded by stock mlx-lm \(Model type unheard_of not supported\): use"
+    monkeypatch.setattr(stock_backend, "import_module", refused)
+    message = r"cannot be run by stock mlx-lm \(No module named 'mlx_lm.models.llama'\): use"
     with pytest.raises(SupraError, match=message):
         stock_backend.load(folder)
+
+
+def test_a_scaled_rope_has_the_name_that_mlx_lm_asks_for(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tests.tiny_families import write
+
+    write("phi3-longrope", tmp_path / "phi3")
+    ids = np.zeros((1, 4), dtype=np.int64)
+    assert np.isfinite(stock_backend.load(tmp_path / "phi3").logits(ids)).all()

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,8 +120,8 @@ def _original(
     from supra_torch.transformers_backend import causal_language_model
 
     stage = training.config.stages[0]
-    path = open_source(training.config.model).path
-    model: Any = causal_language_model(Path(path), dtype=torch.float32).to(device).train()
+    source = open_source(training.config.model)
+    model: Any = causal_language_model(source, dtype=torch.float32).to(device).train()
     if training.config.activation_checkpointing:
         model.gradient_checkpointing_enable()
     optimiser = adamw(
@@ -141,7 +140,7 @@ def _original(
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    flops = 6 * multiplied_weights(open_source(training.config.model).spec)
+    flops = 6 * multiplied_weights(source.spec)
     return accumulate, optimiser, model.config.vocab_size, flops
 
 

@@ -30,7 +30,7 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Print a model's answer, or the continuation of a text."""
-    from supra_cli.output import print_json
+    from supra_cli.output import print_json, write_piece
     from supra_cli.speech import check_text, load_speaker
     from supra_core.errors import SupraError
     from supra_core.generate import Sampling
@@ -57,5 +57,5 @@ def command(
         print_json({**record, "text": text, "seconds": seconds})
         return
     for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+        write_piece(piece)
+    write_piece("\n")

@@ -136,7 +136,7 @@ def _give(
     """Write or print a job file."""
     import shlex
 
-    from supra_cli.output import log, print_json
+    from supra_cli.output import log, print_json, write_piece
     from supra_core.formats.atomic import atomic_file, check_new_file
 
     if out is not None:
@@ -152,4 +152,4 @@ def _give(
         settings = job.config.model_dump(mode="json")
         print_json({**shared, **more, "out": out and str(out), "settings": settings, "text": text})
     elif out is None:
-        print(text, end="")
+        write_piece(text)

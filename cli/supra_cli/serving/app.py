@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -19,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from supra_cli.output import log
+from supra_cli.output import log, log_failure
 from supra_cli.serving.answers import Answers
 from supra_cli.serving.schema import ApiError, ChatRequest, CompletionRequest, parsed
 from supra_cli.serving.service import Exchange, Service, failure
@@ -230,7 +229,7 @@ def _told(error: Exception) -> ApiError:
     """The error for the client; one that is not of its making goes to the log whole."""
     told = failure(error)
     if told.status == 500:
-        log("".join(traceback.format_exception(error)))
+        log_failure(error)
     return told
 
 

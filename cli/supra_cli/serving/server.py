@@ -151,7 +151,8 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=128)
-    except (OSError, OverflowError) as error:
+    # TypeError for a name that no host has.
+    except (OSError, OverflowError, TypeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SupraError(
             f"cannot listen at {host}:{port} ({reason}): give another --host or --port"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import unicodedata
-
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
+
+from supra_core.visible import visible
 
 _FENCES = ("```", "~~~")
 # What a terminal writes at the cursor when Ctrl-C is pressed.
@@ -18,11 +19,24 @@ _PARSER = MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block",
 
 
 def drawn(text: str) -> Markdown:
-    """The text as markdown, all of it visible, without control characters."""
-    visible = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-    markdown = Markdown(visible)
-    markdown.parsed = _PARSER.parse(visible)
+    """The text as markdown, all of it visible: controls as escapes, links with their targets."""
+    shown = visible(text, lines=True)
+    markdown = Markdown(shown, hyperlinks=False)
+    markdown.parsed = _PARSER.parse(shown)
+    _clean(markdown.parsed)
     return markdown
+
+
+def _clean(tokens: list[Token]) -> None:
+    """Escape what the parser decoded: entities, and percent signs of addresses."""
+    for token in tokens:
+        token.content = visible(token.content, lines=True)
+        token.info = visible(token.info)
+        token.attrs = {
+            name: visible(value) if isinstance(value, str) else value
+            for name, value in token.attrs.items()
+        }
+        _clean(token.children or [])
 
 
 class MarkdownStream:

@@ -140,7 +140,7 @@ class Session:
     def help(self, rest: str) -> None:
         """these lines"""
         width = max(len(one.usage) for one in COMMANDS.values())
-        log("\n".join(f"{one.usage:{width}}  {one.help}" for one in COMMANDS.values()))
+        log(*(f"{one.usage:{width}}  {one.help}" for one in COMMANDS.values()))
         log(f"{'/exit':{width}}  leave (so does Ctrl-D); Ctrl-C stops the answer")
         log('"""         begins and ends a question of several lines')
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from supra_cli.output import log, write_piece
 from supra_cli.talk.session import COMMANDS, Line, Questions
+from supra_core.visible import visible
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -39,7 +41,7 @@ def show(pieces: Generator[str]) -> None:
             _as_markdown(pieces)
         else:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                write_piece(piece)
     except KeyboardInterrupt:
         # Only the answer ends: what has been said stays in the conversation.
         print(" [stopped]", end="")
@@ -64,9 +66,9 @@ class ReadingProgress:
         if not sys.stderr.isatty():
             if now - self._shown > _SECONDS_BETWEEN_LINES:
                 self._shown = now
-                print(f"{stage} {done:,} of {total:,} tokens", file=sys.stderr, flush=True)
+                log(f"{stage} {done:,} of {total:,} tokens")
         elif now - self._began > _PATIENCE:
-            line = f"{stage} {done:,} of {total:,} tokens" if done < total else ""
+            line = f"{visible(stage)} {done:,} of {total:,} tokens" if done < total else ""
             print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 

@@ -11,9 +11,7 @@ from supra_cli import options
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Anything supra convert reads.")],
-    against: Annotated[
-        str, typer.Option(help="The transformer: a folder that stock mlx-lm loads.")
-    ],
+    against: Annotated[str, typer.Option(help="The transformer: of a family that mlx-lm has.")],
     context: Annotated[
         list[int] | None,
         typer.Option(help="Tokens before; repeatable; default: 0, 2048, 16384 and 65536."),

@@ -15,7 +15,7 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Whose state a file holds, what it has seen, and the transcript."""
-    from supra_cli.output import print_json
+    from supra_cli.output import print_json, say
     from supra_core.formats.state_file import read_state
 
     saved = read_state(file)
@@ -34,12 +34,14 @@ def command(
             }
         )
         return
-    print(f"{saved.owner.source} in {saved.owner.backend}, {saved.owner.dtype}")
+    say(f"{saved.owner.source} in {saved.owner.backend}, {saved.owner.dtype}")
     if saved.began is not None:
-        print(f"begun {saved.began:%Y-%m-%d %H:%M}")
-    print(f"{saved.state_bytes / 2**20:,.1f} MiB of state, {len(saved.tokens):,} tokens seen")
+        say(f"begun {saved.began:%Y-%m-%d %H:%M}")
+    say(f"{saved.state_bytes / 2**20:,.1f} MiB of state, {len(saved.tokens):,} tokens seen")
     for message in saved.messages:
-        print(f"\n{message['role']}: {_shortened(message['content'])}")
+        first, *more = _shortened(message["content"]).split("\n")
+        # Further lines stand in from the left: they cannot look like a message of their own.
+        say("", f"{message['role']}: {first}", *(f"  {line}" if line else "" for line in more))
 
 
 def _shortened(text: str, characters: int = 400) -> str:
