@@ -21,7 +21,9 @@ from supra_core.errors import FormatError, SupraError
 from supra_core.formats import gguf, huggingface, openlm
 from supra_core.formats.assets import read_assets
 from supra_core.formats.generation_config import further_ends
-from supra_core.formats.inside import file_in, files_in, has_file
+from supra_core.formats.gguf_header import is_gguf
+from supra_core.formats.gguf_parts import SUFFIX, model_files
+from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.formats.openlm_config import is_config as is_openlm_config
@@ -116,7 +118,7 @@ def open_source(
         place, name = found.folder, str(found.model)
         notes = (found.note,) if found.note else ()
     source = _open(place, None if config is None else Path(config))
-    return replace(source, spec=_from(source.spec, name), notes=notes)
+    return replace(source, spec=_from(source.spec, name), notes=(*notes, *source.notes))
 
 
 def is_cached(name: str) -> bool:
@@ -128,7 +130,7 @@ def is_cached(name: str) -> bool:
 def _open(place: Path, config: Path | None) -> Source:
     if place.is_dir():
         return _open_folder(place, config)
-    if place.suffix == ".gguf":
+    if place.suffix.lower() == SUFFIX or is_gguf(place):
         return _open_gguf(place)
     if place.suffix == ".safetensors" and is_state(place):
         raise FormatError(f"{place} is a saved state: name its model, and the file by --state")
@@ -139,7 +141,7 @@ def _open(place: Path, config: Path | None) -> Source:
             return _open_folder(place.parent, None)
         return _open_openlm(place, config)
     raise FormatError(
-        f"{place} is no model file: known are .gguf, {', '.join(_WEIGHT_SUFFIXES)} and folders"
+        f"{place} is no model file: known are {SUFFIX}, {', '.join(_WEIGHT_SUFFIXES)} and folders"
     )
 
 
@@ -161,7 +163,7 @@ def _open_folder(folder: Path, config: Path | None) -> Source:
 
 
 def _open_without_config(folder: Path) -> Source:
-    files = list(files_in(folder, "*.gguf"))
+    files = model_files(folder)
     if len(files) == 1:
         return _open_gguf(files[0])
     if not files and openlm.config_files(folder):
@@ -176,7 +178,10 @@ def _open_without_config(folder: Path) -> Source:
 
 def _open_gguf(path: Path) -> Source:
     model = gguf.read(path)
-    return Source(model.spec, model.tensors, model.assets, _dtype(model.tensors), "gguf", path)
+    return Source(
+        model.spec, model.tensors, model.assets, _dtype(model.tensors), "gguf", path,
+        notes=model.notes,
+    )  # fmt: skip
 
 
 def _open_huggingface(folder: Path, config: dict[str, Any]) -> Source:

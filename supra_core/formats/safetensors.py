@@ -24,6 +24,7 @@ from supra_core.errors import FormatError
 from supra_core.formats.atomic import flush_to_disk
 from supra_core.formats.inside import file_in, has_file, plain_name
 from supra_core.formats.jsonfile import INDEX_BYTES, parse, read_object, unique
+from supra_core.formats.lfs import BEGINNING_BYTES, refuse_pointer
 from supra_core.formats.mapping import mapped
 from supra_core.tensors import LazyTensor, TensorSource
 
@@ -223,6 +224,8 @@ def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
+            file.seek(0)
+            refuse_pointer(path, file.read(BEGINNING_BYTES))
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
