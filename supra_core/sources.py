@@ -138,6 +138,12 @@ def _open(place: Path, config: Path | None) -> Source:
         beside = place.parent / CONFIG
         plain = config is None and os.path.isfile(beside)
         if plain and not is_openlm_config(read_object(beside)):
+            read = huggingface.weight_files(place.parent)
+            if read and place.name not in read:
+                raise FormatError(
+                    f"{place} is not what a model with {beside} is read from, which is "
+                    f"{', '.join(read[:3])}: put it into a folder of its own, under that name"
+                )
             return _open_folder(place.parent, None)
         return _open_openlm(place, config)
     raise FormatError(
@@ -185,8 +191,10 @@ def _open_gguf(path: Path) -> Source:
 
 
 def _open_huggingface(folder: Path, config: dict[str, Any]) -> Source:
-    spec, tensors = huggingface.read(folder, config, str(folder / CONFIG))
-    source = Source(spec, tensors, partial(read_assets, folder), _dtype(tensors), "hf", folder)
+    spec, tensors, notes = huggingface.read(folder, config, str(folder / CONFIG))
+    source = Source(
+        spec, tensors, partial(read_assets, folder), _dtype(tensors), "hf", folder, notes=notes
+    )
     return _with_further_ends(source)
 
 

@@ -10,6 +10,7 @@ from supra_core.families.fields import Fields, layer_count
 from supra_core.families.layer_kinds import (
     common_window,
     layer_types,
+    refuse_unused,
     sliding_layers,
     softmax_mixers,
     windows,
@@ -26,8 +27,9 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     rotated = _rotated_layers(fields)
     used = fields.flag("use_sliding_window", default=False) and fields.has("sliding_window")
     sliding = sliding_layers(fields, lambda index: used and not rotated[index])
+    refuse_unused(fields, sliding, used)
     mixers = [
-        SoftmaxAttention(window if used else None, rope="global" if rotates else "none")
+        SoftmaxAttention(window, rope="global" if rotates else "none")
         for window, rotates in zip(windows(fields, sliding), rotated, strict=True)
     ]
     return spec_from_fields(

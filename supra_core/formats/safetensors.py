@@ -83,12 +83,13 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of ``model.safetensors``, or of all shards its index lists."""
+    """The tensors of ``model.safetensors``, or else of all shards its index lists."""
     folder = Path(folder)
-    if has_file(folder, INDEX):
-        return _read_sharded(folder)
+    # Where both are there, transformers reads the single file.
     if has_file(folder, SINGLE):
         return read_file(folder / SINGLE)
+    if has_file(folder, INDEX):
+        return _read_sharded(folder)
     raise FormatError(f"{folder} holds neither {SINGLE} nor {INDEX}: name a folder with weights")
 
 

@@ -77,9 +77,9 @@ def state_dict(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
-    """The weights of ``pytorch_model.bin``, or of all shards its index lists."""
+    """The weights of ``pytorch_model.bin``, or else of all shards its index lists."""
     folder = Path(folder)
-    if not has_file(folder, INDEX):
+    if has_file(folder, SINGLE) or not has_file(folder, INDEX):
         return state_dict(file_in(folder, SINGLE))
     tensors: dict[str, LazyTensor] = {}
     for name, expected in shard_files(folder, INDEX).items():
