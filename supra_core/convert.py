@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from supra_core.progress import Progress, silent
 from supra_core.sources import WRITERS, Source, open_source
 from supra_core.spec import LongropeScaling, ModelSpec, RopeFactors
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named
+from supra_core.text import TOKENIZER, load_tokenizer
 
 TARGETS = tuple(WRITERS)
 
@@ -129,6 +131,9 @@ def convert(
     if rope_factors is not None:
         found = replace(found, spec=with_factors(found.spec, rope_factors, str(source)))
     spec, tensors = found.spec, dict(found.tensors)
+    # A tokenizer that cannot be had is noticed before the minutes that the rest may take.
+    assets = found.assets()
+    notes = (*found.notes, *_tokenizer_notes(assets, spec, str(source)))
     wanted = linearize
     if wanted is None:
         wanted = options is not None or (spec.is_transformer and to == "supra")
@@ -165,15 +170,34 @@ def convert(
         out,
         spec,
         tensors,
-        found.assets(),
+        assets,
         force=force,
         dtype=stored,
         progress=lambda done, total: progress("write", done, total),
     )
     return Conversion(
         spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold,
-        linearizing.left_out(spec) if wanted else (), watch.found, found.notes,
+        linearizing.left_out(spec) if wanted else (), watch.found, notes,
     )  # fmt: skip
+
+
+def _tokenizer_notes(assets: Mapping[str, bytes], spec: ModelSpec, where: str) -> tuple[str, ...]:
+    """What the tokenizer and the embeddings do not agree on, one sentence each."""
+    if TOKENIZER not in assets:
+        return ()
+    try:
+        ids = load_tokenizer(assets, where).get_vocab(with_added_tokens=True)
+    except SupraError as error:
+        return (str(error),)
+    beyond = sorted((index, token) for token, index in ids.items() if index >= spec.vocab_size)
+    if not beyond:
+        return ()
+    shown = ", ".join(f"{index} ({token})" for index, token in beyond[:3])
+    more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
+    return (
+        f"{where}: its tokenizer has the ids {shown}{more}, for which the embeddings have no row "
+        f"(vocab_size is {spec.vocab_size}): a text with such a token cannot be computed",
+    )
 
 
 def _require_finite(source: Source, where: str | Path) -> None:

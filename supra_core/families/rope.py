@@ -71,11 +71,11 @@ def _refuse_left_out(fields: Fields, name: str, rope: RotaryEmbedding) -> None:
                     f"counts, but {field} is {other.values[field]} in the first and {taken:g} by "
                     "the second: leave out one"
                 )
-    taken = getattr(rope.scaling, _ORIGINAL, None)
-    if taken is not None and fields.integer(_ORIGINAL, default=taken) != taken:
+    original = getattr(rope.scaling, _ORIGINAL, None)
+    if original is not None and fields.integer(_ORIGINAL, default=original) != original:
         raise fields.error(
             f"field {_ORIGINAL} is {fields.values[_ORIGINAL]}, but {name} has the rope start from "
-            f"{taken}, which counts: correct one"
+            f"{original}, which counts: correct one"
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from supra_core import families
+from supra_core.convert import convert
 from supra_core.errors import SupraError
 from supra_core.formats import safetensors
 from supra_core.formats.lfs import refuse_pointer
@@ -242,3 +243,21 @@ def test_git_lfs_pointers_are_named(name: str, tmp_path: Path) -> None:
     assert str(error.value).startswith(f"{path} is a Git LFS pointer")
     assert "git lfs pull" in str(error.value)
     refuse_pointer(path, b"version 2")
+
+
+def test_a_tokenizer_with_more_ids_than_the_embeddings(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    _folder("mistral", tmp_path / "m", tied=False)
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{index}": index for index in range(50)}, unk_token="w0")
+    )
+    for added, notes in (([], 0), (["<pad>", "<tool>"], 1)):
+        tokenizer.add_special_tokens(added)
+        tokenizer.save(str(tmp_path / "m" / "tokenizer.json"))
+        done = convert(tmp_path / "m", tmp_path / f"out{notes}", linearize=False)
+        assert len(done.notes) == notes
+    assert "ids 50 (<pad>), 51 (<tool>)" in done.notes[0]
+    assert "vocab_size is 50" in done.notes[0]
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    (note,) = convert(tmp_path / "m", tmp_path / "broken", linearize=False).notes
+    assert "tokenizer.json cannot be read" in note
