@@ -144,12 +144,6 @@ def config_from_spec(
     }
 
 
-def refuse_mlp_bias(fields: Fields) -> None:
-    """Biases in the feed-forward network are no part of any spec."""
-    if fields.flag("mlp_bias", default=False):
-        raise fields.error("field mlp_bias is true, but biases in the MLP are not supported")
-
-
 def refuse_windows(
     spec: ModelSpec, family: str, instead: str = "write it as supra instead"
 ) -> None:

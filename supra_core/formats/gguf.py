@@ -140,6 +140,7 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> 
         "rope_theta": base,
         "rope_scaling": _rope_scaling(path, stated, stored, base, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in stored,
+        "mlp_bias": "blk.0.ffn_up.bias" in stored,
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _stop_tokens(metadata),

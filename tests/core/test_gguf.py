@@ -216,6 +216,17 @@ def test_names_and_row_order(tmp_path: Path, tied: bool, bias: bool) -> None:
         np.testing.assert_array_equal(found, arrays["blk.0.attn_k.bias"])
 
 
+def test_biases_of_the_feed_forward_network(tmp_path: Path) -> None:
+    biases = {
+        f"blk.0.ffn_{name}.bias": np.full(size, value, np.float32)
+        for name, size, value in (("gate", FFN, 1.0), ("up", FFN, 2.0), ("down", HIDDEN, 3.0))
+    }
+    model = gguf.read(_write(tmp_path / "m.gguf", {**_arrays(), **biases}))
+    assert model.spec.mlp_bias
+    found = model.tensors["model.layers.0.mlp.down_proj.bias"].read()
+    np.testing.assert_array_equal(found, biases["blk.0.ffn_down.bias"])
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16"])
 def test_half_types_are_kept(tmp_path: Path, kind: str) -> None:
     dtype = np.dtype({"F16": np.float16, "BF16": ml_dtypes.bfloat16}[kind])
