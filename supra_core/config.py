@@ -12,7 +12,7 @@ from supra_core.spec import MOST_LAYERS, ModelSpec, format_version
 MODEL_TYPE = "supra"
 ARCHITECTURE = "SupraForCausalLM"
 # What needs nothing of a later version is written as version 1, which older readers know.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # Characters of JSON that a mixer may take, which stands once for each of its layers in the spec.
 _MIXER_LENGTH = 4000

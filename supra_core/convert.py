@@ -132,6 +132,9 @@ def convert(
     if rope_factors is not None:
         found = replace(found, spec=with_factors(found.spec, rope_factors, str(source)))
     spec, tensors = found.spec, dict(found.tensors)
+    # A tokenizer that cannot be had is noticed before the minutes that the rest may take.
+    assets = found.assets()
+    notes = (*found.notes, *_without_embedding(found))
     wanted = linearize
     if wanted is None:
         wanted = options is not None or (spec.is_transformer and to == "supra")
@@ -168,7 +171,7 @@ def convert(
         out,
         spec,
         tensors,
-        found.assets(),
+        assets,
         force=force,
         dtype=stored,
         progress=lambda done, total: progress("write", done, total),
@@ -176,7 +179,7 @@ def convert(
     return Conversion(
         spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold,
         linearizing.left_out(spec) if wanted else (), watch.found,
-        (*found.notes, *_without_embedding(found)),
+        notes,
     )  # fmt: skip
 
 

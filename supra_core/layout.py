@@ -131,7 +131,8 @@ def _tensors(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
 
 def _feed_forward_tensors(spec: ModelSpec, layer: LayerSpec) -> Iterator[tuple[str, Shape]]:
     if layer.feed_forward == "dense":
-        yield from _gated_tensors("", spec.hidden_size, spec.intermediate_size)
+        width = spec.intermediate_size
+        yield from _gated_tensors("", spec.hidden_size, width, bias=spec.mlp_bias)
         return
     assert isinstance(spec.experts, Experts)
     yield "gate.weight", (spec.experts.count, spec.hidden_size)
@@ -140,10 +141,15 @@ def _feed_forward_tensors(spec: ModelSpec, layer: LayerSpec) -> Iterator[tuple[s
         yield from _gated_tensors(f"experts.{expert}.", spec.hidden_size, width)
 
 
-def _gated_tensors(prefix: str, size: int, width: int) -> Iterator[tuple[str, Shape]]:
-    yield prefix + "gate_proj.weight", (width, size)
-    yield prefix + "up_proj.weight", (width, size)
-    yield prefix + "down_proj.weight", (size, width)
+def _gated_tensors(
+    prefix: str, size: int, width: int, *, bias: bool = False
+) -> Iterator[tuple[str, Shape]]:
+    for name, rows, columns in (
+        ("gate_proj", width, size), ("up_proj", width, size), ("down_proj", size, width),
+    ):  # fmt: skip
+        yield f"{prefix}{name}.weight", (rows, columns)
+        if bias:
+            yield f"{prefix}{name}.bias", (rows,)
 
 
 def _mixer_tensors(

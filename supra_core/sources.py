@@ -22,7 +22,9 @@ from supra_core.families import needs_bos
 from supra_core.formats import gguf, huggingface, openlm
 from supra_core.formats.assets import read_assets
 from supra_core.formats.generation_config import further_ends, with_ends
-from supra_core.formats.inside import file_in, files_in, has_file
+from supra_core.formats.gguf_header import is_gguf
+from supra_core.formats.gguf_parts import SUFFIX, model_files
+from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.formats.openlm_config import is_config as is_openlm_config
@@ -130,7 +132,7 @@ def open_source(
         place, name = found.folder, str(found.model)
         notes = (found.note,) if found.note else ()
     source = _open(place, None if config is None else Path(config))
-    return replace(source, spec=_from(source.spec, name), notes=notes)
+    return replace(source, spec=_from(source.spec, name), notes=(*notes, *source.notes))
 
 
 def is_cached(name: str) -> bool:
@@ -142,7 +144,7 @@ def is_cached(name: str) -> bool:
 def _open(place: Path, config: Path | None) -> Source:
     if place.is_dir():
         return _open_folder(place, config)
-    if place.suffix == ".gguf":
+    if place.suffix.lower() == SUFFIX or is_gguf(place):
         return _open_gguf(place)
     if place.suffix == ".safetensors" and is_state(place):
         raise FormatError(f"{place} is a saved state: name its model, and the file by --state")
@@ -150,10 +152,16 @@ def _open(place: Path, config: Path | None) -> Source:
         beside = place.parent / CONFIG
         plain = config is None and os.path.isfile(beside)
         if plain and not is_openlm_config(read_object(beside)):
+            read = huggingface.weight_files(place.parent)
+            if read and place.name not in read:
+                raise FormatError(
+                    f"{place} is not what a model with {beside} is read from, which is "
+                    f"{', '.join(read[:3])}: put it into a folder of its own, under that name"
+                )
             return _open_folder(place.parent, None)
         return _open_openlm(place, config)
     raise FormatError(
-        f"{place} is no model file: known are .gguf, {', '.join(_WEIGHT_SUFFIXES)} and folders"
+        f"{place} is no model file: known are {SUFFIX}, {', '.join(_WEIGHT_SUFFIXES)} and folders"
     )
 
 
@@ -175,7 +183,7 @@ def _open_folder(folder: Path, config: Path | None) -> Source:
 
 
 def _open_without_config(folder: Path) -> Source:
-    files = list(files_in(folder, "*.gguf"))
+    files = model_files(folder)
     if len(files) == 1:
         return _open_gguf(files[0])
     if not files and openlm.config_files(folder):
@@ -190,12 +198,16 @@ def _open_without_config(folder: Path) -> Source:
 
 def _open_gguf(path: Path) -> Source:
     model = gguf.read(path)
-    return Source(model.spec, model.tensors, model.assets, _dtype(model.tensors), "gguf", path)
+    return Source(
+        model.spec, model.tensors, model.assets, _dtype(model.tensors), "gguf", path,
+        notes=model.notes,
+    )  # fmt: skip
 
 
 def _open_huggingface(folder: Path, config: dict[str, Any]) -> Source:
-    spec, tensors = huggingface.read(folder, config, str(folder / CONFIG))
-    return _with_files(Source(spec, tensors, dict, _dtype(tensors), "hf", folder), folder)
+    spec, tensors, notes = huggingface.read(folder, config, str(folder / CONFIG))
+    source = Source(spec, tensors, dict, _dtype(tensors), "hf", folder, notes=notes)
+    return _with_files(source, folder)
 
 
 def _open_openlm(path: Path, config: Path | None) -> Source:

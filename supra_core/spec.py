@@ -474,7 +474,7 @@ class ModelSpec:
     softmax attention and for the logits.
     ``local_rope``: a second rotation, for the mixers that name it.
     ``experts``: the mixture of the layers whose feed-forward network is one; ``intermediate_size``
-    is that of the others.
+    is that of the others, whose three projections may have biases (``mlp_bias``).
     """
 
     vocab_size: int
@@ -506,6 +506,7 @@ class ModelSpec:
     logits_softcap: float | None = None
     local_rope: RotaryEmbedding | None = None
     experts: Experts | None = None
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -659,6 +660,7 @@ _LATER = {
         },
     },
     3: {"LayerSpec": {"feed_forward"}, "ModelSpec": {"experts"}},
+    4: {"ModelSpec": {"mlp_bias"}},
 }  # fmt: skip
 
 

@@ -19,6 +19,11 @@ from supra_core.progress import Progress, silent
 
 DEFAULT_LENGTH = 128
 
+# By default the logits of two right implementations may differ by this share of the largest one, by
+# the type that is computed in. Single tokens of real models drive activations to a thousand times
+# the others', and their rounding with them.
+_SHARES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -54,7 +59,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons; with a single candidate there are none, and it passes."""
+    """All comparisons; with a single candidate there are none, and it passes.
+
+    ``tolerance``: by how much logits may differ.
+    """
 
     first: Candidate
     comparisons: tuple[Comparison, ...]
@@ -125,15 +133,17 @@ def verify(
     chosen: Sequence[Candidate],
     ids: Ids,
     *,
-    tolerance: float,
+    tolerance: float | None = None,
     dtype: str | None = None,
     save_logits: Path | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Run ids (B, T) through every candidate, one model in memory at a time.
 
-    ``save_logits``: a folder that gets LABEL.npy, float32 (B, T, V), for each of them. Raises
-    SupraError before a model is loaded for a backend that is not installed, or no such folder.
+    ``tolerance``: by how much logits may differ; None: as the largest logit and the type computed
+    in have it. ``save_logits``: a folder that gets LABEL.npy, float32 (B, T, V), for each of them.
+    Raises SupraError before a model is loaded for a backend that is not installed, or no such
+    folder.
     """
     _check_request(chosen, tolerance, save_logits)
     first: Logits | None = None
@@ -145,20 +155,33 @@ def verify(
             _save(_file_of(candidate, save_logits), logits)
         if first is None:
             first = logits
+            if tolerance is None:
+                tolerance = _default_tolerance(chosen, first, dtype)
             continue
+        assert tolerance is not None
         difference = compare(first, logits)
         # Written so that a difference that is no number fails.
         within = difference.max_abs_difference <= tolerance
         comparisons.append(Comparison(candidate, difference, within))
     progress("verify", len(chosen), len(chosen))
     B, T = ids.shape
-    return Report(chosen[0], tuple(comparisons), tolerance, B, T)
+    return Report(chosen[0], tuple(comparisons), tolerance or 0.0, B, T)
 
 
-def _check_request(chosen: Sequence[Candidate], tolerance: float, save: Path | None) -> None:
+def _default_tolerance(chosen: Sequence[Candidate], first: Logits, dtype: str | None) -> float:
+    """The share of the coarsest type that any candidate computes in, of the first's logits."""
+    # Not above: sources stand on modules that stand on this one.
+    from supra_core.sources import open_source
+
+    places = {candidate.path for candidate in chosen}
+    types = {dtype} if dtype is not None else {open_source(place).dtype for place in places}
+    return max(_SHARES[name] for name in types) * float(np.abs(first).max())
+
+
+def _check_request(chosen: Sequence[Candidate], tolerance: float | None, save: Path | None) -> None:
     for candidate in chosen:
         backends.check_installed(candidate.backend)
-    if not 0 <= tolerance < math.inf:
+    if tolerance is not None and not 0 <= tolerance < math.inf:
         raise SupraError(f"--tolerance must be a number that is at least 0, not {tolerance}")
     if len(chosen) < 2 and save is None:
         raise SupraError(

@@ -51,6 +51,7 @@ FAMILIES: dict[str, TinyFamily] = {
             },
         },
     ),
+    "llama-mlp-bias": TinyFamily("llama", {"mlp_bias": True}),
     "mistral": TinyFamily("mistral", {"sliding_window": 7, "head_dim": 10}),
     # An odd number of experts in all layers, then in some.
     "mixtral": TinyFamily("mixtral", {"num_local_experts": 5, "head_dim": 10}),
@@ -105,7 +106,9 @@ FAMILIES: dict[str, TinyFamily] = {
         # Four channels of ten.
         "phi3", {"hidden_size": 40, "partial_rotary_factor": 0.4, "tie_word_embeddings": True}
     ),
-    "smollm3": TinyFamily("smollm3", {"no_rope_layer_interval": 2, "attention_bias": True}),
+    "smollm3": TinyFamily(
+        "smollm3", {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True}
+    ),
     "smollm3-sliding": TinyFamily(
         "smollm3", {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 7}
     ),
@@ -114,6 +117,7 @@ FAMILIES: dict[str, TinyFamily] = {
         {
             "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
             "attention_multiplier": 0.25, "logits_scaling": 2.5, "attention_bias": True,
+            "mlp_bias": True,
         },
     ),
     "olmo2": TinyFamily("olmo2"),

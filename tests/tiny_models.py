@@ -134,6 +134,7 @@ SPECS: dict[str, ModelSpec] = {
         block_norm="after", query_key_norm="all_heads", residual_scale=0.5, logits_divisor=2.0,
         rope=RotaryEmbedding(fraction=0.4), attention_bias="qkv",
     ),
+    "mlp_bias": _model(SoftmaxAttention(), WINDOWED, mlp_bias=True),
     "hybrid": _model(WINDOWED, SoftmaxAttention(7), PAPER, SoftmaxAttention()),
     "experts": with_experts(
         _model(WINDOWED, SoftmaxAttention(), PAPER, hidden_act="gelu_pytorch_tanh"),

@@ -24,11 +24,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """A gated feed-forward network (arXiv 2002.05202)."""
 
-    def __init__(self, size: int, width: int, activation: str) -> None:
+    def __init__(self, size: int, width: int, activation: str, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size, width, bias=False)
-        self.up_proj = nn.Linear(size, width, bias=False)
-        self.down_proj = nn.Linear(width, size, bias=False)
+        self.gate_proj = nn.Linear(size, width, bias=bias)
+        self.up_proj = nn.Linear(size, width, bias=bias)
+        self.down_proj = nn.Linear(width, size, bias=bias)
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,4 +88,6 @@ def feed_forward(spec: ModelSpec, layer: LayerSpec) -> FeedForward | MixtureOfEx
     """The module of a layer."""
     if layer.feed_forward == "experts":
         return MixtureOfExperts(spec)
-    return FeedForward(spec.hidden_size, spec.intermediate_size, spec.hidden_act)
+    return FeedForward(
+        spec.hidden_size, spec.intermediate_size, spec.hidden_act, bias=spec.mlp_bias
+    )

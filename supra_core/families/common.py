@@ -8,6 +8,7 @@ from typing import Any, Literal
 from supra_core.errors import SpecError
 from supra_core.families.features import later_features
 from supra_core.families.fields import Fields, layer_count
+from supra_core.families.layer_kinds import check_layer_types
 from supra_core.families.rope import SCALINGS, rotary, scaling_config
 from supra_core.spec import (
     LayerSpec,
@@ -49,6 +50,7 @@ def spec_from_fields(
     where all are dense. ``features``: further fields of the spec.
     """
     _refuse_unsupported(fields, partial_rope, activation)
+    check_layer_types(fields, [mixer.window for mixer in mixers])
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if head_dim is None and not fields.has("head_dim") and hidden % heads:
         raise fields.error(
@@ -140,12 +142,6 @@ def config_from_spec(
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": spec.pad_token_id,
     }
-
-
-def refuse_mlp_bias(fields: Fields) -> None:
-    """Biases in the feed-forward network are no part of any spec."""
-    if fields.flag("mlp_bias", default=False):
-        raise fields.error("field mlp_bias is true, but biases in the MLP are not supported")
 
 
 def refuse_windows(

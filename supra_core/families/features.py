@@ -19,6 +19,7 @@ PARTIAL_ROPE = "rope over a part of the channels"
 NO_ROPE_LAYERS = "layers without rope"
 LOCAL_ROPE = "a second rope"
 EXPERTS = "a mixture of experts"
+MLP_BIAS = "biases in its feed-forward network"
 
 
 def later_features(spec: ModelSpec) -> set[str]:
@@ -42,5 +43,6 @@ def later_features(spec: ModelSpec) -> set[str]:
             (m.rotary if isinstance(m, LinearAttention) else m.rope) == "local" for m in mixers
         ),
         EXPERTS: spec.experts is not None,
+        MLP_BIAS: spec.mlp_bias,
     }
     return {feature for feature, there in present.items() if there}

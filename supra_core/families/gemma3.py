@@ -88,7 +88,12 @@ def _ropes(fields: Fields) -> tuple[RotaryEmbedding, RotaryEmbedding]:
     if not all(isinstance(entry, dict | None) for entry in stated.values()):
         raise fields.error(f"field rope_parameters must hold objects, not {stated!r}")
     where = f"{fields.where}: field rope_parameters"
-    full, sliding = (Fields(stated.get(kind) or {}, where) for kind in (FULL, SLIDING))
+    # As in transformers: what rope_scaling states is said of the full layers, and counts.
+    scaling = fields.values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise fields.error(f"field rope_scaling must be an object, not {scaling!r}")
+    full = Fields({**(stated.get(FULL) or {}), **scaling}, where)
+    sliding = Fields(stated.get(SLIDING) or {}, where)
     return rotary_of(full, base, partial=False), rotary_of(sliding, local_base, partial=False)
 
 

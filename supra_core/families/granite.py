@@ -6,7 +6,6 @@ from typing import Any
 
 from supra_core.families.common import (
     config_from_spec,
-    refuse_mlp_bias,
     refuse_windows,
     spec_from_fields,
     uniform_mixers,
@@ -15,6 +14,7 @@ from supra_core.families.features import (
     ATTENTION_SCALE,
     EMBEDDING_SCALE,
     LOGITS_DIVISOR,
+    MLP_BIAS,
     RESIDUAL_SCALE,
 )
 from supra_core.families.fields import Fields
@@ -26,7 +26,6 @@ MODEL_TYPE = "granite"
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     """The spec of a Granite config; ``where`` names its file in errors."""
     fields = Fields(config, where)
-    refuse_mlp_bias(fields)
     return spec_from_fields(
         fields,
         MODEL_TYPE,
@@ -34,6 +33,7 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         key_value_heads=None,
         max_positions=2048,
         mixers=uniform_mixers(fields, None),
+        mlp_bias=fields.flag("mlp_bias", default=False),
         embedding_scale=fields.number("embedding_multiplier", default=1.0),
         residual_scale=fields.number("residual_multiplier", default=1.0),
         attention_scale=fields.number("attention_multiplier", default=1.0),
@@ -43,14 +43,14 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
     """The Granite config of ``spec``."""
-    states = {ATTENTION_SCALE, EMBEDDING_SCALE, LOGITS_DIVISOR, RESIDUAL_SCALE}
+    states = {ATTENTION_SCALE, EMBEDDING_SCALE, LOGITS_DIVISOR, MLP_BIAS, RESIDUAL_SCALE}
     config = config_from_spec(spec, MODEL_TYPE, "GraniteForCausalLM", states=states)
     refuse_windows(spec, MODEL_TYPE)
     scale = spec.attention_scale
     return {
         **config,
         "attention_bias": spec.attention_bias == "qkvo",
-        "mlp_bias": False,
+        "mlp_bias": spec.mlp_bias,
         "embedding_multiplier": spec.embedding_scale,
         "residual_multiplier": spec.residual_scale,
         "attention_multiplier": spec.head_dim**-0.5 if scale is None else scale,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from supra_core.errors import SpecError
@@ -47,11 +47,30 @@ def switched_windows(fields: Fields) -> tuple[int | None, ...]:
     used = used and ("sliding_window" not in fields.values or fields.has("sliding_window"))
     first = fields.whole("max_window_layers", default=28)
     sliding = sliding_layers(fields, lambda index: used and index >= first)
+    refuse_unused(fields, sliding, used)
+    return windows(fields, sliding)
+
+
+def refuse_unused(fields: Fields, sliding: tuple[bool, ...], used: bool) -> None:
+    """Layers that slide where no window is in use: transformers does neither wholly."""
     if any(sliding) and not used:
         raise fields.error(
-            f"field layer_types names {SLIDING}, but use_sliding_window is not true: correct one"
+            f"field layer_types names {SLIDING}, but use_sliding_window is not true, or "
+            "sliding_window is null: correct one"
         )
-    return windows(fields, sliding)
+
+
+def check_layer_types(fields: Fields, windows: Sequence[int | None]) -> None:
+    """That ``layer_types`` agrees with the layers' windows, however the family states those.
+
+    transformers refuses a list of another length for every family, and reads it for some.
+    """
+    sliding = sliding_layers(fields, lambda index: windows[index] is not None)
+    if sliding != tuple(window is not None for window in windows):
+        raise fields.error(
+            f"field layer_types does not agree with the layers' windows, which model_type "
+            f"{fields.values.get('model_type')!r} has from its other fields: set it to null"
+        )
 
 
 def common_window(spec: ModelSpec, family: str) -> int | None:

@@ -33,24 +33,50 @@ def rotary(
     """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
 
     ``default``: the base where none is stated; ``partial``: whether a part may rotate alone;
-    ``max_positions``, ``original_positions``: what the family takes where the config states no
-    length, and no original length beside its rope.
+    ``max_positions``: what the family takes where the config states no length;
+    ``original_positions``: of a family that has the field beside its rope, what it is by default.
     """
-    name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
-    stated = fields.values.get(name)
-    stated = {} if stated is None else stated
-    if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
-        raise fields.error(f"field {name} must be one object for all layers, not {stated!r}")
+    # As in transformers: what was added by hand comes before what transformers wrote.
+    name = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
+    stated = _one_rope(fields, name)
     # The inner rope_theta is the newer statement; released files carry one or the other.
     base = fields.number("rope_theta", default=default)
     fraction = fields.number("partial_rotary_factor", default=1.0)
     longest = fields.integer("max_position_embeddings", default=max_positions)
-    # An original length beside the rope comes before one inside, as transformers reads them.
-    original = fields.integer(_ORIGINAL) if fields.has(_ORIGINAL) else original_positions
     inner = {"max_position_embeddings": longest, **stated}
-    if original is not None:
-        inner[_ORIGINAL] = original
-    return rotary_of(Fields(inner, f"{fields.where}: field {name}"), base, partial, fraction)
+    if original_positions is not None:
+        # There the length beside the rope comes before one inside.
+        inner[_ORIGINAL] = fields.integer(_ORIGINAL, default=original_positions)
+    rope = rotary_of(Fields(inner, f"{fields.where}: field {name}"), base, partial, fraction)
+    _refuse_left_out(fields, name, rope)
+    return rope
+
+
+def _one_rope(fields: Fields, name: str) -> dict[str, Any]:
+    stated = fields.values.get(name)
+    stated = {} if stated is None else stated
+    if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
+        raise fields.error(f"field {name} must be one object for all layers, not {stated!r}")
+    return stated
+
+
+def _refuse_left_out(fields: Fields, name: str, rope: RotaryEmbedding) -> None:
+    """A statement that transformers does not read, and that differs from what it takes."""
+    if name == "rope_scaling" and fields.has("rope_parameters"):
+        other = Fields(_one_rope(fields, "rope_parameters"), f"{fields.where}: rope_parameters")
+        for field, taken in (("rope_theta", rope.base), ("partial_rotary_factor", rope.fraction)):
+            if other.number(field, default=taken) != taken:
+                raise fields.error(
+                    f"fields rope_parameters and rope_scaling are both stated, of which the second "
+                    f"counts, but {field} is {other.values[field]} in the first and {taken:g} by "
+                    "the second: leave out one"
+                )
+    original = getattr(rope.scaling, _ORIGINAL, None)
+    if original is not None and fields.integer(_ORIGINAL, default=original) != original:
+        raise fields.error(
+            f"field {_ORIGINAL} is {fields.values[_ORIGINAL]}, but {name} has the rope start from "
+            f"{original}, which counts: correct one"
+        )
 
 
 def rotary_of(inner: Fields, base: float, partial: bool, fraction: float = 1.0) -> RotaryEmbedding:

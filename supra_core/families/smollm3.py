@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.families.common import config_from_spec, refuse_mlp_bias, spec_from_fields
-from supra_core.families.features import NO_ROPE_LAYERS
+from supra_core.families.common import config_from_spec, spec_from_fields
+from supra_core.families.features import MLP_BIAS, NO_ROPE_LAYERS
 from supra_core.families.fields import Fields, layer_count
 from supra_core.families.layer_kinds import (
     common_window,
     layer_types,
+    refuse_unused,
     sliding_layers,
     softmax_mixers,
     windows,
@@ -22,12 +23,12 @@ MODEL_TYPE = "smollm3"
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     """The spec of a SmolLM3 config; ``where`` names its file in errors."""
     fields = Fields(config, where)
-    refuse_mlp_bias(fields)
     rotated = _rotated_layers(fields)
     used = fields.flag("use_sliding_window", default=False) and fields.has("sliding_window")
     sliding = sliding_layers(fields, lambda index: used and not rotated[index])
+    refuse_unused(fields, sliding, used)
     mixers = [
-        SoftmaxAttention(window if used else None, rope="global" if rotates else "none")
+        SoftmaxAttention(window, rope="global" if rotates else "none")
         for window, rotates in zip(windows(fields, sliding), rotated, strict=True)
     ]
     return spec_from_fields(
@@ -39,6 +40,7 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         base=2000000.0,
         tied=True,
         mixers=mixers,
+        mlp_bias=fields.flag("mlp_bias", default=False),
     )
 
 
@@ -62,12 +64,14 @@ def _rotated_layers(fields: Fields) -> tuple[bool, ...]:
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
     """The SmolLM3 config of ``spec``."""
-    config = config_from_spec(spec, MODEL_TYPE, "SmolLM3ForCausalLM", states={NO_ROPE_LAYERS})
+    config = config_from_spec(
+        spec, MODEL_TYPE, "SmolLM3ForCausalLM", states={MLP_BIAS, NO_ROPE_LAYERS}
+    )
     window = common_window(spec, MODEL_TYPE)
     return {
         **config,
         "attention_bias": spec.attention_bias == "qkvo",
-        "mlp_bias": False,
+        "mlp_bias": spec.mlp_bias,
         "no_rope_layers": [int(mixer.rope != "none") for mixer in softmax_mixers(spec)],
         "use_sliding_window": window is not None,
         "sliding_window": window,

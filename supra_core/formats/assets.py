@@ -8,6 +8,7 @@ from pathlib import Path
 
 from supra_core.errors import FormatError
 from supra_core.formats.inside import has_file, plain_name
+from supra_core.formats.lfs import refuse_pointer
 
 # Copied from a source folder where they are there; nothing that could be code is.
 ASSET_NAMES = (
@@ -50,6 +51,7 @@ def _content(path: Path) -> bytes:
             content = file.read(ASSET_BYTES + 1)
     except OSError as error:
         raise FormatError(f"{path} cannot be read ({error.strerror}): check the file") from None
+    refuse_pointer(path, content)
     if len(content) > ASSET_BYTES:
         raise FormatError(f"{path} is larger than {ASSET_BYTES:,} bytes: get the file again")
     return content

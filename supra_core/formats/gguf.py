@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 from supra_core import families
 from supra_core.errors import FormatError, SpecError
 from supra_core.families.fields import Fields
-from supra_core.formats.gguf_header import Stored, read_header
-from supra_core.formats.gguf_tokenizer import tokenizer_assets
+from supra_core.formats.gguf_header import Stored
+from supra_core.formats.gguf_parts import read_parts
+from supra_core.formats.gguf_tokenizer import tokenizer_assets, tokenizer_notes
 from supra_core.formats.mapping import mapped, read_range
 from supra_core.layout import check_tensors
 from supra_core.rotary import inverse_frequencies
@@ -34,7 +35,6 @@ _PLAIN: dict[str, np.dtype[np.generic]] = {
     "F16": np.dtype(np.float16),
     "BF16": BFLOAT16,
 }
-_QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -59,25 +59,30 @@ _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A file that was read; ``assets()`` builds its tokenizer's files, which takes seconds."""
+    """A file that was read; ``assets()`` builds its tokenizer's files, which takes seconds.
+
+    ``notes``: what the user should know of how it was read, one sentence each.
+    """
 
     spec: ModelSpec
     tensors: dict[str, LazyTensor]
     assets: Callable[[], dict[str, bytes]] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def read(path: str | Path) -> GgufModel:
     """The model in ``path``; :class:`FormatError` if it is damaged or of an unknown kind."""
     path = Path(path)
-    metadata, stored = read_header(path)
+    metadata, stored = read_parts(path)
     config = _config(path, metadata, stored)
     spec = families.config_to_spec(config, str(path))
     tensors: dict[str, LazyTensor] = {}
     for name, entry in stored.items():
         if name != _ROPE_FACTORS:
-            tensors[_canonical_name(name)] = _tensor(path, name, entry, spec, metadata)
+            tensors[_canonical_name(name)] = _tensor(name, entry, spec, metadata)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
-    return GgufModel(spec, tensors, partial(tokenizer_assets, path, metadata, spec))
+    notes = tokenizer_notes(path, metadata)
+    return GgufModel(spec, tensors, partial(tokenizer_assets, path, metadata, spec), notes)
 
 
 # --- config ---------------------------------------------------------------------------------
@@ -129,12 +134,13 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> 
         "num_attention_heads": heads,
         "num_key_value_heads": stated("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "vocab_size": embedding.shape[0] if embedding and embedding.shape else stated("vocab_size"),
+        "vocab_size": _rows(path, embedding, stated("vocab_size"), metadata),
         "rms_norm_eps": stated("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": stated("context_length"),
         "rope_theta": base,
         "rope_scaling": _rope_scaling(path, stated, stored, base, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in stored,
+        "mlp_bias": "blk.0.ffn_up.bias" in stored,
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _stop_tokens(metadata),
@@ -150,13 +156,28 @@ def _refuse_unsupported(path: Path, metadata: dict[str, Any]) -> None:
             f"{', '.join(_ARCHITECTURES)} (llama is Mistral's too) are read: convert from the "
             "Hugging Face folder instead"
         )
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise FormatError(f"{path} is one part of a split model: merge it with gguf-split first")
     if metadata.get(f"{architecture}.expert_count", 0) != 0:
         raise SpecError(
             f"{path} is a mixture of experts, which is not read from GGUF files: convert from the "
             "Hugging Face folder instead"
         )
+
+
+def _rows(path: Path, embedding: Stored | None, stated: Any, metadata: dict[str, Any]) -> Any:
+    """The vocabulary's size, as the embedding has it and whatever else states it."""
+    rows = embedding.shape[0] if embedding and embedding.shape else stated
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if stated not in (None, rows):
+        raise FormatError(
+            f"{path}: {metadata['general.architecture']}.vocab_size is {stated}, but "
+            f"token_embd.weight has {rows} rows: get the file again"
+        )
+    if type(rows) is int and isinstance(tokens, list) and len(tokens) > rows:
+        raise FormatError(
+            f"{path}: tokenizer.ggml.tokens has {len(tokens)} entries, but token_embd.weight "
+            f"{rows} rows: get the file again"
+        )
+    return rows
 
 
 def _shortest(value: float) -> float:
@@ -176,6 +197,12 @@ def _rope_scaling(
     kind = stated("rope.scaling.type", "none")
     factor = stated("rope.scaling.factor", stated("rope.scale_linear", 1.0))
     if _ROPE_FACTORS in stored:
+        # llama.cpp would apply both.
+        if kind != "none" and factor not in (0.0, 1.0):
+            raise SpecError(
+                f"{path}: {_ROPE_FACTORS} stands beside rope scaling '{kind}', which is not "
+                "supported: convert from the Hugging Face folder instead"
+            )
         fields = Fields(
             {"base": base, "original": stated("rope.scaling.original_context_length")},
             f"{path}: rope",
@@ -203,7 +230,9 @@ def _llama3_scaling(
             f"{path}: {_ROPE_FACTORS} is no float32 for each pair of a head's channels: get the "
             "file again"
         )
-    divisors = read_range(path, entry.offset, entry.shape, np.dtype(np.float32)).astype(np.float64)
+    divisors = read_range(entry.path, entry.offset, entry.shape, np.dtype(np.float32)).astype(
+        np.float64
+    )
     if (divisors == 1).all():
         return None
     if not (np.isfinite(divisors) & (divisors > 0)).all():
@@ -238,10 +267,8 @@ def _canonical_name(name: str) -> str:
     return name
 
 
-def _tensor(
-    path: Path, name: str, entry: Stored, spec: ModelSpec, metadata: dict[str, Any]
-) -> LazyTensor:
-    tensor = _numbers(path, name, entry)
+def _tensor(name: str, entry: Stored, spec: ModelSpec, metadata: dict[str, Any]) -> LazyTensor:
+    tensor = _numbers(name, entry)
     if metadata["general.architecture"] != _LLAMA:
         return tensor
     for projection, heads in (
@@ -253,13 +280,15 @@ def _tensor(
     return tensor
 
 
-def _numbers(path: Path, name: str, entry: Stored) -> LazyTensor:
-    kind = entry.kind.name
+def _numbers(name: str, entry: Stored) -> LazyTensor:
+    kind, path = entry.kind.name, entry.path
     if kind in _PLAIN:
         return mapped(path, entry.offset, entry.shape, _PLAIN[kind])
-    if kind not in _QUANTISED:
-        known = ", ".join((*_PLAIN, *_QUANTISED))
-        raise FormatError(f"{path}: {name} has type {kind}, which is not supported: known: {known}")
+    if not _dequantises(entry.kind):
+        raise FormatError(
+            f"{path}: {name} has type {kind}, which the gguf package does not dequantise: get the "
+            "model in another type, such as Q8_0"
+        )
 
     def read() -> Array:
         from gguf.quants import dequantize
@@ -269,6 +298,19 @@ def _numbers(path: Path, name: str, entry: Stored) -> LazyTensor:
         return numbers
 
     return LazyTensor(entry.shape, np.dtype(np.float32), read)
+
+
+@cache
+def _dequantises(kind: Any) -> bool:
+    """Whether the gguf package knows how, as it does of nearly every type that llama.cpp has."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _half_split_rows(rows: Array, heads: int) -> Array:

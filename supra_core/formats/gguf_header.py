@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from supra_core.errors import FormatError
+from supra_core.formats.lfs import BEGINNING_BYTES, refuse_pointer
 
 # Numbers of metadata and of tensors.
 ENTRIES = 65_536
@@ -46,6 +47,7 @@ class Stored:
     ``byte_shape``: the same in bytes, for types of blocks.
     """
 
+    path: Path
     kind: Any
     shape: tuple[int, ...]
     offset: int
@@ -56,7 +58,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """Metadata by key, tensors by name; :class:`FormatError` if the file is not what it claims."""
     try:
         with path.open("rb") as file:
-            return _Reader(file, file.seek(0, 2)).header()
+            refuse_pointer(path, file.read(BEGINNING_BYTES))
+            return _Reader(path, file, file.seek(0, 2)).header()
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist: check the path") from None
     except (OSError, ValueError) as error:
@@ -65,11 +68,20 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         ) from None
 
 
-class _Reader:
-    """The file from its beginning; every complaint is a ValueError."""
+def is_gguf(path: Path) -> bool:
+    """Whether the file says that it is one, whatever its name, as Ollama's have no ending."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except (OSError, ValueError):
+        return False
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size, self.at = file, size, 0
+
+class _Reader:
+    """The file from its beginning; a damaged one is a ValueError."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self.file, self.size, self.at = path, file, size, 0
         self.listed = 0
         file.seek(0)
 
@@ -77,8 +89,13 @@ class _Reader:
         if self.take(4) != _MAGIC:
             raise ValueError("it does not begin with GGUF")
         version = self.number("I")
+        if version in (int.from_bytes(known.to_bytes(4, "big"), "little") for known in _VERSIONS):
+            raise FormatError(
+                f"{self.path} is a big-endian GGUF file, which is not supported: convert it with "
+                "gguf-convert-endian, or get the little-endian file"
+            )
         if version not in _VERSIONS:
-            raise ValueError(f"version {version}, known are 2 and 3 in little-endian order")
+            raise ValueError(f"version {version}, known are 2 and 3")
         tensors, entries = self.number("Q"), self.number("Q")
         # The shortest tensor takes 32 bytes, the shortest entry 13.
         self.require(tensors <= TENSORS and 32 * tensors <= self.left, f"{tensors} tensors")
@@ -165,7 +182,7 @@ class _Reader:
             self.require(begin + size <= self.size, f"{name} of {size} bytes ends past the file")
             ranges.append((begin, begin + size))
             byte_shape = (*shape[:-1], row // block * block_bytes)
-            tensors[name] = Stored(kind, shape, begin, byte_shape)
+            tensors[name] = Stored(self.path, kind, shape, begin, byte_shape)
         reached = 0
         for begin, end in sorted(ranges):
             self.require(begin >= reached, "tensors overlap")

@@ -1,46 +1,64 @@
-"""The tokenizer inside a GGUF file, as the files that Hugging Face's loaders read."""
+"""The tokenizer inside a GGUF file, as the files that Hugging Face's loaders read.
+
+Token ids are those of llama.cpp, whose statements these are; what was built is then read again and
+held against the file's list.
+"""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from importlib import import_module
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from supra_core.errors import FormatError, MissingDependencyError
+from supra_core.errors import FormatError
+from supra_core.formats.gguf_pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 from supra_core.spec import ModelSpec
 
-# The metadata under ``tokenizer.`` that transformers' converter takes, and its names for it.
-_CONVERTER_KEYS = {
-    "ggml.model": "tokenizer_type",
-    "ggml.pre": "pre_tokenizer_type",
-    "ggml.tokens": "tokens",
-    "ggml.scores": "scores",
-    "ggml.token_type": "token_type",
-    "ggml.merges": "merges",
-    "ggml.bos_token_id": "bos_token_id",
-    "ggml.eos_token_id": "eos_token_id",
-    "ggml.unknown_token_id": "unk_token_id",
-    "ggml.padding_token_id": "pad_token_id",
-    "ggml.add_space_prefix": "add_prefix_space",
-}
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_MODEL, _PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+_TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+_SCORES, _KINDS = "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
+_PREFIX, _TEMPLATE = "tokenizer.ggml.add_space_prefix", "tokenizer.chat_template"
+_BYTES, _PIECES = "gpt2", "llama"
+# Of files that hold no tokenizer.
+_NONE = ("none", "no_vocab")
+_UNKNOWN_KIND, _CONTROL_KIND, _USER_KIND = 2, 3, 4
 _SPECIAL_TOKENS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+# What other kinds of tokenizer do; llama.cpp leaves it undone in these two.
+_NOT_DONE = ("remove_extra_whitespaces", "add_sep_token", "normalizer.lowercase")
+_SPACE = "\u2581"
+
+
+def holds_tokenizer(metadata: dict[str, Any]) -> bool:
+    """Whether the file has one at all."""
+    return _TOKENS in metadata and metadata.get(_MODEL) not in _NONE
+
+
+def tokenizer_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
+    """What the user should know of the tokenizer, one sentence each."""
+    if not holds_tokenizer(metadata) or metadata.get(_MODEL) != _BYTES or metadata.get(_PRE):
+        return ()
+    return (
+        f"{path} does not state {_PRE}: texts are divided by llama.cpp's default, which may not "
+        "be how the model learned them",
+    )
 
 
 def tokenizer_assets(path: Path, metadata: dict[str, Any], spec: ModelSpec) -> dict[str, bytes]:
     """``tokenizer.json``, its config, the chat template and ``generation_config.json``.
 
-    The conversion is transformers' own, so that the token ids are those of
-    ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``; it needs no torch.
+    :class:`FormatError` if the file states a tokenizer that cannot be built.
     """
     assets = {"generation_config.json": _generation_config(spec)}
-    if "tokenizer.ggml.tokens" in metadata:
+    if holds_tokenizer(metadata):
         _check(path, metadata)
         assets |= _tokenizer_files(path, metadata)
     return assets
@@ -57,96 +75,265 @@ def _generation_config(spec: ModelSpec) -> bytes:
 
 
 def _tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, bytes]:
-    try:
-        # Untyped where it is not missing; imported here because it takes a second.
-        transformers: Any = import_module("transformers")
-        converter: Any = import_module("transformers.integrations.gguf")
-    except ImportError:
-        raise MissingDependencyError(
-            "the tokenizer inside a GGUF file is converted by transformers 5: "
-            "pip install 'supra-lm[torch]' or 'transformers>=5.7'"
-        ) from None
-    described = {
-        name: metadata[f"tokenizer.{key}"]
-        for key, name in _CONVERTER_KEYS.items()
-        if f"tokenizer.{key}" in metadata
+    tokens = _tokens(metadata)
+    kind = _pre_tokenizer(path, metadata)
+    special = {
+        name: None if token_id is None else tokens[token_id]
+        for name, token_id in _special_ids(metadata).items()
     }
+    adds = _additions(path, metadata, kind, special)
     try:
-        backend, extra = converter.convert_gguf_tokenizer(
-            metadata["general.architecture"], described
-        )
-        options = {**_options(metadata, described), **extra}
-        return _saved(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options))
-    # The libraries raise whatever a stranger's lists run into, bare Exception among it.
+        tokenizer = _built(metadata, tokens, kind)
+        _add_whole_tokens(tokenizer, metadata, tokens)
+        _add_ends(tokenizer, adds, special)
+        content = tokenizer.to_str(pretty=True)
+        _verify(content, metadata, tokens, adds, special)
+    # The library raises whatever a stranger's lists run into, bare Exception among it.
     except Exception as error:
         raise FormatError(
-            f"{path}: its tokenizer cannot be converted ({error}): convert from the Hugging Face "
+            f"{path}: its tokenizer cannot be built ({error}): convert from the Hugging Face "
             "folder instead"
         ) from None
+    config = {
+        # The one class name that every release of transformers loads from tokenizer.json alone.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{name: token for name, token in special.items() if token is not None},
+        **adds,
+    }
+    files = {"tokenizer.json": content.encode(), "tokenizer_config.json": _json(config)}
+    if _TEMPLATE in metadata:
+        files["chat_template.jinja"] = metadata[_TEMPLATE].encode()
+    return files
+
+
+# --- what the file states -------------------------------------------------------------------
 
 
 def _check(path: Path, metadata: dict[str, Any]) -> None:
-    """The types of what the converter takes: it checks none, and prints some to the terminal."""
-    tokens = metadata["tokenizer.ggml.tokens"]
+    """The types of all that is read here, and that it is a tokenizer of a known kind."""
+    tokens = metadata[_TOKENS]
     count = len(tokens) if isinstance(tokens, list) else 0
     lists: dict[str, tuple[type | tuple[type, ...], int | None]] = {
-        "ggml.tokens": (str, count),
-        "ggml.merges": (str, None),
-        "ggml.scores": ((int, float), count),
-        "ggml.token_type": (int, count),
+        _TOKENS: (str, count),
+        _MERGES: (str, None),
+        _SCORES: ((int, float), count),
+        _KINDS: (int, count),
     }
     for key, (kind, length) in lists.items():
-        value = metadata.get(f"tokenizer.{key}")
+        value = metadata.get(key)
         if value is not None and not (
             isinstance(value, list)
             and all(isinstance(entry, kind) for entry in value)
             and length in (None, len(value))
         ):
             raise _wrong(path, key, f"must be a list of the vocabulary's {count} entries")
-    for key in ("ggml.model", "ggml.pre", "chat_template"):
-        if not isinstance(metadata.get(f"tokenizer.{key}", ""), str):
+    for key in (_MODEL, _PRE, _TEMPLATE):
+        if not isinstance(metadata.get(key, ""), str):
             raise _wrong(path, key, "must be a string")
     for name in _SPECIAL_TOKENS.values():
         token = metadata.get(f"tokenizer.ggml.{name}", 0)
         if type(token) is not int or not 0 <= token < max(count, 1):
-            raise _wrong(path, f"ggml.{name}", f"is no id among {count} tokens")
-    for name in ("ggml.add_bos_token", "ggml.add_eos_token", "ggml.add_space_prefix"):
-        if not isinstance(metadata.get(f"tokenizer.{name}", False), bool):
-            raise _wrong(path, name, "must be true or false")
+            raise _wrong(path, f"tokenizer.ggml.{name}", f"is no id among {count} tokens")
+    for name in ("add_bos_token", "add_eos_token", "add_space_prefix", *_NOT_DONE):
+        if not isinstance(metadata.get(f"tokenizer.ggml.{name}", False), bool):
+            raise _wrong(path, f"tokenizer.ggml.{name}", "must be true or false")
+    _check_supported(path, metadata)
+
+
+def _check_supported(path: Path, metadata: dict[str, Any]) -> None:
+    model = metadata.get(_MODEL)
+    needed = {_BYTES: _MERGES, _PIECES: _SCORES}
+    if model not in needed:
+        raise _unsupported(path, f"{_MODEL} is {model!r}: known are {_BYTES} and {_PIECES}")
+    if needed[model] not in metadata:
+        raise _wrong(path, needed[model], f"is missing, which {_MODEL} {model!r} needs")
+    for name in _NOT_DONE:
+        if metadata.get(f"tokenizer.ggml.{name}"):
+            raise _unsupported(path, f"tokenizer.ggml.{name} is true beside {_MODEL} {model!r}")
+    if metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        raise _unsupported(path, "tokenizer.ggml.precompiled_charsmap is stated")
+    if model == _BYTES and metadata.get(_PREFIX):
+        raise _unsupported(path, f"{_PREFIX} is true beside {_MODEL} {_BYTES!r}")
 
 
 def _wrong(path: Path, key: str, problem: str) -> FormatError:
-    return FormatError(f"{path}: tokenizer.{key} {problem}: get the file again")
+    return FormatError(f"{path}: {key} {problem}: get the file again")
 
 
-def _options(metadata: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens, whether BOS and EOS are added, and the chat template."""
-    tokens = described["tokens"]
-    options: dict[str, Any] = {}
-    for name, key in _SPECIAL_TOKENS.items():
-        token_id = metadata.get(f"tokenizer.ggml.{key}")
-        options[name] = None if token_id is None else tokens[token_id]
-    for name in ("add_bos_token", "add_eos_token"):
-        if f"tokenizer.ggml.{name}" in metadata:
-            options[name] = metadata[f"tokenizer.ggml.{name}"]
-    if described.get("tokenizer_type") == "llama":
-        # Older files do not say it, and llama.cpp adds BOS to a SentencePiece vocabulary.
-        options.setdefault("add_bos_token", True)
-    if "tokenizer.chat_template" in metadata:
-        options["chat_template"] = metadata["tokenizer.chat_template"]
-    return options
+def _unsupported(path: Path, problem: str) -> FormatError:
+    return FormatError(
+        f"{path}: {problem}, which is not supported: convert from the Hugging Face folder instead"
+    )
 
 
-def _saved(tokenizer: Any) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    config = json.loads(files["tokenizer_config.json"])
-    # The one class name that every release of transformers loads from tokenizer.json alone.
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for name in ("backend", "is_local", "local_files_only", "model_max_length"):
-        config.pop(name, None)
-    return {**files, "tokenizer_config.json": _json(config)}
+def _tokens(metadata: dict[str, Any]) -> list[str]:
+    """The list; an empty token has the name that llama.cpp gives it."""
+    return [token or f"[EMPTY_{index}]" for index, token in enumerate(metadata[_TOKENS])]
+
+
+def _pre_tokenizer(path: Path, metadata: dict[str, Any]) -> PreTokenizer | None:
+    """How texts are divided before merging; None where they are not."""
+    if metadata[_MODEL] == _PIECES:
+        return None
+    name = metadata.get(_PRE) or DEFAULT
+    if name not in PRE_TOKENIZERS:
+        raise _unsupported(path, f"{_PRE} is {name!r}")
+    return PRE_TOKENIZERS[name]
+
+
+def _special_ids(metadata: dict[str, Any]) -> dict[str, int | None]:
+    """The ids of the special tokens; of a SentencePiece vocabulary the unknown one is needed."""
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_TOKENS.items()}
+    if metadata[_MODEL] == _PIECES and ids["unk_token"] is None and metadata[_TOKENS]:
+        kinds = metadata.get(_KINDS, [])
+        # llama.cpp's own default is the first.
+        ids["unk_token"] = kinds.index(_UNKNOWN_KIND) if _UNKNOWN_KIND in kinds else 0
+    return ids
+
+
+def _additions(
+    path: Path, metadata: dict[str, Any], kind: PreTokenizer | None, special: dict[str, str | None]
+) -> dict[str, bool]:
+    """Whether BOS and EOS go around a text."""
+    # llama.cpp adds BOS to a SentencePiece vocabulary that does not say otherwise.
+    defaults = {"add_bos_token": kind is None or kind.add_bos, "add_eos_token": False}
+    adds = {
+        name: bool(metadata.get(f"tokenizer.ggml.{name}", default))
+        for name, default in defaults.items()
+    }
+    for token, name in (("bos_token", "add_bos_token"), ("eos_token", "add_eos_token")):
+        if adds[name] and special[token] is None:
+            raise _wrong(
+                path,
+                f"tokenizer.ggml.{_SPECIAL_TOKENS[token]}",
+                f"is missing, though tokenizer.ggml.{name} is true or goes without saying",
+            )
+    return adds
+
+
+# --- building -------------------------------------------------------------------------------
+
+
+def _built(metadata: dict[str, Any], tokens: list[str], kind: PreTokenizer | None) -> Tokenizer:
+    ids = {token: index for index, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        raise ValueError("a token is there twice")
+    if kind is None:
+        unknown = _special_ids(metadata)["unk_token"]
+        return _piece_tokenizer(metadata, ids, None if unknown is None else tokens[unknown])
+    return _byte_tokenizer(metadata, ids, kind)
+
+
+def _byte_tokenizer(metadata: dict[str, Any], ids: dict[str, int], kind: PreTokenizer) -> Tokenizer:
+    """Byte-level BPE, by the merges of the file."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    merges = [_parts(merge) for merge in metadata[_MERGES]]
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=kind.ignore_merges))
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _parts(merge: str) -> tuple[str, str]:
+    """The two tokens of a merge, of which the first may begin with a space."""
+    middle = merge.find(" ", 1)
+    if middle < 0:
+        raise ValueError(f"the merge {merge!r} has one part")
+    return merge[:middle], merge[middle + 1 :]
+
+
+def _piece_tokenizer(
+    metadata: dict[str, Any], ids: dict[str, int], unknown: str | None
+) -> Tokenizer:
+    """SentencePiece's BPE, whose merges follow from the tokens' scores."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    prefixed = metadata.get(_PREFIX, True)
+    tokenizer = Tokenizer(
+        models.BPE(
+            ids,
+            list(_merges(ids, metadata[_SCORES])),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=all(f"<0x{byte:02X}>" in ids for byte in range(256)),
+        )
+    )
+    # A space goes before each stretch of text between special tokens, before a space as well.
+    prefix = [normalizers.Prepend(_SPACE)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _merges(ids: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
+    """Every two tokens that make a third, the one of the highest score first."""
+    for token in sorted(ids, key=lambda token: (-scores[ids[token]], ids[token])):
+        for split in range(1, len(token)):
+            if token[:split] in ids and token[split:] in ids:
+                yield token[:split], token[split:]
+
+
+def _add_whole_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
+    """The tokens that are found in a text before anything else is done to it."""
+    from tokenizers import AddedToken
+
+    special = set(_special_ids(metadata).values())
+    kinds = metadata.get(_KINDS, [])
+    whole = []
+    for index, token in enumerate(tokens):
+        kind = kinds[index] if kinds else 0
+        control = index in special or kind in (_CONTROL_KIND, _UNKNOWN_KIND)
+        if control or kind == _USER_KIND:
+            whole.append(AddedToken(token, normalized=False, special=control))
+    tokenizer.add_tokens(whole)
+
+
+def _add_ends(tokenizer: Tokenizer, adds: dict[str, bool], special: dict[str, str | None]) -> None:
+    from tokenizers import processors
+
+    bos = special["bos_token"] if adds["add_bos_token"] else None
+    eos = special["eos_token"] if adds["add_eos_token"] else None
+    if bos is None and eos is None:
+        return
+    before, after = [f"{bos}:0"] if bos else [], [f"{eos}:0"] if eos else []
+    ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
+    single = [*before, "$A:0", *after]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=[*single, *before, "$B:0", *after], special_tokens=ids
+    )
+
+
+def _verify(
+    content: str,
+    metadata: dict[str, Any],
+    tokens: list[str],
+    adds: dict[str, bool],
+    special: dict[str, str | None],
+) -> None:
+    """That the tokenizer, read again, is the one that the file states; else ValueError."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(content)
+    if tokenizer.get_vocab_size() != len(tokens):
+        raise ValueError(f"{tokenizer.get_vocab_size()} tokens where the file has {len(tokens)}")
+    for index, token in enumerate(tokens):
+        if tokenizer.token_to_id(token) != index or tokenizer.id_to_token(index) != token:
+            raise ValueError(f"token {index} is not {token!r} any more")
+    around = [
+        tokens.index(str(special[token]))
+        for token, name in (("bos_token", "add_bos_token"), ("eos_token", "add_eos_token"))
+        if adds[name]
+    ]
+    if tokenizer.encode("").ids != around:
+        raise ValueError("BOS and EOS are not added as the file says")
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -12,9 +12,11 @@ from supra_core.formats import checksums, safetensors, torch_pickle
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
+from supra_core.formats.inside import has_file
 from supra_core.formats.jsonfile import write_object
 from supra_core.formats.mlx_experts import unstacked
 from supra_core.formats.safetensors import Progress
+from supra_core.formats.tied import as_stored
 from supra_core.layout import check_tensors
 from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named
@@ -25,13 +27,16 @@ _COMPUTED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_em
 
 def read(
     folder: Path, config: dict[str, Any], where: str
-) -> tuple[ModelSpec, dict[str, LazyTensor]]:
-    """The model in ``folder`` under ``config``, which stands in the file ``where``."""
+) -> tuple[ModelSpec, dict[str, LazyTensor], tuple[str, ...]]:
+    """The model in ``folder`` under ``config``, which stands in the file ``where``.
+
+    Last, what the user should know of how it was read, one sentence each.
+    """
     spec = families.config_to_spec(config, where)
-    tensors = families.family_of(spec).to_canonical(spec, _kept(spec, _read_weights(folder)))
-    tensors = unstacked(spec, tensors)
+    tensors = families.family_of(spec).to_canonical(spec, _stored(_read_weights(folder)))
+    spec, tensors, notes = as_stored(spec, unstacked(spec, tensors), where)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
-    return spec, tensors
+    return spec, tensors, notes
 
 
 def write(
@@ -85,6 +90,19 @@ def for_library(
         ) from None
 
 
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """The files that a folder's weights are read from; none where it holds none."""
+    for single, index in (
+        (safetensors.SINGLE, safetensors.INDEX),
+        (torch_pickle.SINGLE, torch_pickle.INDEX),
+    ):
+        if has_file(folder, single):
+            return (single,)
+        if has_file(folder, index):
+            return tuple(safetensors.shard_files(folder, index))
+    return ()
+
+
 def _read_weights(folder: Path) -> dict[str, LazyTensor]:
     if safetensors.holds_safetensors(folder):
         return safetensors.read_folder(folder)
@@ -96,10 +114,5 @@ def _read_weights(folder: Path) -> dict[str, LazyTensor]:
     )
 
 
-def _kept(spec: ModelSpec, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    dropped = ("lm_head.weight",) if spec.tie_word_embeddings else ()
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in dropped and not name.endswith(_COMPUTED_SUFFIXES)
-    }
+def _stored(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    return {n: tensor for n, tensor in tensors.items() if not n.endswith(_COMPUTED_SUFFIXES)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError
+from supra_core.formats.lfs import refuse_pointer
 
 # Bytes of a config; of an index of weights, which has a line for each tensor.
 CONFIG_BYTES = 10_000_000
@@ -37,6 +38,7 @@ def read_object(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
         raise FormatError(f"{path} cannot be read ({error.strerror}): check the path") from None
     except ValueError as error:
         raise FormatError(f"{path} cannot be read ({error}): check the path") from None
+    refuse_pointer(path, content)
     if len(content) > limit:
         raise FormatError(f"{path} is larger than {limit:,} bytes: name the right file")
     try:

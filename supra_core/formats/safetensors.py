@@ -24,6 +24,7 @@ from supra_core.errors import FormatError
 from supra_core.formats.atomic import flush_to_disk
 from supra_core.formats.inside import file_in, has_file, plain_name
 from supra_core.formats.jsonfile import INDEX_BYTES, parse, read_object, unique
+from supra_core.formats.lfs import BEGINNING_BYTES, refuse_pointer
 from supra_core.formats.mapping import mapped
 from supra_core.tensors import LazyTensor, TensorSource
 
@@ -82,12 +83,13 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of ``model.safetensors``, or of all shards its index lists."""
+    """The tensors of ``model.safetensors``, or else of all shards its index lists."""
     folder = Path(folder)
-    if has_file(folder, INDEX):
-        return _read_sharded(folder)
+    # Where both are there, transformers reads the single file.
     if has_file(folder, SINGLE):
         return read_file(folder / SINGLE)
+    if has_file(folder, INDEX):
+        return _read_sharded(folder)
     raise FormatError(f"{folder} holds neither {SINGLE} nor {INDEX}: name a folder with weights")
 
 
@@ -223,6 +225,8 @@ def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
+            file.seek(0)
+            refuse_pointer(path, file.read(BEGINNING_BYTES))
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:

@@ -18,6 +18,7 @@ from typing import Any
 from supra_core.errors import FormatError
 from supra_core.formats import torch_legacy
 from supra_core.formats.inside import file_in, has_file
+from supra_core.formats.lfs import refuse_pointer
 from supra_core.formats.pickle_machine import short
 from supra_core.formats.safetensors import shard_files
 from supra_core.formats.torch_values import STORAGE_TYPES, Storage, load
@@ -41,6 +42,7 @@ def read_file(path: str | Path) -> Any:
     try:
         with path.open("rb") as file:
             head = file.read(torch_legacy.HEAD_BYTES)
+        refuse_pointer(path, head)
         if torch_legacy.is_legacy(head):
             return torch_legacy.read(path, PICKLE_BYTES)
         if torch_legacy.is_tar(head):
@@ -75,9 +77,9 @@ def state_dict(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
-    """The weights of ``pytorch_model.bin``, or of all shards its index lists."""
+    """The weights of ``pytorch_model.bin``, or else of all shards its index lists."""
     folder = Path(folder)
-    if not has_file(folder, INDEX):
+    if has_file(folder, SINGLE) or not has_file(folder, INDEX):
         return state_dict(file_in(folder, SINGLE))
     tensors: dict[str, LazyTensor] = {}
     for name, expected in shard_files(folder, INDEX).items():

@@ -67,13 +67,12 @@ class Model:
         return capped(logits / c.get("logits_divisor", 1.0), c.get("logits_softcap"))
 
     def ffn(self, at: str, u: np.ndarray) -> np.ndarray:
-        t = self.tensors
-        gate, up = (u @ t[f"{at}{name}_proj.weight"].T for name in ("gate", "up"))
+        gate, up = (self.linear(f"{at}{name}_proj", u) for name in ("gate", "up"))
         if self.config.get("hidden_act", "silu") == "silu":
             gate = gate / (1 + np.exp(-gate))
         else:
             gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-        return (gate * up) @ t[at + "down_proj.weight"].T
+        return self.linear(at + "down_proj", gate * up)
 
     def mixture(self, at: str, u: np.ndarray) -> np.ndarray:
         experts = self.config["experts"]

@@ -245,7 +245,7 @@ def test_old_and_new_rope_fields_agree() -> None:
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "is not a multiple of"),
         ({"hidden_act": "gelu"}, "field hidden_act is 'gelu'"),
-        ({"mlp_bias": True}, "field mlp_bias"),
+        ({"mlp_bias": 1}, "field mlp_bias"),
         ({"attention_bias": "yes"}, "field attention_bias must be true or false"),
         ({"quantization_config": {"bits": 4}}, "quantised weights"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

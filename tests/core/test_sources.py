@@ -112,7 +112,9 @@ def test_common_extra_tensors_are_dropped(mistral: Path) -> None:
     _change_config(mistral, tie_word_embeddings=True)
     table = LazyTensor.of(np.ones(16, np.float32))
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    _change_tensors(mistral, lambda tensors: {**tensors, name: table})
+    embedding = open_source(mistral).tensors["model.embed_tokens.weight"]
+    more = {name: table, "lm_head.weight": embedding}
+    _change_tensors(mistral, lambda tensors: {**tensors, **more})
     found = open_source(mistral)
     assert name not in found.tensors
     assert "lm_head.weight" not in found.tensors

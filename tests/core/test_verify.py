@@ -29,7 +29,7 @@ from supra_core.spec import (
     SumNormaliser,
 )
 from supra_core.text import EncodedText
-from supra_core.verify import candidates, compare, random_ids, read_ids
+from supra_core.verify import candidates, compare, random_ids, read_ids, verify
 from tests.tiny_models import lazy_weights, with_experts
 
 SOFTMAX = SoftmaxAttention()
@@ -110,6 +110,32 @@ def test_what_is_compared_with_what() -> None:
     assert len(pairs(a, None, ["torch"], "parallel")) == 1
     with pytest.raises(SupraError, match="twice"):
         candidates(a, None, ["torch", "torch"], "parallel")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share"), [("float32", 1e-4), ("float16", 2e-2), ("bfloat16", 1e-1)]
+)
+def test_the_default_tolerance_is_a_share_of_the_largest_logit(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, share: float
+) -> None:
+    """Of 50 here; a right model's rounding grows with its logits, and with the type's."""
+
+    class Off(Counting):
+        error = 0.0
+
+        def logits(self, ids: Any, *, mask: Any = None, form: str = "parallel") -> Any:
+            return super().logits(ids) + np.float32(self.error)
+
+    loaded = {"reference": Counting(), "torch": Off()}
+    monkeypatch.setattr("supra_core.backend.load", lambda name, path, dtype: loaded[name])
+    monkeypatch.setattr("supra_core.backend.check_installed", lambda name: None)
+    both = candidates(Path("a"), None, ("reference", "torch"), "parallel")
+    for error, passed in ((0.9, True), (1.1, False)):
+        loaded["torch"].error = error * share * 50  # type: ignore[attr-defined]
+        report = verify(both, random_ids(11), dtype=dtype)
+        assert report.passed is passed
+        assert report.tolerance == pytest.approx(50 * share)
+    assert not verify(both, random_ids(11), dtype=dtype, tolerance=1e-6).passed
 
 
 def test_ids_are_fixed_and_files_are_checked(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ _LONGROPE = {
     "original_max_position_embeddings": 8,
 }  # fmt: skip
 REFUSED = [
-    ("format_version", 4, "field format_version is 4, but configuration_supra.py reads up to 3"),
+    ("format_version", 5, "field format_version is 5, but configuration_supra.py reads up to 4"),
     ("quantization", {"bits": 4}, "packed for MLX"),
     ("hidden_act", "relu", "field config.hidden_act is 'relu', which modeling_supra.py does not"),
     ("block_norm", "around", "field config.block_norm is 'around'"),

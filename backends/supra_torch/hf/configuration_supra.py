@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # What else a folder holds for supra and mlx-lm; a copy of the model gets copies of it.
 _COMPANIONS = ("original.safetensors",)
 _CHECKSUMS = "SHA256SUMS"
@@ -418,6 +418,7 @@ _FIELDS: dict[str, tuple[Any, _Check]] = {
     "tie_word_embeddings": (False, _flag),
     "embedding_norm": (False, _flag),
     "attention_bias": ("none", _one_of("none", "qkv", "qkvo")),
+    "mlp_bias": (False, _flag),
     "max_position_embeddings": (2048, _count),
     "query_key_norm": ("none", _one_of("none", "per_head", "all_heads")),
     "block_norm": ("before", _one_of("before", "after", "both")),

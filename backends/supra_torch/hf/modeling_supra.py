@@ -345,12 +345,12 @@ class FeatureProjection(nn.Module):
 class FeedForward(nn.Module):
     """A gated feed-forward network (arXiv 2002.05202)."""
 
-    def __init__(self, config: SupraConfig, inner: int) -> None:
+    def __init__(self, config: SupraConfig, inner: int, bias: bool = False) -> None:
         super().__init__()
         D = config.hidden_size
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
         self.silu = config.hidden_act == "silu"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -732,7 +732,7 @@ class SupraLayer(GradientCheckpointingLayer):
             self.self_attn = SoftmaxMixer(config, mixer)
         self.mlp: FeedForward | MixtureOfExperts
         if experts is None:
-            self.mlp = FeedForward(config, config.intermediate_size)
+            self.mlp = FeedForward(config, config.intermediate_size, config.mlp_bias)
         else:
             self.mlp = MixtureOfExperts(config, experts)
 

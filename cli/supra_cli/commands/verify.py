@@ -32,7 +32,13 @@ def command(
     save_logits: Annotated[
         Path | None, typer.Option(help="Folder for BACKEND.npy, float32 (B, T, V).")
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Allowed difference of logits.")] = 1e-3,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Allowed difference of logits.",
+            show_default="1e-4 of the largest in float32, 2e-2 in float16, 1e-1 in bfloat16",
+        ),
+    ] = None,
     dtype: options.Dtype = None,
     checksums: Annotated[
         bool, typer.Option("--checksums", help="Compare the files of folder A with SHA256SUMS.")
@@ -177,6 +183,6 @@ def _show(report: Report) -> None:
     ]
     columns = (
         f"against {report.first.label}", "form", "max difference", "KL, nats", "same top-1",
-        f"within {report.tolerance:g}",
+        f"within {report.tolerance:.2g}",
     )  # fmt: skip
     print_table(rows, columns=columns)
