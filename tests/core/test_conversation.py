@@ -313,7 +313,7 @@ def test_a_state_file_keeps_everything(tmp_path: Path) -> None:
     assert (found.owner, found.messages, found.tokens) == (OWNER, state.messages, state.tokens)
     assert found.began == state.began is not None
     np.testing.assert_array_equal(found.arrays["seen"], state.arrays["seen"])
-    with pytest.raises(SupraError, match="exists: name another place, or replace it with --force"):
+    with pytest.raises(SupraError, match="exists and holds .*: name another place, or"):
         write_state(path, state)
     write_state(path, state, force=True)
 
