@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from supra_core.errors import FormatError
 
@@ -53,7 +53,7 @@ def has_file(folder: Path, name: str) -> bool:
     return os.path.isfile(folder / name) and os.path.isfile(file_in(folder, name))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """``path`` for reading bytes; :class:`FormatError` where it is no regular file.
 
     A pipe would be waited for without end, a device read without end. OSError as of :func:`open`.

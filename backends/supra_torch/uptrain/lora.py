@@ -66,7 +66,7 @@ def begun(spec: ModelSpec, rank: int, seed: int) -> dict[str, LazyTensor]:
 
 def shapes(spec: ModelSpec, rank: int) -> dict[str, tuple[int, int]]:
     """The shape of each tensor of :func:`begun`."""
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for name, (outputs, inputs) in _adapted(spec):
         found |= {name + _ADDED + "A": (rank, inputs), name + _ADDED + "B": (outputs, rank)}
     return found
