@@ -117,7 +117,7 @@ def _whose(path: Path) -> str | None:
         return f"a state of {model}"
     asked = [message["content"] for message in messages if message["role"] == "user"]
     if not asked:
-        return f"what {model} has read"
+        return f"a conversation with {model} (no question yet)"
     last = asked[-1] if len(asked[-1]) <= _QUOTED else asked[-1][:_QUOTED] + "..."
     turns = "1 turn" if len(asked) == 1 else f"{len(asked):,} turns"
     return f"a conversation with {model} ({turns}, the last question: {last})"
