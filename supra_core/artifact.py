@@ -28,9 +28,15 @@ from supra_core.formats.mlx_experts import unstacked
 from supra_core.formats.mlx_quantized import Packed, read_packed, unpacked
 from supra_core.formats.safetensors import Progress
 from supra_core.hub.identity import hub_id
-from supra_core.layout import FLOAT32_SUFFIXES, check_tensors, parameter_count
+from supra_core.layout import (
+    FLOAT32_SUFFIXES,
+    check_tensors,
+    layer_prefix,
+    parameter_count,
+    tensor_shapes,
+)
 from supra_core.linearize import left_out
-from supra_core.spec import ModelSpec
+from supra_core.spec import LinearAttention, ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource, dtype_named
 from supra_core.visible import visible
 
@@ -77,9 +83,37 @@ def read(folder: str | Path) -> Artifact:
                 f"{folder}: {name} is {tensor.dtype}, but {CONFIG} states {dtype}: convert the "
                 "model again"
             )
-    kept = folder / ORIGINAL
-    originals = safetensors.read_file(kept) if has_file(folder, ORIGINAL) else {}
-    return Artifact(spec, tensors, originals, folder, dtype, packed)
+    return Artifact(spec, tensors, _originals(folder, spec, dtype), folder, dtype, packed)
+
+
+def replaced_by_calibrating(spec: ModelSpec) -> list[str]:
+    """The transformer's tensors in whose place a calibrated model has its own."""
+    return [
+        f"{layer_prefix(index)}self_attn.o_proj.weight"
+        for index, layer in enumerate(spec.layers)
+        if isinstance(layer.mixer, LinearAttention)
+    ]
+
+
+def _originals(folder: Path, spec: ModelSpec, dtype: str) -> dict[str, LazyTensor]:
+    """What stands in ORIGINAL; FormatError unless it is all that calibrating replaced."""
+    if not has_file(folder, ORIGINAL):
+        return {}
+    kept, shapes = folder / ORIGINAL, tensor_shapes(spec)
+    found = safetensors.read_file(kept)
+    remedy = "get the file again, or delete it to do without the transformer that it is of"
+    wanted = replaced_by_calibrating(spec)
+    for name in sorted(found.keys() ^ set(wanted)):
+        said = "is missing" if name in wanted else "is none that calibrating replaces"
+        raise FormatError(f"{kept}: {name} {said}: {remedy}")
+    for name, tensor in found.items():
+        type_ = stored_dtype(name, dtype)
+        if tensor.shape != shapes[name] or tensor.dtype != type_:
+            raise FormatError(
+                f"{kept}: {name} is {tensor.dtype} {list(tensor.shape)}, not {type_} "
+                f"{list(shapes[name])}: {remedy}"
+            )
+    return found
 
 
 def write(

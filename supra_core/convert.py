@@ -154,7 +154,7 @@ def convert(
     if calibrate is not None:
         _require_finite(found, source)
         used, changed = calibrate(found, spec, tensors, progress)
-        originals = {name: tensors[name] for name in changed if name in found.tensors}
+        originals = {name: tensors[name] for name in artifact.replaced_by_calibrating(spec)}
         spec = replace(spec, provenance=replace(spec.provenance, calibration_tokens=used))
         tensors |= changed
     if fold:

@@ -54,7 +54,7 @@ def write(folder: Path, name: str, result: dict[str, Any], table: Table, force: 
     paths = refuse_existing(folder, name, result["device"], force)
     texts = dict(zip(paths, (json.dumps(result, indent=2) + "\n", markdown(table)), strict=True))
     for path, text in texts.items():
-        with atomic_file(path) as partial:
+        with atomic_file(path, replace=force) as partial:
             partial.write_text(text, encoding="utf-8")
     return list(texts)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from supra_core.backend import StateArrays
 from supra_core.errors import SupraError
@@ -54,7 +54,12 @@ def numbered(cache: Any) -> Iterator[tuple[str, Array]]:
 
 
 def fill_numbered(cache: Any, entries: list[Array]) -> None:
-    """The inverse of :func:`numbered`."""
+    """The inverse of :func:`numbered`; ValueError for a place outside of a window's cache."""
+    if isinstance(cache, RotatingKVCache):
+        keys, values, _, keep, most, place = entries
+        within = 0 <= int(place) <= keys.shape[2] == values.shape[2]
+        if not within or keep != cache.keep or most != cache.max_size:
+            raise ValueError("a sliding window's place is outside of its keys")
     cache.state = tuple(x.item() if x.ndim == 0 else to_mlx(x) for x in entries)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def target(name: str, *, source: str | None = None, offline: bool = False) -> Hu
     return found
 
 
-def push(folder: Path, model: HubId, private: bool) -> dict[str, Any]:
+def push(folder: Path, model: HubId, private: bool, include: Sequence[str] = ()) -> dict[str, Any]:
     """Upload ``folder``, with huggingface_hub's bars on a terminal and lines elsewhere."""
     import sys
 
@@ -39,12 +40,18 @@ def push(folder: Path, model: HubId, private: bool) -> dict[str, Any]:
     log(f"push  {folder} to {model}")
     if not sys.stderr.isatty() and not are_progress_bars_disabled():
         disable_progress_bars()
-    done = upload(folder, model, private=private)
+    done = upload(folder, model, private=private, include=include)
     log(f"push  {done.files} files, {bytes_text(done.size)}, in one commit: {done.url}")
+    if done.left_out:
+        log(
+            f"push  left out, as SHA256SUMS does not list it: {', '.join(done.left_out)} "
+            "(--include NAME uploads a file all the same)"
+        )
     return {
         "model": str(model),
         "commit": done.commit,
         "url": done.url,
         "files": done.files,
         "bytes": done.size,
+        "left_out": list(done.left_out),
     }

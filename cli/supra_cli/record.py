@@ -33,9 +33,9 @@ def _gpu() -> str | None:
     return None
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """``record`` with its :func:`origin` as a JSON file, written whole or not."""
+def write_record(path: Path, record: dict[str, Any], *, replace: bool = True) -> None:
+    """``record`` with its :func:`origin` as a JSON file, written as :func:`atomic_file` does."""
     from supra_cli.output import json_text
 
-    with atomic_file(path) as beside:
+    with atomic_file(path, replace=replace) as beside:
         beside.write_text(json_text({**origin(), **record}) + "\n", encoding="utf-8")

@@ -19,8 +19,10 @@ from supra_core.fingerprint import fingerprint
 from supra_core.formats.state_file import Owner, SavedState, check_owner, read_state, write_state
 from supra_core.generate import Sampling
 from supra_core.progress import silent
+from supra_core.resumption import restored
 from supra_core.sizes import Sizes, measure
 from supra_core.sources import Source, open_source
+from supra_core.spec import ModelSpec
 from supra_core.tensors import dtype_named
 from supra_core.text import ModelTokenizer
 
@@ -30,13 +32,15 @@ class Speaker:
     """A loaded model.
 
     ``owner`` says what its states are known by, which takes reading some weights once; ``begun``:
-    the file that its first conversation goes on from, and what is in it.
+    the file that its first conversation goes on from, and what is in it. ``spec``: of the model,
+    which states from files are held against.
     """
 
     engine: Engine
     owner: Callable[[], Owner]
     sizes: Sizes
     begun: tuple[Path, SavedState] | None = None
+    spec: ModelSpec | None = None
 
     def continuation(
         self, prompt: str, sampling: Sampling, stop: Sequence[str] = ()
@@ -69,7 +73,8 @@ class Speaker:
         )
 
     def _resumed(self, path: Path, saved: SavedState) -> Conversation:
-        conversation, state = Conversation(self.engine), self.engine.restored(saved.arrays)
+        conversation = Conversation(self.engine)
+        state = restored(self.engine, saved, path, self.spec)
         conversation.restore(Snapshot(saved.messages, saved.tokens, state, saved.began))
         if not conversation.fits():
             log(
@@ -96,8 +101,8 @@ def load_speaker(
     owner = cache(partial(_owner, source, name, dtype or source.dtype))
     begun = None if state is None else (state, _fitting(state, owner))
     make = _mlx_engine if name == "mlx" else partial(_backend_engine, name)
-    tokenizer = source.tokenizer(parse_markers=parse_markers)
-    return Speaker(make(source, tokenizer, dtype), owner, _sizes(source, name, dtype), begun)
+    engine = make(source, source.tokenizer(parse_markers=parse_markers), dtype)
+    return Speaker(engine, owner, _sizes(source, name, dtype), begun, source.spec)
 
 
 def _sizes(source: Source, backend: str, dtype: str | None) -> Sizes:

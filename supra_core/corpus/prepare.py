@@ -26,8 +26,8 @@ from supra_core.corpus.store import (
     type_for,
     write_index,
 )
-from supra_core.errors import SupraError
-from supra_core.formats.atomic import atomic_file, check_replaceable, put_folder, writing
+from supra_core.errors import FormatError, SupraError
+from supra_core.formats.atomic import atomic_file, check_replaceable, locked, put_folder, writing
 from supra_core.formats.jsonfile import INDEX_BYTES, read_object
 from supra_core.progress import Progress, silent
 from supra_core.text import TOKENIZER, ModelTokenizer, load_tokenizer
@@ -81,6 +81,18 @@ class _Position:
     skipped: list[str] = field(default_factory=list)
     skipped_count: int = 0
 
+    @classmethod
+    def stated(cls, value: Mapping[str, Any]) -> _Position:
+        """As :func:`_complete` wrote it; ValueError or KeyError names a field that is wrong."""
+        shards = [Shard.stated(shard) for shard in value["shards"]]
+        for name in ("records", "skipped_count"):
+            if type(value[name]) is not int or not 0 <= value[name] < 2**63:
+                raise ValueError(name)
+        skipped = value["skipped"]
+        if not isinstance(skipped, list) or not all(isinstance(text, str) for text in skipped):
+            raise ValueError("skipped")
+        return cls(shards, value["records"], skipped, value["skipped_count"])
+
 
 def prepare(
     settings: Settings,
@@ -112,21 +124,33 @@ def prepare(
     # A path such as "." or "..", or one that is a link, has no name of its own.
     place = Path(os.path.realpath(out))
     work = place.with_name(f".{place.name}.preparing")
-    position = _begun(work, facts)
-    reading = Reading(settings.field, settings.split, _renderer(tokenizer), settings.vocab_size)
-    _write_shards(settings, tokenizer, reading, work, position, facts, progress)
-    if not position.shards:
-        shutil.rmtree(work)
-        raise SupraError(f"{', '.join(settings.sources)} has no text: name a file with some in it")
-    facts |= {
-        "skipped": position.skipped_count,
-        "skipped_first": position.skipped,
-        "left_out": dict(reading.left_out),
-    }
-    write_index(work, position.shards, facts)
-    (work / _POSITION).unlink(missing_ok=True)
     with writing(place):
-        put_folder(work, place)
+        work.mkdir(parents=True, exist_ok=True)
+    with locked(work) as held:
+        if held is False:
+            raise SupraError(
+                f"{out} is being prepared by another process: wait for its end, or name another "
+                "folder"
+            )
+        # It may have been completed while this one waited to begin.
+        check_replaceable(out, force, holds=INDEX)
+        position = _begun(work, facts)
+        reading = Reading(settings.field, settings.split, _renderer(tokenizer), settings.vocab_size)
+        _write_shards(settings, tokenizer, reading, work, position, facts, progress)
+        if not position.shards:
+            shutil.rmtree(work)
+            raise SupraError(
+                f"{', '.join(settings.sources)} has no text: name a file with some in it"
+            )
+        facts |= {
+            "skipped": position.skipped_count,
+            "skipped_first": position.skipped,
+            "left_out": dict(reading.left_out),
+        }
+        write_index(work, position.shards, facts)
+        (work / _POSITION).unlink(missing_ok=True)
+        with writing(place):
+            put_folder(work, place, force)
     return TokenStore(out)
 
 
@@ -158,16 +182,22 @@ def _begun(work: Path, facts: dict[str, Any]) -> _Position:
     file = work / _POSITION
     if os.path.isfile(file):
         before = read_object(file, INDEX_BYTES)
-        known = before.pop("facts")
-        # Older versions stated every file, however many.
-        known["files"] = in_short(known["files"])
-        # As JSON has it: tuples are lists there.
-        if known == json.loads(json.dumps(facts)):
-            shards = [Shard(**shard) for shard in before.pop("shards")]
-            return _Position(shards=shards, **before)
+        try:
+            known = before["facts"]
+            # Older versions stated every file, however many.
+            known["files"] = in_short(known["files"])
+            # As JSON has it: tuples are lists there.
+            if known == json.loads(json.dumps(facts)):
+                return _Position.stated(before)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"{file}: {error} is missing or wrong: remove {work}, to prepare the text from its "
+                "beginning"
+            ) from None
     with writing(work):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        # The folder itself stays: it is locked.
+        for left in work.iterdir():
+            left.unlink()
     return _Position()
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from supra_core.errors import FormatError
 from supra_core.formats.atomic import atomic_file, flush_to_disk, writing
+from supra_core.formats.checksums import digest_of
 from supra_core.formats.jsonfile import INDEX_BYTES, read_object
 
 INDEX = "index.json"
@@ -36,11 +37,26 @@ Ids = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard's size, and the SHA-256 of its tokens."""
+    """One shard's size, and the SHA-256 of both its files; older folders have the tokens' alone."""
 
     tokens: int
     documents: int
     sha256: str
+    documents_sha256: str | None = None
+
+    @classmethod
+    def stated(cls, value: object) -> Shard:
+        """As an index states it; ValueError for what describes no shard."""
+        if not isinstance(value, dict) or not value.keys() <= cls.__dataclass_fields__.keys():
+            raise ValueError("shards")
+        for name, field in value.items():
+            if name in ("tokens", "documents"):
+                right = type(field) is int and 0 <= field < 2**63
+            else:
+                right = isinstance(field, str) or (field is None and name == "documents_sha256")
+            if not right:
+                raise ValueError(name)
+        return cls(**value)
 
 
 def type_for(vocab_size: int) -> str:
@@ -87,9 +103,13 @@ class ShardWriter:
             self._file.close()
             flush_to_disk(self._tokens)
             # Not by tofile, which does not see a disk that is full.
-            self._documents.write_bytes(np.array(self._starts, dtype=_STARTS).tobytes())
+            starts = np.array(self._starts, dtype=_STARTS).tobytes()
+            self._documents.write_bytes(starts)
             flush_to_disk(self._documents)
-        return Shard(self.tokens, len(self._starts), self._digest.hexdigest())
+        return Shard(
+            self.tokens, len(self._starts), self._digest.hexdigest(),
+            hashlib.sha256(starts).hexdigest(),
+        )  # fmt: skip
 
     def abandon(self) -> None:
         """Close the shard without completing it."""
@@ -107,16 +127,16 @@ class TokenStore:
         self.index = read_object(folder / INDEX, INDEX_BYTES)
         if self.index.get("format") != FORMAT:
             raise FormatError(f"{folder / INDEX} is of no prepared text: name another folder")
-        if self.index.get("version") != VERSION:
+        version = self.index.get("version")
+        if type(version) is not int or version != VERSION:
             raise FormatError(
-                f"{folder / INDEX}: version {self.index.get('version')} is not known: prepare the "
-                "text again"
+                f"{folder / INDEX}: version {version} is not known: prepare the text again"
             )
         try:
             self._dtype = _TYPES[self.index["dtype"]]
-            self.shards = tuple(Shard(**shard) for shard in self.index["shards"])
+            self.shards = tuple(map(Shard.stated, self.index["shards"]))
             self.tokenizer_hash = str(self.index["tokenizer"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
                 f"{folder / INDEX}: {error} is missing or wrong: prepare the text again"
             ) from None
@@ -133,6 +153,24 @@ class TokenStore:
         """SHA-256 of every shard, in order: another text has another."""
         digests = "".join(shard.sha256 for shard in self.shards)
         return hashlib.sha256(digests.encode()).hexdigest()
+
+    def check(self, remedy: str = "prepare the text again") -> None:
+        """Read every shard once and compare it with its sums.
+
+        Raises FormatError that names the file which is not as it was written, and ``remedy``.
+        """
+        for number, shard in enumerate(self.shards):
+            sums = (shard.sha256, shard.documents_sha256)
+            for file, stated in zip(_names(self.folder, number), sums, strict=True):
+                if stated is not None and digest_of(file) != stated:
+                    raise FormatError(f"{file} is not as it was written: {remedy}")
+            # Where documents begin had no sum in older versions.
+            starts = self._starts[number]
+            ordered = bool(np.all(starts[1:] > starts[:-1]))
+            if len(starts) and not (ordered and starts[-1] < shard.tokens):
+                raise FormatError(
+                    f"{_names(self.folder, number)[1]} does not say where documents begin: {remedy}"
+                )
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.shards else 0

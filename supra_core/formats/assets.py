@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from supra_core.errors import FormatError
-from supra_core.formats.inside import has_file, plain_name
+from supra_core.formats.inside import has_file, open_regular, plain_name
 from supra_core.formats.lfs import refuse_pointer
 
 # Copied from a source folder where they are there; nothing that could be code is.
@@ -47,7 +47,7 @@ def write_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
 
 def _content(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(ASSET_BYTES + 1)
     except OSError as error:
         raise FormatError(f"{path} cannot be read ({error.strerror}): check the file") from None

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from supra_core.errors import FormatError
-from supra_core.formats.inside import file_in, plain_name
+from supra_core.formats.atomic import atomic_file
+from supra_core.formats.inside import file_in, has_file, open_regular, plain_name
 
 NAME = "SHA256SUMS"
 # Bytes of the file, which has a line of about a hundred for each of the folder's files.
@@ -54,44 +55,62 @@ def _counts(name: str) -> bool:
 
 
 def write(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Write ``SHA256SUMS`` for all files in ``folder``, which holds no other folders.
+    """Write ``SHA256SUMS`` for all files in ``folder``, but none of the folders in it.
 
     ``known``: file name -> digest, of files whose sum was computed while they were written.
     """
     digests = dict(known or {})
     for path in folder.iterdir():
-        if path.name != NAME and path.name not in digests:
-            digests[path.name] = _digest(path)
+        if path.name != NAME and path.name not in digests and path.is_file():
+            digests[path.name] = digest_of(path)
+    write_sums(folder, digests)
+
+
+def write_sums(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write ``SHA256SUMS`` for these files alone: file name -> digest."""
     lines = [f"{digests[name]}  {name}\n" for name in sorted(digests)]
-    (folder / NAME).write_text("".join(lines), encoding="utf-8")
+    with atomic_file(folder / NAME) as beside:
+        beside.write_text("".join(lines), encoding="utf-8")
+
+
+def refuse_changed(folder: Path, remedy: str) -> None:
+    """Raise FormatError when a listed file is not as it was written; ``remedy`` ends the sentence.
+
+    A folder that has no list, as older versions left it, passes.
+    """
+    if not has_file(folder, NAME):
+        return
+    for problem in check(folder).problems:
+        said = "is not as it was written" if problem.problem == "differs" else problem.problem
+        raise FormatError(f"{folder / problem.file} {said}: {remedy}")
 
 
 def check(folder: str | Path) -> Check:
     """Compare a folder's files with its ``SHA256SUMS``; FormatError if there is none to read."""
     folder = Path(folder)
-    listed = _read(folder)
+    stated = listed(folder)
     problems = []
-    for name, digest in listed.items():
+    for name, digest in stated.items():
         path = file_in(folder, name)
         try:
             if not path.is_file():
                 problems.append(Problem(name, "is missing"))
-            elif _digest(path) != digest:
+            elif digest_of(path) != digest:
                 problems.append(Problem(name, "differs"))
         except OSError:
             problems.append(Problem(name, "cannot be read"))
     names = {path.name for path in folder.iterdir() if os.path.isfile(path)}
-    unlisted = sorted(names - listed.keys() - {NAME})
-    return Check(len(listed), tuple(problems), tuple(unlisted))
+    unlisted = sorted(names - stated.keys() - {NAME})
+    return Check(len(stated), tuple(problems), tuple(unlisted))
 
 
-def _read(folder: Path) -> dict[str, str]:
-    """File name -> digest, as the folder's list states them."""
+def listed(folder: Path) -> dict[str, str]:
+    """File name -> digest, as the folder's list states them; FormatError without one."""
     if not os.path.isdir(folder):
         raise FormatError(f"{folder} is no folder: name the folder of a model")
     path = file_in(folder, NAME)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(SUMS_BYTES + 1)
         text = content.decode("utf-8")
     except FileNotFoundError:
@@ -102,17 +121,18 @@ def _read(folder: Path) -> dict[str, str]:
         raise FormatError(f"{path} cannot be read ({error}): get the file again") from None
     if len(content) > SUMS_BYTES:
         raise FormatError(f"{path} is larger than {SUMS_BYTES:,} bytes: get the file again")
-    listed: dict[str, str] = {}
+    found: dict[str, str] = {}
     for number, line in enumerate(text.split("\n")[:-1] if text.endswith("\n") else [text], 1):
-        found = _LINE.fullmatch(line)
-        if found is None or not plain_name(found[2]) or found[2] in listed:
+        sum_ = _LINE.fullmatch(line)
+        if sum_ is None or not plain_name(sum_[2]) or sum_[2] in found:
             raise FormatError(
                 f"{path}: line {number} is no sum of a file in this folder: get the file again"
             )
-        listed[found[2]] = found[1].lower()
-    return listed
+        found[sum_[2]] = sum_[1].lower()
+    return found
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

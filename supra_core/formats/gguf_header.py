@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from supra_core.errors import FormatError
+from supra_core.formats.inside import open_regular
 from supra_core.formats.lfs import BEGINNING_BYTES, refuse_pointer
 
 # Numbers of metadata and of tensors.
@@ -57,7 +58,7 @@ class Stored:
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """Metadata by key, tensors by name; :class:`FormatError` if the file is not what it claims."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             refuse_pointer(path, file.read(BEGINNING_BYTES))
             return _Reader(path, file, file.seek(0, 2)).header()
     except FileNotFoundError:

@@ -9,7 +9,9 @@ whole repository is the border.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 from supra_core.errors import FormatError
@@ -49,6 +51,20 @@ def file_in(folder: Path, name: str) -> Path:
 def has_file(folder: Path, name: str) -> bool:
     """Whether ``folder`` holds such a file; :class:`FormatError` for a link that leads out."""
     return os.path.isfile(folder / name) and os.path.isfile(file_in(folder, name))
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """``path`` for reading bytes; :class:`FormatError` where it is no regular file.
+
+    A pipe would be waited for without end, a device read without end. OSError as of :func:`open`.
+    """
+    # Not to wait for a pipe's other side; it changes nothing for a file.
+    opener = lambda name, flags: os.open(name, flags | os.O_NONBLOCK)  # noqa: E731
+    file = open(path, "rb", opener=opener)  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FormatError(f"{path} is no regular file, but a pipe or a device: put a file there")
+    return file
 
 
 def files_in(folder: Path, pattern: str) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError
+from supra_core.formats.inside import open_regular
 from supra_core.formats.lfs import refuse_pointer
 
 # Bytes of a config; of an index of weights, which has a line for each tensor.
@@ -30,7 +31,7 @@ def read_object(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
     ``limit``: bytes above which the file is refused unread.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(limit + 1)
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist: check the path") from None

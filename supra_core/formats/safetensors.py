@@ -22,7 +22,7 @@ import numpy as np
 
 from supra_core.errors import FormatError
 from supra_core.formats.atomic import flush_to_disk
-from supra_core.formats.inside import file_in, has_file, plain_name
+from supra_core.formats.inside import file_in, has_file, open_regular, plain_name
 from supra_core.formats.jsonfile import INDEX_BYTES, parse, read_object, unique
 from supra_core.formats.lfs import BEGINNING_BYTES, refuse_pointer
 from supra_core.formats.mapping import mapped
@@ -223,7 +223,7 @@ def _checked(path: Path) -> tuple[int, dict[str, Place], dict[str, str]]:
 def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
     """Where the tensors begin, the file's size, and what stands before them."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             refuse_pointer(path, file.read(BEGINNING_BYTES))

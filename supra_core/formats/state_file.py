@@ -31,6 +31,8 @@ from supra_core.tensors import LazyTensor
 _FIELDS_1 = ("model", "source", "backend", "dtype", "messages")
 FORMATS = {"supra-state-1": _FIELDS_1, "supra-state-2": (*_FIELDS_1, "began")}
 _PREFIX = "state."
+# Characters of a question that stand for its conversation.
+_QUOTED = 60
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class SavedState:
 
 
 def write_state(path: str | Path, state: SavedState, *, force: bool = False) -> None:
-    """Write the file whole or not at all; SupraError when it exists and ``force`` is not given."""
-    check_new_file(path, force)
+    """Write the file whole or not at all; raises as :func:`check_new_state`."""
+    check_new_state(path, force)
     arrays = {"tokens": np.array(state.tokens, dtype=np.int64)}
     arrays |= {_PREFIX + name: np.array(a, order="C") for name, a in state.arrays.items()}
     metadata = {
@@ -75,8 +77,50 @@ def write_state(path: str | Path, state: SavedState, *, force: bool = False) -> 
     if state.began is not None:
         version, metadata["began"] = "supra-state-2", state.began.isoformat()
     metadata = {"format": version, **metadata, "sha256": _digest(metadata, arrays)}
-    with atomic_file(path) as beside:
+    with atomic_file(path, replace=force) as beside:
         write_file(beside, {name: LazyTensor.of(a) for name, a in arrays.items()}, metadata)
+
+
+def check_new_state(path: str | Path, force: bool) -> None:
+    """Raise SupraError where :func:`write_state` would: a state that is there is named.
+
+    ``force``: it may be replaced, as long as it is a state.
+    """
+    place = Path(path)
+    if os.path.isfile(place):
+        whose = _whose(place)
+        if whose is None and force:
+            raise SupraError(
+                f"{path} is no saved state, so it is not replaced even by force: name another file"
+            )
+        if whose is not None and not force:
+            raise SupraError(
+                f"{path} exists and holds {whose}: name another place, or replace it with --force"
+            )
+    check_new_file(path, force)
+
+
+def _whose(path: Path) -> str | None:
+    """Which conversation a file holds, for whoever is about to replace it; None for no state."""
+    try:
+        stated = _metadata(path)
+    except FormatError:
+        return None
+    if stated.get("format") not in FORMATS:
+        return None
+    model = stated.get("source", "another model")
+    try:
+        messages = parse(stated.get("messages", ""))
+    except ValueError:
+        messages = None
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        return f"a state of {model}"
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    if not asked:
+        return f"a conversation with {model} (no question yet)"
+    last = asked[-1] if len(asked[-1]) <= _QUOTED else asked[-1][:_QUOTED] + "..."
+    turns = "1 turn" if len(asked) == 1 else f"{len(asked):,} turns"
+    return f"a conversation with {model} ({turns}, the last question: {last})"
 
 
 def read_state(path: str | Path) -> SavedState:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError
+from supra_core.formats.inside import open_regular
 from supra_core.formats.pickle_machine import short
 from supra_core.formats.torch_values import STORAGE_TYPES, Storage, load
 
@@ -45,7 +46,7 @@ def read(path: Path, limit: int) -> Any:
 
     :class:`FormatError` for what is damaged, unsafe, or reaches past the file.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         content = io.BytesIO(file.read(limit))
     storages = _Storages(path)
     for expected, what in ((_MAGIC, "magic number"), (_VERSION, "version")):
@@ -94,7 +95,7 @@ class _Storages:
         if type(keys) is not list or len(keys) != len(self.found):
             raise FormatError(f"{self.path}: its list of storages is damaged: get the file again")
         placed: set[str] = set()
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             size = file.seek(0, os.SEEK_END)
             for key in keys:
                 storage = self.found.get(key) if isinstance(key, str) else None

@@ -17,7 +17,7 @@ from typing import Any
 
 from supra_core.errors import FormatError
 from supra_core.formats import torch_legacy
-from supra_core.formats.inside import file_in, has_file
+from supra_core.formats.inside import file_in, has_file, open_regular
 from supra_core.formats.lfs import refuse_pointer
 from supra_core.formats.pickle_machine import short
 from supra_core.formats.safetensors import shard_files
@@ -40,7 +40,7 @@ def read_file(path: str | Path) -> Any:
     if not os.path.isfile(path):
         raise FormatError(f"{path} does not exist: check the path")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(torch_legacy.HEAD_BYTES)
         refuse_pointer(path, head)
         if torch_legacy.is_legacy(head):
@@ -130,7 +130,7 @@ class _Archive:
     def _content(self, name: str, record: Record) -> bytes:
         if record.size > PICKLE_BYTES:
             raise FormatError(f"{self.path}: {name} has more than {PICKLE_BYTES:,} bytes: refused")
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(record.offset)
             content = file.read(record.size)
         if len(content) != record.size or zlib.crc32(content) != record.crc:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from supra_core.errors import FormatError
+from supra_core.formats.inside import open_regular
 
 # Records of an archive, and bytes of its directory.
 RECORDS = 250_000
@@ -43,7 +44,7 @@ class Record:
 
 def read_records(path: Path) -> dict[str, Record]:
     """Name -> where the record lies; :class:`FormatError` for an archive that is not as above."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, 2)
         content, directory_at, count = _directory(path, file, size)
         records: dict[str, Record] = {}

@@ -1,15 +1,16 @@
-"""A model's folder to the hub, as one commit: all of it, or nothing."""
+"""A model's folder to the hub, as one commit: what it lists as its own, or nothing."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats import checksums
-from supra_core.formats.inside import files_in
+from supra_core.formats.inside import file_in, files_in
 from supra_core.hub.downloads import CONFIG
 from supra_core.hub.failures import LOG_IN, PATIENCE, explained, has_token
 from supra_core.hub.identity import HubId
@@ -20,13 +21,17 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 @dataclass(frozen=True)
 class Upload:
-    """What was done; ``commit`` is the hash of the new state, ``size`` the bytes of its files."""
+    """What was done; ``commit`` is the hash of the new state, ``size`` the bytes of its files.
+
+    ``left_out``: names of the folder's files that stayed here.
+    """
 
     model: HubId
     commit: str
     url: str
     files: int
     size: int
+    left_out: tuple[str, ...] = ()
 
 
 def check_upload(model: HubId) -> None:
@@ -65,16 +70,19 @@ def check_folder(folder: Path) -> None:
         raise SupraError(f"{folder} is no folder: name the folder of a model")
 
 
-def upload(folder: str | Path, model: HubId, *, private: bool = False) -> Upload:
-    """Put every file of ``folder`` on the hub in one commit; ``private``: for a new repository.
+def upload(
+    folder: str | Path, model: HubId, *, private: bool = False, include: Sequence[str] = ()
+) -> Upload:
+    """Put a model's folder on the hub in one commit; ``private``: for a new repository.
 
-    Weights that the repository has and the folder has not are deleted by the same commit, or
-    they would be read instead. Raises SupraError for a folder that is not whole or no model, and
-    as :func:`check_upload`.
+    That is what its ``SHA256SUMS`` lists, and that file: what else lies there stays, but for what
+    ``include`` names. Weights that the repository has and the folder has not are deleted by the
+    same commit, or they would be read instead. Raises SupraError for a folder that is not whole
+    or no model, and as :func:`check_upload`.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    files = _files(Path(folder))
+    files, left_out = _files(Path(folder), include)
     api = HfApi()
     try:
         api.create_repo(model.name, private=private or None, exist_ok=True)
@@ -96,30 +104,31 @@ def upload(folder: str | Path, model: HubId, *, private: bool = False) -> Upload
     except Exception as error:  # Each kind of failure has its own type there.
         raise explained(error, model, "be put on") from None
     size = sum(path.stat().st_size for path in files)
-    return Upload(model, done.oid, done.commit_url, len(files), size)
+    return Upload(model, done.oid, done.commit_url, len(files), size, left_out)
 
 
-def _files(folder: Path) -> list[Path]:
-    """What is uploaded: the folder's own files, none hidden and none that differs from its sum."""
+def _files(folder: Path, include: Sequence[str]) -> tuple[list[Path], tuple[str, ...]]:
+    """What is uploaded, none of which differs from its sum; and the names of what is not."""
     check_folder(folder)
-    files = [
-        path for path in files_in(folder, "*") if path.is_file() and not path.name.startswith(".")
-    ]
-    names = {path.name for path in files}
+    names = {path.name for path in files_in(folder, "*") if path.is_file()}
     if CONFIG not in names or not any(name.endswith(_WEIGHTS) for name in names):
         raise FormatError(
             f"{folder} is no model's folder ({CONFIG} and weights): name one, such as the folder "
             "model in an uptraining run"
         )
-    if checksums.NAME in names:
-        found = checksums.check(folder)
-        if not found.passed:
-            wrong = [problem.file for problem in found.problems] or list(found.unlisted)
-            raise FormatError(
-                f"{folder} is not as it was written, which {wrong[0]} shows: look at it by supra "
-                f"verify --checksums, and convert again or mend {checksums.NAME}"
-            )
-    return files
+    for name in include:
+        if name not in names:
+            raise SupraError(f"{folder} has no file {name} to include: name one of its files")
+    listed = checksums.listed(folder)
+    found = checksums.check(folder)
+    if not found.passed:
+        wrong = [problem.file for problem in found.problems] or list(found.unlisted)
+        raise FormatError(
+            f"{folder} is not as it was written, which {wrong[0]} shows: look at it by supra "
+            f"verify --checksums, and convert again or mend {checksums.NAME}"
+        )
+    wanted = {name for name in listed if not name.startswith(".")} | {checksums.NAME, *include}
+    return [file_in(folder, name) for name in sorted(wanted)], tuple(sorted(names - wanted))
 
 
 def _check_account(model: HubId, user: dict[str, Any]) -> None:

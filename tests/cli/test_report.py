@@ -412,11 +412,37 @@ def test_damaged_metrics_are_refused_with_their_line(tmp_path: Path) -> None:
         '{"stage": "uptrain", "loss": 1, "tokens": ' + "1" * 5000 + "}",
         r'{"stage": "\ud83d", "loss": 1, "tokens": 1}',
         "[" * 100_000,
+        *(
+            json.dumps({**step, name: odd})
+            for name in ("loss", "tokens", "stage", "stage_index")
+            for odd in ("1", None, True, [], {})
+            if not (name == "stage" and odd == "1")
+        ),
+        *(json.dumps({"perplexity": odd, "tokens": 1}) for odd in ("1", None, [], True)),
+        *(json.dumps({"teacher_perplexity": odd}) for odd in ("1", [], True)),
+        *(json.dumps({**step, "tokens": odd}) for odd in (-1, 2**63, 1.5)),
+        "5",
+        "[]",
+        "null",
+        '"loss"',
     )
     for line in wrong:
         metrics.write_text(line + "\n" + json.dumps(step))
         with pytest.raises(FormatError, match="line 1"):
             read_curve(tmp_path)
+
+
+def test_what_is_not_finite_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    step = {"stage": "distill", "step": 1, "loss": 2.0, "tokens": 64}
+    lines: list[dict[str, Any]] = [step]
+    for odd in (math.nan, math.inf, 10**400):
+        lines += [{**step, "loss": odd}, {"perplexity": odd, "tokens": 1, "step": 1}]
+        lines += [{**step, "stage": "uptrain", "loss": odd}, {"teacher_perplexity": odd}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = read_curve(tmp_path)
+    assert [stage.losses for stage in found.stages] == [(2.0,)]
+    assert found.held_out == () and found.teacher_perplexity is None
 
 
 def test_steps_that_were_left_out_are_not_in_the_curves(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from supra_core.spec import (
     SumNormaliser,
 )
 from supra_core.tensors import LazyTensor
+from tests.tiny_models import SPECS, lazy_weights
 
 LINEAR = LinearAttention(
     feature_map=FeatureMap("signed_softmax", 8, Identity()),
@@ -257,3 +258,36 @@ def test_writing_needs_the_spec_s_tensors(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match=r"missing model\.norm\.weight"):
         artifact.write(tmp_path / "m", spec, tensors, {}, dtype="float32")
     assert safetensors.SHARD_BYTES == 5_000_000_000
+
+
+def _kept(spec: ModelSpec) -> dict[str, Any]:
+    """The transformer's tensors of a calibrated model."""
+    shapes = tensor_shapes(spec)
+    names = artifact.replaced_by_calibrating(spec)
+    return {name: np.ones(shapes[name], np.float32) for name in names}
+
+
+def test_the_transformers_tensors_are_all_that_calibrating_replaced(tmp_path: Path) -> None:
+    spec = SPECS["hybrid"]
+    whole = _kept(spec)
+    assert list(whole) == [f"model.layers.{n}.self_attn.o_proj.weight" for n in (0, 2)]
+    originals = {name: LazyTensor.of(array) for name, array in whole.items()}
+    out = tmp_path / "out"
+    artifact.write(out, spec, lazy_weights(spec), {}, dtype="float32", originals=originals)
+    assert artifact.read(out).originals.keys() == whole.keys()
+    name = next(iter(whole))
+    changed: dict[str, dict[str, Any]] = {
+        "is missing": {k: v for k, v in whole.items() if k != name},
+        "is none that calibrating replaces": {**whole, "model.norm.weight": np.ones(24)},
+        "is int8": {**whole, name: whole[name].astype(np.int8)},
+        "is float16": {**whole, name: whole[name].astype(np.float16)},
+        "is float32 .*, not float32": {**whole, name: whole[name][:-1]},
+    }
+    for said, arrays in changed.items():
+        tensors = {n: LazyTensor.of(array) for n, array in arrays.items()}
+        safetensors.write_file(out / artifact.ORIGINAL, tensors)
+        message = rf"original\.safetensors: .*{said}.*: get the file again, or delete it"
+        with pytest.raises(FormatError, match=message):
+            artifact.read(out)
+    (out / artifact.ORIGINAL).unlink()
+    assert artifact.read(out).originals == {}

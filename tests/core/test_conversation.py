@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from supra_core import conversation as conversations
 from supra_core.conversation import Conversation, HeldBack, Snapshot
 from supra_core.errors import FormatError, SupraError
+from supra_core.formats import state_file
 from supra_core.formats.safetensors import metadata, read_file, write_file
 from supra_core.formats.state_file import (
     Owner,
@@ -313,9 +315,54 @@ def test_a_state_file_keeps_everything(tmp_path: Path) -> None:
     assert (found.owner, found.messages, found.tokens) == (OWNER, state.messages, state.tokens)
     assert found.began == state.began is not None
     np.testing.assert_array_equal(found.arrays["seen"], state.arrays["seen"])
-    with pytest.raises(SupraError, match="exists: name another place, or replace it with --force"):
+    with pytest.raises(SupraError, match="exists and holds .*: name another place, or"):
         write_state(path, state)
     write_state(path, state, force=True)
+
+
+def test_of_two_that_save_to_one_file_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were told that the name is free."""
+    first, second, path = Conversation(Echo()), Conversation(Echo()), tmp_path / "talk"
+    said(first, "one")
+    said(second, "two")
+    monkeypatch.setattr(state_file, "check_new_state", lambda path, force: None)
+    write_state(path, saved(first))
+    with pytest.raises(SupraError, match="talk exists: name another place"):
+        write_state(path, saved(second))
+    assert read_state(path).messages[0]["content"] == "one"
+    assert [file.name for file in tmp_path.iterdir()] == ["talk"]
+
+
+def test_only_a_state_is_replaced_and_whose_it_is_is_said(tmp_path: Path) -> None:
+    conversation, path = Conversation(Echo()), tmp_path / "talk"
+    write_state(path, saved(conversation))
+    with pytest.raises(SupraError, match=r"talk exists and holds .* model \(no question yet\): na"):
+        write_state(path, saved(conversation))
+    said(conversation, "one", "two" * 40)
+    write_state(path, saved(conversation), force=True)
+    whose = r"a conversation with model \(2 turns, the last question: (two){20}\.\.\.\): name"
+    with pytest.raises(SupraError, match=whose):
+        write_state(path, saved(conversation))
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(SupraError, match=r"notes\.txt is no saved state, so it is not replaced"):
+        write_state(notes, saved(conversation), force=True)
+    assert notes.read_text() == "mine"
+
+
+def test_a_transcript_of_any_other_kind_is_one_sentence(tmp_path: Path) -> None:
+    conversation, path = Conversation(Echo()), tmp_path / "talk"
+    said(conversation, "one")
+    message = {"role": "user", "content": "one"}
+    odd: list[Any] = [5, None, "x", {}, [5], [[]], [None], [{}], [{"role": "user"}]]
+    odd += [[{**message, name: value}] for name in message for value in (5, None, [], {})]
+    odd += [[{**message, "unknown": "x"}]]
+    for messages in odd:
+        write_state(path, replace(saved(conversation), messages=messages), force=True)
+        with pytest.raises(FormatError, match="field messages is no transcript: save the state"):
+            read_state(path)
 
 
 def test_what_is_no_state_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
@@ -757,6 +758,116 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     for name, change, message in cases:
         with pytest.raises(FormatError, match=message):
             TokenStore(damaged(name, change))
+
+
+_ODD: tuple[Any, ...] = (None, True, -1, 1.5, "5", "x", [], {}, [[]], [5], 2**70, {"a": 1})
+
+
+def test_an_index_of_any_other_kind_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    store = prepared(tmp_path / "a.txt", out=tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    (shard,) = index["shards"]
+    cases = [{**index, name: odd} for name in ("format", "version", "dtype") for odd in _ODD]
+    cases += [{**index, "shards": odd} for odd in _ODD if odd not in ([], {})]
+    cases += [
+        {**index, "shards": [{**shard, name: odd}]}
+        for name in shard
+        for odd in _ODD
+        if not (isinstance(odd, str) and "sha256" in name)
+        and not (odd is None and name == "documents_sha256")
+    ]
+    cases += [{**index, "shards": [{**shard, "unknown": 1}]}]
+    cases += [{k: v for k, v in index.items() if k != name} for name in ("shards", "tokenizer")]
+    for case in cases:
+        (tmp_path / "out" / "index.json").write_text(json.dumps(case))
+        with pytest.raises(FormatError, match=r"out.*(prepare the text again|another folder)"):
+            TokenStore(tmp_path / "out")
+    assert store.shards[0].tokens == 4
+
+
+def test_every_byte_of_a_shard_has_its_sum(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    store = prepared(*(tmp_path / f"{n}.txt" for n in range(4)), out=tmp_path / "out")
+    store.check()
+    for file in sorted(store.folder.glob("*.bin")):
+        whole = file.read_bytes()
+        for at in range(len(whole)):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(FormatError, match=rf"{file.name} is not as it was written: prepar"):
+                TokenStore(store.folder).check()
+        file.write_bytes(whole)
+
+
+def test_a_folder_of_an_older_version_has_sums_of_tokens_alone(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    store = prepared(*(tmp_path / f"{n}.txt" for n in range(4)), out=tmp_path / "out")
+    index = json.loads((store.folder / "index.json").read_text())
+    del index["shards"][0]["documents_sha256"]
+    (store.folder / "index.json").write_text(json.dumps(index))
+    older = TokenStore(store.folder)
+    older.check()
+    assert older.name == store.name
+    file = store.folder / "documents-00000.bin"
+    file.write_bytes(file.read_bytes()[8:] + bytes(8))
+    with pytest.raises(FormatError, match="does not say where documents begin: prepare the text"):
+        TokenStore(store.folder).check()
+
+
+def _interrupted(given: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The position of a call that was stopped after a shard."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "_BATCH", 2)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(given, out=out, shard_tokens=1, progress=stop)
+    return out.with_name(f".{out.name}.preparing") / "position.json"
+
+
+def test_a_position_of_any_other_kind_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "given").mkdir()
+    given = write_texts(tmp_path / "given")
+    file = _interrupted(given, tmp_path / "out", monkeypatch)
+    whole = json.loads(file.read_text())
+    odd = [value for value in _ODD if value not in ([], {})]
+    cases = [{**whole, name: value} for name in whole for value in odd]
+    cases += [{**whole, "shards": [{**whole["shards"][0], "tokens": value}]} for value in odd]
+    cases += [{**whole, "facts": {**whole["facts"], "files": 5}}]
+    for case in cases:
+        file.write_text(json.dumps(case))
+        try:
+            prepared(given, out=tmp_path / "out", shard_tokens=1)
+        except FormatError as error:
+            said = str(error)
+        else:
+            # Another call's facts: it is begun anew.
+            assert case["facts"] != whole["facts"]
+            shutil.rmtree(tmp_path / "out")
+            _interrupted(given, tmp_path / "out", monkeypatch)
+            continue
+        assert re.search("position.json: .*: remove .*preparing, to prepare the text from", said)
+
+
+def test_two_at_one_place_do_not_mix(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.txt").write_text("xyz")
+    out = tmp_path / "out"
+    refused: list[str] = []
+
+    def meanwhile(*_: Any) -> None:
+        for force in (False, True):
+            with pytest.raises(SupraError, match="out is being prepared by another process") as e:
+                prepared(tmp_path / "b.txt", out=out, force=force)
+            refused.append(str(e.value))
+
+    store = prepared(tmp_path / "a.txt", out=out, progress=meanwhile)
+    assert refused
+    assert split(store) == [ids_of("abc")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt", "out"]
 
 
 @pytest.mark.parametrize(("size", "name"), [(65_536, "uint16"), (65_537, "uint32")])

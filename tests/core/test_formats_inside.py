@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +16,20 @@ from safetensors.numpy import save_file
 
 from supra_core import artifact
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats import checksums, distributed, openlm, safetensors, torch_pickle
+from supra_core.formats import (
+    checksums,
+    distributed,
+    gguf_header,
+    jsonfile,
+    openlm,
+    safetensors,
+    state_file,
+    torch_legacy,
+    torch_pickle,
+    zip_records,
+)
 from supra_core.formats.assets import read_assets, write_assets
-from supra_core.formats.inside import file_in, files_in, has_file, plain_name
+from supra_core.formats.inside import file_in, files_in, has_file, open_regular, plain_name
 from supra_core.sources import open_source
 from tests.tiny_models import SPECS, lazy_weights
 
@@ -30,6 +45,48 @@ def model(tmp_path: Path) -> Path:
         dtype="float32",
     )  # fmt: skip
     return tmp_path / "a" / "model"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        jsonfile.read_object, safetensors.read_file, gguf_header.read_header, open_regular,
+        zip_records.read_records, lambda path: torch_legacy.read(path, 100), checksums.digest_of,
+        torch_pickle.read_file, state_file.read_state, open_source,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_only_regular_files_are_read(
+    read: Callable[[Path], object], kind: str, tmp_path: Path
+) -> None:
+    """A pipe that nobody writes to is waited for without end; a device has no end."""
+    path = tmp_path / "a.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    signal.alarm(20)
+    try:
+        with pytest.raises(SupraError):
+            read(path)
+    finally:
+        signal.alarm(0)
+
+
+def test_a_models_files_are_regular_ones(model: Path) -> None:
+    signal.alarm(20)
+    try:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS"):
+            (model / name).rename(model / "kept")
+            os.mkfifo(model / name)
+            for read in (artifact.read, open_source, read_assets, checksums.check):
+                # Most take what is no file for absent.
+                with contextlib.suppress(SupraError):
+                    read(model)
+            (model / name).unlink()
+            (model / "kept").rename(model / name)
+    finally:
+        signal.alarm(0)
 
 
 def link_out(path: Path) -> None:

@@ -78,6 +78,27 @@ def test_hidden_files_stay_here(logged_in: Hub, folder: Path) -> None:
     assert ".env" not in files
 
 
+def test_what_the_model_does_not_list_stays_here(logged_in: Hub, folder: Path) -> None:
+    private = ("id_rsa", "credentials.json", "notes.txt", "LICENSE", ".env")
+    listed = _contents(folder)
+    (folder / "deep").mkdir()
+    for name in private:
+        (folder / name).write_text("secret")
+    done = upload(folder, MODEL)
+    assert logged_in.repositories["me/linear"].commits[done.commit] == listed
+    assert done.left_out == tuple(sorted(private))
+    done = upload(folder, MODEL, include=("LICENSE",))
+    files = logged_in.repositories["me/linear"].commits[done.commit]
+    assert files == {**listed, "LICENSE": b"secret"}
+    assert "LICENSE" not in done.left_out
+    for absent in ("COPYING", "deep", "../out", ""):
+        with pytest.raises(SupraError, match="has no file .* to include: name one of its files"):
+            upload(folder, MODEL, include=(absent,))
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(SupraError, match="holds no SHA256SUMS"):
+        upload(folder, MODEL)
+
+
 def test_only_a_whole_model_is_uploaded(logged_in: Hub, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SupraError, match=r"empty is no model's folder"):

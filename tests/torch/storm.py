@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from supra_core import artifact
-from supra_core.formats import distributed
+from supra_core.formats import checksums, distributed
 from tests.torch.uptraining import records, weights_in
 
 _CONTEXT: Any = multiprocessing.get_context("forkserver")
@@ -294,7 +294,9 @@ def _checked(checkpoint: Path) -> int:
     assert (checkpoint / "model" / "tokenizer.json").stat().st_size
     own = {name: tensor.read() for name, tensor in model.tensors.items()}
     assert all(np.isfinite(array).all() for array in own.values())
-    kinds = {path.name for path in checkpoint.iterdir()} - {"model", "state.json"}
+    kinds = {path.name for path in checkpoint.iterdir()} - {"model", "state.json", checksums.NAME}
+    for sums in checkpoint.rglob(checksums.NAME):
+        assert checksums.check(sums.parent).passed
     if not place["stage_step"]:
         assert not kinds
         return int(place["step"])

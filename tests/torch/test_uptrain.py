@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_says_how_to_go_on_without_it(
     newest = checkpoint.checkpoints(run)[-1]
     weights = sorted(newest.rglob("*.safetensors"))
     assert len(weights) == 2
-    remedy = f"or delete {newest}, to go on from the one before"
+    remedy = f"or delete {newest}, to go on from {checkpoint.checkpoints(run)[-2]}"
     for file in (newest / "state.json", newest / "model" / "config.json", *weights):
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])

@@ -3,7 +3,8 @@
 ``RUN/checkpoints/step_00000050/`` holds ``model/`` (an artifact), ``optimiser/``, in a stage that
 trains adapters ``adapters/`` (``model/`` is then without them), and ``state.json``. Weights are
 safetensors by torch.distributed.checkpoint, each process's parts in a file of its own, so that a
-run goes on with any number of processes and no pickle is ever read.
+run goes on with any number of processes and no pickle is ever read. Each folder has a
+``SHA256SUMS``, by which it is checked before a run goes on from it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,9 +28,17 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from supra_core import artifact
-from supra_core.errors import FormatError, WriteError
-from supra_core.formats import distributed, safetensors
+from supra_core.errors import (
+    EndedByAnother,
+    FormatError,
+    LayoutError,
+    SpecError,
+    SupraError,
+    WriteError,
+)
+from supra_core.formats import checksums, distributed, safetensors
 from supra_core.formats.atomic import put_folder, reason, remedy, remove_folder
+from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import read_object
 from supra_core.sources import ADAPTERS
 from supra_core.spec import ModelSpec
@@ -38,6 +48,8 @@ from supra_torch.uptrain import lora
 from supra_torch.uptrain.processes import Processes
 from supra_torch.uptrain.sharding import fill, release
 
+STATE = "state.json"
+MODEL, OPTIMISER = "model", "optimiser"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -154,11 +166,22 @@ class Checkpoints:
         try:
             for kind, tensors in parts.tensors.items():
                 self._write_tensors(beside / kind, tensors)
+            # Each its own files', which on a network's disk others may not see yet.
+            own = self._own_sums(beside, parts.tensors)
+            sums = self._processes.gathered_while_saving(own)
             if self._processes.is_first:
                 artifact.write_without_weights(
                     beside / "model", parts.spec, self._assets, dtype="float32"
                 )
-                (beside / "state.json").write_text(json.dumps(asdict(parts.place)), "utf-8")
+                (beside / STATE).write_text(json.dumps(asdict(parts.place)), "utf-8")
+                for kind in parts.tensors:
+                    known = {
+                        name.removeprefix(f"{kind}/"): digest
+                        for name, digest in sums.items()
+                        if name.startswith(f"{kind}/")
+                    }
+                    checksums.write(beside / kind, known)
+                checksums.write(beside)
                 put_folder(beside, out)
                 self._drop_old()
         except BaseException:
@@ -172,6 +195,16 @@ class Checkpoints:
             # A single process is told that it is one.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save(tensors, storage_writer=writer, process_group=self._processes.saving)  # type: ignore[arg-type]
+
+    def _own_sums(self, folder: Path, kinds: Iterable[str]) -> dict[str, str]:
+        """KIND/FILE -> digest of the files with this process's parts."""
+        # As the writer above numbers them.
+        pattern = f"shard-{self._processes.rank + 1:05d}-*.safetensors"
+        return {
+            f"{kind}/{file.name}": checksums.digest_of(file)
+            for kind in kinds
+            for file in (folder / kind).glob(pattern)
+        }
 
     def _drop_old(self) -> None:
         found = checkpoints(self._run)
@@ -207,7 +240,7 @@ def checkpoints(run: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if path.name.startswith("step_"))
-    return sorted(path for path in found if (path / "state.json").is_file())
+    return sorted(path for path in found if (path / STATE).is_file())
 
 
 def newest(run: Path) -> Path | None:
@@ -216,9 +249,56 @@ def newest(run: Path) -> Path | None:
 
 
 def read_place(checkpoint: Path) -> Place:
-    """Where the run stood at a checkpoint."""
+    """Where the run stood at a checkpoint; FormatError when that is not what it wrote."""
+    file = checkpoint / STATE
     with dispensable(checkpoint):
-        return Place(**read_object(checkpoint / "state.json"))
+        stated = read_object(file)
+        for name, value in stated.items():
+            if not _is_stated(name, value):
+                raise FormatError(f"{file}: field {name} is unknown or wrong: get the file again")
+        place = Place(**stated)
+        if folder_of(checkpoint.parent.parent, place.step).name != checkpoint.name:
+            raise FormatError(
+                f"{file}: field step is {place.step}, unlike the folder's name: get the file again"
+            )
+        return place
+
+
+def _is_stated(name: str, value: object) -> bool:
+    """Whether a field of state.json is one of Place's."""
+    if name == "perplexity":
+        return value is None or type(value) in (int, float)
+    return name in Place.__dataclass_fields__ and type(value) is int and 0 <= value < 2**63
+
+
+def check(checkpoint: Path, processes: Processes) -> None:
+    """Raise, in all processes, unless a checkpoint is as it was written; the first one reads it.
+
+    What older versions wrote has no sums, and is only seen to hold numbers.
+    """
+    damage = None
+    if processes.is_first:
+        try:
+            _check(checkpoint)
+        except SupraError as error:
+            damage = error
+    (failed,) = processes.sums([float(damage is not None)])
+    if failed:
+        raise damage or EndedByAnother(f"{checkpoint} is not as it was written")
+
+
+def _check(checkpoint: Path) -> None:
+    with dispensable(checkpoint):
+        for folder in (checkpoint, *(checkpoint / kind for kind in (MODEL, OPTIMISER, ADAPTERS))):
+            checksums.refuse_changed(folder, "get it again")
+        for kind in (MODEL, OPTIMISER, ADAPTERS):
+            if not _is_there(checkpoint / kind):
+                continue
+            broken = first_not_finite(_read(checkpoint / kind))
+            if broken is not None:
+                raise FormatError(
+                    f"{checkpoint / kind}: {broken} holds NaN or infinity: get it again"
+                )
 
 
 @contextmanager
@@ -226,11 +306,16 @@ def dispensable(checkpoint: Path | None) -> Iterator[None]:
     """Inside, what is damaged in a checkpoint says how the run goes on without it."""
     try:
         yield
-    except FormatError as error:
-        if checkpoint is None:
+    except (FormatError, LayoutError, SpecError) as error:
+        if checkpoint is None or isinstance(error, _Dispensable):
             raise
-        message = f"{error}; or delete {checkpoint}, to go on from the one before"
-        raise FormatError(message) from None
+        before = [path for path in checkpoints(checkpoint.parent.parent) if path < checkpoint]
+        then = f"go on from {before[-1]}" if before else "begin the run again"
+        raise _Dispensable(f"{error}; or delete {checkpoint}, to {then}") from None
+
+
+class _Dispensable(FormatError):
+    """Its message says so already."""
 
 
 def newest_place(run: Path, processes: Processes) -> Place:
@@ -250,28 +335,52 @@ def load_optimiser(
     steps: int,
 ) -> None:
     """Put a checkpoint's optimiser state into ``optimiser``, which took so many steps."""
-    stored = _read(checkpoint / "optimiser")
+    stored = _read(checkpoint / OPTIMISER)
     for group in optimiser.param_groups:
         for parameter in group["params"]:
             moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
             for moment, tensor in moments.items():
-                fill(tensor, stored[f"{names[parameter]}/{moment}"])
+                name = f"{names[parameter]}/{moment}"
+                fill(tensor, _float32(stored, name, tensor.shape, checkpoint / OPTIMISER))
             # Where torch itself keeps it: elsewhere every step would wait for the device.
             place = parameter.device if group["fused"] else torch.device("cpu")
             count = torch.tensor(float(steps), device=place)
             optimiser.state[parameter] = {"step": count, **moments}
 
 
-def read_adapters(checkpoint: Path) -> dict[str, LazyTensor]:
+def read_adapters(checkpoint: Path, spec: ModelSpec, rank: int) -> dict[str, LazyTensor]:
     """The adapters of a checkpoint inside a stage that trains them."""
-    return _read(checkpoint / ADAPTERS)
+    stored, place = _read(checkpoint / ADAPTERS), checkpoint / ADAPTERS
+    wanted = lora.shapes(spec, rank)
+    return {name: _float32(stored, name, shape, place) for name, shape in wanted.items()}
+
+
+def _float32(
+    stored: Mapping[str, LazyTensor], name: str, shape: Sequence[int], place: Path
+) -> LazyTensor:
+    """One of the tensors in a folder; FormatError unless it is of that shape."""
+    found = stored.get(name)
+    if found is None or found.shape != tuple(shape) or found.dtype != np.float32:
+        said = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
+        raise FormatError(f"{place}: {name} {said}, not float32 {list(shape)}: get it again")
+    return found
 
 
 def _read(place: Path) -> dict[str, LazyTensor]:
-    if place.is_dir():
+    if distributed.holds_shards(place):
         return distributed.read_folder(place)
     # Runs that began before checkpoints were written by several processes.
-    return safetensors.read_file(place.with_name(place.name + ".safetensors"))
+    if place.is_dir():
+        return safetensors.read_folder(place)
+    return safetensors.read_file(_single(place))
+
+
+def _is_there(place: Path) -> bool:
+    return place.is_dir() or _single(place).is_file()
+
+
+def _single(place: Path) -> Path:
+    return place.with_name(place.name + ".safetensors")
 
 
 def _optimiser_tensors(

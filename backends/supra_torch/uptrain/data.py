@@ -19,7 +19,7 @@ import numpy.typing as npt
 from supra_core.corpus.documents import source_files
 from supra_core.corpus.prepare import Settings, in_short, listing, prepare
 from supra_core.corpus.store import TokenStore, tokenizer_hash
-from supra_core.errors import SupraError
+from supra_core.errors import FormatError, SupraError
 from supra_core.families import needs_bos
 from supra_core.formats.atomic import atomic_file
 from supra_core.formats.jsonfile import INDEX_BYTES, read_object
@@ -275,17 +275,25 @@ def stored(
     progress: Progress,
     *,
     begun: bool = True,
+    check: bool = True,
 ) -> list[TokenStore]:
     """The tokens of every part: those of a prepared text, or of any other, prepared in ``folder``.
 
     Several parts have a numbered folder each. Raises SupraError when there is no text or, in a
-    run that has ``begun`` to train, the data has changed.
+    run that has ``begun`` to train, the data has changed. ``check``: all of it is read and
+    compared with its sums, which one process does for all.
     """
     folders = [folder] if len(parts) == 1 else [folder / str(i) for i in range(len(parts))]
-    return [
+    found = [
         _stored(part.path, assets, spec, own, progress, begun)
         for part, own in zip(parts, folders, strict=True)
     ]
+    for store in found if check else ():
+        if store.folder.is_relative_to(folder):
+            store.check("restore it, or use another run folder")
+        else:
+            store.check()
+    return found
 
 
 def _stored(
@@ -327,4 +335,11 @@ def _stored(
 def _noted(note: Path) -> dict[str, Any]:
     """What a run has noted of its data; older versions stated every file, however many."""
     known = read_object(note, INDEX_BYTES)
-    return known | {"files": in_short(known["files"])} if "files" in known else known
+    if "files" not in known:
+        return known
+    try:
+        return known | {"files": in_short(known["files"])}
+    except (TypeError, ValueError):
+        raise FormatError(
+            f"{note}: field files is no list of files: restore it, or use another run folder"
+        ) from None

@@ -12,17 +12,20 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from supra_core.errors import SupraError
-from supra_core.formats import safetensors
+import numpy as np
+
+from supra_core.errors import FormatError, SupraError
+from supra_core.formats import checksums, safetensors
 from supra_core.formats.atomic import atomic_file, clear_partial, is_partial, writing
-from supra_core.formats.jsonfile import read_object
-from supra_core.tensors import TensorSource
+from supra_core.formats.finite import first_not_finite
+from supra_core.formats.jsonfile import parse, read_object, reason
+from supra_core.tensors import LazyTensor, TensorSource
 from supra_torch.uptrain.checkpoint import Place
 from supra_torch.uptrain.config import UptrainConfig
 
@@ -120,7 +123,8 @@ def git_state(file: Path) -> dict[str, Any] | None:
 
 def unclaim(run: Path, existed: bool) -> None:
     """Remove what a run that never took a step has made; only an ``existed`` folder stays."""
-    (run / CALIBRATED).unlink(missing_ok=True)
+    for name in (CALIBRATED, checksums.NAME):
+        (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "data", ignore_errors=True)
     # Last: without it the folder is no run's.
     (run / "run.json").unlink()
@@ -143,17 +147,54 @@ def log(run: Path, record: Mapping[str, Any]) -> None:
 
 def trim_log(run: Path, place: Place) -> None:
     """Drop what was logged after the checkpoint that the run goes on from."""
+    kept = [line + "\n" for line, record in _logged(run) if _is_before(record, place)]
+    file = metrics_of(run)
+    if file.is_file():
+        with atomic_file(file) as beside:
+            beside.write_text("".join(kept), encoding="utf-8")
+
+
+def _logged(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of the log and what they say, but for a last one that was cut off.
+
+    Raises FormatError for a line that no run wrote.
+    """
     file = metrics_of(run)
     if not file.is_file():
         return
-    kept = []
-    for line in file.read_text("utf-8", errors="replace").splitlines():
-        # A kill or a full disk may have cut a line off.
-        with suppress(json.JSONDecodeError):
-            if _is_before(json.loads(line), place):
-                kept.append(line + "\n")
-    with atomic_file(file) as beside:
-        beside.write_text("".join(kept), encoding="utf-8")
+    lines = file.read_text("utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = parse(line)
+            if not isinstance(record, dict):
+                raise ValueError("no object")
+            for name, kinds in _LOGGED.items():
+                if name in record and type(record[name]) not in kinds:
+                    raise ValueError(f"field {name}")
+            taken = "loss" in record and "left_out" not in record
+            needed = ("loss", "gradient_norm") if taken else ()
+            if any(record.get(name) is None for name in needed):
+                raise ValueError("no loss or gradient_norm")
+            if "calibration" not in record and "step" not in record:
+                raise ValueError("no step")
+        except ValueError as error:
+            # A kill or a full disk may have cut it off.
+            if number == len(lines):
+                return
+            raise FormatError(
+                f"{file}, line {number} is no line of an uptraining run ({reason(error)}): "
+                "restore the file, or remove the line"
+            ) from None
+        yield line, record
+
+
+# The fields that a run reads of its own log, and their types.
+_LOGGED: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "loss": (int, float, NoneType),
+    "gradient_norm": (int, float, NoneType),
+    "teacher_perplexity": (int, float, NoneType),
+}
 
 
 def _is_before(record: Mapping[str, Any], place: Place) -> bool:
@@ -166,35 +207,61 @@ def _is_before(record: Mapping[str, Any], place: Place) -> bool:
 
 def log_calibration(run: Path) -> None:
     """Log how the run's calibration went, unless that has been logged."""
-    stated = safetensors.metadata(run / CALIBRATED).get(_CALIBRATION)
-    file = metrics_of(run)
-    if stated and not (file.is_file() and '"calibration"' in file.read_text("utf-8")):
-        log(run, json.loads(stated))
+    file = run / CALIBRATED
+    stated = safetensors.metadata(file).get(_CALIBRATION)
+    if not stated or any("calibration" in record for _, record in _logged(run)):
+        return
+    try:
+        record = parse(stated)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "calibration" not in record or record.get("step") != 0:
+        raise FormatError(
+            f"{file}: its metadata do not say how calibrating went: delete it, to calibrate again"
+        )
+    log(run, record)
 
 
 def write_calibrated(run: Path, tensors: TensorSource, record: Mapping[str, Any]) -> None:
-    """Keep what calibrating made, and how it went, in one file."""
+    """Keep what calibrating made, and how it went, in one file; its sum stands beside it."""
     with atomic_file(run / CALIBRATED) as beside:
-        safetensors.write_file(beside, tensors, {_CALIBRATION: json.dumps(record)})
+        digest = safetensors.write_file(beside, tensors, {_CALIBRATION: json.dumps(record)})
+        # First: a file without a sum would be taken for an older version's.
+        checksums.write_sums(run, {CALIBRATED: digest})
+
+
+def read_calibrated(run: Path, begins: TensorSource) -> dict[str, LazyTensor]:
+    """What calibrating made of some of the tensors ``begins``.
+
+    Raises FormatError for a file that is not as it was written, or is another model's.
+    """
+    file = run / CALIBRATED
+    remedy = "delete it, to calibrate again"
+    checksums.refuse_changed(run, remedy)
+    found = safetensors.read_file(file)
+    for name, tensor in found.items():
+        wanted = begins.get(name)
+        if wanted is None or tensor.shape != wanted.shape or tensor.dtype != np.float32:
+            said = f"{tensor.dtype} {list(tensor.shape)}"
+            raise FormatError(f"{file}: {name} is {said}, unlike the model's: {remedy}")
+    broken = first_not_finite(found)
+    if broken is not None:
+        raise FormatError(f"{file}: {broken} holds NaN or infinity: {remedy}")
+    return found
 
 
 def logged_teacher_perplexity(run: Path) -> float | None:
     """What the run's beginning logged of its teacher; None if there is no such line."""
-    file = metrics_of(run)
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
-        if '"teacher_perplexity"' in line:
-            found: float | None = json.loads(line)["teacher_perplexity"]
-            return found
-    return None
+    stated = (r["teacher_perplexity"] for _, r in _logged(run) if "teacher_perplexity" in r)
+    return next(stated, None)
 
 
 def logged_steps(run: Path, place: Place) -> list[dict[str, Any]]:
     """The lines of the stage under way up to ``place``, a step each."""
     if not place.stage_step:
         return []
-    records = [json.loads(line) for line in metrics_of(run).read_text("utf-8").splitlines()]
     first = place.step - place.stage_step
-    return [record for record in records if "loss" in record and record["step"] > first]
+    return [r for _, r in _logged(run) if "loss" in r and r["step"] > first]
 
 
 def _absolute(path: str, directory: str = "") -> str:

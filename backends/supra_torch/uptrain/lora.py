@@ -64,6 +64,14 @@ def begun(spec: ModelSpec, rank: int, seed: int) -> dict[str, LazyTensor]:
     return tensors
 
 
+def shapes(spec: ModelSpec, rank: int) -> dict[str, tuple[int, int]]:
+    """The shape of each tensor of :func:`begun`."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, (outputs, inputs) in _adapted(spec):
+        found |= {name + _ADDED + "A": (rank, inputs), name + _ADDED + "B": (outputs, rank)}
+    return found
+
+
 def adapter_count(spec: ModelSpec, rank: int) -> int:
     """Parameters of all adapters."""
     return sum(rank * sum(shape) for _, shape in _adapted(spec))

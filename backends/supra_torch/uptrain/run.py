@@ -18,7 +18,6 @@ import torch
 from supra_core import artifact
 from supra_core.corpus.documents import in_words
 from supra_core.errors import SupraError, WriteError
-from supra_core.formats import safetensors
 from supra_core.formats.atomic import atomic_file
 from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import read_object
@@ -34,6 +33,7 @@ from supra_torch.uptrain.folder import (
     clear,
     log_calibration,
     metrics_of,
+    read_calibrated,
     refuse_another_run,
     trim_log,
     unclaim,
@@ -134,6 +134,7 @@ def _uptrain(
             sinks=opened,
         )
         summary = train(session, place, inputs.teacher)
+    checkpoint.check(checkpoint.folder_of(run, summary["steps"]), every)
     if every.is_first:
         _write_model(session, progress)
         with atomic_file(summary_file) as beside:
@@ -168,7 +169,7 @@ def _claimed(
         lock.take()
         clear(run)
     try:
-        return _data(config, run, inputs, progress, say, begun)
+        return _data(config, run, inputs, progress, say, begun, every.is_first)
     except WriteError:
         # The same command goes on once there is room.
         raise
@@ -185,12 +186,14 @@ def _data(
     progress: Progress,
     say: Callable[[str], None],
     begun: bool,
+    check: bool,
 ) -> Mixture:
     """The run's text in tokens; SupraError when it is not enough, or has changed."""
     parts = config.data_parts
     tokens = stored(
-        parts, inputs.student_assets, inputs.student_spec, run / "data", progress, begun=begun
-    )
+        parts, inputs.student_assets, inputs.student_spec, run / "data", progress, begun=begun,
+        check=check,
+    )  # fmt: skip
     for part, store in zip(parts, tokens, strict=True):
         # Older versions did not count it.
         if left_out := store.index.get("left_out"):
@@ -244,7 +247,7 @@ def _calibrated(
             "seconds": time.perf_counter() - began,
         }
         write_calibrated(run, changed, record)
-    return {**inputs.student_tensors, **safetensors.read_file(file)}
+    return {**inputs.student_tensors, **read_calibrated(run, inputs.student_tensors)}
 
 
 def _write_model(session: Session, progress: Progress) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from supra_core import artifact
-from supra_core.errors import EndedByAnother, Preempted, SupraError, WriteError
+from supra_core.errors import EndedByAnother, FormatError, Preempted, SupraError, WriteError
 from supra_core.formats.atomic import flush_to_disk
 from supra_core.spec import ModelSpec
 from supra_core.tensors import TensorSource
@@ -53,6 +53,7 @@ def train(
         session.run, session.processes, session.assets, config.keep_checkpoints, place
     )
     steps = config.stage_steps()
+    _refuse_elsewhere(session, place, steps)
     try:
         while place.stage < len(steps):
             try:
@@ -72,6 +73,22 @@ def train(
         "held_out_perplexity": place.perplexity,
         "teacher_held_out_perplexity": held_out,
     }
+
+
+def _refuse_elsewhere(session: Session, place: Place, steps: Sequence[int]) -> None:
+    """Raise FormatError when the run cannot stand where its checkpoint says."""
+    within = place.stage < len(steps) and place.stage_step <= steps[place.stage]
+    before = sum(steps[: place.stage])
+    if (within or (place.stage, place.stage_step) == (len(steps), 0)) and (
+        place.step == before + place.stage_step
+    ):
+        return
+    newest = checkpoint.folder_of(session.run, place.step)
+    with checkpoint.dispensable(newest):
+        raise FormatError(
+            f"{newest / checkpoint.STATE} states step {place.stage_step} of stage {place.stage}, "
+            f"where this run is not after {place.step} steps: get the file again"
+        )
 
 
 def _with_teacher(
@@ -110,11 +127,14 @@ def _run_stage(session: Session, saver: Checkpoints, place: Place, steps: int) -
     newest = checkpoint.folder_of(session.run, place.step) if place.step else None
     # Adapters and the optimiser are a stage's own: only one that goes on has any to read.
     within = newest if place.stage_step else None
+    if newest:
+        checkpoint.check(newest, session.processes)
     with checkpoint.dispensable(newest):
         tensors = artifact.read(newest / "model").tensors if newest else session.begins
         student = trained_student(
             config, stage, session.spec, tensors, session.processes,
-            checkpoint.read_adapters(within) if within and stage.lora_rank else None,
+            checkpoint.read_adapters(within, session.spec, stage.lora_rank)
+            if within and stage.lora_rank else None,
         )  # fmt: skip
     if place.step == 0:
         place = _evaluate(session, place, student)

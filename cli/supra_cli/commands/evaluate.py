@@ -113,7 +113,7 @@ def command(
             )  # fmt: skip
     record["seconds"] = round(time.monotonic() - start, 1)
     if out is not None:
-        write_record(out, record)
+        write_record(out, record, replace=force)
     if json_output:
         print_json(record)
     else:

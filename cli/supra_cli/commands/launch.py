@@ -141,7 +141,7 @@ def _give(
 
     if out is not None:
         check_new_file(out, force)
-        with atomic_file(out) as beside:
+        with atomic_file(out, replace=force) as beside:
             beside.write_text(text, encoding="utf-8")
         log(f"submit it: {submit} {shlex.quote(str(out))}")
     if json_output:

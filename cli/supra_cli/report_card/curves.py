@@ -16,6 +16,8 @@ from supra_core.sources import RUN_FILE
 METRICS_FILE = "metrics.jsonl"
 # Points of a curve; more steps are averaged, since no page has more columns.
 MOST_POINTS = 400
+# A loss or perplexity above it is none: a run bounds the latter by exp(700), about 1e304.
+_LARGEST = 1e305
 
 LOSSES = {
     "transfer": "squared error of a mixer's output over the teacher's mean square",
@@ -65,26 +67,49 @@ def read_curve(run: Path) -> Curve:
             if "left_out" in entry:
                 continue
             if "loss" in entry:
-                point = (int(entry["tokens"]), float(entry["loss"]))
-                key = (int(entry.get("stage_index", 0)), str(entry["stage"]))
-                stages.setdefault(key, []).append(point)
+                index = _count(entry, "stage_index") if "stage_index" in entry else 0
+                points = stages.setdefault((index, _text(entry, "stage")), [])
+                points += [(_count(entry, "tokens"), loss) for loss in _drawn(entry, "loss")]
             elif "teacher_perplexity" in entry:
-                value = entry["teacher_perplexity"]
-                teacher = None if value is None else float(value)
+                stated = entry["teacher_perplexity"] is not None
+                teacher = next(iter(_drawn(entry, "teacher_perplexity")), None) if stated else None
             elif "perplexity" in entry:
-                held_out.append(HeldOut(int(entry["tokens"]), float(entry["perplexity"])))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+                tokens = _count(entry, "tokens")
+                held_out += [HeldOut(tokens, value) for value in _drawn(entry, "perplexity")]
+        except KeyError as error:
             raise FormatError(
                 f"{place} is no line of an uptraining run (field {error}): remove it"
             ) from None
     config = read_object(run / RUN_FILE).get("config")
     length = config.get("sequence_length") if isinstance(config, dict) else None
     return Curve(
-        tuple(_thinned(stage, points) for (_, stage), points in stages.items()),
+        tuple(_thinned(stage, points) for (_, stage), points in stages.items() if points),
         tuple(held_out),
         teacher,
         length if isinstance(length, int) else None,
     )
+
+
+def _count(entry: dict[str, Any], name: str) -> int:
+    """A field that is a whole number; KeyError with its name where it is none."""
+    value = entry[name]
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise KeyError(name)
+    return value
+
+
+def _drawn(entry: dict[str, Any], name: str) -> list[float]:
+    """A number, or nothing where it is NaN or infinite; KeyError with the name of what is none."""
+    value = entry[name]
+    if type(value) not in (int, float):
+        raise KeyError(name)
+    return [float(value)] if abs(value) < _LARGEST else []
+
+
+def _text(entry: dict[str, Any], name: str) -> str:
+    if not isinstance(entry[name], str):
+        raise KeyError(name)
+    return str(entry[name])
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -34,9 +34,9 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
     record = {**origin(), **measured}
     record["seconds"] = round(time.monotonic() - start, 1)
     # First: a page can be drawn again, hours of measuring cannot.
-    with atomic_file(settings.record_path) as beside:
+    with atomic_file(settings.record_path, replace=settings.force) as beside:
         beside.write_text(json_text(record) + "\n", encoding="utf-8")
-    with atomic_file(settings.out) as beside:
+    with atomic_file(settings.out, replace=settings.force) as beside:
         beside.write_text(render(record), encoding="utf-8")
     return record
 

@@ -26,11 +26,11 @@ def command(
     from supra_cli.progress import ProgressReporter
     from supra_cli.speech import check_text, load_speaker
     from supra_core.conversation import Conversation
-    from supra_core.formats.atomic import check_new_file
+    from supra_core.formats.state_file import check_new_state
     from supra_core.text import read_text
 
     check_text(system, "--system")
-    check_new_file(out, force)
+    check_new_state(out, force)
     content = read_text(text)
     speaker = load_speaker(model, backend, dtype)
     conversation = Conversation(speaker.engine, system)
