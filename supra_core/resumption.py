@@ -29,7 +29,8 @@ _READ_TOGETHER = 2048
 def restored(engine: Engine, saved: SavedState, path: Path, spec: ModelSpec | None = None) -> Any:
     """The engine's state of a file; FormatError unless the model itself could have made it.
 
-    ``spec``: the model's, by which token ids and the reach of its windows are known.
+    ``spec``: the model's, by which token ids, the reach of its windows and that whole numbers in
+    its state are places in the text are known.
     """
     try:
         _check(engine, saved, spec)
@@ -70,7 +71,8 @@ def _check(engine: Engine, saved: SavedState, spec: ModelSpec | None) -> None:
             )
         if not is_finite(array):
             raise FormatError(f"array {name} holds NaN or infinity: save the state again")
-        if array.dtype.kind in "iu" and not _counts(name, array, few[name], more[name], count):
+        counts = spec is not None and array.dtype.kind in "iu"
+        if counts and not _counts(name, array, few[name], more[name], count):
             raise FormatError(
                 f"array {name} holds numbers that {count:,} tokens cannot give: save the state "
                 "again"
