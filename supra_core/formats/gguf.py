@@ -29,6 +29,18 @@ from supra_core.tensors import BFLOAT16, Array, LazyTensor
 _LLAMA = "llama"  # Mistral's files state it too.
 _ARCHITECTURES = (_LLAMA, "qwen2", "qwen3")
 _ROPE_FACTORS = "rope_freqs.weight"
+# What other architectures state, and what it is where it changes nothing.
+_NEUTRAL: dict[str, tuple[float | bool, ...]] = {
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+}
 
 _PLAIN: dict[str, np.dtype[np.generic]] = {
     "F32": np.dtype(np.float32),
@@ -156,6 +168,13 @@ def _refuse_unsupported(path: Path, metadata: dict[str, Any]) -> None:
             f"{', '.join(_ARCHITECTURES)} (llama is Mistral's too) are read: convert from the "
             "Hugging Face folder instead"
         )
+    for key, neutral in _NEUTRAL.items():
+        value = metadata.get(f"{architecture}.{key}", neutral[0])
+        if value not in neutral:
+            raise SpecError(
+                f"{path}: {architecture}.{key} is {value!r}, which is not supported: convert from "
+                "the Hugging Face folder instead"
+            )
     if metadata.get(f"{architecture}.expert_count", 0) != 0:
         raise SpecError(
             f"{path} is a mixture of experts, which is not read from GGUF files: convert from the "

@@ -35,6 +35,12 @@ _SPECIAL_TOKENS = {
 # What other kinds of tokenizer do; llama.cpp leaves it undone in these two.
 _NOT_DONE = ("remove_extra_whitespaces", "add_sep_token", "normalizer.lowercase")
 _SPACE = "\u2581"
+# What ends a turn or a text, which llama.cpp takes for control tokens whatever a file calls them.
+_ENDS = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>",
+    "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "</s>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+}  # fmt: skip
 
 
 def holds_tokenizer(metadata: dict[str, Any]) -> bool:
@@ -285,12 +291,16 @@ def _add_whole_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: li
     """The tokens that are found in a text before anything else is done to it."""
     from tokenizers import AddedToken
 
-    special = set(_special_ids(metadata).values())
+    special = {
+        value
+        for key, value in (*metadata.items(), ("_token_id", _special_ids(metadata)["unk_token"]))
+        if key.endswith("_token_id") and type(value) is int
+    }
     kinds = metadata.get(_KINDS, [])
     whole = []
     for index, token in enumerate(tokens):
         kind = kinds[index] if kinds else 0
-        control = index in special or kind in (_CONTROL_KIND, _UNKNOWN_KIND)
+        control = index in special or token in _ENDS or kind in (_CONTROL_KIND, _UNKNOWN_KIND)
         if control or kind == _USER_KIND:
             whole.append(AddedToken(token, normalized=False, special=control))
     tokenizer.add_tokens(whole)

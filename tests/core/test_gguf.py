@@ -394,6 +394,8 @@ def test_garbage_and_other_files(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda w: w.add_expert_count(8), "mixture of experts"),
+        (lambda w: w.add_causal_attention(False), "llama.attention.causal is False"),
+        (lambda w: w.add_logit_scale(0.5), "llama.logit_scale is 0.5"),
         (lambda w: w.add_uint16("split.count", 2), "one of 2 parts of a split model"),
         (lambda w: w.add_vocab_size(5), "llama.vocab_size is 5, but token_embd.weight has 262"),
         (lambda w: w.add_token_list(["a"] * 263), "263 entries, but token_embd.weight 262 rows"),

@@ -102,6 +102,16 @@ def test_whole_tokens_and_their_ids() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<think>"
 
 
+def test_ends_that_a_file_calls_plain_tokens() -> None:
+    ends = ["<|im_end|>", "<|over|>", "<|plain|>"]
+    tokens = [*BYTES["tokenizer.ggml.tokens"], *ends]
+    kinds = [*BYTES["tokenizer.ggml.token_type"], 1, 1, 1]
+    eot = {"eot_token_id": len(tokens) - 2}
+    tokenizer = _built(BYTES, tokens=tokens, token_type=kinds, **eot)
+    assert _tokens(tokenizer, "a<|im_end|><|over|>") == ["a", *ends[:2]]
+    assert len(_tokens(tokenizer, "<|plain|>")) > 1
+
+
 @pytest.mark.parametrize(
     ("prefix", "text", "tokens"),
     [
