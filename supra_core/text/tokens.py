@@ -309,6 +309,8 @@ class ModelTokenizer:
         """What the library runs into with a stranger's tokenizer.json or a broken text."""
         try:
             yield
+        except SupraError:
+            raise
         except (TypeError, UnicodeEncodeError):
             raise SupraError(
                 "the text holds half of a surrogate pair, which is no character: correct it"
