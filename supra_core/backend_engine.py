@@ -13,13 +13,17 @@ from supra_core.backend import Backend, Logits, StateArrays
 from supra_core.batch import Batch, InTurns
 from supra_core.conversation import clock
 from supra_core.errors import FormatError, SupraError
-from supra_core.generate import Sampling, continuation
+from supra_core.generate import Hear, Sampling, continuation
+from supra_core.likelihood import Likelihood, likelihoods
 from supra_core.progress import Progress, silent
 from supra_core.text import ModelTokenizer
 from supra_core.text.chat_template import ANSWER, Rendering
+from supra_core.token_texts import decode_within
 
 # Tokens fed at once: a backend returns the logits of all of them.
 _PIECE = 512
+# Where these are looked at, a copy of each row's on the way.
+_FOLLOWED = 128
 
 
 @dataclass
@@ -39,6 +43,10 @@ class BackendEngine:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that is to be continued."""
         return self.tokenizer.encode_prompt(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids as it is in the middle of a text, special tokens by their names."""
+        return decode_within(self.tokenizer.raw, ids)
 
     def render(
         self,
@@ -64,6 +72,16 @@ class BackendEngine:
             self._show(part, state)
             progress("read", start + len(part), len(ids))
 
+    def follow(
+        self, ids: Sequence[int], following: Sequence[int], state: Held, top: int
+    ) -> list[Likelihood]:
+        """Show ``ids`` to ``state``; how likely each token of ``following`` was after them."""
+        found = []
+        for start in range(0, len(ids), _FOLLOWED):
+            part = slice(start, start + _FOLLOWED)
+            found += likelihoods(self._show(ids[part], state)[0], following[part], top)
+        return found
+
     def speak(
         self,
         ids: Sequence[int],
@@ -72,6 +90,7 @@ class BackendEngine:
         progress: Progress = silent,
         seen: Sequence[int] = (),
         continues: bool = False,
+        hear: Hear | None = None,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text, up to the end of the turn, which is none."""
         if not len(ids):
@@ -80,7 +99,8 @@ class BackendEngine:
         logits = self._show(ids[-1:], state)[0, -1]
         recent = (*seen, *ids)
         text = self.tokenizer.stream(recent if continues else ())
-        for token, after in continuation(self.model, logits, state.state, recent, sampling):
+        steps = continuation(self.model, logits, state.state, recent, sampling, hear=hear)
+        for token, after in steps:
             state.state = after
             yield token, text(token)
 

@@ -6,7 +6,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from supra_core.generate import Sampling
+from supra_core.generate import Hear, Sampling
+from supra_core.likelihood import Likelihood, Logits, likelihood
 from supra_core.progress import silent
 
 if TYPE_CHECKING:
@@ -19,13 +20,15 @@ Finish = Literal["stop", "length"]
 class Spoken:
     """One sequence's next token with the text that became certain; ``finish``: it was the last.
 
-    ``token`` None: the sequence ended without another token.
+    ``token`` None: the sequence ended without another token. ``likelihood`` is there where it was
+    asked for, and then of the token that ended the sequence as well.
     """
 
     key: int
     token: int | None
     text: str
     finish: Finish | None = None
+    likelihood: Likelihood | None = None
 
 
 class Batch(Protocol):
@@ -38,11 +41,13 @@ class Batch(Protocol):
         sampling: Sampling,
         seen: Sequence[int] = (),
         continues: bool = False,
+        top: int | None = None,
     ) -> int:
         """Begin a sequence after ``ids``, at least one, fed to ``state``; returns its key.
 
         ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
         ``continues``: the text goes on from theirs, and does not begin anew as an answer does.
+        ``top``: each token comes with its likelihood and that many likeliest ones.
         """
         ...
 
@@ -64,6 +69,7 @@ class _Sequence:
     state: Any
     pieces: Generator[tuple[int, str]]
     tokens_left: int
+    heard: list[Likelihood]
 
 
 class InTurns:
@@ -82,11 +88,19 @@ class InTurns:
         sampling: Sampling,
         seen: Sequence[int] = (),
         continues: bool = False,
+        top: int | None = None,
     ) -> int:
         """Nothing is computed before the next step."""
         key, self._next_key = self._next_key, self._next_key + 1
-        pieces = self._engine.speak(ids, state, sampling, silent, seen, continues)
-        self._sequences[key] = _Sequence(state, pieces, sampling.max_tokens)
+        heard: list[Likelihood] = []
+        hear: Hear | None = None
+        if top is not None:
+
+            def hear(logits: Logits, token: int) -> None:
+                heard.append(likelihood(logits, token, top))
+
+        pieces = self._engine.speak(ids, state, sampling, silent, seen, continues, hear)
+        self._sequences[key] = _Sequence(state, pieces, sampling.max_tokens, heard)
         return key
 
     def step(self) -> list[Spoken]:
@@ -117,4 +131,5 @@ class InTurns:
             finish = "length"
         if finish:
             self._ended[key] = self.take(key)
-        return Spoken(key, token, text, finish)
+        likely = sequence.heard.pop() if sequence.heard else None
+        return Spoken(key, token, text, finish, likely)

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from supra_core.backend import StateArrays
 from supra_core.batch import Batch
 from supra_core.errors import FormatError
-from supra_core.generate import REPETITION_CONTEXT, Sampling
+from supra_core.generate import REPETITION_CONTEXT, Hear, Sampling
+from supra_core.likelihood import Likelihood
 from supra_core.progress import Progress, silent
 from supra_core.text.chat_template import ANSWER, Rendering
 
@@ -32,6 +33,10 @@ class Engine(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that is to be continued."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids as it is in the middle of a text, special tokens by their names."""
         ...
 
     def render(
@@ -58,6 +63,12 @@ class Engine(Protocol):
         """Show ``ids``, at least one, to ``state``."""
         ...
 
+    def follow(
+        self, ids: Sequence[int], following: Sequence[int], state: Any, top: int
+    ) -> list[Likelihood]:
+        """As :meth:`feed`; how likely ``following`` were, each the token after one of ``ids``."""
+        ...
+
     def speak(
         self,
         ids: Sequence[int],
@@ -66,11 +77,13 @@ class Engine(Protocol):
         progress: Progress,
         seen: Sequence[int] = (),
         continues: bool = False,
+        hear: Hear | None = None,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids``, each with the text that became certain; the state has seen them.
 
         ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
         ``continues``: the text goes on from theirs, and does not begin anew as an answer does.
+        ``hear``: is told what each token was taken from.
         """
         ...
 

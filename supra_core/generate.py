@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,10 @@ from supra_core.verify import check_ids
 
 # Tokens that the repetition penalty looks back on.
 REPETITION_CONTEXT = 64
+
+# Told the logits (V,) that a token was taken from, any penalty counted, and the token; the end of
+# a text is one, too.
+Hear = Callable[[npt.NDArray[np.float32], int], None]
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def continuation(
     sampling: Sampling,
     *,
     stop: Collection[int] | None = None,
+    hear: Hear | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """As :func:`generate`, after the last ``logits`` (V,); each token with the state after it.
 
@@ -95,7 +100,10 @@ def continuation(
     generator = np.random.default_rng(sampling.seed)
     recent = deque(seen[-REPETITION_CONTEXT:], REPETITION_CONTEXT)
     for _ in range(sampling.max_tokens):
-        token = sample(penalised(logits, recent, sampling.repetition_penalty), sampling, generator)
+        logits = penalised(logits, recent, sampling.repetition_penalty)
+        token = sample(logits, sampling, generator)
+        if hear is not None:
+            hear(logits, token)
         if token in ends:
             return
         following, state = model.step(np.array([token]), state)

@@ -19,6 +19,7 @@ from supra_core.batch import Batch, Finish, Spoken
 from supra_core.conversation import Engine, HeldBack
 from supra_core.errors import SupraError
 from supra_core.generate import REPETITION_CONTEXT, Sampling
+from supra_core.likelihood import Likelihood
 from supra_core.prefixes import Prefixes
 from supra_core.progress import silent
 
@@ -45,10 +46,18 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Followed:
+    """How likely each token of the prompt was after those before it."""
+
+    likelihoods: tuple[Likelihood, ...]
+
+
+@dataclass(frozen=True)
 class Piece:
-    """Text of the answer."""
+    """Text of the answer, and how likely the tokens were that were said since the piece before."""
 
     text: str
+    likelihoods: tuple[Likelihood, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Failed:
     error: Exception
 
 
-Event = Reading | Piece | Finished | Failed
+Event = Reading | Followed | Piece | Finished | Failed
 
 
 @dataclass(eq=False)
@@ -81,6 +90,9 @@ class Job:
     """A request on its way; ``deliver`` is called from the model's thread and must not block.
 
     ``continues``: its text goes on from the prompt's, and does not begin anew as an answer does.
+    ``ends``: tokens that end the answer, beside the model's own. ``top``: so many likeliest tokens
+    come with the likelihood of each that is said; ``followed``: of the prompt's as well, which is
+    then read whole. ``silent``: the prompt is only read.
     """
 
     ids: list[int]
@@ -88,11 +100,16 @@ class Job:
     stop: tuple[str, ...]
     deliver: Callable[[Event], None]
     continues: bool = False
+    ends: frozenset[int] = frozenset()
+    top: int | None = None
+    followed: bool = False
+    silent: bool = False
     cancelled: bool = False
     state: Any = None
     known: int = 0
     fed: int = 0
     said: list[int] = field(default_factory=list)
+    likelihoods: list[Likelihood] = field(default_factory=list)
     started: float = 0.0
     spoke: float = 0.0
 
@@ -247,8 +264,15 @@ class Scheduler:
             self._feed(job)
             if job.fed < len(job.ids) - 1:
                 return
+            self._tell_followed(job)
+            if job.silent:
+                self._reading, job.spoke = None, time.monotonic()
+                self._end(job, _finished(job, "length"))
+                return
             seen = job.ids[max(0, job.fed - REPETITION_CONTEXT) : job.fed]
-            key = self._batch.add(job.ids[job.fed :], job.state, job.sampling, seen, job.continues)
+            key = self._batch.add(
+                job.ids[job.fed :], job.state, job.sampling, seen, job.continues, job.top
+            )
         # Of the one request, whatever is wrong: the others go on.
         except Exception as error:
             self._reading = None
@@ -259,7 +283,8 @@ class Scheduler:
 
     def _begin(self, job: Job) -> None:
         job.started = time.monotonic()
-        job.known, state = self._prefixes.longest(job.ids)
+        # A state kept does not know how likely its tokens were.
+        job.known, state = (0, None) if job.followed else self._prefixes.longest(job.ids)
         job.fed = job.known
         job.state = self._engine.fresh() if state is None else self._engine.copy(state)
 
@@ -271,11 +296,22 @@ class Scheduler:
         if not ends:
             return
         end = min(*ends, job.fed + PIECE)
-        self._engine.feed(job.ids[job.fed : end], job.state, silent)
+        ids = job.ids[job.fed : end]
+        if job.followed:
+            following = job.ids[job.fed + 1 : end + 1]
+            job.likelihoods += self._engine.follow(ids, following, job.state, job.top or 0)
+        else:
+            self._engine.feed(ids, job.state, silent)
         job.fed = end
         if end in ends:
             self._prefixes.put(job.ids[:end], self._engine.copy(job.state))
         job.deliver(Reading(end, len(job.ids)))
+
+    @staticmethod
+    def _tell_followed(job: Job) -> None:
+        if job.followed:
+            job.deliver(Followed((Likelihood(job.ids[0], None), *job.likelihoods)))
+            job.likelihoods.clear()
 
     def _speak(self) -> None:
         if not self._speaking:
@@ -296,29 +332,22 @@ class Scheduler:
         job, finish = self._speaking[piece.key], piece.finish
         if piece.token is not None:
             job.said.append(piece.token)
-        text = job.held.take(piece.text)
-        if job.held.stopped:
+        if piece.likelihood is not None:
+            job.likelihoods.append(piece.likelihood)
+        ended = piece.token in job.ends
+        text = job.held.take("" if ended else piece.text)
+        if ended or job.held.stopped:
             finish = "stop"
         if finish is not None:
             text += job.held.rest()
-        if text:
-            job.deliver(Piece(text))
+        if text or (finish is not None and job.likelihoods):
+            job.deliver(Piece(text, tuple(job.likelihoods)))
+            job.likelihoods.clear()
         if finish is None:
             return
         del self._speaking[piece.key]
         self._prefixes.put([*job.ids, *job.said], self._batch.take(piece.key))
-        now = time.monotonic()
-        self._end(
-            job,
-            Finished(
-                finish=finish,
-                prompt_tokens=len(job.ids),
-                known_tokens=job.known,
-                said_tokens=len(job.said),
-                read_seconds=job.spoke - job.started,
-                said_seconds=now - job.spoke,
-            ),
-        )
+        self._end(job, _finished(job, finish))
 
     def _end(self, job: Job, event: Finished | Failed) -> None:
         self._leave(job)
@@ -328,3 +357,14 @@ class Scheduler:
         job.state = None
         with self._lock:
             self._taken -= 1
+
+
+def _finished(job: Job, finish: Finish) -> Finished:
+    return Finished(
+        finish=finish,
+        prompt_tokens=len(job.ids),
+        known_tokens=job.known,
+        said_tokens=len(job.said),
+        read_seconds=job.spoke - job.started,
+        said_seconds=time.monotonic() - job.spoke,
+    )

@@ -19,8 +19,10 @@ from mlx_lm.sample_utils import (
 from supra_core.batch import Spoken
 from supra_core.errors import SupraError
 from supra_core.generate import REPETITION_CONTEXT, Sampling
+from supra_core.likelihood import likelihood
 from supra_core.text import ModelTokenizer
 from supra_mlx.model import Model
+from supra_mlx.weights import to_numpy
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -41,6 +43,8 @@ class MLXBatch:
             stream=mx.default_stream(mx.default_device()),
         )
         self._texts: dict[int, Callable[[int], str]] = {}
+        # How many likeliest tokens are told with each, of the sequences that ask for it.
+        self._tops: dict[int, int] = {}
         self._ended: dict[int, list[Any]] = {}
 
     def add(
@@ -50,6 +54,7 @@ class MLXBatch:
         sampling: Sampling,
         seen: Sequence[int] = (),
         continues: bool = False,
+        top: int | None = None,
     ) -> int:
         """The caches in ``state`` are copied: they stay as they are."""
         if not len(ids):
@@ -68,6 +73,8 @@ class MLXBatch:
             logits_processors=[processors],
         )
         self._texts[key] = self._tokenizer.stream((*seen, *ids) if continues else ())
+        if top is not None:
+            self._tops[key] = top
         return int(key)
 
     def step(self) -> list[Spoken]:
@@ -75,18 +82,21 @@ class MLXBatch:
         _, responses = self._generator.next()
         spoken = []
         for response in responses:
-            text = self._texts[response.uid](int(response.token))
+            key, token = response.uid, int(response.token)
+            text, top, likely = self._texts[key](token), self._tops.get(key), None
+            if top is not None:
+                likely = likelihood(to_numpy(response.logprobs.astype(mx.float32)), token, top)
             if response.finish_reason:
-                self._ended[response.uid] = _owned(response.prompt_cache)
-                del self._texts[response.uid]
-            spoken.append(Spoken(response.uid, int(response.token), text, response.finish_reason))
+                self._ended[key] = _owned(response.prompt_cache)
+                self._forget(key)
+            spoken.append(Spoken(key, token, text, response.finish_reason, likely))
         return spoken
 
     def take(self, key: int) -> list[Any]:
         """KeyError when there is no such sequence."""
         if key in self._ended:
             return self._ended.pop(key)
-        del self._texts[key]
+        self._forget(key)
         return _owned(self._generator.remove([key], return_prompt_caches=True)[key][0])
 
     def close(self) -> None:
@@ -94,7 +104,12 @@ class MLXBatch:
         self._generator.remove(list(self._texts))
         self._generator.close()
         self._texts.clear()
+        self._tops.clear()
         mx.synchronize()
+
+    def _forget(self, key: int) -> None:
+        del self._texts[key]
+        self._tops.pop(key, None)
 
 
 def release_thread() -> None:

@@ -13,17 +13,23 @@ from supra_core.backend import StateArrays
 from supra_core.batch import Batch
 from supra_core.conversation import clock
 from supra_core.errors import FormatError
-from supra_core.generate import Sampling
+from supra_core.generate import Hear, Sampling
+from supra_core.likelihood import Likelihood, likelihoods
 from supra_core.progress import Progress, silent
 from supra_core.text import ModelTokenizer
 from supra_core.text.chat_template import ANSWER, Rendering
+from supra_core.token_texts import decode_within
 from supra_mlx.batch import MLXBatch
 from supra_mlx.caches import fill, layer_arrays
 from supra_mlx.generate import PREFILL_STEP, stream
 from supra_mlx.model import Model
+from supra_mlx.weights import to_numpy
 
 # mlx-lm's cache a layer; the arrays in it are never changed.
 Caches = list[Any]
+
+# Tokens fed at once where the logits of all of them are looked at.
+_FOLLOWED = 128
 
 
 class MLXEngine:
@@ -37,6 +43,10 @@ class MLXEngine:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that is to be continued."""
         return self.tokenizer.encode_prompt(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids as it is in the middle of a text, special tokens by their names."""
+        return decode_within(self.tokenizer.raw, ids)
 
     def render(
         self,
@@ -64,6 +74,20 @@ class MLXEngine:
             mx.clear_cache()
             progress("read", start + part.shape[1], len(ids))
 
+    def follow(
+        self, ids: Sequence[int], following: Sequence[int], state: Caches, top: int
+    ) -> list[Likelihood]:
+        """Show ``ids`` to ``state``; how likely each token of ``following`` was after them."""
+        found = []
+        for start in range(0, len(ids), _FOLLOWED):
+            part = slice(start, start + _FOLLOWED)
+            logits = self.model(mx.array([list(ids[part])], dtype=mx.int32), cache=state)
+            rows = to_numpy(logits[0].astype(mx.float32))
+            mx.eval([cache.state for cache in state])
+            mx.clear_cache()
+            found += likelihoods(rows, following[part], top)
+        return found
+
     def speak(
         self,
         ids: Sequence[int],
@@ -72,10 +96,13 @@ class MLXEngine:
         progress: Progress = silent,
         seen: Sequence[int] = (),
         continues: bool = False,
+        hear: Hear | None = None,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text; the end of a turn is one of them."""
         text = self.tokenizer.stream((*seen, *ids) if continues else ())
-        for token in stream(self.model, ids, sampling, cache=state, progress=progress, seen=seen):
+        for token in stream(
+            self.model, ids, sampling, cache=state, progress=progress, seen=seen, hear=hear
+        ):
             yield token, text(token)
 
     def batch(self, size: int) -> Batch:

@@ -11,9 +11,10 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 
 from supra_core.errors import SupraError
-from supra_core.generate import REPETITION_CONTEXT, Sampling
+from supra_core.generate import REPETITION_CONTEXT, Hear, Sampling
 from supra_core.progress import Progress, silent
 from supra_mlx.model import Model
+from supra_mlx.weights import to_numpy
 
 # Tokens of a prompt that are fed at once, as mlx-lm has it.
 PREFILL_STEP = 2048
@@ -27,13 +28,14 @@ def stream(
     cache: list[Any] | None = None,
     progress: Progress = silent,
     seen: Sequence[int] = (),
+    hear: Hear | None = None,
 ) -> Generator[int]:
     """The tokens after ``prompt_ids``, up to and including one that ends the text.
 
     ``cache`` goes on from earlier tokens and is updated: it holds every token yielded, the last
     one included. ``progress`` hears how much of the prompt was fed; ``seen``: tokens before the
-    prompt that the repetition penalty is to know. Raises SupraError when there is nothing to go
-    on from.
+    prompt that the repetition penalty is to know; ``hear``: is told what each was taken from.
+    Raises SupraError when there is nothing to go on from.
     """
     if not len(prompt_ids):
         raise SupraError("the prompt is empty: give at least one token to go on from")
@@ -52,17 +54,22 @@ def stream(
         prefill_step_size=PREFILL_STEP,
         prompt_progress_callback=lambda done, total: progress("read", done, total),
     )
-    return _until_the_end(steps, model, frozenset(model.spec.eos_token_id))
+    return _until_the_end(steps, model, frozenset(model.spec.eos_token_id), hear)
 
 
 def _until_the_end(
-    steps: Generator[tuple[int, mx.array]], model: Model, ends: Collection[int]
+    steps: Generator[tuple[int, mx.array]],
+    model: Model,
+    ends: Collection[int],
+    hear: Hear | None,
 ) -> Generator[int]:
     """As mlx-lm's ``stream_generate``, without its text: its fast detokenizers know no id beyond
     the tokenizer's, of which a padded vocabulary has some.
     """
     with wired_limit(model, [generation_stream]), closing(steps):
-        for token, _ in steps:
+        for token, logprobs in steps:
+            if hear is not None:
+                hear(to_numpy(logprobs.astype(mx.float32)), token)
             yield token
             if token in ends:
                 return

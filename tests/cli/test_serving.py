@@ -22,6 +22,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 testclient = pytest.importorskip("starlette.testclient")
 
+from typer.testing import CliRunner  # noqa: E402
+
 from supra_cli.main import app  # noqa: E402
 from supra_cli.serving import server  # noqa: E402
 from supra_cli.serving.app import build  # noqa: E402
@@ -50,7 +52,7 @@ class Served:
 
     def __init__(self, engine: Echo, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         speaker = Speaker(engine, lambda: OWNER, Sizes())  # type: ignore[arg-type]
-        monkeypatch.setattr(server, "load_speaker", lambda *_: speaker)
+        monkeypatch.setattr(server, "load_speaker", lambda *_, **__: speaker)
         settings = server.Settings(
             "model", None, None, "tiny", "127.0.0.1", 0, None, Sampling(), Limits(4000, 100), 2, 4,
             10**6, {"book": book},
@@ -182,7 +184,7 @@ class Slow(Echo):
 def serve_slowly(folder: str, seconds: float) -> None:
     """``supra serve`` of such an engine, in a process of its own."""
     speaker = Speaker(Slow(seconds), lambda: OWNER, Sizes())  # type: ignore[arg-type]
-    server.load_speaker = lambda *_: speaker  # type: ignore[assignment]
+    server.load_speaker = lambda *_, **__: speaker  # type: ignore[assignment]
     app(["serve", folder, "--port", "0"])
 
 
@@ -263,7 +265,7 @@ def test_the_model_ends_whatever_ends_the_server(
         assert not service.scheduler.ended
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(server, "load_speaker", lambda *_: speaker)
+    monkeypatch.setattr(server, "load_speaker", lambda *_, **__: speaker)
     monkeypatch.setattr(server, "_serve", broken)
     settings = server.Settings(
         str(write_model(tmp_path / "model")), None, None, "tiny", "127.0.0.1", 0, None, Sampling(),
@@ -272,3 +274,33 @@ def test_the_model_ends_whatever_ends_the_server(
     with pytest.raises(RuntimeError, match="broken"):
         server.serve(settings)
     assert schedulers[0].ended
+
+
+def test_the_command_line_reaches_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(server, "serve", told.append)
+    monkeypatch.setattr(server, "load_speaker", lambda *_, **more: told.append(more) or speaker)
+    speaker = Speaker(Echo(), lambda: OWNER, Sizes())  # type: ignore[arg-type]
+    for given, origins, markers in (
+        ((), (), False),
+        (("--parse-markers", "--allow-origin", "*"), ("*",), True),
+        (("--allow-origin", "http://localhost:3000", "--allow-origin", "null"),
+         ("http://localhost:3000", "null"), False),
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, ["serve", "model", *given])
+        assert done.exit_code == 0, done.output
+        settings = told.pop()
+        assert (settings.origins, settings.parse_markers) == (origins, markers)
+        server._loaded(settings, {})
+        assert told.pop() == {"parse_markers": markers}
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["localhost:3000", "http://localhost:3000/", "http://a.example/x", "HTTP://a.example", "",
+     "http://me@a.example", "http://[", "//a.example"],
+)  # fmt: skip
+def test_what_is_no_origin(origin: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "model", "--allow-origin", origin])
+    assert done.exit_code == 2
+    assert "is no origin: write it as in http" in done.output

@@ -10,8 +10,10 @@ import numpy as np
 from supra_core.backend import StateArrays
 from supra_core.batch import Batch, InTurns
 from supra_core.conversation import Message
-from supra_core.generate import Sampling
+from supra_core.generate import Hear, Sampling
+from supra_core.likelihood import Likelihood, Logits, likelihood
 from supra_core.progress import Progress, silent
+from supra_core.text.chat_template import ANSWER, Rendering
 
 
 class Echo:
@@ -30,12 +32,23 @@ class Echo:
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]
 
-    def render(self, messages: Sequence[Message], now: datetime | None = None) -> list[int]:
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        now: datetime | None = None,
+        how: Rendering = ANSWER,
+    ) -> list[int]:
         said = [
             (m["role"][0], m["content"].strip() if self.trim else m["content"]) for m in messages
         ]
         day = f"[{now or datetime.now():%Y-%m-%d}]" if self.dated else ""
-        return self.encode(day + "".join(f"<{role}>{text}</>" for role, text in said) + "<a>")
+        whole = day + "".join(f"<{role}>{text}</>" for role, text in said)
+        if how.continues:
+            return self.encode(whole.removesuffix("</>"))
+        return self.encode(whole + ("<a>" if how.answer_next else ""))
 
     def fresh(self) -> list[int]:
         return []
@@ -47,6 +60,15 @@ class Echo:
         self.fed += len(ids)
         state += ids
 
+    def follow(
+        self, ids: Sequence[int], following: Sequence[int], state: list[int], top: int
+    ) -> list[Likelihood]:
+        found = []
+        for token, after in zip(ids, following, strict=True):
+            self.feed([token], state)
+            found.append(likelihood(self._logits(state), after, top))
+        return found
+
     def speak(
         self,
         ids: Sequence[int],
@@ -55,13 +77,21 @@ class Echo:
         progress: Progress,
         seen: Sequence[int] = (),
         continues: bool = False,
+        hear: Hear | None = None,
     ) -> Generator[tuple[int, str]]:
         self.continued.append(continues)
         self.feed(ids, state, progress)
         for _ in range(sampling.max_tokens):
-            letter = chr(ord("a") + sum(state) % 26)
+            letter = chr(self._logits(state).argmax())
+            if hear is not None:
+                hear(self._logits(state), ord(letter))
             state.append(ord(letter))
             yield ord(letter), letter
+
+    @staticmethod
+    def _logits(state: list[int]) -> Logits:
+        """The likeliest is one of 26 letters; the next ones are likelier than those far from it."""
+        return -np.abs(np.arange(256) - ord("a") - sum(state) % 26).astype(np.float32)
 
     def batch(self, size: int) -> Batch:
         return InTurns(self)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supra_core.generate import Sampling
+from supra_core.generate import Hear, Sampling
+from supra_core.likelihood import Likelihood
 from supra_core.prefixes import Prefixes
 from supra_core.progress import Progress, silent
 from supra_core.scheduler import (
@@ -19,6 +21,7 @@ from supra_core.scheduler import (
     Event,
     Failed,
     Finished,
+    Followed,
     Job,
     Piece,
     Reading,
@@ -35,10 +38,16 @@ class Client:
     """A request and what came of it."""
 
     def __init__(
-        self, text: str, sampling: Sampling = SAMPLING, stop: tuple[str, ...] = ()
+        self,
+        text: str,
+        sampling: Sampling = SAMPLING,
+        stop: tuple[str, ...] = (),
+        **more: Any,
     ) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.job = Job([ord(c) for c in text], sampling, stop, self.events.put)
+        self.job = Job([ord(c) for c in text], sampling, stop, self.events.put, **more)
+        self.followed: list[Likelihood] = []
+        self.likelihoods: list[Likelihood] = []
 
     def until_the_end(self) -> tuple[str, Finished]:
         """The text and the end."""
@@ -47,6 +56,9 @@ class Client:
             event = self.events.get(timeout=20)
             if isinstance(event, Piece):
                 text += event.text
+                self.likelihoods += event.likelihoods
+            elif isinstance(event, Followed):
+                self.followed += event.likelihoods
             elif isinstance(event, Failed):
                 raise event.error
             elif isinstance(event, Finished):
@@ -83,8 +95,9 @@ class Gated(Echo):
         progress: Progress,
         seen: Sequence[int] = (),
         continues: bool = False,
+        hear: Hear | None = None,
     ) -> Generator[tuple[int, str]]:
-        for token, piece in super().speak(ids, state, sampling, progress, seen, continues):
+        for token, piece in super().speak(ids, state, sampling, progress, seen, continues, hear):
             self.gate.acquire()
             self.order.append("say")
             yield token, piece
@@ -255,6 +268,55 @@ def test_a_stop_string_ends_the_answer() -> None:
     assert said == whole[: whole.index(whole[5:7])]
     assert end.finish == "stop"
     assert end.said_tokens == len(said) + 2
+    scheduler.close()
+
+
+def test_a_token_ends_the_answer() -> None:
+    scheduler, _ = running(Echo())
+    whole = expected(TEXT)
+    client = Client(TEXT, ends=frozenset([ord(whole[3])]), top=0)
+    scheduler.submit(client.job)
+    text, end = client.until_the_end()
+    assert text == whole[: whole.index(whole[3])]
+    assert (end.finish, end.said_tokens) == ("stop", len(text) + 1)
+    # The token that ended it is among those said.
+    assert [found.token for found in client.likelihoods] == [ord(c) for c in text + whole[3]]
+    scheduler.close()
+
+
+def test_how_likely_every_token_was() -> None:
+    engine = Echo()
+    scheduler, _ = running(engine)
+    text = TEXT * (PIECE // len(TEXT) + 1)
+    for _ in range(2):
+        # What is known does not tell how likely it was: it is read again.
+        client = Client(text, top=2, followed=True)
+        scheduler.submit(client.job)
+        said, end = client.until_the_end()
+        assert said == expected(text) and end.known_tokens == 0
+        assert client.followed[0] == Likelihood(ord(text[0]), None)
+        ids = [ord(c) for c in text + said]
+        found = [*client.followed, *client.likelihoods]
+        assert [one.token for one in found] == ids
+        assert found[1:] == Echo().follow(ids[:-1], ids[1:], [], 2)
+        assert all(one.logprob == one.top[0][1] for one in client.likelihoods)
+    # Who does not ask is told nothing, and reads nothing again.
+    client = Client(text)
+    scheduler.submit(client.job)
+    assert client.until_the_end()[1].known_tokens == len(text) - 1
+    assert not client.followed and not client.likelihoods
+    scheduler.close()
+
+
+@pytest.mark.parametrize("text", ["a", TEXT])
+def test_a_prompt_that_is_only_read(text: str) -> None:
+    scheduler, _ = running(Echo())
+    client = Client(text, top=1, followed=True, silent=True)
+    scheduler.submit(client.job)
+    said, end = client.until_the_end()
+    assert (said, end.finish, end.said_tokens) == ("", "length", 0)
+    assert [one.token for one in client.followed] == [ord(c) for c in text]
+    assert scheduler.taken == 0
     scheduler.close()
 
 

@@ -14,6 +14,7 @@ from mlx_lm.models.base import create_ssm_mask  # noqa: E402
 
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.generate import Sampling  # noqa: E402
+from supra_core.likelihood import likelihood  # noqa: E402
 from supra_mlx import model  # noqa: E402
 from supra_mlx.engine import MLXEngine  # noqa: E402
 from tests.mlx.chat import load_model, write_chat_model  # noqa: E402
@@ -146,6 +147,40 @@ def test_a_penalty_knows_what_was_fed_before(engine: MLXEngine) -> None:
     key = batch.add(prompt[-1:], begun(engine, prompt), sampling, prompt[:-1])
     finished(batch, [key], said)
     assert said[key] == alone(engine, prompt, sampling)
+
+
+def test_how_likely_its_tokens_were(engine: MLXEngine) -> None:
+    """In a batch, alone, and by a pass over them; of the sequence that asks, and no other."""
+    prompt, sampling = PROMPTS[3], Sampling(max_tokens=6)
+    batch = engine.batch(4)
+    asking = batch.add(prompt, engine.fresh(), sampling, top=3)
+    batch.add(PROMPTS[2], engine.fresh(), Sampling(max_tokens=8))
+    told, others = [], []
+    while len(told) < 6:
+        for spoken in batch.step():
+            (told if spoken.key == asking else others).append(spoken.likelihood)
+    batch.close()
+    assert others and not any(others)
+    heard: list[Any] = []
+    said = [
+        token
+        for token, _ in engine.speak(
+            prompt, engine.fresh(), sampling,
+            hear=lambda logits, token: heard.append(likelihood(logits, token, 3)),
+        )
+    ]  # fmt: skip
+    ids = [*prompt, *said]
+    # In several parts, as a long one is read.
+    state = engine.fresh()
+    followed = engine.follow(ids[:9], ids[1:10], state, 3)
+    followed += engine.follow(ids[9:-1], ids[10:], state, 3)
+    for found in (told, heard):
+        for one, other in zip(found, followed[-6:], strict=True):
+            assert one.token == other.token
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [index for index, _ in one.top] == [index for index, _ in other.top]
+            # Greedy: what was said is the likeliest.
+            assert one.top[0] == (one.token, one.logprob)
 
 
 def test_nothing_to_go_on_from(engine: MLXEngine) -> None:

@@ -30,6 +30,14 @@ def command(
             "MODEL:NAME; may be repeated."
         ),
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let a web page of this origin use the server, as in http://localhost:3000; * is "
+            "any. May be repeated; default: none."
+        ),
+    ] = None,
+    parse_markers: options.ParseMarkers = False,
     backend: options.GenerationBackend = None,
     dtype: options.Dtype = None,
     temperature: options.Temperature = 0.0,
@@ -82,8 +90,31 @@ def command(
             waiting=waiting,
             kept_bytes=int(keep_gib * _GIB),
             contexts=_contexts(context or []),
+            origins=tuple(map(_origin, allow_origin or [])),
+            parse_markers=parse_markers,
         )
     )
+
+
+def _origin(text: str) -> str:
+    """As browsers name it; SupraError for what they never would."""
+    from urllib.parse import urlsplit
+
+    from supra_core.errors import SupraError
+
+    if text in ("*", "null"):
+        return text
+    try:
+        parts = urlsplit(text)
+        named = f"{parts.scheme}://{parts.netloc}" if parts.netloc else None
+    except ValueError:
+        named = None
+    if named != text or text != text.lower() or "@" in text:
+        raise SupraError(
+            f"--allow-origin '{text}' is no origin: write it as in http://localhost:3000, without "
+            "a path"
+        )
+    return text
 
 
 def _contexts(given: list[str]) -> dict[str, Path]:

@@ -4,63 +4,95 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from supra_core.scheduler import Finished, Piece
+from supra_cli.serving.logprobs import Echo, in_chat, in_text, names
+from supra_core.likelihood import Likelihood
+from supra_core.scheduler import Finished, Followed, Piece
+from supra_core.token_texts import Decode, Places
+
+Heard = Followed | Piece | Finished
 
 
 @dataclass
 class Answers:
-    """A request's answers, ``each`` prompt's one after the other, in the interface's words."""
+    """A request's answers, ``each`` prompt's one after the other, in the interface's words.
+
+    ``top``: the likeliest tokens that are told with each, None: nothing is told. ``echoes``: the
+    prompts, where they are to stand before their answers.
+    """
 
     chat: bool
     model: str
     prompts: int
     each: int
+    top: int | None
+    decode: Decode
+    echoes: list[Echo] = field(default_factory=list)
     ident: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     texts: dict[int, str] = field(default_factory=dict)
     ends: dict[int, Finished] = field(default_factory=dict)
+    _followed: dict[int, Sequence[Likelihood]] = field(default_factory=dict)
+    _likelihoods: dict[int, list[Likelihood]] = field(default_factory=dict)
+    _places: dict[int, Places] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._name = names(self.decode)
 
     @property
     def count(self) -> int:
         """Answers of all prompts."""
         return self.prompts * self.each
 
-    def hear(self, index: int, event: Piece | Finished) -> None:
+    def hear(self, index: int, event: Heard) -> None:
         """Take in what happened to answer ``index``."""
         if isinstance(event, Piece):
             self.texts[index] = self.texts.get(index, "") + event.text
-        else:
+            self._likelihoods.setdefault(index, []).extend(event.likelihoods)
+        elif isinstance(event, Finished):
             self.ends[index] = event
+        else:
+            self._followed[index // self.each] = event.likelihoods
 
     def whole(self) -> dict[str, Any]:
         """The body of an answer in one piece."""
         choices = []
         for index in range(self.count):
             text, finish = self.texts.get(index, ""), self.ends[index].finish
-            said: dict[str, Any] = {"text": text}
+            said: dict[str, Any] = {"text": self._echoed(index) + text}
             if self.chat:
                 said = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": finish})
+            said["logprobs"] = self._logprobs(index, self._likelihoods.get(index, []))
+            if self._followed:
+                before = self._prompt_logprobs(index)
+                said["logprobs"] = {name: before[name] + said["logprobs"][name] for name in before}
+            choices.append({"index": index, **said, "finish_reason": finish})
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self.usage()}
 
     def opening(self) -> list[dict[str, Any]]:
-        """The first chunks of a stream: who speaks."""
-        if not self.chat:
+        """The first chunks of a stream: who speaks, or the prompts if they are told alone."""
+        if self.chat:
+            delta = {"role": "assistant", "content": ""}
+            return [self._chunk(index, {"delta": delta}) for index in range(self.count)]
+        if not self.echoes or self.top is not None:
             return []
-        delta = {"role": "assistant", "content": ""}
-        return [self._chunk(index, {"delta": delta}, None) for index in range(self.count)]
+        return [self._chunk(index, {"text": self._echoed(index)}) for index in range(self.count)]
 
-    def chunk(self, index: int, event: Piece | Finished) -> dict[str, Any]:
+    def chunks(self, index: int, event: Heard) -> list[dict[str, Any]]:
         """An event in a stream."""
-        text = event.text if isinstance(event, Piece) else ""
-        finish = event.finish if isinstance(event, Finished) else None
-        if not self.chat:
-            return self._chunk(index, {"text": text}, finish)
-        return self._chunk(index, {"delta": {"content": text} if text else {}}, finish)
+        if isinstance(event, Followed):
+            logprobs = self._prompt_logprobs(index)
+            echoed = {"text": self._echoed(index)}
+            return [self._chunk(i, echoed, None, logprobs) for i in range(index, index + self.each)]
+        if isinstance(event, Finished):
+            empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+            return [self._chunk(index, empty, event.finish)]
+        said = {"delta": {"content": event.text}} if self.chat else {"text": event.text}
+        return [self._chunk(index, said, None, self._logprobs(index, event.likelihoods))]
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, for those who asked for it."""
@@ -79,6 +111,23 @@ class Answers:
             "prompt_tokens_details": {"cached_tokens": known},
         }
 
+    def _echoed(self, index: int) -> str:
+        return self.echoes[index // self.each].text if self.echoes else ""
+
+    def _prompt_logprobs(self, index: int) -> dict[str, Any]:
+        prompt = index // self.each
+        return in_text(self._followed[prompt], self._name, self.echoes[prompt].places())
+
+    def _logprobs(self, index: int, found: Sequence[Likelihood]) -> dict[str, Any] | None:
+        """Of an answer's next tokens."""
+        if self.top is None:
+            return None
+        if self.chat:
+            return in_chat(found, self._name)
+        begun = Places(self.decode, len(self._echoed(index)))
+        places = self._places.setdefault(index, begun)
+        return in_text(found, self._name, [places.take(one.token) for one in found])
+
     @property
     def _kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
@@ -92,6 +141,12 @@ class Answers:
             "model": self.model,
         }
 
-    def _chunk(self, index: int, said: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+    def _chunk(
+        self,
+        index: int,
+        said: Mapping[str, Any],
+        finish: str | None = None,
+        logprobs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
         return {**self._head(self._kind), "choices": [choice]}

@@ -8,22 +8,26 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from supra_cli.output import log, log_failure
 from supra_cli.serving.answers import Answers
+from supra_cli.serving.logprobs import Echo
 from supra_cli.serving.schema import ApiError, ChatRequest, CompletionRequest, parsed
-from supra_cli.serving.service import Exchange, Service, failure
+from supra_cli.serving.service import Exchange, Listener, Service, failure
 from supra_core.generate import Sampling
-from supra_core.scheduler import Failed, Reading
+from supra_core.scheduler import Failed, Followed, Job, Reading
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -40,7 +44,23 @@ def build(service: Service) -> Starlette:
             Route("/v1/completions", routes.guarded(routes.complete), methods=["POST"]),
         ],
         exception_handlers={HTTPException: _no_route},
+        middleware=_middleware(service.origins),
     )
+
+
+def _middleware(origins: Sequence[str]) -> list[Middleware]:
+    """What lets pages of ``origins`` use the service from a browser."""
+    if not origins:
+        return []
+    # A key is a header that pages set themselves: no cookie is ever of use.
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        allow_private_network=True,
+    )
+    return [cors]
 
 
 class Routes:
@@ -86,13 +106,15 @@ class Routes:
         asked = parsed(ChatRequest, await self._body(request))
         context = self.service.context(asked.model)
         self.service.check_answers(asked.n)
-        messages = [message.plain() for message in asked.messages]
-        if context.messages and any(message["role"] == "system" for message in messages):
+        system = any(message.role in ("system", "developer") for message in asked.messages)
+        if context.messages and system:
             raise ApiError(
                 400, "a context has its own system message: leave out yours", param="messages"
             )
-        ids = await run_in_threadpool(self.service.rendered, context, messages)
-        return await self._answered(request, asked, [ids])
+        how = asked.rendering()
+        ids = await run_in_threadpool(self.service.rendered, context, asked.messages, how)
+        answers = self._answers(asked, 1)
+        return await self._answered(request, asked, [ids], answers, continues=how.continues)
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``."""
@@ -101,15 +123,30 @@ class Routes:
             raise ApiError(400, "a context is for chat completions: name the model", param="model")
         self.service.check_answers(len(asked.prompts) * asked.n)
         prompts = [await run_in_threadpool(self.service.encoded, p) for p in asked.prompts]
-        return await self._answered(request, asked, prompts)
+        answers = self._answers(asked, len(prompts))
+        if asked.echo:
+            answers.echoes = [
+                await run_in_threadpool(self._echo, prompt, ids)
+                for prompt, ids in zip(asked.prompts, prompts, strict=True)
+            ]
+        return await self._answered(request, asked, prompts, answers, continues=True)
+
+    def _echo(self, prompt: str | list[int], ids: list[int]) -> Echo:
+        return Echo(prompt if isinstance(prompt, str) else None, ids, self.service.engine.decode)
+
+    def _answers(self, asked: ChatRequest | CompletionRequest, prompts: int) -> Answers:
+        chat, name = isinstance(asked, ChatRequest), asked.model or self.service.name
+        return Answers(chat, name, prompts, asked.n, asked.top, self.service.engine.decode)
 
     async def _answered(
         self,
         request: Request,
         asked: ChatRequest | CompletionRequest,
         prompts: Sequence[list[int]],
+        answers: Answers,
+        *,
+        continues: bool,
     ) -> Response:
-        chat = isinstance(asked, ChatRequest)
         sampling = asked.sampling(self.service.usual, self.service.limits.answer_tokens)
 
         def of_its_own(index: int) -> Sampling:
@@ -117,12 +154,25 @@ class Routes:
             seed = sampling.seed
             return sampling if seed is None else replace(sampling, seed=(seed + index) % 2**32)
 
-        answers = Answers(chat, asked.model or self.service.name, len(prompts), asked.n)
-        each = [ids for ids in prompts for _ in range(asked.n)]
-        exchange = Exchange(self.service, each, of_its_own, asked.stops, continues=not chat)
+        def job(index: int, deliver: Listener) -> Job:
+            return Job(
+                prompts[index // asked.n],
+                of_its_own(index),
+                asked.stops,
+                deliver,
+                continues=continues,
+                ends=frozenset(asked.stop_token_ids or ()),
+                top=asked.top,
+                # Once for all answers to a prompt.
+                followed=bool(answers.echoes) and asked.top is not None and index % asked.n == 0,
+                silent=asked.silent,
+            )
+
+        exchange = Exchange(self.service, [partial(job, index) for index in range(answers.count)])
         if not asked.stream:
             await _until_gone(request, exchange, answers)
-            return JSONResponse(answers.whole())
+            # Log-probabilities of a long prompt are many numbers.
+            return await run_in_threadpool(lambda: JSONResponse(answers.whole()))
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         return StreamingResponse(
             _stream(exchange, answers, usage),
@@ -179,7 +229,11 @@ async def _stream(exchange: Exchange, answers: Answers, usage: bool) -> AsyncIte
                 return
             else:
                 answers.hear(index, event)
-                yield _event(answers.chunk(index, event))
+                chunks = partial(answers.chunks, index, event)
+                # A prompt's tokens may be many.
+                followed = isinstance(event, Followed)
+                for chunk in await run_in_threadpool(chunks) if followed else chunks():
+                    yield _event(chunk)
     if usage:
         yield _event(answers.usage_chunk())
     yield "data: [DONE]\n\n"

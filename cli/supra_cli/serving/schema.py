@@ -1,31 +1,37 @@
 """What clients send and get, as OpenAI's interface has it.
 
-https://platform.openai.com/docs/api-reference/chat and .../completions. Fields that would change
-the answer and are not supported are refused; those that would not are let pass.
+https://platform.openai.com/docs/api-reference/chat and .../completions. What is done with each
+field is in supra_cli.serving.fields.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from supra_cli.serving.fields import ALIASES, DONE, VARIABLES, Route, problem
 from supra_core.conversation import Message
 from supra_core.errors import SupraError
+from supra_core.formats.jsonfile import parse
 from supra_core.generate import Sampling
+from supra_core.text import Rendering
 
 # An answer's tokens when the client names no number.
 USUAL_TOKENS = 512
 # Strings that end an answer, and characters of one: all are looked for at every token.
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
-# What would change the answer, OpenAI's and others', with the values that would not.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,),
-    "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,), "suffix": ("",),
-    "echo": (False,), "audio": (), "prediction": (), "best_of": (1,), "top_k": (0, -1),
-    "min_tokens": (0,), "ignore_eos": (False,), "web_search_options": (),
-}  # fmt: skip
+# Likeliest tokens told with each of an answer's: OpenAI's numbers.
+_MOST_TOP = {"chat": 20, "completions": 5}
 
 
 class ApiError(Exception):
@@ -51,7 +57,15 @@ class ApiError(Exception):
 
 class _Strict(BaseModel):
     # JSON has types of its own: "12" is no number.
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        """What is null is not there."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class TextPart(_Strict):
@@ -61,45 +75,101 @@ class TextPart(_Strict):
     text: str
 
 
-class ChatMessage(_Strict):
-    """One message; ``developer`` is the newer name of ``system``."""
+class Function(_Strict):
+    """A function that was called; ``arguments`` are a JSON object, as text or as it is."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_object(cls, arguments: str | dict[str, Any]) -> dict[str, Any]:
+        value = arguments
+        if isinstance(arguments, str):
+            try:
+                value = parse(arguments)
+            except ValueError:
+                value = arguments
+        if not isinstance(value, dict):
+            raise ValueError("must be a JSON object")
+        return value
+
+
+class ToolCall(_Strict):
+    """A call of a tool in an earlier answer."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Function
+    # Where it stood in a stream.
+    index: int | None = None
+
+
+class ChatMessage(_Strict):
+    """One message; ``developer`` is the newer name of ``system``.
+
+    ``content`` may be absent beside ``tool_calls`` only. ``annotations`` are links that OpenAI's
+    answers have.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    annotations: list[Any] | None = None
+    content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
 
     @field_validator("content", mode="before")
     @classmethod
-    def _is_text(cls, content: Any) -> Any:
+    def _is_text(cls, content: Any, info: ValidationInfo) -> Any:
         parts = content if isinstance(content, list) else []
         if isinstance(content, str) or (parts and all(_is_text_part(part) for part in parts)):
             return content
+        if content is None and info.data.get("tool_calls"):
+            return content
         raise ValueError("must be text, or parts of type text, of which there is at least one")
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether it calls a tool, or is what a tool says."""
+        return self.role == "tool" or bool(self.tool_calls)
 
     def plain(self) -> Message:
         """As a chat template takes it."""
-        role = "system" if self.role == "developer" else self.role
-        content = self.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        return {"role": role, "content": content}
+        told = self.model_dump(exclude_none=True, exclude={"annotations"})
+        told["role"] = "system" if self.role == "developer" else self.role
+        if not isinstance(self.content, str | None):
+            told["content"] = "\n".join(part.text for part in self.content)
+        # A template may ask for it in any message.
+        told.setdefault("content", None)
+        return told
 
 
 class StreamOptions(_Strict):
-    """``include_usage``: the numbers of tokens come in a last chunk."""
+    """``include_usage``: the numbers of tokens come in a last chunk.
+
+    ``include_obfuscation`` has a stream padded, which changes nothing of it.
+    """
 
     include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: Literal[False] = False
 
 
 class _Request(_Strict):
+    route: ClassVar[Route]
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    # -1: as many as the server allows.
+    max_tokens: Annotated[int, Field(ge=-1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
     n: Annotated[int, Field(ge=1, le=8)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -120,17 +190,21 @@ class _Request(_Strict):
     def _supported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        # What is null is not there.
-        data = {name: value for name, value in data.items() if value is not None}
-        for name in _UNSUPPORTED.keys() & data.keys():
-            if not any(_is_same(data[name], neutral) for neutral in _UNSUPPORTED[name]):
-                raise ApiError(400, f"{name} is not supported: leave it out", param=name)
-        form = data.get("response_format") or {"type": "text"}
-        if not isinstance(form, dict) or form.get("type") != "text":
-            raise ApiError(
-                400, "response_format is not supported: leave it out", param="response_format"
-            )
-        return data
+        done: dict[str, Any] = {}
+        for name, value in data.items():
+            if value is None:
+                continue
+            if wrong := problem(cls.route, name, value):
+                raise ApiError(400, wrong, param=name)
+            if name not in DONE[cls.route]:
+                continue
+            own = str(ALIASES.get(name, name))
+            if done.setdefault(own, value) != value:
+                raise ApiError(
+                    400, f"{name} and another name of {own} contradict each other: give one",
+                    param=name,
+                )  # fmt: skip
+        return done
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -138,42 +212,114 @@ class _Request(_Strict):
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in texts if text)
 
+    @property
+    def top(self) -> int | None:
+        """Likeliest tokens that are told with each; None: nothing is told of any."""
+        raise NotImplementedError
+
+    @property
+    def silent(self) -> bool:
+        """Whether the prompt is only read."""
+        return self._tokens == 0
+
     def sampling(self, usual: Sampling, most_tokens: int) -> Sampling:
         """The server's own where the request names none; ApiError when out of range."""
         names = ("temperature", "top_p", "min_p", "repetition_penalty")
         named = {name: getattr(self, name) for name in names}
         given = {name: value for name, value in named.items() if value is not None}
-        tokens = self.tokens_asked
-        if tokens is not None and tokens > most_tokens:
-            raise ApiError(
-                400,
-                f"max_tokens {tokens} is more than this server's {most_tokens}",
-                param="max_tokens",
-            )
-        if self.seed is not None:
+        if self.seed is not None and self.seed != -1:
             given["seed"] = self.seed % 2**32
+        tokens = USUAL_TOKENS if self._tokens is None else self._tokens
+        tokens = most_tokens if tokens == -1 else min(tokens, most_tokens)
         try:
-            return replace(usual, **given, max_tokens=tokens or min(USUAL_TOKENS, most_tokens))
+            return replace(usual, **given, max_tokens=max(tokens, 1))
         except SupraError as error:
             # It begins with the setting that is out of range.
             raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from None
 
     @property
-    def tokens_asked(self) -> int | None:
+    def _tokens(self) -> int | None:
         """The most that the answer may have, by the newer name or the older."""
-        return self.max_completion_tokens or self.max_tokens
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
 
 class ChatRequest(_Request):
     """``POST /v1/chat/completions``."""
 
+    route: ClassVar[Route] = "chat"
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=_MOST_TOP["chat"])] = 0
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @field_validator("max_tokens", "max_completion_tokens")
+    @classmethod
+    def _says_something(cls, tokens: int | None) -> int | None:
+        if tokens == 0:
+            raise ValueError("must be at least 1, or -1 for as many as this server allows")
+        return tokens
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_variables(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        if taken := VARIABLES & variables.keys():
+            raise ValueError(f"{min(taken)} is the template's own or a field's: leave it out")
+        return variables
+
+    @property
+    def top(self) -> int | None:
+        """As the interface has it, of no tokens without ``logprobs``."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        return self.top_logprobs if self.logprobs else None
+
+    def rendering(self) -> Rendering:
+        """How the template is to render the messages; ApiError for what contradicts itself.
+
+        An answer at their end is gone on from, unless the request says that another one begins.
+        """
+        last, header = self.messages[-1], self.add_generation_prompt
+        continues = self.continue_final_message
+        if continues and header:
+            raise ApiError(
+                400, "add_generation_prompt and continue_final_message contradict each other: give "
+                "one of them", param="continue_final_message",
+            )  # fmt: skip
+        if continues and last.role != "assistant":
+            raise ApiError(
+                400, "continue_final_message needs a last message of the assistant: add one, or "
+                "leave it out", param="continue_final_message",
+            )  # fmt: skip
+        if continues is None:
+            continues = last.role == "assistant" and not header
+        if continues and last.tool_calls:
+            raise ApiError(
+                400, "the messages end with calls of tools: add what the tools say",
+                param="messages",
+            )  # fmt: skip
+        return Rendering(
+            answer_next=header is not False,
+            continues=continues,
+            variables=self.chat_template_kwargs,
+        )
 
 
 class CompletionRequest(_Request):
     """``POST /v1/completions``: texts, or token ids, to go on from."""
 
+    route: ClassVar[Route] = "completions"
     prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=_MOST_TOP["completions"])] | None = None
+    echo: bool = False
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _number(cls, count: Any) -> Any:
+        # As chat completions say that there are to be none.
+        return None if count is False else count
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -187,6 +333,11 @@ class CompletionRequest(_Request):
         ):
             return prompt
         raise ValueError("must be a text, texts, token ids, or lists of token ids, and not empty")
+
+    @property
+    def top(self) -> int | None:
+        """The number in ``logprobs``."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -206,11 +357,6 @@ def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and type(part.get("text")) is str
 
 
-def _is_same(value: Any, other: Any) -> bool:
-    """As JSON has it: there, true is not 1."""
-    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
-
-
 R = TypeVar("R", bound=_Request)
 
 
@@ -219,13 +365,17 @@ def parsed(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        # Of a union the member that fits further, e.g. parts instead of a text.
+        first = max(problems, key=lambda found: len(found["loc"]))
         field = ".".join(str(part) for part in first["loc"] if not _is_type(part))
         where = f"{field}: " if field else ""
         problem = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            problem = "is not known here: leave it out"
         raise ApiError(400, f"{where}{problem}", param=field or None) from None
 
 
 def _is_type(part: int | str) -> bool:
     """Whether pydantic put it there to tell the members of a union apart."""
-    return isinstance(part, str) and (part in {"str", "int"} or "[" in part)
+    return isinstance(part, str) and (part in {"str", "int", "TextPart"} or "[" in part)

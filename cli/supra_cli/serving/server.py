@@ -49,6 +49,8 @@ class Settings:
     waiting: int
     kept_bytes: int
     contexts: Mapping[str, Path]
+    origins: tuple[str, ...] = ()
+    parse_markers: bool = False
 
 
 def serve(settings: Settings) -> None:
@@ -87,6 +89,7 @@ def _service(
         contexts,
         settings.key,
         _LOOPBACK if loopback else None,
+        settings.origins,
     )
 
 
@@ -138,7 +141,9 @@ class _Quiet:
 
 def _loaded(settings: Settings, contexts: dict[str, Context]) -> tuple[Engine, Prefixes]:
     """The model and the states kept for it; fills in ``contexts``, whose states are among them."""
-    speaker = load_speaker(settings.model, settings.backend, settings.dtype)
+    speaker = load_speaker(
+        settings.model, settings.backend, settings.dtype, parse_markers=settings.parse_markers
+    )
     prefixes = Prefixes(settings.kept_bytes, speaker.sizes.memory_bytes)
     for name, path in settings.contexts.items():
         conversation = speaker.loaded(path)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
-from supra_cli.serving.schema import ApiError
+from supra_cli.serving.schema import ApiError, ChatMessage
 from supra_core.conversation import Engine, Message
 from supra_core.errors import SupraError
 from supra_core.generate import Sampling
 from supra_core.scheduler import Busy, Event, Failed, Finished, Job, Scheduler, Stopping
+from supra_core.text import Rendering
+
+Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Service:
     key: str | None = None
     # Hosts that a browser may have been told to reach it by; None: any.
     hosts: frozenset[str] | None = None
+    # Pages of these may use it from a browser; *: of any.
+    origins: tuple[str, ...] = ()
     started: int = field(default_factory=lambda: int(time.time()))
     # A tokenizer is not made for several threads.
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -84,11 +91,19 @@ class Service:
                 f"{places:,}: ask for fewer",
             )
 
-    def rendered(self, context: Context, messages: Sequence[Message]) -> list[int]:
+    def rendered(
+        self, context: Context, messages: Sequence[ChatMessage], how: Rendering
+    ) -> list[int]:
         """Token ids by the chat template; SupraError when it refuses the messages."""
-        whole = [*context.messages, *messages]
+        told = [message.plain() for message in messages]
+
+        def render(told: Sequence[Message]) -> list[int]:
+            return self.engine.render([*context.messages, *told], context.began, how)
+
         with self._lock:
-            return self._checked(self.engine.render(whole, context.began))
+            if any(message.uses_tools for message in messages):
+                return self._checked(_with_tools(told, render))
+            return self._checked(render(told))
 
     def encoded(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a text as it stands, or the ids given."""
@@ -117,25 +132,14 @@ class Service:
 
 
 class Exchange:
-    """A request's jobs and what happens to them; leaving it cancels what still runs.
+    """A request's jobs and what happens to them; leaving it cancels what still runs."""
 
-    ``continues``: the texts go on from the prompts', and are no answers.
-    """
-
-    def __init__(
-        self,
-        service: Service,
-        prompts: Sequence[list[int]],
-        sampling: Callable[[int], Sampling],
-        stop: tuple[str, ...],
-        *,
-        continues: bool,
-    ) -> None:
+    def __init__(self, service: Service, jobs: Sequence[Callable[[Listener], Job]]) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._jobs: list[Job] = []
-        for index, ids in enumerate(prompts):
-            job = Job(ids, sampling(index), stop, self._listener(index), continues)
+        for index, make in enumerate(jobs):
+            job = make(self._listener(index))
             try:
                 service.scheduler.submit(job)
             except Busy as error:
@@ -149,7 +153,7 @@ class Exchange:
             self._jobs.append(job)
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
-        """Each with the index of its prompt, until all have ended."""
+        """Each with the index of its job, until all have ended."""
         left = len(self._jobs)
         try:
             while left:
@@ -164,13 +168,61 @@ class Exchange:
         for job in self._jobs:
             job.cancel()
 
-    def _listener(self, index: int) -> Callable[[Event], None]:
+    def _listener(self, index: int) -> Listener:
         def listen(event: Event) -> None:
             # The loop is gone first where something broke the server.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         return listen
+
+
+def _with_tools(
+    told: Sequence[Message], render: Callable[[Sequence[Message]], list[int]]
+) -> list[int]:
+    """What ``render`` makes of messages with tools; ApiError where the template has none.
+
+    Some templates want the arguments of a call as text.
+    """
+    try:
+        try:
+            ids = render(told)
+        except SupraError:
+            told = [_changed(message, _as_text) for message in told]
+            ids = render(told)
+        # A template that does not know of tools may just leave them out.
+        calls = [_changed(message, _renamed) for message in told]
+        results = [
+            {**message, "content": message["content"] + "x"}
+            if message["role"] == "tool"
+            else message
+            for message in told
+        ]
+        lost = any(other != list(told) and render(other) == ids for other in (calls, results))
+    except SupraError as error:
+        raise ApiError(400, f"messages with tools: {error}", param="messages") from None
+    if lost:
+        raise ApiError(
+            400, "the model's chat template leaves tools out: send messages without tools",
+            param="messages",
+        )  # fmt: skip
+    return ids
+
+
+def _as_text(function: dict[str, Any]) -> dict[str, Any]:
+    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+
+def _renamed(function: dict[str, Any]) -> dict[str, Any]:
+    return {**function, "name": function["name"] + "x"}
+
+
+def _changed(message: Message, change: Callable[[Any], Any]) -> Message:
+    """The message with other functions in its calls."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [{**call, "function": change(call["function"])} for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
 
 
 def failure(error: Exception) -> ApiError:

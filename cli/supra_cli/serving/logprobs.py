@@ -1,0 +1,76 @@
+"""Log-probabilities of tokens as OpenAI's interface writes them: one form for each route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from supra_core.likelihood import Likelihood
+from supra_core.token_texts import UNKNOWN, Decode, Places
+
+# What stands for all that is less likely: JSON has no infinity.
+_LEAST = -9999.0
+
+Name = Callable[[int], str]
+
+
+def names(decode: Decode) -> Name:
+    """Token -> its text, as it is in the middle of a text."""
+    return lru_cache(maxsize=2**16)(lambda token: decode([token]))
+
+
+def in_chat(found: Sequence[Likelihood], name: Name) -> dict[str, Any]:
+    """``logprobs`` of a chat completion's choice."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        text = name(token)
+        # Tokens may be parts of a character, which have no text of their own.
+        coded = None if UNKNOWN in text else list(text.encode())
+        return {"token": text, "logprob": _written(logprob), "bytes": coded}
+
+    entries = [
+        {**entry(one.token, one.logprob), "top_logprobs": [entry(*other) for other in one.top]}
+        for one in found
+    ]
+    return {"content": entries, "refusal": None}
+
+
+def in_text(found: Sequence[Likelihood], name: Name, places: Sequence[int]) -> dict[str, Any]:
+    """``logprobs`` of a completion's choice; ``places``: the character where each token begins."""
+    return {
+        "tokens": [name(one.token) for one in found],
+        "token_logprobs": [_written(one.logprob) for one in found],
+        "top_logprobs": [_likeliest(one, name) for one in found],
+        "text_offset": list(places),
+    }
+
+
+class Echo:
+    """A prompt that stands before its answers; ``text`` None: it was given as ``ids``."""
+
+    def __init__(self, text: str | None, ids: Sequence[int], decode: Decode) -> None:
+        self._ids, self._decode = ids, decode
+        self.text = decode(ids) if text is None else text
+
+    def places(self) -> list[int]:
+        """The character where each of its tokens begins."""
+        places = Places(self._decode)
+        found = [places.take(token) for token in self._ids]
+        # What a tokenizer puts before a text, as a BOS, is not in it.
+        before = len(places.rest()) - len(self.text)
+        return [max(0, place - before) for place in found]
+
+
+def _likeliest(one: Likelihood, name: Name) -> dict[str, Any] | None:
+    """By text, of which the likeliest counts where several tokens have the same."""
+    if one.logprob is None:
+        return None
+    top: dict[str, Any] = {}
+    for token, logprob in (*one.top, (one.token, one.logprob)):
+        top.setdefault(name(token), _written(logprob))
+    return top
+
+
+def _written(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, _LEAST)

@@ -1,0 +1,35 @@
+"""A client of the server's routes around any engine, in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.testclient import TestClient
+
+from supra_cli.serving.app import build
+from supra_cli.serving.service import Limits, Service
+from supra_core.conversation import Engine
+from supra_core.generate import Sampling
+from supra_core.prefixes import Prefixes
+from supra_core.scheduler import Scheduler
+
+PLACE = "http://localhost:8080"
+
+
+class Served:
+    """``most``: tokens of an answer; ``settings``: those of the service."""
+
+    def __init__(self, engine: Engine, most: int = 100, **settings: Any) -> None:
+        prefixes = Prefixes(10**6, lambda tokens: 1)
+        self._scheduler = Scheduler(lambda: (engine, prefixes), parallel=2, waiting=4)
+        self._scheduler.start()
+        service = Service(
+            self._scheduler, engine, "tiny", 256, Limits(4000, most), Sampling(), **settings
+        )
+        self.client = TestClient(build(service), PLACE)
+
+    def post(self, path: str, body: Any, **headers: str) -> Any:
+        return self.client.post(path, json=body, headers=headers)
+
+    def close(self) -> None:
+        self._scheduler.close()
