@@ -83,7 +83,7 @@ def read(folder: str | Path) -> Artifact:
                 f"{folder}: {name} is {tensor.dtype}, but {CONFIG} states {dtype}: convert the "
                 "model again"
             )
-    return Artifact(spec, tensors, _originals(folder, spec, dtype), folder, dtype, packed)
+    return Artifact(spec, tensors, _originals(folder, spec), folder, dtype, packed)
 
 
 def replaced_by_calibrating(spec: ModelSpec) -> list[str]:
@@ -95,7 +95,7 @@ def replaced_by_calibrating(spec: ModelSpec) -> list[str]:
     ]
 
 
-def _originals(folder: Path, spec: ModelSpec, dtype: str) -> dict[str, LazyTensor]:
+def _originals(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
     """What stands in ORIGINAL; FormatError unless it is all that calibrating replaced."""
     if not has_file(folder, ORIGINAL):
         return {}
@@ -107,10 +107,10 @@ def _originals(folder: Path, spec: ModelSpec, dtype: str) -> dict[str, LazyTenso
         said = "is missing" if name in wanted else "is none that calibrating replaces"
         raise FormatError(f"{kept}: {name} {said}: {remedy}")
     for name, tensor in found.items():
-        type_ = stored_dtype(name, dtype)
-        if tensor.shape != shapes[name] or tensor.dtype != type_:
+        # Of the model's type or not: who saves it as another leaves this file as it was.
+        if tensor.shape != shapes[name] or tensor.dtype not in DTYPES.values():
             raise FormatError(
-                f"{kept}: {name} is {tensor.dtype} {list(tensor.shape)}, not {type_} "
+                f"{kept}: {name} is {tensor.dtype} {list(tensor.shape)}, not {', '.join(DTYPES)} "
                 f"{list(shapes[name])}: {remedy}"
             )
     return found

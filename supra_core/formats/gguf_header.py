@@ -72,9 +72,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 def is_gguf(path: Path) -> bool:
     """Whether the file says that it is one, whatever its name, as Ollama's have no ending."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(_MAGIC)) == _MAGIC
-    except (OSError, ValueError):
+    except (OSError, ValueError, FormatError):
         return False
 
 

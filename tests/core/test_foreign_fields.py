@@ -43,7 +43,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "nested_quantization": {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
 }
 # Those that supra itself refuses, since they change what the weights mean.
-REFUSED = {"quantization_config"}
+REFUSED = {"quantization_config", "linked"}
 
 COMMANDS = {
     "verify": ("verify", "MODEL", "--backend", "transformers", "--backend", "reference"),

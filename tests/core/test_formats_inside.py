@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,20 @@ OUT = "is a link that leads out of its folder: refused"
 
 
 @pytest.fixture
+def _soon() -> Iterator[None]:
+    """What waits without end is an error after 20 seconds."""
+
+    def late(signum: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A tiny transformer as an artifact, in a folder of its own."""
     spec = SPECS["transformer"]
@@ -56,6 +70,7 @@ def model(tmp_path: Path) -> Path:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.usefixtures("_soon")
 def test_only_regular_files_are_read(
     read: Callable[[Path], object], kind: str, tmp_path: Path
 ) -> None:
@@ -65,28 +80,21 @@ def test_only_regular_files_are_read(
         os.mkfifo(path)
     else:
         path.symlink_to("/dev/zero")
-    signal.alarm(20)
-    try:
-        with pytest.raises(SupraError):
-            read(path)
-    finally:
-        signal.alarm(0)
+    with pytest.raises(SupraError):
+        read(path)
 
 
+@pytest.mark.usefixtures("_soon")
 def test_a_models_files_are_regular_ones(model: Path) -> None:
-    signal.alarm(20)
-    try:
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS"):
-            (model / name).rename(model / "kept")
-            os.mkfifo(model / name)
-            for read in (artifact.read, open_source, read_assets, checksums.check):
-                # Most take what is no file for absent.
-                with contextlib.suppress(SupraError):
-                    read(model)
-            (model / name).unlink()
-            (model / "kept").rename(model / name)
-    finally:
-        signal.alarm(0)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS"):
+        (model / name).rename(model / "kept")
+        os.mkfifo(model / name)
+        for read in (artifact.read, open_source, read_assets, checksums.check):
+            # Most take what is no file for absent.
+            with contextlib.suppress(SupraError):
+                read(model)
+        (model / name).unlink()
+        (model / "kept").rename(model / name)
 
 
 def link_out(path: Path) -> None:

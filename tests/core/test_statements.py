@@ -256,7 +256,7 @@ def test_a_tokenizer_with_more_ids_than_the_embeddings(tmp_path: Path) -> None:
         tokenizer.save(str(tmp_path / "m" / "tokenizer.json"))
         done = convert(tmp_path / "m", tmp_path / f"out{notes}", linearize=False)
         assert len(done.notes) == notes
-    assert "ids 50 (<pad>), 51 (<tool>)" in done.notes[0]
+    assert "'<pad>' (50), '<tool>' (51)" in done.notes[0]
     assert "vocab_size is 50" in done.notes[0]
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     (note,) = convert(tmp_path / "m", tmp_path / "broken", linearize=False).notes
