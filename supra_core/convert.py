@@ -184,8 +184,15 @@ def convert(
 
 
 def _without_embedding(source: Source) -> Iterator[str]:
-    """What to tell of tokens that the tokenizer has and the model has not."""
-    if TOKENIZER in source.assets() and (beyond := source.tokenizer().beyond()):
+    """What to tell of a tokenizer, or of tokens of it, that the model cannot be used with."""
+    if TOKENIZER not in source.assets():
+        return
+    try:
+        beyond = source.tokenizer().beyond()
+    except SupraError as error:
+        yield str(error)
+        return
+    if beyond:
         names = [f"'{token}' ({ident})" for ident, token in islice(beyond.items(), 3)]
         more = f" and {len(beyond) - 3:,} more" if len(beyond) > 3 else ""
         yield (

@@ -257,7 +257,7 @@ def test_a_tokenizer_with_more_ids_than_the_embeddings(tmp_path: Path) -> None:
         done = convert(tmp_path / "m", tmp_path / f"out{notes}", linearize=False)
         assert len(done.notes) == notes
     assert "'<pad>' (50), '<tool>' (51)" in done.notes[0]
-    assert "vocab_size is 50" in done.notes[0]
+    assert "embeddings for 50 tokens" in done.notes[0]
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     (note,) = convert(tmp_path / "m", tmp_path / "broken", linearize=False).notes
-    assert "tokenizer.json cannot be read" in note
+    assert "tokenizer.json cannot be used" in note
