@@ -216,7 +216,7 @@ def read_tokenizer(content: bytes, where: str) -> Tokenizer:
 
 
 # Characters that decoding may make of one.
-_MOST_GROWTH = 64
+MOST_GROWTH = 64
 
 
 def _refuse_growing(tokenizer: Tokenizer) -> None:
@@ -231,7 +231,7 @@ def _refuse_growing(tokenizer: Tokenizer) -> None:
             # A regular expression may take any time, and nobody's decoder has one.
             pattern = step["pattern"].get("String", "")
             growth *= max(1.0, len(step["content"]) / len(pattern)) if pattern else math.inf
-    if growth > _MOST_GROWTH:
+    if growth > MOST_GROWTH:
         raise ValueError("its decoder makes long texts of short ones")
 
 

@@ -19,6 +19,7 @@ from supra_core.formats import (
     torch_values,
     zip_records,
 )
+from supra_core.text import files, worker
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "SECURITY.md").read_text()
@@ -57,6 +58,11 @@ LIMITS: dict[str, tuple[int, ...]] = {
     "a string in a GGUF, and one in a list": (
         gguf_header.STRING_BYTES, gguf_header.LISTED_STRING_BYTES,
     ),
+    "computing for a text or a conversation, and characters for a second more": (
+        worker.SECONDS, worker.CHARACTERS_PER_SECOND,
+    ),
+    "memory of the process that does it (not on macOS)": (worker.MEMORY,),
+    "characters that decoding may make of one": (files.MOST_GROWTH,),
     "one asset": (assets.ASSET_BYTES,),
     "an error's message": (errors.MESSAGE_LENGTH,),
 }  # fmt: skip
