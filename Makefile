@@ -54,8 +54,9 @@ test-slow: $(STAMP)
 
 # The lm-eval harness on our models; only this target installs it.
 test-eval: $(STAMP)
-	@$(PIP) --constraint constraints.txt --editable '.[eval]'
-	$(BIN)/python -m pytest tests/torch/test_evaluate.py tests/hf/test_harness.py
+	@$(PIP) --constraint constraints.txt --editable '.[eval]' 'lm-eval[api]'
+	$(BIN)/python -m pytest tests/torch/test_evaluate.py tests/hf/test_harness.py \
+	  tests/cli/test_serve_harness.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.tasks import lambada, multiple_choice, read_passages, read_questions  # noqa: E402
+from supra_core.text import ModelTokenizer  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.evaluate import evaluate  # noqa: E402
 from supra_torch.model import build  # noqa: E402
@@ -76,10 +77,10 @@ def model() -> TorchBackend:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer() -> ModelTokenizer:
     made = Tokenizer(models.WordLevel({c: i for i, c in enumerate(_LETTERS)}, unk_token="z"))
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return made
+    return ModelTokenizer(made)
 
 
 def _words(rng: np.random.Generator, count: int) -> str:
@@ -108,7 +109,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_the_harness_agrees_with_our_tasks(
-    model: TorchBackend, tokenizer: Tokenizer, files: dict[str, Path]
+    model: TorchBackend, tokenizer: ModelTokenizer, files: dict[str, Path]
 ) -> None:
     found = evaluate(model, tokenizer, [str(files["choice"]), str(files["last_word"])])
     ours = multiple_choice(model, tokenizer, read_questions(files["questions"]))
@@ -122,7 +123,7 @@ def test_the_harness_agrees_with_our_tasks(
 
 
 def test_rolling_and_generation(
-    model: TorchBackend, tokenizer: Tokenizer, files: dict[str, Path]
+    model: TorchBackend, tokenizer: ModelTokenizer, files: dict[str, Path]
 ) -> None:
     names = [str(files[name]) for name in ("rolling", "until", "last_word")]
     told: list[tuple[str, int, int]] = []
@@ -141,7 +142,9 @@ def test_rolling_and_generation(
     assert found["local_until"]["examples"] == 3
 
 
-def test_unknown_tasks_are_named(model: TorchBackend, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_unknown_tasks_are_named(
+    model: TorchBackend, tokenizer: ModelTokenizer, tmp_path: Path
+) -> None:
     with pytest.raises(SupraError, match="task wonder"):
         evaluate(model, tokenizer, ["wonder"])
     empty = tmp_path / "empty.yaml"
