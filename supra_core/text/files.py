@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -251,13 +252,11 @@ def _has_vocabulary(assets: Mapping[str, bytes]) -> bool:
 
 def _made(assets: Mapping[str, bytes], stated: Mapping[str, Any], where: str) -> dict[str, bytes]:
     """tokenizer.json by transformers' own conversion, its vocabulary compared with the source's."""
-    try:
-        transformers: Any = import_module("transformers")
-    except ImportError:
+    if find_spec("transformers") is None:
         raise MissingDependencyError(
             f"{where} has no {TOKENIZER}, and making one from {_SENTENCEPIECE} or {_VOCABULARY} "
             "needs transformers 5: pip install 'supra-lm[torch]' or 'transformers>=5.7'"
-        ) from None
+        )
     # The class decides on the conversion; what else the file says has no effect on it.
     kind = stated.get("tokenizer_class")
     config = {
@@ -270,20 +269,31 @@ def _made(assets: Mapping[str, bytes], stated: Mapping[str, Any], where: str) ->
     known = {name: assets[name] for name in names if name in assets}
     with tempfile.TemporaryDirectory() as folder:
         write_assets(Path(folder), {**known, CONFIG: _json(config)})
-        try:
-            made = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-            content = str(made.backend_tokenizer.to_str()).encode()
-        # The libraries raise whatever a stranger's file runs into.
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise FormatError(
-                f"{where} has no {TOKENIZER}, and none can be made of its other files ({reason}): "
-                "take a version of the model that has one"
-            ) from None
-        _check_pieces(made, Path(folder), where)
-    return {TOKENIZER: content}
+        described = Described(
+            "supra_core.text.files:converting", {"where": where, "folder": folder}, b""
+        )
+        content, _ = WORKER.ask(described, "convert", [], sum(map(len, known.values())))
+    return {TOKENIZER: content.encode()}
+
+
+def converting(fields: Mapping[str, Any], _: bytes) -> Callable[[str, Sequence[Any]], Result]:
+    """What answers :func:`_made` in the process of its own: tokenizer.json of a folder's files."""
+    transformers: Any = import_module("transformers")
+    where, folder = fields["where"], Path(fields["folder"])
+    try:
+        made = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        content = str(made.backend_tokenizer.to_str())
+    # The libraries raise whatever a stranger's file runs into.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(
+            f"{where} has no {TOKENIZER}, and none can be made of its other files ({reason}): "
+            "take a version of the model that has one"
+        ) from None
+    _check_pieces(made, folder, where)
+    return lambda job, given: (content, [])
 
 
 def _check_pieces(made: Any, folder: Path, where: str) -> None:

@@ -42,8 +42,12 @@ MEMORY = 4 << 30
 _KEPT = 4
 
 _SIZE = struct.Struct("<Q")
-_START = "import sys; sys.path[:] = {path!r}; from supra_core.text.worker import serve; serve()"
-_ERRORS: dict[str, type[SupraError]] = {"SupraError": SupraError, "FormatError": FormatError}
+_START = (
+    "import sys; sys.path[:] = {path!r}; from supra_core.text.worker import serve; serve({memory})"
+)
+_ERRORS: dict[str, type[Exception]] = {
+    "SupraError": SupraError, "FormatError": FormatError, "RuntimeError": RuntimeError,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Worker:
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             self._known, self._owner = [], os.getpid()
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START.format(path=sys.path)],
+                [sys.executable, "-c", _START.format(path=sys.path, memory=MEMORY)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -124,6 +128,12 @@ class Worker:
             "the model from elsewhere"
         )
 
+    def end(self) -> None:
+        """End the child; the next question starts another."""
+        with self._lock:
+            if self._process is not None:
+                self._end(self._process)
+
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
@@ -133,15 +143,18 @@ class Worker:
 WORKER = Worker()
 
 
-def serve() -> None:
-    """The child's side: jobs from standard input, answers to standard output, until it closes."""
+def serve(memory: int) -> None:
+    """The child's side: jobs from standard input, answers to standard output, until it closes.
+
+    ``memory``: bytes of address space.
+    """
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     # What a library prints is no answer.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     # A core of gigabytes is of no use.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+    limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
     # Not every system keeps such a limit.
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -168,9 +181,12 @@ def _answered(made: dict[str, Any], asked: dict[str, Any], content: bytes) -> li
         value, arrays = made[asked["key"]](asked["job"], asked["given"])
     except MemoryError:
         os.abort()
-    except SupraError as error:
-        kind = "FormatError" if isinstance(error, FormatError) else "SupraError"
-        told = {"error": str(error), "kind": kind, "made": asked["key"] in made}
+    # What is no error of the input is one of the program, and told as it is.
+    except Exception as error:
+        kinds = (FormatError, SupraError)
+        kind = next((k.__name__ for k in kinds if isinstance(error, k)), "RuntimeError")
+        message = str(error) if kind != "RuntimeError" else f"{type(error).__name__}: {error}"
+        told = {"error": message, "kind": kind, "made": asked["key"] in made}
         return [json.dumps(told).encode()]
     head = json.dumps({"value": value, "made": True})
     return [head.encode(), *(array.tobytes() for array in arrays)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,10 +23,15 @@ from tests.tiny_tokenizers import byte_level
 TALK = [{"role": "user", "content": "hi"}]
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds of computing, of which whatever is right takes none."""
-    monkeypatch.setattr(worker, "SECONDS", 1)
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    """Less than whatever is right needs, by far."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "SECONDS", 0.5)
+        patch.setattr(worker, "MEMORY", 1 << 30)
+        worker.WORKER.end()
+        yield
+    worker.WORKER.end()
 
 
 def hostile(template: str | None = CHATML, **parts: Any) -> ModelTokenizer:
