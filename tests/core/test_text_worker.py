@@ -116,11 +116,21 @@ def test_a_panic_is_an_error_of_the_file() -> None:
     broken = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     with pytest.raises(SupraError):
         hostile(normalizer=broken).encode("a")
+    # Tokens are made text here, not in the process of its own.
+    short = hostile(decoder={"type": "Strip", "content": "a", "start": 3, "stop": 3})
+    ids = short.encode("ab").ids.tolist()
+    for decode in (
+        lambda: short.decode(ids),
+        lambda: list(map(short.stream(), ids)),
+        lambda: short.stream(ids),
+    ):
+        with pytest.raises(FormatError, match="tokenizer.json cannot be used"):
+            decode()
 
 
 def test_errors_are_told_as_they_are() -> None:
     refusing = hostile("{{ raise_exception('not today') }}")
-    with pytest.raises(FormatError, match="refuses these messages: not today"):
+    with pytest.raises(FormatError, match="^the model's chat template refuses .*: not today$"):
         refusing.render(TALK)
     with pytest.raises(SupraError, match="half of a surrogate pair"):
         hostile().encode("\ud83d")
