@@ -106,8 +106,8 @@ class Vocabulary:
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text that ids add to the text of ``after``: some tokenizers drop leading spaces."""
-        before = self.tokenizer.raw.decode(list(after), skip_special_tokens=False)
-        whole = self.tokenizer.raw.decode([*after, *ids], skip_special_tokens=False)
+        before = self.tokenizer.decode(after, special=True)
+        whole = self.tokenizer.decode([*after, *ids], special=True)
         return whole[len(before) :]
 
 

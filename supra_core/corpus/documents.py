@@ -207,8 +207,15 @@ def _archive(
     where: str, stream: IO[bytes], followed: Followed, reading: Reading
 ) -> Iterator[Record]:
     """The members in their order, each as a file of its name; no archives inside it."""
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
+    with _untarring(where):
+        source: Any = _Ending(stream)
+        archive = tarfile.open(fileobj=source, mode="r|")  # noqa: SIM115
+    with archive:
+        while True:
+            with _untarring(where):
+                member = archive.next()
+            if member is None:
+                return
             followed()
             if member.isdir() or _is_litter(member.name):
                 continue
@@ -216,9 +223,44 @@ def _archive(
             if not member.isfile() or kind not in _KNOWN or kind == _TAR:
                 reading.left_out["link" if not member.isfile() else _ending(member.name)] += 1
                 continue
-            content = archive.extractfile(member)
-            if content is not None:
-                yield from _member(member.name, content.read(), where, reading)
+            if member.issparse():
+                # Its holes take no place in the archive, so nothing bounds what it claims to hold.
+                yield BadRecord(
+                    f"{where}: {member.name} is a sparse file: pack it without --sparse"
+                )
+                continue
+            with _untarring(where):
+                content = archive.extractfile(member)
+                held = None if content is None else content.read()
+            if held is not None:
+                yield from _member(member.name, held, where, reading)
+
+
+class _Ending:
+    """A stream in which reading on and on behind the end is an error.
+
+    The library would, for years, where a member claims to be that large.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._ends = stream, 0
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        self._ends += not content
+        # The library reads there once or twice in whole archives, too.
+        if self._ends > 2:
+            raise EOFError("it ends inside a member")
+        return content
+
+
+@contextmanager
+def _untarring(where: str) -> Iterator[None]:
+    """The library raises whatever a header's field that is no number leads to."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise BadRecord(f"{where} is damaged ({error}): get it again") from None
 
 
 def _member(name: str, content: bytes, where: str, reading: Reading) -> Iterator[Record]:

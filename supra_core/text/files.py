@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from supra_core.errors import FormatError, MissingDependencyError
+from supra_core.errors import FormatError, MissingDependencyError, SupraError
 from supra_core.formats.assets import write_assets
 from supra_core.formats.jsonfile import parse
 from supra_core.text.worker import WORKER, Described, Result
@@ -132,7 +132,7 @@ def _stated(assets: Mapping[str, bytes], where: str) -> tuple[dict[str, Any], di
         special = set(_named(config).values()) | set(_extra(config))
         older = _object(assets, _ADDED, where)
         decoder = {
-            ident: {"content": content, "special": content in special}
+            str(ident): {"content": content, "special": content in special}
             for content, ident in older.items()
         }
         name = _ADDED
@@ -251,7 +251,9 @@ def _refuse_growing(tokenizer: Tokenizer) -> None:
 
 
 def reading_error(error: BaseException, where: str) -> BaseException:
-    """What to raise for an error of the tokenizers library; its own where it is none of that."""
+    """What to raise for an error of the tokenizers library; itself where it is none of that."""
+    if isinstance(error, SupraError):
+        return error
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return FormatError(f"{where}: {TOKENIZER} cannot be used ({error}): get it again")
     return error

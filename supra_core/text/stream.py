@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from collections.abc import Callable, Sequence
 
 # Tokens of a prompt that its continuation is decoded with.
 _CONTEXT = 16
@@ -18,12 +14,13 @@ class TextStream:
     """Tokens decoded together with those of the piece before, whose text is known.
 
     As tokenizers' own DecodeStream, which fails where bytes that are no character follow others
-    that are. Special tokens are no text. ``after``: the tokens that the text goes on from; without
-    any it begins a text, at whose beginning some tokenizers drop a space.
+    that are. ``decode``: tokens to text, special ones left out. ``after``: the tokens that the
+    text goes on from; without any it begins a text, at whose beginning some tokenizers drop a
+    space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, decode: Callable[[Sequence[int]], str], after: Sequence[int] = ()) -> None:
+        self._decode = decode
         self._ids = self._whole(list(after)[-_CONTEXT:])
         self._known, self._known_ids = self._decode(self._ids), len(self._ids)
 
@@ -41,9 +38,6 @@ class TextStream:
             self._ids, self._known = new_ids, self._decode(new_ids)
             self._known_ids = len(new_ids)
         return piece
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _whole(self, ids: list[int]) -> list[int]:
         """The last of ``ids`` that are whole characters; none where they end inside one."""

@@ -140,13 +140,14 @@ class ModelTokenizer:
             return other, True
         return self.encode(text.text[: int(text.ends[-1])]), False
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens left out."""
-        return str(self.raw.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of ``ids``, special tokens left out unless ``special``."""
+        with self._reading():
+            return str(self.raw.decode(list(ids), skip_special_tokens=not special))
 
     def stream(self, after: Sequence[int] = ()) -> Callable[[int], str]:
         """Token -> the text that became certain with it; see :class:`TextStream`."""
-        return TextStream(self.raw, after).take
+        return TextStream(self.decode, after).take
 
     def beyond(self) -> dict[int, str]:
         """Tokens that the model has no embedding for, by id."""

@@ -442,6 +442,40 @@ def test_a_damaged_file_or_member(name: str, content: bytes, message: str, tmp_p
     assert store.index["skipped"] == 1
 
 
+def _with_member(**fields: Any) -> bytes:
+    """An archive of two texts, the fields of the second one's header as given."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, more in (("0.txt", {}), ("a.txt", fields)):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            for field, value in more.items():
+                setattr(member, field, value)
+            archive.addfile(member, None if member.size > 1 else io.BytesIO(b"x"))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pax_headers": {"GNU.sparse.size": "x"}}, "is damaged .invalid literal"),
+        ({"pax_headers": {"GNU.sparse.map": "0,a"}}, "is damaged .invalid literal"),
+        ({"size": 2**60, "name": "a.jpg"}, "is damaged .it ends inside a member"),
+        ({"size": 2**60}, "is damaged"),
+        ({"pax_headers": {"GNU.sparse.map": f"{2**40},1"}}, "a.txt is a sparse file: pack it"),
+    ],
+)
+def test_archives_whose_headers_claim_anything(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """None is read on and on, or given the memory that it says it needs."""
+    packed = _with_member(**fields)
+    for name, content in (("d.tar", packed), ("d.tar.gz", gzip.compress(packed))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SupraError, match=f"{name}:? {message}"):
+            prepared(tmp_path / name, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["a.py", "a.zip", "a.txt.rar", "a.parquet.gz", "a.2024"])
 def test_an_ending_that_is_not_known(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")

@@ -122,6 +122,16 @@ def test_a_panic_is_an_error_of_the_file() -> None:
     broken = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     with pytest.raises(SupraError):
         hostile(normalizer=broken).encode("a")
+    # Tokens are made text here, not in the process of its own.
+    short = hostile(decoder={"type": "Strip", "content": "a", "start": 3, "stop": 3})
+    ids = short.encode("ab").ids.tolist()
+    for decode in (
+        lambda: short.decode(ids),
+        lambda: list(map(short.stream(), ids)),
+        lambda: short.stream(ids),
+    ):
+        with pytest.raises(FormatError, match="tokenizer.json cannot be used"):
+            decode()
 
 
 def test_errors_are_told_as_they_are() -> None:

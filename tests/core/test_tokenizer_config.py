@@ -43,8 +43,9 @@ def _cases() -> Iterator[tuple[str, Mapping[str, bytes]]]:
                 content = json.dumps({field: odd}).encode()
                 yield f"{name}: {content[:60]!r}", {"tokenizer.json": tokenizer, name: content}
     for odd in _ODD:
-        stated = {"chat_template.json": json.dumps({"chat_template": odd}).encode()}
-        yield f"chat_template.json: {odd!r:.60}", {"tokenizer.json": tokenizer, **stated}
+        for name, field in (("chat_template.json", "chat_template"), ("added_tokens.json", "<s>")):
+            stated = {name: json.dumps({field: odd}).encode()}
+            yield f"{name}: {odd!r:.60}", {"tokenizer.json": tokenizer, **stated}
     yield "chat_template.jinja", {"tokenizer.json": tokenizer, "chat_template.jinja": b"\xff"}
 
 

@@ -9,7 +9,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,8 @@ from supra_core.spec import (
     SoftmaxAttention,
 )
 from supra_core.tensors import LazyTensor
-from tests.fuzz.harness import Files, Reader, read_as_convert
+from tests.fuzz import corpora, requests, resumed, texts
+from tests.fuzz.harness import Files, Format, read_as_convert
 from tests.fuzz.mutations import EXTREMES, changed_json, mutated
 from tests.tiny_families import FAMILIES
 from tests.tiny_models import SPECS
@@ -56,15 +57,6 @@ PUBLISHED = replace(
         ),
     ),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Format:
-    """``cases``: files, and the name of the one to open, none for the folder."""
-
-    name: str
-    cases: Callable[[], st.SearchStrategy[tuple[Files, str]]]
-    read: Reader = read_as_convert
 
 
 # --- valid files ----------------------------------------------------------------------------
@@ -514,12 +506,16 @@ def _states() -> st.SearchStrategy[tuple[Files, str]]:
 FORMATS = {
     found.name: found
     for found in (
-        Format("safetensors", _safetensors),
-        Format("torch", _torch),
-        Format("torch_legacy", _torch_legacy),
-        Format("gguf", _gguf),
-        Format("config", _configs),
-        Format("openlm", _openlm),
+        Format("safetensors", _safetensors, read_as_convert),
+        Format("torch", _torch, read_as_convert),
+        Format("torch_legacy", _torch_legacy, read_as_convert),
+        Format("gguf", _gguf, read_as_convert),
+        Format("config", _configs, read_as_convert),
+        Format("openlm", _openlm, read_as_convert),
         Format("state", _states, read_state),
+        *resumed.FORMATS,
+        *texts.FORMATS,
+        *corpora.FORMATS,
+        *requests.FORMATS,
     )
 }

@@ -14,21 +14,29 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
 
 from supra_core.errors import SupraError
 from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.sources import open_source
+from supra_core.text import worker
 from supra_core.visible import visible
 
 SECONDS = 5
+# Of computing, for each text that the process of its own is asked to encode or render.
+WORKER_SECONDS = 0.3
 MEMORY = 512 * 2**20
 ROOT = Path(__file__).resolve().parents[2]
 
 # What a model comes as: the files of its folder, by name.
 Files = Mapping[str, bytes]
 Reader = Callable[[Path], object]
+T = TypeVar("T")
 
 
 class Violation(AssertionError):
@@ -46,10 +54,15 @@ class _Watch:
     def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.allowed is None:
             return
+        if event == "subprocess.Popen" and list(arguments[1]) == _worker_command():
+            return
         if event == "open":
             path, mode, flags = arguments
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if isinstance(path, int) or _is_scratch(path):
+                return
+            # What the worker's process has for its errors: mode is None where no file object is.
+            if (path, mode) == (os.devnull, None):
                 return
             place = os.path.realpath(os.fsdecode(path))
             if writes or not place.startswith(self.allowed):
@@ -71,7 +84,7 @@ _SCRATCH = os.path.realpath(tempfile.gettempdir()) + os.sep + "tmp"
 
 def _is_scratch(path: object = None) -> bool:
     """Whether this is a temporary folder of the library that converts a GGUF's tokenizer."""
-    return isinstance(path, str) and os.path.realpath(path).startswith(_SCRATCH)
+    return isinstance(path, str | Path) and os.path.realpath(path).startswith(_SCRATCH)
 
 
 def _is_relative(arguments: tuple[Any, ...]) -> bool:
@@ -79,8 +92,32 @@ def _is_relative(arguments: tuple[Any, ...]) -> bool:
     return len(arguments) == 2 and isinstance(arguments[1], int) and arguments[1] >= 0
 
 
+def _worker_command() -> list[str]:
+    return [sys.executable, "-c", _START.format(path=sys.path)]
+
+
 # Hooks cannot be removed: one for the process.
 _WATCH = _Watch()
+
+
+@dataclass(frozen=True)
+class Format:
+    """``cases``: files, and the name of the one to open, none for the folder.
+
+    ``drawn`` makes such a case of a generator of random numbers, for who needs very many.
+    """
+
+    name: str
+    cases: Callable[[], st.SearchStrategy[tuple[Files, str]]]
+    read: Reader
+    drawn: Callable[[Random], tuple[Files, str]] | None = None
+
+    @classmethod
+    def seeded(
+        cls, name: str, drawn: Callable[[Random], tuple[Files, str]], read: Reader
+    ) -> Format:
+        """Whose ``cases`` are drawn so, too."""
+        return cls(name, lambda: st.integers(0, 2**64 - 1).map(Random).map(drawn), read, drawn)
 
 
 def read_as_convert(path: Path) -> object:
@@ -96,18 +133,22 @@ def read_as_convert(path: Path) -> object:
 
 def assert_refused_or_read(path: Path, read: Reader = read_as_convert) -> bool:
     """Whether ``path`` could be read; :class:`Violation` unless it was refused properly."""
+    warm_up()
     folder = path if path.is_dir() else path.parent
     before = _listing(folder.parent)
     _WATCH.seen.clear()
     try:
-        with _limits(), _watched(folder):
+        with _watched_worker(), _limits(), _watched(folder):
             read(path)
         was_read = True
     except SupraError as error:
         was_read = False
-        message = str(error)
-        if len(message.splitlines()) != 1 or visible(message) != message or len(message) > 5000:
-            raise Violation(f"no line for a user: {message!r:.300}") from error
+        check_line(error)
+    except BaseException as error:
+        # A panic of the tokenizers library is no Exception.
+        if type(error).__name__ == "PanicException":
+            raise Violation(f"panic: {error}") from error
+        raise
     if _WATCH.seen:
         raise Violation(f"forbidden: {_WATCH.seen[:5]}")
     if _listing(folder.parent) != before:
@@ -115,11 +156,49 @@ def assert_refused_or_read(path: Path, read: Reader = read_as_convert) -> bool:
     return was_read
 
 
+def check_line(error: Exception) -> None:
+    """:class:`Violation` unless the error's message is one line for a user."""
+    message = str(error)
+    if len(message.splitlines()) != 1 or visible(message) != message or len(message) > 5000:
+        raise Violation(f"no line for a user: {message!r:.300}") from error
+
+
+def tried(refused: list[SupraError], action: Callable[[], T]) -> T | None:
+    """What ``action`` gives; None where it refuses, which is noted in ``refused``."""
+    try:
+        return action()
+    except SupraError as error:
+        check_line(error)
+        refused.append(error)
+        return None
+
+
+_START = "import sys; sys.path[:] = {path!r}; from tests.fuzz.child import serve; serve()"
+_OWN_WORKER = worker.Worker()
+
+
+@contextlib.contextmanager
+def _watched_worker() -> Iterator[None]:
+    """Tokenizers and templates in a process that reports what it must not do, with less time."""
+    kept = worker.WORKER.__dict__
+    worker.WORKER.__dict__ = _OWN_WORKER.__dict__
+    changes = {"_START": _START, "SECONDS": WORKER_SECONDS}
+    changes["_ERRORS"] = {**worker._ERRORS, "Violation": Violation}
+    before = {name: getattr(worker, name) for name in changes}
+    for name, value in changes.items():
+        setattr(worker, name, value)
+    try:
+        yield
+    finally:
+        worker.WORKER.__dict__ = kept
+        for name, value in before.items():
+            setattr(worker, name, value)
+
+
 def check_files(
     files: Files, name: str = "", read: Reader = read_as_convert, place: Path | None = None
 ) -> bool:
     """Write ``files`` to a new folder and check it, or its file ``name``."""
-    warm_up()
     with tempfile.TemporaryDirectory(prefix="fuzz", dir=place) as parent:
         folder = Path(parent) / "model"
         folder.mkdir()
@@ -137,6 +216,8 @@ def warm_up() -> None:
     with contextlib.suppress(ImportError):
         import transformers.integrations.gguf  # noqa: F401
         from transformers import PreTrainedTokenizerFast  # noqa: F401
+    with contextlib.suppress(ImportError):
+        import supra_torch.backend  # noqa: F401
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
@@ -149,11 +230,15 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
     return found
 
 
+@functools.cache
+def _libraries() -> set[str]:
+    libraries = {sys.prefix, sys.base_prefix, str(ROOT), os.path.realpath(ROOT / ".venv"), "/proc"}
+    return libraries | {os.path.realpath(place) for place in sys.path if place}
+
+
 @contextlib.contextmanager
 def _watched(folder: Path) -> Iterator[None]:
-    libraries = {sys.prefix, sys.base_prefix, str(ROOT), os.path.realpath(ROOT / ".venv"), "/proc"}
-    libraries |= {os.path.realpath(place) for place in sys.path if place}
-    _WATCH.allowed = (os.path.realpath(folder), *libraries)
+    _WATCH.allowed = (os.path.realpath(folder), *_libraries())
     try:
         yield
     finally:
@@ -163,7 +248,9 @@ def _watched(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
     def out_of_time(*_: object) -> None:
-        raise Violation(f"more than {SECONDS} seconds")
+        # Who catches whatever a stranger's file leads to would catch this.
+        _WATCH.seen.append(f"more than {SECONDS} seconds")
+        raise Violation(_WATCH.seen[-1])
 
     statm = Path("/proc/self/statm")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,11 +1,13 @@
-"""Changes to a valid file, drawn by hypothesis: of its bytes, its numbers, or its JSON."""
+"""Changes to a valid file: of its bytes, its numbers, or its JSON."""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
@@ -15,35 +17,90 @@ EXTREMES = (
     2**32 - 1, 2**32, 2**40, 2**53, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1,
 )  # fmt: skip
 _CODES = ("<B", "<H", "<I", "<Q")
+# Control characters, ASCII, accents, scripts from right to left, half a pair, emoji, the last one.
+_CHARACTERS = (
+    0, 9, 10, 13, 27, *range(32, 127), 0x85, 0xE9, 0x301, 0x5D0, 0x200D, 0x202E, 0x2028, 0x2581,
+    0x4E2D, 0xD800, 0xFDD0, 0xFEFF, 0xFFFD, 0x1F600, 0x10FFFF,
+)  # fmt: skip
+
+T = TypeVar("T")
+
+
+class Chance:
+    """Where choices come from: hypothesis, which can make a failing input smaller."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self._draw = draw
+
+    def number(self, least: int, most: int) -> int:
+        """A whole number; both ends are possible."""
+        return self._draw(st.integers(least, most))
+
+    def one(self, values: Sequence[T]) -> T:
+        """One of ``values``."""
+        return self._draw(st.sampled_from(values))
+
+    def binary(self, most: int) -> bytes:
+        """1 to ``most`` bytes."""
+        return self._draw(st.binary(min_size=1, max_size=most))
+
+    def text(self, most: int) -> str:
+        """Up to ``most`` characters."""
+        return self._draw(st.text(max_size=most))
+
+
+class Seeded(Chance):
+    """From a generator of random numbers, which takes a hundredth of the time."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+
+    def number(self, least: int, most: int) -> int:
+        return self._random.randint(least, most)
+
+    def one(self, values: Sequence[T]) -> T:
+        return values[self._random.randrange(len(values))]
+
+    def binary(self, most: int) -> bytes:
+        return self._random.randbytes(self._random.randint(1, most))
+
+    def text(self, most: int) -> str:
+        characters = (self.one(_CHARACTERS) for _ in range(self.number(0, most)))
+        return "".join(chr(c) for c in characters)
 
 
 @st.composite
 def mutated(draw: st.DrawFn, content: bytes, most: int = 4) -> bytes:
     """``content`` with up to ``most`` changes of its bytes."""
-    for _ in range(draw(st.integers(1, most))):
-        content = _changed(draw, content)
+    return changed_bytes(Chance(draw), content, most)
+
+
+def changed_bytes(chance: Chance, content: bytes, most: int = 4) -> bytes:
+    """As :func:`mutated`."""
+    for _ in range(chance.number(1, most)):
+        content = _changed(chance, content)
     return content
 
 
-def _changed(draw: st.DrawFn, content: bytes) -> bytes:
-    at = draw(st.integers(0, len(content)))
-    kind = draw(st.integers(0, 6))
+def _changed(chance: Chance, content: bytes) -> bytes:
+    at = chance.number(0, len(content))
+    kind = chance.number(0, 6)
     if kind == 0:
         return content[:at]
     if kind == 1:
-        return content[:at] + draw(st.binary(min_size=1, max_size=8)) + content[at:]
+        return content[:at] + chance.binary(8) + content[at:]
     if kind == 2:
-        return content[:at] + content[at + draw(st.integers(1, 64)) :]
+        return content[:at] + content[at + chance.number(1, 64) :]
     if kind == 3:
-        source = draw(st.integers(0, len(content)))
-        piece = content[source : source + draw(st.integers(1, 64))]
+        source = chance.number(0, len(content))
+        piece = content[source : source + chance.number(1, 64)]
         return content[:at] + piece + content[at + len(piece) :]
     if kind == 4:
-        code = draw(st.sampled_from(_CODES))
+        code = chance.one(_CODES)
         size = struct.calcsize(code)
-        value = draw(st.sampled_from(EXTREMES)) % 256**size
+        value = chance.one(EXTREMES) % 256**size
         return content[:at] + struct.pack(code, value) + content[at + size :]
-    return content[:at] + bytes([draw(st.integers(0, 255))]) + content[at + 1 :]
+    return content[:at] + bytes([chance.number(0, 255)]) + content[at + 1 :]
 
 
 WEIRD: tuple[Any, ...] = (
@@ -56,27 +113,32 @@ WEIRD: tuple[Any, ...] = (
 @st.composite
 def changed_json(draw: st.DrawFn, value: Any, most: int = 3) -> bytes:
     """JSON of ``value`` with up to ``most`` members replaced, removed, added or nested."""
+    return json.dumps(changed_value(Chance(draw), value, most)).encode()
+
+
+def changed_value(chance: Chance, value: Any, most: int = 3) -> Any:
+    """As :func:`changed_json`, before it is text."""
     value = deepcopy(value)
-    for _ in range(draw(st.integers(1, most))):
+    for _ in range(chance.number(1, most)):
         places = list(_places(value))
         if not places:
             break
-        holder, key = draw(st.sampled_from(places))
-        kind = draw(st.integers(0, 5))
+        holder, key = chance.one(places)
+        kind = chance.number(0, 5)
         if kind == 0:
             del holder[key]
         elif kind == 1 and isinstance(holder, dict):
-            holder[draw(st.text(max_size=8))] = deepcopy(draw(st.sampled_from(WEIRD)))
+            holder[chance.text(8)] = deepcopy(chance.one(WEIRD))
         elif kind == 2:
-            other, name = draw(st.sampled_from(places))
+            other, name = chance.one(places)
             if _is_there(other, name):
                 holder[key] = deepcopy(other[name])
         elif kind == 3:
-            for _ in range(draw(st.sampled_from((1, 2, 70)))):
-                holder[key] = draw(st.sampled_from(([holder[key]], {"a": holder[key]})))
+            for _ in range(chance.one((1, 2, 70))):
+                holder[key] = [holder[key]] if chance.number(0, 1) else {"a": holder[key]}
         else:
-            holder[key] = deepcopy(draw(st.sampled_from(WEIRD)))
-    return json.dumps(value).encode()
+            holder[key] = deepcopy(chance.one(WEIRD))
+    return value
 
 
 def _places(value: Any) -> Any:

@@ -12,11 +12,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from random import Random
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzz.formats import FORMATS, Format
-from tests.fuzz.harness import Files, check_files
+from tests.fuzz.formats import FORMATS
+from tests.fuzz.harness import Files, Format, check_files
 
 FOUND = Path(__file__).parent / "found"
 # Inputs of one seed: hypothesis remembers all of its own, and slows down.
@@ -57,11 +58,15 @@ def fuzz(form: Format, inputs: int, seconds: float, first_seed: int) -> Counts:
 
     while counts.inputs < inputs and time.monotonic() - begin < seconds:
         size = int(min(BATCH, inputs - counts.inputs))
-        run = settings(
-            max_examples=size, deadline=None, database=None, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )(given(form.cases())(attempt))  # fmt: skip
-        seed(batch)(run)()
+        if form.drawn is None:
+            run = settings(
+                max_examples=size, deadline=None, database=None, phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )(given(form.cases())(attempt))  # fmt: skip
+            seed(batch)(run)()
+        else:
+            for number in range(size):
+                attempt(form.drawn(Random(f"{form.name} {batch} {number}")))
         batch += 1
         counts.seconds = time.monotonic() - begin
         print(f"\r{counts.line(form.name)}", end="", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 from supra_core.errors import FormatError
 from supra_core.formats.safetensors import INDEX
-from tests.fuzz import formats, harness
+from supra_core.text import worker
+from supra_core.text.worker import Described
+from tests.fuzz import corpora, formats, harness, requests, resumed, texts
 from tests.fuzz.formats import FORMATS
 from tests.fuzz.harness import ROOT, Violation, assert_refused_or_read, check_files
 
@@ -48,6 +51,15 @@ def test_what_is_read_and_what_is_refused() -> None:
 def test_what_is_forbidden(action: object) -> None:
     with pytest.raises(Violation):
         _with(action)
+
+
+@pytest.mark.parametrize(
+    ("path", "seen"), [("/etc/passwd", "open .'/etc/passwd'"), (ROOT / "none", "FileNotFoundError")]
+)
+def test_what_is_forbidden_in_the_process_of_its_own(path: Path, seen: str) -> None:
+    described = Described("tests.fuzz.child:opening", {"path": str(path)}, b"")
+    with pytest.raises(Violation, match=seen):
+        _with(lambda _: worker.WORKER.ask(described, "encode", [], 1))
 
 
 def test_other_errors_are_not_taken_for_a_refusal() -> None:
@@ -104,6 +116,25 @@ def test_valid_files_are_read() -> None:
     assert check_files({"s": formats._state()}, "s", FORMATS["state"].read)
     assert formats._with_sum(formats._state()) is not None
     assert check_files({"s": formats._with_sum(formats._state())}, "s", FORMATS["state"].read)
+
+
+def test_what_the_others_change_is_read() -> None:
+    assert check_files({"chat": json.dumps(requests._CHAT).encode()}, "chat", requests._read)
+    for backend in resumed._BACKENDS:
+        for name in resumed._SPECS:
+            state = resumed._packed(*resumed._saved(backend, name, 9))
+            assert check_files({"state": state}, "state", resumed._read)
+    for described in texts._described():
+        assert check_files(
+            {"tokenizer.json": json.dumps(described).encode()}, "", texts._read_tokenizer
+        )
+    config = json.dumps({"bos_token": "<s>", "eos_token": "</s>"}).encode()
+    for template in (texts.CHATML, texts.LLAMA3):
+        files = {"chat_template.jinja": template.encode(), "tokenizer_config.json": config}
+        check_files(files, "", texts._read_template)
+    for record in corpora._RECORDS[:3]:
+        content = json.dumps(record).encode()
+        assert check_files({"a.jsonl": content}, "a.jsonl", corpora._read)
 
 
 FOUND = sorted(path for path in (Path(__file__).parent / "found").iterdir() if path.is_dir())
