@@ -168,7 +168,7 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def start(self) -> Engine:
-        """Load the model and begin; raises whatever loading it raised."""
+        """Load the model and begin; raises what loading it raised, :class:`Broken` for a panic."""
         self._thread.start()
         try:
             self._ready.wait()
@@ -178,7 +178,7 @@ class Scheduler:
             raise
         if self._error is not None:
             self._thread.join()
-            raise self._error
+            raise self._error if isinstance(self._error, Exception) else self.broken
         return self._engine
 
     def take(self, client: str, count: int = 1) -> Places:
