@@ -178,7 +178,9 @@ class Scheduler:
             raise
         if self._error is not None:
             self._thread.join()
-            raise self._error if isinstance(self._error, Exception) else self.broken
+            if isinstance(self._error, Exception):
+                raise self._error
+            raise Broken(self._ended_by(self._error))
         return self._engine
 
     def take(self, client: str, count: int = 1) -> Places:
@@ -211,10 +213,12 @@ class Scheduler:
     @property
     def broken(self) -> Broken | None:
         """What ended the thread that was to go on, None where nothing did."""
-        if self._error is None:
-            return None
-        what = f"{type(self._error).__name__}: {self._error}"
-        return Broken(f"the model's thread has ended by an error ({what}): start the server again")
+        return None if self._error is None else Broken(self._ended_by(self._error))
+
+    @staticmethod
+    def _ended_by(error: BaseException) -> str:
+        what = f"{type(error).__name__}: {error}"
+        return f"the model's thread has ended by an error ({what}): start the server again"
 
     @property
     def ended(self) -> bool:
@@ -247,8 +251,7 @@ class Scheduler:
 
     def _check_going(self) -> None:
         if self._error is not None:
-            assert self.broken is not None
-            raise self.broken
+            raise Broken(self._ended_by(self._error))
         if self._closing:
             raise Stopping(_STOPPING)
 
@@ -373,9 +376,7 @@ class Scheduler:
     def _begin(self, job: Job) -> None:
         job.started = time.monotonic()
         # A state kept does not know how likely its tokens were.
-        job.known, state = (0, None) if job.followed else self._prefixes.longest(
-            job.ids, job.owner
-        )
+        job.known, state = (0, None) if job.followed else self._prefixes.longest(job.ids, job.owner)
         job.fed = job.known
         job.state = self._engine.fresh() if state is None else self._engine.copy(state)
 

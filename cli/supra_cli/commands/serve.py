@@ -94,24 +94,26 @@ def command(
         raise SupraError("--api-key is empty: give a key, or leave it out")
     keys = ([] if api_key is None else [api_key]) + ([] if api_keys is None else _keys(api_keys))
     try:
-        serve(Settings(
-            model=model,
-            backend=backend,
-            dtype=dtype,
-            name=name or Path(model).resolve().name.removesuffix(".gguf"),
-            host=host,
-            port=port,
-            keys=list(dict.fromkeys(keys)),
-            sampling=Sampling(temperature, top_p, 1, None, min_p, repetition_penalty),
-            limits=Limits(max_prompt, max_tokens),
-            parallel=parallel,
-            waiting=waiting,
-            kept_bytes=int(keep_gib * _GIB),
-            contexts=_contexts(context or []),
-            origins=tuple(map(_origin, allow_origin or [])),
-            parse_markers=parse_markers,
-            share_states=share_states,
-        ))
+        serve(
+            Settings(
+                model=model,
+                backend=backend,
+                dtype=dtype,
+                name=name or Path(model).resolve().name.removesuffix(".gguf"),
+                host=host,
+                port=port,
+                keys=list(dict.fromkeys(keys)),
+                sampling=Sampling(temperature, top_p, 1, None, min_p, repetition_penalty),
+                limits=Limits(max_prompt, max_tokens),
+                parallel=parallel,
+                waiting=waiting,
+                kept_bytes=int(keep_gib * _GIB),
+                contexts=_contexts(context or []),
+                origins=tuple(map(_origin, allow_origin or [])),
+                parse_markers=parse_markers,
+                share_states=share_states,
+            )
+        )
     except Broken as error:
         # Nothing that was given is wrong.
         log(f"supra: error: {error}")

@@ -30,7 +30,8 @@ ALIASES = {"repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
 # beside it, and what counts only together with a field that is refused.
 IGNORED = frozenset((
     "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_options",
-    "prompt_cache_retention", "request_id", "priority", "prediction", "cache_prompt", "id_slot", "n_cache_reuse", "n_keep", "n_discard",
+    "prompt_cache_retention", "request_id", "priority", "prediction",
+    "cache_prompt", "id_slot", "n_cache_reuse", "n_keep", "n_discard",
     "speculative.n_max", "speculative.n_min", "speculative.p_min",
     "timings_per_token", "return_progress", "sse_ping_interval",
     "parallel_tool_calls", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
