@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from supra_core.errors import SupraError
 from supra_core.generate import Hear, Sampling
 from supra_core.likelihood import Likelihood, Logits, likelihood
 from supra_core.progress import silent
@@ -21,7 +22,8 @@ class Spoken:
     """One sequence's next token with the text that became certain; ``finish``: it was the last.
 
     ``token`` None: the sequence ended without another token. ``likelihood`` is there where it was
-    asked for, and then of the token that ended the sequence as well.
+    asked for, and then of the token that ended the sequence as well. ``error``: why this sequence
+    cannot go on, as the others do; it is to be taken.
     """
 
     key: int
@@ -29,6 +31,7 @@ class Spoken:
     text: str
     finish: Finish | None = None
     likelihood: Likelihood | None = None
+    error: SupraError | None = None
 
 
 class Batch(Protocol):
@@ -122,7 +125,10 @@ class InTurns:
 
     def _spoken(self, key: int) -> Spoken:
         sequence = self._sequences[key]
-        token, text = next(sequence.pieces, (None, ""))
+        try:
+            token, text = next(sequence.pieces, (None, ""))
+        except SupraError as error:
+            return Spoken(key, None, "", error=error)
         sequence.tokens_left -= 1
         finish: Finish | None = None
         if token is None:

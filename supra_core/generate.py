@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from supra_core.backend import Backend
 from supra_core.errors import SupraError
+from supra_core.likelihood import NoNumbers
 from supra_core.reference import softmax
 from supra_core.verify import check_ids
 
@@ -115,9 +116,13 @@ def continuation(
 def sample(
     logits: npt.NDArray[np.float32], sampling: Sampling, generator: np.random.Generator
 ) -> int:
-    """One token id from logits (V,)."""
+    """One token id from logits (V,); :class:`NoNumbers` where one of them is NaN or infinite."""
+    likeliest = int(logits.argmax())
+    # Of numbers among which is a NaN, that is the highest.
+    if not np.isfinite(logits[likeliest]):
+        raise NoNumbers
     if sampling.temperature == 0:
-        return int(logits.argmax())
+        return likeliest
     exact = logits.astype(np.float64)
     probabilities = softmax(exact)
     order = np.argsort(-probabilities, kind="stable")

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from supra_core.errors import SupraError
+
 Logits = npt.NDArray[np.float32]
+
+
+class NoNumbers(SupraError):
+    """A model computed logits that no token can be chosen by."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model computes numbers that are not finite (NaN or infinity) for this text, so no "
+            "token can be chosen: check its weights, or use a type with more range"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +42,10 @@ def likelihoods(logits: Logits, tokens: Sequence[int], top: int) -> list[Likelih
 
 
 def likelihood(logits: Logits, token: int, top: int) -> Likelihood:
-    """How likely ``token`` was by ``logits`` (V,)."""
+    """How likely ``token`` was by ``logits`` (V,); SupraError where they are no numbers."""
     highest = logits.max()
+    if not math.isfinite(highest):
+        raise NoNumbers
     total = float(highest) + math.log(np.exp(logits - highest).sum(dtype=np.float64))
     return Likelihood(
         int(token),

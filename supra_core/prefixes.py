@@ -15,20 +15,27 @@ Tokens = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Kept:
+    owner: str
     tokens: Tokens
     state: Any
     size: int
+
+    @property
+    def key(self) -> tuple[str, bytes]:
+        return self.owner, self.tokens.tobytes()
 
 
 class Prefixes:
     """The states last used, as many as fit ``limit`` bytes; pinned ones stay beside them.
 
-    ``size``: a state's bytes after so many tokens.
+    ``size``: a state's bytes after so many tokens. A state is found by its owner alone, for whom it
+    was kept: what others find would tell them what its owner's texts begin with. Pinned ones are
+    everybody's.
     """
 
     def __init__(self, limit: int, size: Callable[[int], int]) -> None:
         self._limit, self._size = limit, size
-        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, bytes], _Kept] = OrderedDict()
         self._pinned: dict[bytes, _Kept] = {}
         self.bytes = 0
 
@@ -36,24 +43,24 @@ class Prefixes:
         return len(self._kept) + len(self._pinned)
 
     def pin(self, tokens: Sequence[int], state: Any) -> None:
-        """Keep a state for good."""
-        kept = self._entry(tokens, state)
+        """Keep a state for good, and for everybody."""
+        kept = self._entry(tokens, state, "")
         self._pinned[kept.tokens.tobytes()] = kept
 
-    def put(self, tokens: Sequence[int], state: Any) -> None:
+    def put(self, tokens: Sequence[int], state: Any, owner: str = "") -> None:
         """Keep a state, and let those go that were not used for longest."""
-        kept = self._entry(tokens, state)
-        key = kept.tokens.tobytes()
-        if not key or key in self._pinned or kept.size > self._limit:
+        kept = self._entry(tokens, state, owner)
+        _, seen = kept.key
+        if not seen or seen in self._pinned or kept.size > self._limit:
             return
-        if (before := self._kept.pop(key, None)) is not None:
+        if (before := self._kept.pop(kept.key, None)) is not None:
             self.bytes -= before.size
-        self._kept[key] = kept
+        self._kept[kept.key] = kept
         self.bytes += kept.size
         while self.bytes > self._limit:
             self.bytes -= self._kept.popitem(last=False)[1].size
 
-    def longest(self, ids: Sequence[int]) -> tuple[int, Any]:
+    def longest(self, ids: Sequence[int], owner: str = "") -> tuple[int, Any]:
         """How many of ``ids`` some state has seen, and that state: 0 and None if there is none.
 
         At least one token is left to predict from.
@@ -61,30 +68,30 @@ class Prefixes:
         wanted = _array(ids)
         fitting = [
             kept
-            for kept in self._all()
+            for kept in self._all(owner)
             if len(kept.tokens) < len(wanted) and _common(kept.tokens, wanted) == len(kept.tokens)
         ]
         if not fitting:
             return 0, None
         found = max(fitting, key=lambda kept: len(kept.tokens))
-        key = found.tokens.tobytes()
-        if key in self._kept:
-            self._kept.move_to_end(key)
+        if self._kept.get(found.key) is found:
+            self._kept.move_to_end(found.key)
         return len(found.tokens), found.state
 
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many first tokens ``ids`` has in common with whatever was kept.
+    def shared(self, ids: Sequence[int], owner: str = "") -> int:
+        """How many first tokens ``ids`` has in common with whatever was kept for its owner.
 
         A state there would serve both, and what else begins like them.
         """
         wanted = _array(ids)
-        return max((_common(kept.tokens, wanted) for kept in self._all()), default=0)
+        return max((_common(kept.tokens, wanted) for kept in self._all(owner)), default=0)
 
-    def _entry(self, tokens: Sequence[int], state: Any) -> _Kept:
-        return _Kept(_array(tokens), state, self._size(len(tokens)))
+    def _entry(self, tokens: Sequence[int], state: Any, owner: str) -> _Kept:
+        return _Kept(owner, _array(tokens), state, self._size(len(tokens)))
 
-    def _all(self) -> list[_Kept]:
-        return [*self._pinned.values(), *self._kept.values()]
+    def _all(self, owner: str) -> list[_Kept]:
+        own = [kept for kept in self._kept.values() if kept.owner == owner]
+        return [*self._pinned.values(), *own]
 
 
 def _array(tokens: Sequence[int]) -> Tokens:

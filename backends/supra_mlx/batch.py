@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -19,12 +20,11 @@ from mlx_lm.sample_utils import (
 from supra_core.batch import Spoken
 from supra_core.errors import SupraError
 from supra_core.generate import REPETITION_CONTEXT, Sampling
-from supra_core.likelihood import likelihood
+from supra_core.likelihood import NoNumbers, likelihood
 from supra_core.text import ModelTokenizer
+from supra_mlx.generate import NO_TOKEN, Sampler, checked
 from supra_mlx.model import Model
 from supra_mlx.weights import to_numpy
-
-Sampler = Callable[[mx.array], mx.array]
 
 
 class MLXBatch:
@@ -83,13 +83,16 @@ class MLXBatch:
         spoken = []
         for response in responses:
             key, token = response.uid, int(response.token)
-            text, top, likely = self._texts[key](token), self._tops.get(key), None
-            if top is not None:
+            broken = token == NO_TOKEN
+            text, top, likely = "" if broken else self._texts[key](token), self._tops.get(key), None
+            if top is not None and not broken:
                 likely = likelihood(to_numpy(response.logprobs.astype(mx.float32)), token, top)
             if response.finish_reason:
                 self._ended[key] = _owned(response.prompt_cache)
                 self._forget(key)
-            spoken.append(Spoken(key, token, text, response.finish_reason, likely))
+            error = NoNumbers() if broken else None
+            said = None if broken else token
+            spoken.append(Spoken(key, said, text, response.finish_reason, likely, error))
         return spoken
 
     def take(self, key: int) -> list[Any]:
@@ -159,11 +162,14 @@ def _owned(caches: list[Any]) -> list[Any]:
 
 def _sampler(sampling: Sampling) -> Sampler:
     if sampling.seed is not None and sampling.temperature:
-        return _Seeded(sampling, sampling.seed)
-    sampler: Sampler = make_sampler(
-        temp=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p
-    )
-    return sampler
+        return checked(_Seeded(sampling, sampling.seed))
+    return _unseeded(sampling.temperature, sampling.top_p, sampling.min_p)
+
+
+@lru_cache(maxsize=64)
+def _unseeded(temperature: float, top_p: float, min_p: float) -> Sampler:
+    """One for all that ask for the same: mlx-lm then calls it once a step."""
+    return checked(make_sampler(temp=temperature, top_p=top_p, min_p=min_p))
 
 
 class _Seeded:

@@ -12,12 +12,17 @@ from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 
 from supra_core.errors import SupraError
 from supra_core.generate import REPETITION_CONTEXT, Hear, Sampling
+from supra_core.likelihood import NoNumbers
 from supra_core.progress import Progress, silent
 from supra_mlx.model import Model
 from supra_mlx.weights import to_numpy
 
 # Tokens of a prompt that are fed at once, as mlx-lm has it.
 PREFILL_STEP = 2048
+# Stands for a token that nothing could be chosen by; an id that the model's embedding takes.
+NO_TOKEN = -1
+
+Sampler = Callable[[mx.array], mx.array]
 
 
 def stream(
@@ -48,13 +53,29 @@ def stream(
         mx.array(list(prompt_ids), dtype=mx.int32),
         model,
         max_tokens=sampling.max_tokens,
-        sampler=make_sampler(temp=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p),
+        sampler=checked(
+            make_sampler(temp=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p)
+        ),
         logits_processors=processors,
         prompt_cache=model.make_cache() if cache is None else cache,
         prefill_step_size=PREFILL_STEP,
         prompt_progress_callback=lambda done, total: progress("read", done, total),
     )
     return _until_the_end(steps, model, frozenset(model.spec.eos_token_id), hear)
+
+
+def checked(sampler: Sampler) -> Sampler:
+    """The sampler, which takes :data:`NO_TOKEN` where log-probabilities (N, V) are no numbers.
+
+    As part of the step that is computed ahead, it costs no look at its numbers.
+    """
+
+    def sample(logprobs: mx.array) -> mx.array:
+        tokens = sampler(logprobs).astype(mx.int32)
+        chosen = mx.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+        return mx.where(mx.isfinite(chosen), tokens, NO_TOKEN)
+
+    return sample
 
 
 def _until_the_end(
@@ -68,6 +89,8 @@ def _until_the_end(
     """
     with wired_limit(model, [generation_stream]), closing(steps):
         for token, logprobs in steps:
+            if token == NO_TOKEN:
+                raise NoNumbers
             if hear is not None:
                 hear(to_numpy(logprobs.astype(mx.float32)), token)
             yield token

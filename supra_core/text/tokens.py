@@ -33,7 +33,7 @@ from supra_core.text.files import (
     tokenizer_of,
 )
 from supra_core.text.stream import TextStream
-from supra_core.text.worker import WORKER, Described, Result
+from supra_core.text.worker import Described, Result, worker_for
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -70,8 +70,8 @@ class EncodedText:
 class ModelTokenizer:
     """The tokenizer of a model, with its chat template if it has one.
 
-    ``where`` names the model in errors. ``vocab_size``: rows of the model's embedding; a text with
-    a token beyond them is refused with SupraError wherever it is encoded. None: not checked.
+    ``raw`` is only read, which several threads may do at a time. ``where`` names the model in
+    errors. ``vocab_size``: rows of the model's embedding; a text with a token beyond them is refused with SupraError wherever it is encoded. None: not checked.
     ``needs_bos``: documents, and whatever is measured, begin as the tokenizer begins a text.
     ``parse_markers``: markers of turns inside messages are markers; otherwise they are text.
     ``apart``: what the process of its own is told that does the encoding and the rendering, since
@@ -173,7 +173,8 @@ class ModelTokenizer:
         told = [dict(message) for message in messages]
         given = [told, asdict(how), None if now is None else now.isoformat()]
         ids = self._checked(self._ask("render", given, len(json.dumps(given)))[1][0])
-        return [int(ident) for ident in ids]
+        told_ids: list[int] = ids.tolist()
+        return told_ids
 
     def turns(self) -> ChatTurns | None:
         """The strings around messages, None without a template; see :meth:`ChatTemplate.turns`."""
@@ -185,7 +186,7 @@ class ModelTokenizer:
         """The answer of :meth:`answer` in a process of its own, or here where there is none."""
         if self.apart is None:
             return self.answer(job, given)
-        return WORKER.ask(self.apart, job, given, characters)
+        return worker_for(characters).ask(self.apart, job, given, characters)
 
     def answer(self, job: str, given: Sequence[Any]) -> Result:
         """What a job gives; ``given`` are values that JSON can hold."""

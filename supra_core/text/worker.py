@@ -2,12 +2,13 @@
 
 A tokenizer.json holds regular expressions and replacements, a template is a program: either can
 take all time or all memory, and native code does not hear Ctrl-C. So they run in a child process
-that the system ends at a limit. Everything of one parent shares one child, which is started when
-it is first needed and again when it was ended.
+that the system ends at a limit. Everything of one parent shares two children, one for short texts
+and one for long ones, which are started when they are first needed and again when they were ended.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -36,6 +37,8 @@ Maker = Callable[[Mapping[str, Any], bytes], Callable[[str, Sequence[Any]], Resu
 
 # Seconds of computing for a job, and characters for which it gets one more.
 SECONDS, CHARACTERS_PER_SECOND = 10, 50_000
+# Characters of a text that is a long one.
+LONG = 20_000
 # Bytes of address space; macOS keeps no such limit.
 MEMORY = 4 << 30
 # Descriptions that the child keeps made.
@@ -86,7 +89,7 @@ class Worker:
             head = {
                 "key": described.key, "maker": described.maker if new else None,
                 "fields": dict(described.fields) if new else None, "job": job, "given": given,
-                "seconds": SECONDS + characters / CHARACTERS_PER_SECOND,
+                "seconds": SECONDS + characters / CHARACTERS_PER_SECOND, "long": characters > LONG,
             }  # fmt: skip
             try:
                 _send(process.stdin, json.dumps(head).encode(), described.content if new else b"")
@@ -141,6 +144,12 @@ class Worker:
 
 
 WORKER = Worker()
+_FOR_LONG_TEXTS = Worker()
+
+
+def worker_for(characters: int) -> Worker:
+    """The child for a text of that length: a short one never waits for a long one."""
+    return WORKER if characters <= LONG else _FOR_LONG_TEXTS
 
 
 def serve(memory: int) -> None:
@@ -170,6 +179,15 @@ def serve(memory: int) -> None:
         answer = _answered(made, asked, content)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(sink, *answer)
+        if asked["long"]:
+            del asked, head, answer
+            trim()
+
+
+def trim() -> None:
+    """Give the system back what was freed: glibc would keep it for the next long text."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _answered(made: dict[str, Any], asked: dict[str, Any], content: bytes) -> list[bytes]:

@@ -312,7 +312,7 @@ def test_sixteen_at_a_time_and_one_leaves(server: Server, expected: Callable[...
         body = json.dumps({"messages": [user("x")], "stream": True, "max_tokens": 400}).encode()
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         url = f"{server.url}/v1/chat/completions"
-        with httpx2.stream("POST", url, content=body, headers=headers) as response:
+        with httpx2.stream("POST", url, content=body, headers=headers, timeout=60) as response:
             for _, line in zip(range(6), response.iter_lines(), strict=False):
                 assert isinstance(line, str)
 

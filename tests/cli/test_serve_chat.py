@@ -193,7 +193,7 @@ def test_pages_of_other_origins(
     engine: Templated, origins: tuple[str, ...], origin: str, allowed: str | None
 ) -> None:
     """As a browser asks: first whether it may, then with the key."""
-    served = Served(engine, key="secret", origins=origins, hosts=frozenset(["localhost"]))
+    served = Served(engine, keys=("secret",), origins=origins, hosts=frozenset(["localhost"]))
     header = "Access-Control-Allow-Origin"
     asked = served.client.options(CHAT, headers={**PREFLIGHT, "Origin": origin})
     assert asked.headers.get(header) == allowed

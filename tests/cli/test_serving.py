@@ -54,7 +54,7 @@ class Served:
         speaker = Speaker(engine, lambda: OWNER, Sizes())  # type: ignore[arg-type]
         monkeypatch.setattr(server, "load_speaker", lambda *_, **__: speaker)
         settings = server.Settings(
-            "model", None, None, "tiny", "127.0.0.1", 0, None, Sampling(), Limits(4000, 100), 2, 4,
+            "model", None, None, "tiny", "127.0.0.1", 0, (), Sampling(), Limits(4000, 100), 2, 4,
             10**6, {"book": book},
         )  # fmt: skip
         contexts: dict[str, Context] = {}
@@ -268,7 +268,7 @@ def test_the_model_ends_whatever_ends_the_server(
     monkeypatch.setattr(server, "load_speaker", lambda *_, **__: speaker)
     monkeypatch.setattr(server, "_serve", broken)
     settings = server.Settings(
-        str(write_model(tmp_path / "model")), None, None, "tiny", "127.0.0.1", 0, None, Sampling(),
+        str(write_model(tmp_path / "model")), None, None, "tiny", "127.0.0.1", 0, (), Sampling(),
         Limits(4000, 100), 2, 4, 10**6, {},
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="broken"):

@@ -20,6 +20,21 @@ def command(
         str | None,
         typer.Option(envvar="SUPRA_API_KEY", help="What clients have to show; default: nothing."),
     ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A key in each line, each a client of its own, who share the server fairly.",
+        ),
+    ] = None,
+    share_states: Annotated[
+        bool,
+        typer.Option(
+            "--share-states",
+            help="Let clients use the states of each other's prompts, by which they can tell what "
+            "those begin with.",
+        ),
+    ] = False,
     name: Annotated[
         str | None, typer.Option(help="What clients call the model; default: its folder's name.")
     ] = None,
@@ -57,6 +72,7 @@ def command(
     Sampling options are what requests get that name none of their own.
     """
     from supra_cli.backends import require
+    from supra_cli.output import log
 
     require("starlette", "supra serve", extra="serve")
     require("uvicorn", "supra serve", extra="serve")
@@ -64,6 +80,7 @@ def command(
     from supra_cli.serving.service import Limits
     from supra_core.errors import SupraError
     from supra_core.generate import Sampling
+    from supra_core.scheduler import Broken
 
     for option, value, least in (
         ("--max-tokens", max_tokens, 1), ("--max-prompt", max_prompt, 1),
@@ -75,25 +92,43 @@ def command(
         raise SupraError(f"--keep-gib must be at least 0 and below 1e9, not {keep_gib:g}")
     if api_key == "":
         raise SupraError("--api-key is empty: give a key, or leave it out")
-    serve(
-        Settings(
-            model=model,
-            backend=backend,
-            dtype=dtype,
-            name=name or Path(model).resolve().name.removesuffix(".gguf"),
-            host=host,
-            port=port,
-            key=api_key,
-            sampling=Sampling(temperature, top_p, 1, None, min_p, repetition_penalty),
-            limits=Limits(max_prompt, max_tokens),
-            parallel=parallel,
-            waiting=waiting,
-            kept_bytes=int(keep_gib * _GIB),
-            contexts=_contexts(context or []),
-            origins=tuple(map(_origin, allow_origin or [])),
-            parse_markers=parse_markers,
+    keys = ([] if api_key is None else [api_key]) + ([] if api_keys is None else _keys(api_keys))
+    try:
+        serve(
+            Settings(
+                model=model,
+                backend=backend,
+                dtype=dtype,
+                name=name or Path(model).resolve().name.removesuffix(".gguf"),
+                host=host,
+                port=port,
+                keys=list(dict.fromkeys(keys)),
+                sampling=Sampling(temperature, top_p, 1, None, min_p, repetition_penalty),
+                limits=Limits(max_prompt, max_tokens),
+                parallel=parallel,
+                waiting=waiting,
+                kept_bytes=int(keep_gib * _GIB),
+                contexts=_contexts(context or []),
+                origins=tuple(map(_origin, allow_origin or [])),
+                parse_markers=parse_markers,
+                share_states=share_states,
+            )
         )
-    )
+    except Broken as error:
+        # Nothing that was given is wrong.
+        log(f"supra: error: {error}")
+        raise typer.Exit(1) from None
+
+
+def _keys(path: Path) -> list[str]:
+    """The lines of a file, of which none is empty; SupraError where there is none."""
+    from supra_core.errors import SupraError
+    from supra_core.text.reading import read_text
+
+    keys = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not keys:
+        raise SupraError(f"{path} has no key: write one in each line")
+    return keys
 
 
 def _origin(text: str) -> str:

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from supra_cli.output import log, log_failure
+from supra_cli.output import log
 from supra_cli.serving.answers import Answers
 from supra_cli.serving.logprobs import Echo
-from supra_cli.serving.schema import ApiError, ChatRequest, CompletionRequest, parsed
+from supra_cli.serving.quiet import Seldom
+from supra_cli.serving.schema import ApiError, ChatRequest, CompletionRequest, R, parsed
 from supra_cli.serving.service import Exchange, Listener, Service, failure
 from supra_core.generate import Sampling
-from supra_core.scheduler import Failed, Followed, Job, Reading
+from supra_core.scheduler import Failed, Followed, Job, Places, Reading
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 
 
 def build(service: Service) -> Starlette:
@@ -44,11 +49,36 @@ def build(service: Service) -> Starlette:
             Route("/v1/completions", routes.guarded(routes.complete), methods=["POST"]),
         ],
         exception_handlers={HTTPException: _no_route},
-        middleware=_middleware(service.origins),
+        # Errors as well are for pages to read.
+        middleware=[*_pages(service.origins), Middleware(_Door, service.hosts)],
     )
 
 
-def _middleware(origins: Sequence[str]) -> list[Middleware]:
+class _Door:
+    """Turns requests away whose headers say enough."""
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if wrong := self._refused(Headers(scope=scope)):
+            # What follows is not read: where it ends may be said in two ways.
+            await _error(wrong, {"Connection": "close"})(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refused(self, headers: Headers) -> ApiError | None:
+        if "content-length" in headers and "transfer-encoding" in headers:
+            return ApiError(400, "Content-Length and Transfer-Encoding contradict each other")
+        host = _host(headers)
+        if self._hosts is not None and host not in self._hosts:
+            # A page elsewhere may have its own name point here.
+            return ApiError(403, f"this server does not answer for {host}")
+        return None
+
+
+def _pages(origins: Sequence[str]) -> list[Middleware]:
     """What lets pages of ``origins`` use the service from a browser."""
     if not origins:
         return []
@@ -73,22 +103,30 @@ class Routes:
         """The endpoint for those who may use it, its errors as OpenAI writes them."""
 
         async def answer(request: Request) -> Response:
+            seldom = self.service.seldom
             try:
-                self._check(request)
+                request.state.client = self._client(request)
                 return await endpoint(request)
             except ClientDisconnect:
-                log("a client left before its answer")
+                seldom.log("left", "a client left before its answer")
                 return Response(status_code=499)
-            except Exception as error:
-                told = _told(error)
-                log(f"{request.method} {request.url.path}: {told.status}, {told}")
+            except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+                raise
+            # A panic of native code is no Exception.
+            except BaseException as error:
+                told = _told(error, seldom)
+                line = f"{request.method} {request.url.path}: {told.status}, {told}"
+                seldom.log(f"refused {told.status}", line)
                 return _error(told)
 
         return answer
 
     async def health(self, request: Request) -> Response:
-        """That the model is loaded, and how many requests it has."""
-        return JSONResponse({"status": "ok", "requests": self.service.scheduler.taken})
+        """That the model is there, and how many requests it has; 503 when it has ended."""
+        scheduler = self.service.scheduler
+        if broken := scheduler.broken:
+            return _error(failure(broken))
+        return JSONResponse({"status": "ok", "requests": scheduler.taken})
 
     async def models(self, request: Request) -> Response:
         """``GET /v1/models``."""
@@ -103,7 +141,7 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
-        asked = parsed(ChatRequest, await self._body(request))
+        asked = await self._asked(ChatRequest, request)
         context = self.service.context(asked.model)
         self.service.check_answers(asked.n)
         system = any(message.role in ("system", "developer") for message in asked.messages)
@@ -112,24 +150,36 @@ class Routes:
                 400, "a context has its own system message: leave out yours", param="messages"
             )
         how = asked.rendering()
-        ids = await run_in_threadpool(self.service.rendered, context, asked.messages, how)
         answers = self._answers(asked, 1)
-        return await self._answered(request, asked, [ids], answers, continues=how.continues)
+        with self.service.scheduler.take(request.state.client, answers.count) as places:
+            read = partial(self.service.rendered, context, asked.messages, how)
+            prompts = [await self._in_turn(request, read)]
+            return await self._answered(request, asked, prompts, answers, places, how.continues)
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``."""
-        asked = parsed(CompletionRequest, await self._body(request))
+        asked = await self._asked(CompletionRequest, request)
         if self.service.context(asked.model).messages:
             raise ApiError(400, "a context is for chat completions: name the model", param="model")
         self.service.check_answers(len(asked.prompts) * asked.n)
-        prompts = [await run_in_threadpool(self.service.encoded, p) for p in asked.prompts]
-        answers = self._answers(asked, len(prompts))
-        if asked.echo:
-            answers.echoes = [
-                await run_in_threadpool(self._echo, prompt, ids)
-                for prompt, ids in zip(asked.prompts, prompts, strict=True)
-            ]
-        return await self._answered(request, asked, prompts, answers, continues=True)
+        answers = self._answers(asked, len(asked.prompts))
+        with self.service.scheduler.take(request.state.client, answers.count) as places:
+            prompts = []
+            for prompt in asked.prompts:
+                read = partial(self.service.encoded, prompt)
+                prompts.append(await self._in_turn(request, read))
+                if asked.echo:
+                    echo = partial(self._echo, prompt, prompts[-1])
+                    answers.echoes.append(await self._in_turn(request, echo))
+            return await self._answered(request, asked, prompts, answers, places, True)
+
+    async def _in_turn(self, request: Request, work: Callable[[], T]) -> T:
+        """Work on a request that takes as long as it is large."""
+        client, size = request.state.client, request.state.size
+        done = await self.service.in_turn(client, size, request.is_disconnected, work)
+        if done is None:
+            raise ClientDisconnect
+        return done
 
     def _echo(self, prompt: str | list[int], ids: list[int]) -> Echo:
         return Echo(prompt if isinstance(prompt, str) else None, ids, self.service.engine.decode)
@@ -144,10 +194,12 @@ class Routes:
         asked: ChatRequest | CompletionRequest,
         prompts: Sequence[list[int]],
         answers: Answers,
-        *,
+        places: Places,
         continues: bool,
     ) -> Response:
         sampling = asked.sampling(self.service.usual, self.service.limits.answer_tokens)
+        client = request.state.client
+        owner = self.service.owner(asked, client)
 
         def of_its_own(index: int) -> Sampling:
             # Answers to one prompt differ, and are the same the next time.
@@ -166,32 +218,40 @@ class Routes:
                 # Once for all answers to a prompt.
                 followed=bool(answers.echoes) and asked.top is not None and index % asked.n == 0,
                 silent=asked.silent,
+                client=client,
+                owner=owner,
             )
 
-        exchange = Exchange(self.service, [partial(job, index) for index in range(answers.count)])
+        exchange = Exchange(places, [partial(job, index) for index in range(answers.count)])
         if not asked.stream:
             await _until_gone(request, exchange, answers)
             # Log-probabilities of a long prompt are many numbers.
             return await run_in_threadpool(lambda: JSONResponse(answers.whole()))
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return StreamingResponse(
-            _stream(exchange, answers, usage),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache"},
-        )
+        return _Streamed(exchange, _stream(exchange, answers, usage, self.service.seldom))
 
-    def _check(self, request: Request) -> None:
-        host = _host(request)
-        if self.service.hosts is not None and host not in self.service.hosts:
-            # A page elsewhere may have its own name point here.
-            raise ApiError(403, f"this server does not answer for {host}")
-        if self.service.key is None:
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if not secrets.compare_digest(given.encode(), self.service.key.encode()):
+    def _client(self, request: Request) -> str:
+        """Who asks, by the key or else by the address; ApiError 401 without a key of ours."""
+        keys = self.service.keys
+        if not keys:
+            return request.client.host if request.client else ""
+        # Headers are bytes, and so may a key be.
+        header = request.headers.get("authorization", "").encode("latin-1")
+        scheme, _, given = header.partition(b" ")
+        # All are looked at, whichever it is: the time tells nothing.
+        same = [secrets.compare_digest(given.strip(), os.fsencode(key)) for key in keys]
+        if scheme.lower() != b"bearer" or not any(same):
             raise ApiError(401, "the API key is wrong or missing", code="invalid_api_key")
+        return f"key {same.index(True)}"
 
-    async def _body(self, request: Request) -> bytes:
+    async def _asked(self, kind: type[R], request: Request) -> R:
+        """The request in the body."""
+        with self.service.receiving(request.state.client) as received:
+            body = await self._body(request, received)
+            request.state.size = len(body)
+            return await self._in_turn(request, partial(parsed, kind, body))
+
+    async def _body(self, request: Request, received: Callable[[int], None]) -> bytes:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             # What a page of another origin may send unasked has other types.
@@ -200,6 +260,7 @@ class Routes:
         body = bytearray()
         async for part in request.stream():
             body += part
+            received(len(part))
             if len(body) > most:
                 raise ApiError(413, f"the request is longer than {most:,} bytes: shorten it")
         return bytes(body)
@@ -208,15 +269,33 @@ class Routes:
         return {"id": name, "object": "model", "created": self.service.started, "owned_by": "supra"}
 
 
-def _host(request: Request) -> str | None:
+class _Streamed(StreamingResponse):
+    """An exchange as events, which ends with them, though they may never have begun."""
+
+    def __init__(self, exchange: Exchange, events: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._exchange.cancel()
+
+
+def _host(headers: Headers) -> str | None:
     """What the client calls this server, without the port."""
     try:
-        return urlsplit("//" + request.headers.get("host", "")).hostname
+        return urlsplit("//" + headers.get("host", "")).hostname
     except ValueError:
         return None
 
 
-async def _stream(exchange: Exchange, answers: Answers, usage: bool) -> AsyncIterator[str]:
+async def _stream(
+    exchange: Exchange, answers: Answers, usage: bool, seldom: Seldom
+) -> AsyncIterator[str]:
     """Server-sent events: chunks as JSON, progress in comments, which keep a connection alive."""
     for chunk in answers.opening():
         yield _event(chunk)
@@ -225,7 +304,7 @@ async def _stream(exchange: Exchange, answers: Answers, usage: bool) -> AsyncIte
             if isinstance(event, Reading):
                 yield f": {event.done} of {event.total} tokens read\n\n"
             elif isinstance(event, Failed):
-                yield _event(_told(event.error).body())
+                yield _event(_told(event.error, seldom).body())
                 return
             else:
                 answers.hear(index, event)
@@ -279,11 +358,11 @@ def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONRes
     return JSONResponse(error.body(), error.status, headers or usual.get(error.status))
 
 
-def _told(error: Exception) -> ApiError:
+def _told(error: BaseException, seldom: Seldom) -> ApiError:
     """The error for the client; one that is not of its making goes to the log whole."""
     told = failure(error)
     if told.status == 500:
-        log_failure(error)
+        seldom.failure(error)
     return told
 
 

@@ -14,7 +14,7 @@ Route = Literal["chat", "completions"]
 _BOTH = (
     "model", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "min_p",
     "repetition_penalty", "repeat_penalty", "seed", "stop", "stop_token_ids", "n", "stream",
-    "stream_options", "logprobs",
+    "stream_options", "logprobs", "user", "prompt_cache_key", "cache_salt",
 )  # fmt: skip
 # What has an effect, by the route.
 DONE: Mapping[Route, frozenset[str]] = {
@@ -26,12 +26,12 @@ DONE: Mapping[Route, frozenset[str]] = {
 }  # fmt: skip
 # Other names of some of them, llama.cpp's.
 ALIASES = {"repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
-# What no answer depends on: who asks and what is kept of it, how fast the answer comes, figures
+# What no answer depends on: what is kept of the request, how fast the answer comes, figures
 # beside it, and what counts only together with a field that is refused.
 IGNORED = frozenset((
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_options", "prompt_cache_retention", "cache_salt", "request_id", "priority",
-    "prediction", "cache_prompt", "id_slot", "n_cache_reuse", "n_keep", "n_discard",
+    "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_options",
+    "prompt_cache_retention", "request_id", "priority", "prediction",
+    "cache_prompt", "id_slot", "n_cache_reuse", "n_keep", "n_discard",
     "speculative.n_max", "speculative.n_min", "speculative.p_min",
     "timings_per_token", "return_progress", "sse_ping_interval",
     "parallel_tool_calls", "dry_base", "dry_allowed_length", "dry_penalty_last_n",

@@ -6,6 +6,7 @@ field is in supra_cli.serving.fields.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -173,6 +174,9 @@ class _Request(_Strict):
     n: Annotated[int, Field(ge=1, le=8)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+    user: str | None = None
+    prompt_cache_key: str | None = None
+    cache_salt: str | None = None
 
     @field_validator("stop")
     @classmethod
@@ -205,6 +209,10 @@ class _Request(_Strict):
                     param=name,
                 )  # fmt: skip
         return done
+
+    def owner(self, client: str) -> str:
+        """For whom the states are kept that the request leaves: for none who names another."""
+        return json.dumps([client, self.user, self.prompt_cache_key, self.cache_salt])
 
     @property
     def stops(self) -> tuple[str, ...]:

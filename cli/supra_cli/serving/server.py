@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from supra_cli.output import log
 from supra_cli.serving.app import build
+from supra_cli.serving.connections import BACKLOG, Connection, doors
 from supra_cli.serving.service import Context, Limits, Service
 from supra_cli.speech import load_speaker, release_thread
 from supra_core.conversation import Engine
@@ -42,7 +44,7 @@ class Settings:
     name: str
     host: str
     port: int
-    key: str | None
+    keys: Sequence[str]
     sampling: Sampling
     limits: Limits
     parallel: int
@@ -51,10 +53,19 @@ class Settings:
     contexts: Mapping[str, Path]
     origins: tuple[str, ...] = ()
     parse_markers: bool = False
+    share_states: bool = False
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return self.host in _LOOPBACK
 
 
 def serve(settings: Settings) -> None:
-    """Serve until Ctrl-C or SIGTERM; SupraError when model, context or address will not do."""
+    """Serve until Ctrl-C or SIGTERM; SupraError when model, context or address will not do.
+
+    :class:`~supra_core.scheduler.Broken` when the model's thread ends by itself.
+    """
     for path in settings.contexts.values():
         # Before the model is loaded, which takes longer.
         read_state(path)
@@ -64,6 +75,8 @@ def serve(settings: Settings) -> None:
             partial(_loaded, settings, contexts),
             parallel=settings.parallel,
             waiting=settings.waiting,
+            # Whoever uses one key, or one machine, is one client.
+            compete=len(settings.keys) > 1 or not (settings.keys or settings.loopback),
             release=release_thread,
         )
         engine = scheduler.start()
@@ -71,13 +84,14 @@ def serve(settings: Settings) -> None:
             _serve(_service(settings, scheduler, engine, contexts), listening)
         finally:
             scheduler.close()
+        if scheduler.broken:
+            raise scheduler.broken
 
 
 def _service(
     settings: Settings, scheduler: Scheduler, engine: Engine, contexts: Mapping[str, Context]
 ) -> Service:
-    loopback = settings.host in _LOOPBACK
-    if not loopback and settings.key is None:
+    if not settings.loopback and not settings.keys:
         log("anyone who reaches this address may use the model: --api-key asks for a key")
     return Service(
         scheduler,
@@ -87,8 +101,9 @@ def _service(
         settings.limits,
         settings.sampling,
         contexts,
-        settings.key,
-        _LOOPBACK if loopback else None,
+        settings.keys,
+        settings.share_states,
+        _LOOPBACK if settings.loopback else None,
         settings.origins,
     )
 
@@ -97,22 +112,37 @@ def _serve(service: Service, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
     log(f"{' and '.join(service.models)} in {service.engine.backend} at http://{place}:{port}/v1")
+    limits = doors(service.limits.body_bytes, one_address=service.hosts is not None)
     config = uvicorn.Config(
         _Quiet(build(service)),
+        http=type("_Connection", (Connection,), {"doors": limits}),
+        ws="none",
+        loop="asyncio",
         lifespan="off",
         log_level="warning",
         access_log=False,
+        backlog=BACKLOG,
         timeout_graceful_shutdown=_GRACE,
     )
-    _Server(config, service.scheduler).run(sockets=[listening])
+    logging.getLogger("uvicorn.error").addFilter(service.seldom)
+    _Server(config, service).run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
     """Every answer ends, with the step under way, before the connections do."""
 
-    def __init__(self, config: uvicorn.Config, scheduler: Scheduler) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._scheduler = scheduler
+        self._service, self._scheduler = service, service.scheduler
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        asyncio.get_running_loop().set_exception_handler(self._service.seldom.heard)
+        await super().startup(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end, which it does when there is no model any more."""
+        return await super().on_tick(counter) or self._scheduler.ended
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """At Ctrl-C or SIGTERM; another one cannot shorten a step, but the time after it."""
@@ -122,7 +152,8 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """The model's thread first: it delivers to this loop, and may not be cut off in a step."""
-        log("stopping, when the step under way has ended")
+        if not self._scheduler.ended:
+            log("stopping, when the step under way has ended")
         await asyncio.to_thread(self._scheduler.close)
         await super().shutdown(sockets)
 
@@ -155,7 +186,7 @@ def _loaded(settings: Settings, contexts: dict[str, Context]) -> tuple[Engine, P
 def _bound(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=128)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     # TypeError for a name that no host has.
     except (OSError, OverflowError, TypeError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
+from supra_cli.serving.quiet import Seldom
 from supra_cli.serving.schema import ApiError, ChatMessage
 from supra_core.conversation import Engine, Message
 from supra_core.errors import SupraError
 from supra_core.generate import Sampling
-from supra_core.scheduler import Busy, Event, Failed, Finished, Job, Scheduler, Stopping
+from supra_core.scheduler import (
+    Busy,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    Places,
+    Scheduler,
+    Stopping,
+)
 from supra_core.text import Rendering
+from supra_core.text.worker import LONG
 
 Listener = Callable[[Event], None]
+T = TypeVar("T")
+
+# Characters of a text that are tokenised at once where it may have too many tokens, and tokens
+# that a cut adds to them.
+_SLICE, _CUT = 50_000, 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,16 @@ class Limits:
         """Room for the longest prompt: few tokens have more than 16 bytes, JSON included."""
         return max(2**16, 16 * self.prompt_tokens)
 
+    @property
+    def own_bytes(self) -> int:
+        """Of bodies that one client sends at a time."""
+        return 16 * self.body_bytes
+
+    @property
+    def all_bytes(self) -> int:
+        """Of bodies that all clients send at a time."""
+        return 4 * self.own_bytes
+
 
 @dataclass(frozen=True)
 class Context:
@@ -45,7 +73,11 @@ class Context:
 
 @dataclass
 class Service:
-    """``contexts``: transcripts whose states are kept, by the name that stands after a colon."""
+    """``contexts``: transcripts whose states are kept, by the name that stands after a colon.
+
+    ``keys``: each is a client of its own; without any, each address is. ``shared``: they use each
+    other's states, and so can tell what others' prompts begin with.
+    """
 
     scheduler: Scheduler
     engine: Engine
@@ -54,14 +86,18 @@ class Service:
     limits: Limits
     usual: Sampling
     contexts: Mapping[str, Context] = field(default_factory=dict)
-    key: str | None = None
+    keys: Sequence[str] = ()
+    shared: bool = False
     # Hosts that a browser may have been told to reach it by; None: any.
     hosts: frozenset[str] | None = None
     # Pages of these may use it from a browser; *: of any.
     origins: tuple[str, ...] = ()
     started: int = field(default_factory=lambda: int(time.time()))
-    # A tokenizer is not made for several threads.
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    seldom: Seldom = field(default_factory=Seldom)
+    _received: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._short, self._long = Lane("short texts"), Lane("long texts")
 
     @property
     def models(self) -> list[str]:
@@ -83,13 +119,51 @@ class Service:
 
     def check_answers(self, count: int) -> None:
         """:class:`ApiError` 400 when a request asks for more answers than there are places."""
-        places = self.scheduler.places
+        places = self.scheduler.own_places
         if count > places:
             raise ApiError(
                 400,
                 f"the request asks for {count:,} answers, and this server has places for "
                 f"{places:,}: ask for fewer",
             )
+
+    @contextmanager
+    def receiving(self, client: str) -> Iterator[Callable[[int], None]]:
+        """What is told of bytes of a body that came; ApiError 429 when clients send too much."""
+        held = 0
+
+        def take(count: int) -> None:
+            nonlocal held
+            held += count
+            self._received[client] += count
+            all_of_them = self._received.total() > self.limits.all_bytes
+            if all_of_them or self._received[client] > self.limits.own_bytes:
+                who = "all clients together send" if all_of_them else "you send"
+                raise ApiError(
+                    429, f"{who} too much at a time: try again later", kind="rate_limit_error",
+                    code="rate_limit_exceeded",
+                )  # fmt: skip
+
+        try:
+            yield take
+        finally:
+            self._received[client] -= held
+            if not self._received[client]:
+                del self._received[client]
+
+    async def in_turn(
+        self, client: str, size: int, is_gone: Callable[[], Awaitable[bool]], work: Callable[[], T]
+    ) -> T | None:
+        """What ``work`` gives, which takes as long as the request's ``size`` in characters.
+
+        In a thread of its own, one request of a client at a time. None where the client left.
+        """
+        lane = self._short if size <= LONG else self._long
+        return await lane.turn(client, is_gone, work)
+
+    def owner(self, request: Any, client: str) -> str:
+        """For whom the states that a request leaves are kept."""
+        return "" if self.shared else str(request.owner(client))
 
     def rendered(
         self, context: Context, messages: Sequence[ChatMessage], how: Rendering
@@ -100,16 +174,16 @@ class Service:
         def render(told: Sequence[Message]) -> list[int]:
             return self.engine.render([*context.messages, *told], context.began, how)
 
-        with self._lock:
-            if any(message.uses_tools for message in messages):
-                return self._checked(_with_tools(told, render))
-            return self._checked(render(told))
+        if any(message.uses_tools for message in messages):
+            return self._checked(_with_tools(told, render))
+        return self._checked(render(told))
 
     def encoded(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a text as it stands, or the ids given."""
         if isinstance(prompt, str):
-            with self._lock:
-                return self._checked(self.engine.encode(prompt))
+            self._check_long(prompt)
+            return self._checked(self.engine.encode(prompt))
+        self._check_count(len(prompt))
         size = self.vocab_size
         wrong = next((token for token in prompt if not 0 <= token < size), None)
         if wrong is not None:
@@ -121,32 +195,59 @@ class Service:
     def _checked(self, ids: list[int]) -> list[int]:
         if not ids:
             raise ApiError(400, "the prompt has no tokens: give some text", param="prompt")
+        self._check_count(len(ids))
+        return ids
+
+    def _check_count(self, count: int, at_least: str = "") -> None:
         most = self.limits.prompt_tokens
-        if len(ids) > most:
+        if count > most:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids):,} tokens, this server takes {most:,}: shorten it",
+                f"the prompt has {at_least}{count:,} tokens, this server takes {most:,}: shorten "
+                "it",
                 code="context_length_exceeded",
             )
-        return ids
+
+    def _check_long(self, text: str) -> None:
+        """Refuse a text of too many tokens when so many of it were found, and read no more."""
+        if len(text) <= max(_SLICE, self.limits.prompt_tokens):
+            return
+        count = 0
+        for start in range(0, len(text), _SLICE):
+            found = len(self.engine.encode(text[start : start + _SLICE]))
+            count += max(0, found - _CUT)
+            self._check_count(count, "more than ")
+
+
+class Lane:
+    """A thread for work that takes long, in which clients take turns."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, name)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def turn(
+        self, client: str, is_gone: Callable[[], Awaitable[bool]], work: Callable[[], T]
+    ) -> T | None:
+        """What ``work`` gives when it is the client's turn; None where the client left."""
+        lock = self._turns.get(client) or self._turns.setdefault(client, asyncio.Lock())
+        async with lock:
+            if await is_gone():
+                return None
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 class Exchange:
     """A request's jobs and what happens to them; leaving it cancels what still runs."""
 
-    def __init__(self, service: Service, jobs: Sequence[Callable[[Listener], Job]]) -> None:
+    def __init__(self, places: Places, jobs: Sequence[Callable[[Listener], Job]]) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._jobs: list[Job] = []
         for index, make in enumerate(jobs):
             job = make(self._listener(index))
             try:
-                service.scheduler.submit(job)
-            except Busy as error:
-                self.cancel()
-                raise ApiError(
-                    429, str(error), kind="rate_limit_error", code="rate_limit_exceeded"
-                ) from None
+                places.submit(job)
             except Stopping:
                 self.cancel()
                 raise
@@ -225,10 +326,12 @@ def _changed(message: Message, change: Callable[[Any], Any]) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def failure(error: Exception) -> ApiError:
+def failure(error: BaseException) -> ApiError:
     """What a client is told of an error: all of it only when it is one of its own making."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, Busy):
+        return ApiError(429, str(error), kind="rate_limit_error", code="rate_limit_exceeded")
     if isinstance(error, Stopping):
         return ApiError(503, str(error), kind="server_error")
     if isinstance(error, SupraError):
