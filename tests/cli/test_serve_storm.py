@@ -70,7 +70,9 @@ class Server:
         pids = [self._process.pid]
         children = Path(f"/proc/{pids[0]}/task/{pids[0]}/children")
         tasks = Path(f"/proc/{pids[0]}/task")
-        pids += [int(p) for task in tasks.iterdir() for p in (task / "children").read_text().split()]
+        pids += [
+            int(p) for task in tasks.iterdir() for p in (task / "children").read_text().split()
+        ]
         assert children.exists()
         pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
         return sum(pages) * os.sysconf("SC_PAGE_SIZE")
