@@ -27,6 +27,8 @@ _MARKS = ("Xq7userA", "Xq7answerA", "Xq7userB")
 # Unicode leaves these to programs: no text has them. The second one stands where a message that
 # is to be continued ends.
 GUARD, _OPEN_END = "\ufdd0", "\ufdd1"
+# GUARD as repr and JSON in ASCII write it.
+_SPELLED = r"\ufdd0"
 
 # What templates ask for the time, as transformers has it.
 _CLOCK = "strftime_now"
@@ -84,7 +86,8 @@ class ChatTemplate:
 
         ``now``: what the template is told when it asks for the time. None: it is offered no clock,
         and a template that cannot do without is told FIXED_TIME, so that the same messages give
-        the same text on every day. ``shown`` changes every text of a message on its way.
+        the same text on every day. ``shown`` changes every text of a message, and of the
+        variables, on its way.
         Raises FormatError when the template refuses the messages, is broken, or leaves out the
         message that is to be continued; SupraError when that message is no answer.
         """
@@ -96,9 +99,13 @@ class ChatTemplate:
             }
             for message in messages
         ]
+        how = replace(how, variables=_shown(how.variables, "user", shown))
         if how.continues:
             messages = [*messages[:-1], _opened(messages[-1] if messages else {})]
         text = self._rendered(messages, how, now)
+        if shown is not as_it_is:
+            # A template that writes out a list or an object may spell it.
+            text = text.replace(_SPELLED, GUARD)
         if not how.continues:
             return text
         before, found, _ = text.rpartition(_OPEN_END)
@@ -153,6 +160,12 @@ class ChatTemplate:
         # A template is a program of someone else's: it may fail in any way.
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            told = [{**message, "content": message.get("content") or ""} for message in messages]
+            if told != list(messages) and self._renders(told, how, now):
+                raise FormatError(
+                    "the model's chat template takes no message without content, such as one that "
+                    "calls a tool: give it content, or leave it out"
+                ) from None
             raise FormatError(
                 f"the model's chat template cannot be rendered ({reason}): correct "
                 "chat_template.jinja"
@@ -162,13 +175,16 @@ class ChatTemplate:
         """What to leave out, where that is a system message or tools."""
         for role, name in (("system", "the system message"), ("tool", "the messages of tools")):
             others = [message for message in messages if message.get("role") != role]
-            if others and len(others) < len(messages):
-                try:
-                    self._rendered(others, replace(how, continues=False), now)
-                except SupraError:
-                    continue
+            if others and len(others) < len(messages) and self._renders(others, how, now):
                 return f"; leave out {name}"
         return ""
+
+    def _renders(self, messages: Messages, how: Rendering, now: datetime | None) -> bool:
+        try:
+            self._rendered(messages, replace(how, continues=False), now)
+        except SupraError:
+            return False
+        return True
 
 
 def as_it_is(text: str, role: str) -> str:
@@ -181,11 +197,13 @@ class _Refusal(Exception):
 
 
 def _shown(value: Any, role: str, shown: Shown) -> Any:
-    """``value`` with every text in it changed, however deep."""
+    """``value`` with every text in it changed, names and however deep."""
     if isinstance(value, str):
         return shown(value.replace(GUARD, "\ufffd").replace(_OPEN_END, "\ufffd"), role)
     if isinstance(value, Mapping):
-        return {name: _shown(part, role, shown) for name, part in value.items()}
+        return {
+            _shown(name, role, shown): _shown(part, role, shown) for name, part in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_shown(part, role, shown) for part in value]
     return value

@@ -32,6 +32,7 @@ TEMPLATE = "chat_template.jinja"
 _TEMPLATE_JSON = "chat_template.json"
 _SENTENCEPIECE, _VOCABULARY, _MERGES = "tokenizer.model", "vocab.json", "merges.txt"
 _SPECIAL_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
+_DECODER = "added_tokens_decoder"
 # Files whose statements the others take over.
 _MERGED = (_SPECIAL_MAP, _ADDED, _TEMPLATE_JSON, _VOCABULARY, _MERGES)
 
@@ -40,7 +41,7 @@ _MERGED = (_SPECIAL_MAP, _ADDED, _TEMPLATE_JSON, _VOCABULARY, _MERGES)
 _CLASS = "PreTrainedTokenizerFast"
 # What else of tokenizer_config.json goes on; no field of it is code or a path.
 _KEPT: dict[str, type | tuple[type, ...]] = {
-    "chat_template": (str, list), "clean_up_tokenization_spaces": bool, "padding_side": str,
+    "chat_template": (str, list, dict), "clean_up_tokenization_spaces": bool, "padding_side": str,
     "truncation_side": str, "add_bos_token": bool, "add_eos_token": bool,
 }  # fmt: skip
 # Tokens named together, and what they are called in transformers 5.
@@ -92,11 +93,13 @@ def read_template(assets: Mapping[str, bytes], where: str) -> str | None:
             raise FormatError(
                 f"{where}: {TEMPLATE} is not UTF-8 text (byte {error.start}): get it again"
             ) from None
-    for name in (_TEMPLATE_JSON, CONFIG):
+    for name in (CONFIG, _TEMPLATE_JSON):
         found = _object(assets, name, where).get("chat_template")
         if isinstance(found, list):
             named = [entry for entry in found if isinstance(entry, dict)]
-            found = next((e.get("template") for e in named if e.get("name") == "default"), None)
+            found = {str(entry.get("name")): entry.get("template") for entry in named}
+        if isinstance(found, dict):
+            found = found.get("default")
         if isinstance(found, str) and found:
             return found
     return None
@@ -123,7 +126,7 @@ def _stated(assets: Mapping[str, bytes], where: str) -> tuple[dict[str, Any], di
     As transformers: the older files count where it does not list its added tokens.
     """
     config = _object(assets, CONFIG, where)
-    decoder = config.get("added_tokens_decoder")
+    decoder = config.get(_DECODER)
     if decoder is None:
         config = {**config, **_object(assets, _SPECIAL_MAP, where)}
         special = set(_named(config).values()) | set(_extra(config))
@@ -134,7 +137,7 @@ def _stated(assets: Mapping[str, bytes], where: str) -> tuple[dict[str, Any], di
         }
         name = _ADDED
     else:
-        name = f"{CONFIG}: added_tokens_decoder"
+        name = f"{CONFIG}: {_DECODER}"
     if not isinstance(decoder, dict):
         raise FormatError(f"{where}: {name} must be an object: get the file again")
     added: dict[int, Any] = {}
@@ -150,29 +153,40 @@ def _stated(assets: Mapping[str, bytes], where: str) -> tuple[dict[str, Any], di
 def _with_tokens(
     content: bytes, stated: Mapping[str, Any], added: Mapping[int, Any], where: str
 ) -> bytes:
-    """tokenizer.json with the tokens that only other files state, at the ids that they state."""
+    """tokenizer.json with the tokens that other files state, at the ids that they state.
+
+    Those that it has itself become what the others say of them, as transformers 5 has it.
+    """
     named = (*_named(stated).values(), *_extra(stated))
     if not (added or named):
         return content
+    listed = f"{CONFIG}: {_DECODER}" if stated.get(_DECODER) is not None else _ADDED
     known = tokenizer_of(content, where)
     for ident, token in added.items():
         if (own := known.token_to_id(token["content"])) not in (None, ident):
             raise FormatError(
-                f"{where}: '{token['content']}' is token {ident} in {CONFIG} and {own} in "
+                f"{where}: '{token['content']}' is token {ident} in {listed} and {own} in "
                 f"{TOKENIZER}: get both files again"
             )
-    new = {token["content"]: token for _, token in sorted(added.items())}
+    # What is found whole in a text; a token of the vocabulary need not be.
+    whole = {token.content: token for token in known.get_added_tokens_decoder().values()}
+    new = {token["content"]: _added_token(token) for _, token in sorted(added.items())}
     for name in named:
-        new.setdefault(name, {"content": name, "special": True})
-    new = {name: token for name, token in new.items() if known.token_to_id(name) is None}
+        new.setdefault(name, whole.get(name) or _added_token({"content": name, "special": True}))
+    # How a token is found counts by the newer statement alone; the older file does not say it.
+    new = {
+        name: token
+        for name, token in new.items()
+        if name not in whole or (listed != _ADDED and _flags(token) != _flags(whole[name]))
+    }
     if not new:
         return content
     tokenizer = type(known).from_str(content.decode())
-    tokenizer.add_tokens([_added_token(token) for token in new.values()])
+    tokenizer.add_tokens(list(new.values()))
     for ident, token in added.items():
         if tokenizer.token_to_id(token["content"]) != ident:
             raise FormatError(
-                f"{where}: {CONFIG} gives '{token['content']}' the id {ident}, which {TOKENIZER} "
+                f"{where}: {listed} gives '{token['content']}' the id {ident}, which {TOKENIZER} "
                 "has for another token or leaves a gap before: get both files again"
             )
     return str(tokenizer.to_str()).encode()
@@ -351,6 +365,13 @@ def _is_id(value: Any) -> bool:
 
 def _is_token(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value)
+
+
+def _flags(token: Any) -> tuple[bool, ...]:
+    """How an added token is found, and whether it is text."""
+    return (
+        token.special, token.normalized, token.lstrip, token.rstrip, token.single_word,
+    )  # fmt: skip
 
 
 def _added_token(token: Mapping[str, Any]) -> Any:

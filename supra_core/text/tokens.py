@@ -278,10 +278,7 @@ class ModelTokenizer:
         own = described.get("normalizer")
         steps = [guard] if own is None else [guard, own]
         described["normalizer"] = {"type": "Sequence", "normalizers": steps}
-        if described["model"].get("type") == "Unigram":
-            # It would take a marker in a text for one of its pieces.
-            for entry in described["model"]["vocab"]:
-                entry[0] = GUARD + entry[0] if entry[0] in names else entry[0]
+        _hide(described["model"], names)
         guarding = type(self.raw).from_str(json.dumps(described))
         pairs = ((guarding.token_to_id(name), ident) for ident, name in self._markers.items())
         ids = {there: here for there, here in pairs if there is not None}
@@ -326,6 +323,23 @@ def answering(fields: Mapping[str, Any], content: bytes) -> Callable[[str, Seque
     return ModelTokenizer(
         raw, fields["where"], template=template, parse_markers=fields["parse_markers"]
     ).answer
+
+
+def _hide(model: dict[str, Any], names: set[str]) -> None:
+    """Takes ``names`` from a tokenizer.json's model, which may make them of the text of a marker.
+
+    The name that it has for what it does not know stays.
+    """
+    hidden = {name: GUARD + name for name in names if name != model.get("unk_token")}
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):
+        model["vocab"] = [[hidden.get(name, name), *rest] for name, *rest in vocabulary]
+        return
+    model["vocab"] = {hidden.get(name, name): ident for name, ident in vocabulary.items()}
+    pairs = [
+        pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", [])
+    ]
+    model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & hidden.keys()]
 
 
 def _array(values: Sequence[int]) -> Ids:

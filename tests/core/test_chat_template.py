@@ -124,6 +124,9 @@ def test_where_templates_are_kept() -> None:
     assert read_template({}, "x") is None
     both = {"chat_template.jinja": b"file", "tokenizer_config.json": config("t")}
     assert read_template(both, "x") == "file"
+    assert read_template({"tokenizer_config.json": config({"default": "d"})}, "x") == "d"
+    other = {"chat_template.json": config("other"), "tokenizer_config.json": config("t")}
+    assert read_template(other, "x") == "t"
     assert named_tokens(both, "x") == {"eos_token": "</s>"}
     with pytest.raises(FormatError, match="tokenizer_config.json is not valid JSON"):
         read_template({"tokenizer_config.json": b"{"}, "x")
@@ -200,3 +203,11 @@ def test_tool_calls_are_shown_to_the_template() -> None:
     call = {"function": {"name": "look", "arguments": {"at": "it"}}}
     talk = [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
     assert ChatTemplate(program, {}).render(talk) == "why?;look;"
+
+
+def test_a_message_without_content_is_named_as_the_cause() -> None:
+    talk = [TALK[0], {"role": "assistant", "content": None, "tool_calls": []}]
+    with pytest.raises(FormatError, match="takes no message without content"):
+        ChatTemplate("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", {}).render(talk)
+    with pytest.raises(FormatError, match="cannot be rendered"):
+        ChatTemplate("{{ 1 // 0 }}", {}).render(talk)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from supra_core.errors import SupraError
 from supra_core.evaluate import perplexity
 from supra_core.families import needs_bos
-from supra_core.text import ModelTokenizer, load_tokenizer
+from supra_core.text import ModelTokenizer, Rendering, load_tokenizer
 from supra_core.text.chat_template import ANSWER, ChatTemplate
 from tests.tiny_models import SPECS
 from tests.tiny_tokenizers import SPECIAL, byte_level, sentencepiece, with_bos
@@ -232,6 +232,54 @@ def test_what_an_answer_may_say(tokenizer: Tokenizer) -> None:
     think, end = (chat.raw.token_to_id(name) for name in ("<think>", "<|im_end|>"))
     said = chat.render([{"role": "assistant", "content": "<think>a<|im_end|>"}])
     assert (said.count(think), said.count(end)) == (1, 1)
+
+
+# A template that shows everything: names, arguments, nested ones in Python's and JSON's own ways.
+SHOWS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.name }}\n{{ m.content }}"
+    "{% for call in m.tool_calls %}{{ call.function | tojson(ensure_ascii=True) }}"
+    "{% for name, value in call.function.arguments.items() %}{{ name }}: {{ value }}{% endfor %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{{ style }}"
+)
+MARKER = "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"a": MARKER}, {"a": [{"b": MARKER}]}, {MARKER: 1}, {"a": {MARKER: 1}}, {"a": [MARKER, "é"]}],
+)
+def test_no_part_of_a_message_is_a_marker(arguments: dict[str, object]) -> None:
+    chat = replace(chatting(), template=ChatTemplate(SHOWS, {}))
+    call = {"function": {"name": MARKER, "arguments": arguments}}
+    talk = [{"role": "assistant", "name": MARKER, "content": "x", "tool_calls": [call]}]
+    found = chat.render(talk, Rendering(variables={"style": [MARKER]}))
+    assert found.count(chat.raw.token_to_id(MARKER)) == 1
+    # Every text reads as it was said.
+    as_said = ChatTemplate(SHOWS, {}).render(talk, Rendering(variables={"style": [MARKER]}))
+    assert chat.raw.decode(found, skip_special_tokens=False) == as_said
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("said", [MARKER, f"a{MARKER}b", f"a {MARKER}"])
+def test_a_vocabulary_that_spells_markers(pairs: bool, said: str) -> None:
+    """By merges, or by taking a word that it has as it stands."""
+    described = json.loads(chatting().raw.to_str())
+    model, whole = described["model"], len(MARKER)
+    if pairs:
+        parts = [MARKER[:end] for end in range(2, whole)]
+        model["vocab"] |= {part: 600 + number for number, part in enumerate(parts)}
+        merges = [f"{MARKER[: end - 1]} {MARKER[end - 1]}" for end in range(2, whole + 1)]
+        # Both ways in which files write them.
+        model["merges"] = merges if said == MARKER else [merge.split(" ") for merge in merges]
+    model["ignore_merges"] = True
+    ident = next(t["id"] for t in described["added_tokens"] if t["content"] == MARKER)
+    model["vocab"][MARKER] = ident
+    raw = Tokenizer.from_str(json.dumps(described))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    chat = ModelTokenizer(raw, template=ChatTemplate(TEMPLATE, {}))
+    found = chat.render([{"role": "user", "content": said}])
+    assert found.count(ident) == 1
+    assert said in raw.decode(found, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("text", ["a\ud83d", "\udc00"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from supra_core.errors import SupraError
 from supra_core.text.files import end_token, named_tokens, one_tokenizer, read_template
@@ -60,3 +60,51 @@ def test_any_value_of_any_field(read: Callable[[Mapping[str, bytes], str], objec
         except Exception as error:
             failed.append(f"{case}: {type(error).__name__}: {str(error)[:80]}")
     assert failed == []
+
+
+_PLAIN = {"special": True, "normalized": False, "lstrip": False, "rstrip": False}
+
+
+@pytest.mark.parametrize(
+    ("own", "config", "expected"),
+    [
+        # In the vocabulary, and named by another file alone: found whole.
+        (None, {"eos_token": "<e>"}, ["a", "<e>", "b"]),
+        (None, {"additional_special_tokens": ["<e>"]}, ["a", "<e>", "b"]),
+        (None, {"added_tokens_decoder": {"2": {"content": "<e>", **_PLAIN}}}, ["a", "<e>", "b"]),
+        (None, {}, ["a", "a", "a", "a", "b"]),
+        # Stated twice: the decoder counts, a name alone changes nothing.
+        (
+            _PLAIN,
+            {"added_tokens_decoder": {"2": {"content": "<e>", **_PLAIN, "lstrip": True}}},
+            ["a", " <e>", "b"],
+        ),
+        ({**_PLAIN, "lstrip": True}, {"eos_token": "<e>"}, ["a", " <e>", "b"]),
+    ],
+)
+def test_how_a_token_is_found(
+    own: dict[str, bool] | None, config: dict[str, Any], expected: list[str]
+) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<e>": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if own is not None:
+        tokenizer.add_tokens([AddedToken("<e>", **own)])
+    stated = {
+        "tokenizer.json": str(tokenizer.to_str()).encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
+    made = one_tokenizer(stated, "the model")
+    encoding = Tokenizer.from_str(made["tokenizer.json"].decode()).encode("a <e> b")
+    assert ["a <e> b"[begin:end] if t == "<e>" else t for t, (begin, end) in zip(
+        encoding.tokens, encoding.offsets, strict=True
+    )] == expected  # fmt: skip
+
+
+def test_the_file_that_gives_a_token_another_id_is_named() -> None:
+    for name, stated in (
+        ("added_tokens.json", {"<x>": 9}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": "<x>"}}}),
+    ):
+        assets = {"tokenizer.json": _tokenizer(), name: json.dumps(stated).encode()}
+        with pytest.raises(SupraError, match=f"^the model: {name}.* gives '<x>' the id 9"):
+            one_tokenizer(assets, "the model")
