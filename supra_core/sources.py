@@ -252,9 +252,11 @@ def _open_run(folder: Path) -> Source:
 def _with_files(source: Source, folder: Path) -> Source:
     """With the files beside the weights, and what they say of where a text ends.
 
-    The config's end-of-text tokens come first: the first one stands between documents.
+    The config's end-of-text tokens come first: the first one stands between documents. Those that
+    the vocabulary has no row for are left out: no model says them, and none can be trained on.
     """
-    stated, read = source.spec.eos_token_id, cache(partial(read_assets, folder))
+    read = cache(partial(read_assets, folder))
+    stated = tuple(t for t in source.spec.eos_token_id if t < source.spec.vocab_size)
     one = cache(lambda: one_tokenizer(read(), str(folder)))
     named = _named_end(source.spec, read, one, str(folder))
     more = dict.fromkeys((*further_ends(folder, source.spec), *named))

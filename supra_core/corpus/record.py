@@ -108,6 +108,12 @@ def columns(names: Iterable[str], where: str, reading: Reading) -> list[str]:
     """Those of a table's columns that hold documents; BadRecord when there are none."""
     names = list(names)
     if not any(name in names for name in _wanted(reading)):
+        other = next((mark for mark in ";|\t," if len(names) == 1 and mark in names[0]), None)
+        if other is not None:
+            raise BadRecord(
+                f"{where} has one column, {names[0]!r}, in which {other!r} looks like the "
+                "separator: write .csv with commas, .tsv with tabs"
+            )
         raise BadRecord(_without(reading, f"{where} has no column", names))
     used = [n for n in names if n in (*_wanted(reading), _ANSWER, _MATERIAL, _SYSTEM)]
     if len(set(used)) < len(used):

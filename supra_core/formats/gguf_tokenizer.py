@@ -137,7 +137,7 @@ def _check(path: Path, metadata: dict[str, Any]) -> None:
     for key in (_MODEL, _PRE, _TEMPLATE):
         if not isinstance(metadata.get(key, ""), str):
             raise _wrong(path, key, "must be a string")
-    for name in _SPECIAL_TOKENS.values():
+    for name in (*_SPECIAL_TOKENS.values(), "eot_token_id"):
         token = metadata.get(f"tokenizer.ggml.{name}", 0)
         if type(token) is not int or not 0 <= token < max(count, 1):
             raise _wrong(path, f"tokenizer.ggml.{name}", f"is no id among {count} tokens")
@@ -151,7 +151,7 @@ def _check_supported(path: Path, metadata: dict[str, Any]) -> None:
     model = metadata.get(_MODEL)
     needed = {_BYTES: _MERGES, _PIECES: _SCORES}
     if model not in needed:
-        raise _unsupported(path, f"{_MODEL} is {model!r}: known are {_BYTES} and {_PIECES}")
+        raise _unsupported(path, f"{_MODEL} is {model!r} instead of {_BYTES!r} or {_PIECES!r}")
     if needed[model] not in metadata:
         raise _wrong(path, needed[model], f"is missing, which {_MODEL} {model!r} needs")
     for name in _NOT_DONE:

@@ -420,6 +420,11 @@ def test_what_is_not_read_is_counted(is_archive: bool, tmp_path: Path) -> None:
         ("a.json.bz2", b"nothing", "a.json.bz2 cannot be read"),
         ("a.txt.xz", b"nothing", "a.txt.xz is damaged"),
         ("a.csv", b"id\n1\n", "a.csv has no column text"),
+        (
+            "a.csv",
+            b"text;n\nhello;1\n",
+            "a.csv has one column, .text;n., in which .;.",
+        ),
     ],
 )
 def test_a_damaged_file_or_member(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -84,6 +84,16 @@ def test_a_config_that_states_none(tmp_path: Path) -> None:
     assert open_source(folder).spec.eos_token_id == (4, 2)
 
 
+def test_a_config_with_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
+    """The first one would stand between documents to train on."""
+    folder = folder_of("hf", tmp_path, {"eos_token_id": 4})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [99_999, 2]}))
+    source = open_source(folder)
+    assert source.spec.eos_token_id == (2, 4)
+    assert json.loads(source.assets()["generation_config.json"])["eos_token_id"] == [2, 4]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

@@ -161,8 +161,8 @@ def test_what_is_added_around_a_text(
     ("metadata", "changes", "message"),
     [
         (BYTES, {"pre": "harbour-bpe"}, "pre is 'harbour-bpe', which is not supported: convert"),
-        (BYTES, {"model": "t5"}, "model is 't5': known are gpt2 and llama, which is not"),
-        (BYTES, {"model": None}, "model is None: known are"),
+        (BYTES, {"model": "t5"}, "model is 't5' instead of 'gpt2' or 'llama', which is not"),
+        (BYTES, {"model": None}, "model is None instead of 'gpt2'"),
         (BYTES, {"merges": None}, "merges is missing, which tokenizer.ggml.model 'gpt2' needs"),
         (PIECES, {"scores": None}, "scores is missing, which tokenizer.ggml.model 'llama' needs"),
         (BYTES, {"add_space_prefix": True}, "add_space_prefix is true beside"),
@@ -170,6 +170,7 @@ def test_what_is_added_around_a_text(
         (BYTES, {"add_sep_token": True}, "add_sep_token is true beside"),
         (PIECES, {"precompiled_charsmap": [1]}, "precompiled_charsmap is stated"),
         (PIECES, {"bos_token_id": None}, "bos_token_id is missing, though"),
+        (BYTES, {"eot_token_id": 10**6}, "eot_token_id is no id among"),
         (BYTES, {"eos_token_id": None, "add_eos_token": True}, "eos_token_id is missing, though"),
         (BYTES, {"tokens": ["a"] * 4, "token_type": None}, "a token is there twice"),
         (BYTES, {"merges": ["ab"]}, "the merge 'ab' has one part"),
