@@ -105,7 +105,7 @@ class Worker:
                 self._known = [*self._known, described.key][-_KEPT:]
         if "error" in found:
             raise _ERRORS[found["kind"]](found["error"])
-        return found["value"], [np.frombuffer(array, dtype=np.int64) for array in arrays]
+        return found["value"], [np.frombuffer(array, dtype=np.int64).copy() for array in arrays]
 
     def _running(self) -> subprocess.Popen[bytes]:
         # After a fork the pipes are the parent's.
