@@ -156,7 +156,7 @@ def _wanted(reading: Reading) -> tuple[str, ...]:
 def _without(reading: Reading, said: str, names: Iterable[str]) -> str:
     *others, last = _wanted(reading)
     wanted = f"{', '.join(others)} or {last}" if others else last
-    found = ", ".join(names) or "nothing at all"
+    found = ", ".join(names) or "no fields"
     return f"{said} {wanted}, but {found}: name one with --field"
 
 
@@ -234,7 +234,7 @@ def _content(content: Any, where: str) -> Any:
         if other := [kind for kind in kinds if kind != "text"]:
             raise BadRecord(f"{where} has a part of type {other[0]!r}, not 'text': leave it out")
         texts = [part.get("text") for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     return _plain(content, where) if isinstance(content, str) else content
 
 

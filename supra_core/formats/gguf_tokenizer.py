@@ -213,7 +213,7 @@ def _additions(
             raise _wrong(
                 path,
                 f"tokenizer.ggml.{_SPECIAL_TOKENS[token]}",
-                f"is missing, though tokenizer.ggml.{name} is true or goes without saying",
+                f"is missing, though tokenizer.ggml.{name} is true or is so by default",
             )
     return adds
 

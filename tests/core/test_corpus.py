@@ -249,7 +249,7 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "messages": ({"text": None, "messages": TALK}, SAID),
     "parts": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}]},
-        "user:aa|\n",
+        "user:a\na|\n",
     ),
     "sharegpt": (
         {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "n"}]},
