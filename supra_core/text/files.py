@@ -254,7 +254,9 @@ def reading_error(error: BaseException, where: str) -> BaseException:
     """What to raise for an error of the tokenizers library; itself where it is none of that."""
     if isinstance(error, SupraError):
         return error
-    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+    # What takes all memory ends the process that it is computed in.
+    library = isinstance(error, Exception) and not isinstance(error, MemoryError)
+    if library or type(error).__name__ == "PanicException":
         return FormatError(f"{where}: {TOKENIZER} cannot be used ({error}): get it again")
     return error
 
