@@ -1,4 +1,4 @@
-"""Requests that mean harm, from a process of their own: ``python -m tests.cli.storm URL KEY COUNT``."""
+"""Requests that mean harm, from a process of their own: tests.cli.storm URL KEY COUNT."""
 
 from __future__ import annotations
 

@@ -69,7 +69,9 @@ class Server:
         """Bytes of the process and its children."""
         pids = [self._process.pid]
         tasks = Path(f"/proc/{pids[0]}/task")
-        pids += [int(p) for task in tasks.iterdir() for p in (task / "children").read_text().split()]
+        pids += [
+            int(p) for task in tasks.iterdir() for p in (task / "children").read_text().split()
+        ]
         pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
         return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
