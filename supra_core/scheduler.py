@@ -136,7 +136,8 @@ class Scheduler:
     """The thread that owns a model, which ``load`` opens in it, and the states kept.
 
     At most ``parallel`` answers are spoken at a time, ``waiting`` more requests may wait. Where
-    clients ``compete``, one has a quarter of the first and half of all places at most.
+    clients ``compete``, one has half of all places at most, and of the answers half of what is an
+    equal share among those who ask at the time, at least one: what is left is for who comes next.
     ``release`` is called in the thread before it ends, however that comes.
     """
 
@@ -151,8 +152,8 @@ class Scheduler:
     ) -> None:
         self._load, self._parallel, self._release = load, parallel, release
         self.places = parallel + waiting
-        # Of one client: answers that are under way, and places.
-        self._own_parallel = max(1, parallel // 4) if compete else parallel
+        self._compete = compete
+        # Of one client.
         self.own_places = max(1, self.places // 2) if compete else self.places
         self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         # By client, in the order of their turns. The first of a client may have been begun.
@@ -345,11 +346,14 @@ class Scheduler:
 
     def _next(self) -> Job | None:
         """Whose turn it is to have a piece read."""
+        if not self._waiting:
+            return None
         begun = [jobs[0].client for jobs in self._waiting.values() if jobs[0].state is not None]
         under_way = Counter([*begun, *(job.client for job in self._speaking.values())])
-        full = under_way.total() >= self._parallel
+        full, asking = under_way.total() >= self._parallel, len(self._waiting.keys() | under_way)
+        own = max(1, self._parallel // (2 * asking)) if self._compete else self._parallel
         for client, jobs in self._waiting.items():
-            if jobs[0].state is None and (full or under_way[client] >= self._own_parallel):
+            if jobs[0].state is None and (full or under_way[client] >= own):
                 continue
             if self._reads_at.get(client, 0.0) > self._spoken and self._others(client):
                 continue

@@ -19,13 +19,23 @@ PLACE = "http://localhost:8080"
 class Served:
     """``most``: tokens of an answer; ``settings``: those of the service."""
 
-    def __init__(self, engine: Engine, most: int = 100, **settings: Any) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        most: int = 100,
+        *,
+        prompt_tokens: int = 4000,
+        waiting: int = 4,
+        compete: bool = False,
+        **settings: Any,
+    ) -> None:
         prefixes = Prefixes(10**6, lambda tokens: 1)
-        self._scheduler = Scheduler(lambda: (engine, prefixes), parallel=2, waiting=4)
-        self._scheduler.start()
-        service = Service(
-            self._scheduler, engine, "tiny", 256, Limits(4000, most), Sampling(), **settings
+        self._scheduler = Scheduler(
+            lambda: (engine, prefixes), parallel=2, waiting=waiting, compete=compete
         )
+        self._scheduler.start()
+        limits = Limits(prompt_tokens, most)
+        service = Service(self._scheduler, engine, "tiny", 256, limits, Sampling(), **settings)
         self.client = TestClient(build(service), PLACE)
 
     def post(self, path: str, body: Any, **headers: str) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -168,8 +169,12 @@ def test_more_answers_than_places_are_refused_unread(
         assert f"asks for {count} answers" in served.refused(route, **asked)["message"]
 
 
+class Panic(BaseException):
+    """As native code's, which is no Exception."""
+
+
 class Slow(Echo):
-    """Takes seconds for each token but the first."""
+    """Takes seconds for each token but the first; panics at less than none."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -178,6 +183,8 @@ class Slow(Echo):
     def speak(self, *arguments: Any, **more: Any) -> Generator[tuple[int, str]]:
         for said in super().speak(*arguments, **more):
             yield said
+            if self.seconds < 0:
+                raise Panic("index out of bounds")
             time.sleep(self.seconds)
 
 
@@ -251,6 +258,24 @@ def test_a_client_that_says_no_more_is_cut_off(tmp_path: Path, times: int) -> No
             time.sleep(0.5)
             process.interrupt(times)
             assert process.wait() == 130
+        assert "Traceback" not in process.told
+
+
+@pytest.mark.parametrize("asked", [{"stream": True}, {}])
+def test_a_panic_ends_the_server_with_a_sentence(tmp_path: Path, asked: dict[str, bool]) -> None:
+    body = json.dumps({"prompt": "Once", "max_tokens": 50, **asked}).encode()
+    says = "the model's thread has ended by an error (Panic: index out of bounds)"
+    with Process(tmp_path, -1) as process:
+        sent = Request(process.url + "/completions", body, {"Content-Type": "application/json"})
+        try:
+            with urlopen(sent, timeout=60) as answer:
+                told = answer.read().decode()
+        except HTTPError as error:
+            assert error.code == 503
+            told = error.read().decode()
+        assert says in told
+        assert process.wait() == 1
+        assert process.told.endswith(f"supra: error: {says}: start the server again\n")
         assert "Traceback" not in process.told
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supra_core.generate import Hear, Sampling
-from supra_core.likelihood import Likelihood
+from supra_core.errors import SupraError
+from supra_core.generate import Hear, Sampling, sample
+from supra_core.likelihood import Likelihood, likelihood
 from supra_core.prefixes import Prefixes
 from supra_core.progress import Progress, silent
 from supra_core.scheduler import (
     PIECE,
+    Broken,
     Busy,
     Event,
     Failed,
@@ -110,10 +114,10 @@ def expected(text: str, count: int = 6) -> str:
 
 
 def running(
-    engine: Echo, *, parallel: int = 4, waiting: int = 100, limit: int = 10**6
+    engine: Echo, *, parallel: int = 4, waiting: int = 100, limit: int = 10**6, **more: bool
 ) -> tuple[Scheduler, Prefixes]:
     prefixes = Prefixes(limit, lambda tokens: 1)
-    scheduler = Scheduler(lambda: (engine, prefixes), parallel=parallel, waiting=waiting)
+    scheduler = Scheduler(lambda: (engine, prefixes), parallel=parallel, waiting=waiting, **more)
     scheduler.start()
     return scheduler, prefixes
 
@@ -320,6 +324,137 @@ def test_a_prompt_that_is_only_read(text: str) -> None:
     scheduler.close()
 
 
+def test_clients_take_turns(gated: tuple[Scheduler, Gated]) -> None:
+    """A long prompt of one delays another's by a piece, and not all of one's come first."""
+    _, engine = gated
+    scheduler, _ = running(engine, parallel=8, compete=True)
+    first = Client("hello", client="first")
+    scheduler.submit(first.job)
+    engine.gate.release()
+    first.first_piece()
+    # While one step is under way, all of these come in.
+    greedy = [Client(letter * (2 * PIECE + 1), client="greedy") for letter in "xyz"]
+    other = Client("o" * (PIECE + 1), client="other")
+    for client in (*greedy, other):
+        scheduler.submit(client.job)
+    engine.order.clear()
+    engine.gate.release(10**6)
+    for client in (*greedy, other, first):
+        client.until_the_end()
+    pieces = [step for step in engine.order if step == f"feed {PIECE}"]
+    assert len(pieces) == 3 * 2 + 1
+    assert other.job.spoke < greedy[1].job.spoke
+    assert scheduler.taken == 0
+    scheduler.close()
+
+
+def test_one_client_leaves_room_for_others() -> None:
+    engine = Gated()
+    scheduler, _ = running(engine, parallel=4, waiting=4, compete=True)
+    greedy = [Client(f"request {i}", client="greedy") for i in range(4)]
+    for client in greedy:
+        scheduler.submit(client.job)
+    with pytest.raises(Busy, match="4 places that one client may have"):
+        scheduler.take("greedy")
+    with pytest.raises(Busy, match="all 8 places"):
+        scheduler.take("third", 5)
+    other = Client("another", client="other")
+    with scheduler.take("other", 4):
+        assert scheduler.taken == 8
+    scheduler.submit(other.job)
+    # It is heard though four of the first might be spoken: two of them are.
+    engine.gate.release(12)
+    other.first_piece()
+    assert sum(bool(drain(client)) for client in greedy) <= 2
+    engine.gate.release(10**6)
+    for client in (*greedy, other):
+        client.job.cancel()
+    scheduler.close()
+    assert scheduler.taken == 0
+
+
+class Panic(BaseException):
+    """As native code's, which is no Exception."""
+
+
+@pytest.mark.parametrize("where", ["feed", "speak", "put"])
+def test_whatever_ends_the_thread_is_told(where: str) -> None:
+    engine = Gated()
+    scheduler, prefixes = running(engine)
+    clients = [Client(f"request {i}") for i in range(3)]
+    spoken = Client("first")
+    scheduler.submit(spoken.job)
+    engine.gate.release()
+    spoken.first_piece()
+
+    def panic(*_: Any, **__: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    setattr(prefixes if where == "put" else engine, where, panic)
+    for client in clients:
+        scheduler.submit(client.job)
+    engine.gate.release(10**6)
+    says = r"the model's thread has ended by an error \(Panic: index out of bounds\): start the"
+    for client in (*clients, spoken):
+        with pytest.raises(Broken, match=says):
+            client.until_the_end()
+    scheduler.close()
+    assert scheduler.ended and scheduler.taken == 0
+    with pytest.raises(Broken, match=says):
+        scheduler.take("")
+
+
+def test_a_panic_in_loading_is_raised() -> None:
+    def load() -> tuple[Echo, Prefixes]:
+        raise Panic("no model")
+
+    with pytest.raises(Broken, match="Panic: no model"):
+        Scheduler(load, parallel=1, waiting=1).start()
+
+
+class NoNumbers(Gated):
+    """Its logits are none where a text holds ``!``."""
+
+    def speak(self, ids: Sequence[int], *more: Any) -> Generator[tuple[int, str]]:  # type: ignore[override]
+        if ord("!") in ids:
+            sample(np.array([0, math.nan, 1], dtype=np.float32), SAMPLING, np.random.default_rng(0))
+        yield from super().speak(ids, *more)
+
+
+def test_a_text_without_numbers_is_one_requests_own() -> None:
+    engine = NoNumbers()
+    scheduler, prefixes = running(engine)
+    good, bad = Client("good"), Client("bad!")
+    for client in (good, bad):
+        scheduler.submit(client.job)
+    engine.gate.release(10**6)
+    with pytest.raises(SupraError, match="not finite"):
+        bad.until_the_end()
+    assert good.until_the_end()[0] == expected("good")
+    assert prefixes.longest([ord(c) for c in "bad!?"])[0] == 3
+    scheduler.close()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [SAMPLING, Sampling(temperature=1.0), Sampling(top_p=0.5)])
+def test_no_token_is_chosen_by_no_numbers(value: float, sampling: Sampling) -> None:
+    logits = np.arange(5, dtype=np.float32)
+    for place in range(5):
+        broken = logits.copy()
+        broken[place] = value
+        for choose in (
+            lambda found: sample(found, sampling, np.random.default_rng(0)),
+            lambda found: likelihood(found, 0, 1),
+        ):
+            with pytest.raises(SupraError, match="not finite"):
+                choose(broken)
+    with pytest.raises(SupraError, match="not finite"):
+        sample(np.full(5, -math.inf, dtype=np.float32), sampling, np.random.default_rng(0))
+    # What is ruled out is no fault.
+    logits[2] = -math.inf
+    assert sample(logits, SAMPLING, np.random.default_rng(0)) == 4
+
+
 def test_closing_tells_everyone() -> None:
     engine = Gated()
     scheduler, _ = running(engine, parallel=1)
@@ -365,6 +500,20 @@ def test_the_longest_prefix(kept: list[str], asked: str) -> None:
         sum(asked[: i + 1] == text[: i + 1] for i in range(min(len(asked), len(text))))
         for text in ["a", *kept]
     )
+
+
+def test_states_are_their_owners() -> None:
+    prefixes = Prefixes(100, lambda tokens: tokens)
+    prefixes.pin([1], "pinned")
+    for owner in ("a", "b"):
+        prefixes.put([1, 2, ord(owner)], owner, owner)
+    for owner in ("a", "b"):
+        own = [1, 2, ord(owner), 9]
+        assert prefixes.longest(own, owner) == (3, owner)
+        assert prefixes.shared(own, owner) == 3
+    assert prefixes.longest([1, 2, ord("a"), 9], "b") == (1, "pinned")
+    assert prefixes.longest([1, 2, ord("a"), 9]) == (1, "pinned")
+    assert prefixes.shared([1, 2, ord("a"), 9]) == 1
 
 
 def test_memory_is_bounded() -> None:

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from supra_core.errors import SupraError
 from supra_core.text import worker
 from supra_core.text.worker import Result
 
@@ -36,8 +35,8 @@ def serve() -> None:
         seen.clear()
         try:
             answer = plain(made, asked, content)
-        except SupraError:
-            raise
+            if (told := json.loads(answer[0])).get("kind") == "RuntimeError":
+                seen.append(told["error"])
         except BaseException:
             seen.append(traceback.format_exc())
         if not seen:
@@ -45,9 +44,9 @@ def serve() -> None:
         told = {"error": "; ".join(seen), "kind": "Violation", "made": asked["key"] in made}
         return [json.dumps(told).encode()]
 
-    worker._answered, worker.MEMORY = answered, MEMORY
+    worker._answered = answered
     sys.addaudithook(watched)
-    worker.serve()
+    worker.serve(MEMORY)
 
 
 def opening(fields: Mapping[str, Any], content: bytes) -> Callable[[str, Sequence[Any]], Result]:

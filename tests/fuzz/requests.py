@@ -69,7 +69,7 @@ def _read(path: Path) -> object:
         else:
             asked = completion = parsed(CompletionRequest, content)
             found = [completion.sampling(Sampling(), 512), completion.prompts]
-        assert all(asked.stops) and (asked.tokens_asked is None or asked.tokens_asked > 0)
+        assert all(asked.stops) and 0 < found[0].max_tokens <= 512
         return found
     except ApiError as error:
         # As it goes over the line: no half of a pair of surrogates, no NaN.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from mlx.utils import tree_map  # noqa: E402
 from mlx_lm.models.base import create_ssm_mask  # noqa: E402
 
 from supra_core.errors import SupraError  # noqa: E402
@@ -217,3 +219,37 @@ def test_a_state_taken_holds_nothing_of_the_others(tmp_path: Path, ended: bool) 
     del batch
     worth = sum(cache.nbytes for state in kept for cache in state)
     assert worth <= mx.get_active_memory() - before < 1.5 * worth
+
+
+def without_numbers(leaf: Any) -> Any:
+    is_other = not isinstance(leaf, mx.array) or not mx.issubdtype(leaf.dtype, mx.floating)
+    return leaf if is_other else leaf * math.nan
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=1)])
+def test_a_sequence_without_numbers_ends_alone(engine: MLXEngine, sampling: Sampling) -> None:
+    sampling = replace(sampling, max_tokens=5)
+    good, bad = PROMPTS[2], PROMPTS[3]
+    broken = begun(engine, bad)
+    for cache in broken:
+        cache.state = tree_map(without_numbers, cache.state)
+    with pytest.raises(SupraError, match="not finite"):
+        list(engine.speak(bad[-1:], engine.copy(broken), sampling))
+    batch = engine.batch(8)
+    keys = [
+        batch.add(prompt[-1:], state, sampling, prompt[:-1], top=1)
+        for prompt, state in ((good, begun(engine, good)), (bad, broken))
+    ]
+    said: dict[int, list[int]] = {key: [] for key in keys}
+    errors = []
+    while len(said[keys[0]]) < 5:
+        for spoken in batch.step():
+            if spoken.error is not None:
+                errors.append((spoken.key, str(spoken.error), spoken.token))
+                batch.take(spoken.key)
+            else:
+                said[spoken.key].append(spoken.token)
+    ((key, told, token),) = errors
+    assert (key, token) == (keys[1], None) and "not finite" in told
+    assert said == {keys[0]: alone(engine, good, sampling), keys[1]: []}
+    batch.close()

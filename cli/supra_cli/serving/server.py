@@ -28,10 +28,13 @@ from supra_core.generate import Sampling
 from supra_core.prefixes import Prefixes
 from supra_core.scheduler import Scheduler
 from supra_core.sources import open_source
+from supra_core.text.worker import trim
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 # Seconds that clients have to read the ends of their answers, once the server is told to end.
 _GRACE = 3
+# Tenths of seconds after which memory of long requests goes back.
+_TRIM = 30
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,9 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end, which it does when there is no model any more."""
+        if counter % _TRIM == 0 and self._service.had_long:
+            self._service.had_long = False
+            await asyncio.to_thread(trim)
         return await super().on_tick(counter) or self._scheduler.ended
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

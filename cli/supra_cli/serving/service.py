@@ -94,6 +94,8 @@ class Service:
     origins: tuple[str, ...] = ()
     started: int = field(default_factory=lambda: int(time.time()))
     seldom: Seldom = field(default_factory=Seldom)
+    # Whether a request came since this was set back whose memory may go back.
+    had_long: bool = False
     _received: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -159,6 +161,7 @@ class Service:
         In a thread of its own, one request of a client at a time. None where the client left.
         """
         lane = self._short if size <= LONG else self._long
+        self.had_long |= size > LONG
         return await lane.turn(client, is_gone, work)
 
     def owner(self, request: Any, client: str) -> str:
