@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Requests that mean harm, from a process of their own: ``python -m tests.cli.storm URL KEY N``."""
-=======
 """Requests that mean harm, from a process of their own: tests.cli.storm URL KEY COUNT."""
->>>>>>> h-serve2
 
 from __future__ import annotations
 
