@@ -71,8 +71,8 @@ class ModelTokenizer:
     """The tokenizer of a model, with its chat template if it has one.
 
     ``raw`` is only read, which several threads may do at a time. ``where`` names the model in
-    errors. ``vocab_size``: rows of the model's embedding; a text with a token beyond them is refused
-    with SupraError wherever it is encoded. None: not checked.
+    errors. ``vocab_size``: rows of the model's embedding; a text with a token beyond them is
+    refused with SupraError wherever it is encoded. None: not checked.
     ``needs_bos``: documents, and whatever is measured, begin as the tokenizer begins a text.
     ``parse_markers``: markers of turns inside messages are markers; otherwise they are text.
     ``apart``: what the process of its own is told that does the encoding and the rendering, since
