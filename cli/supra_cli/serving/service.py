@@ -161,8 +161,10 @@ class Service:
         In a thread of its own, one request of a client at a time. None where the client left.
         """
         lane = self._short if size <= LONG else self._long
-        self.had_long |= size > LONG
-        return await lane.turn(client, is_gone, work)
+        try:
+            return await lane.turn(client, is_gone, work)
+        finally:
+            self.had_long |= size > LONG
 
     def owner(self, asked: ChatRequest | CompletionRequest, client: str) -> str:
         """For whom the states that a request leaves are kept."""
