@@ -38,7 +38,7 @@ class Server:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "supra_cli", "serve", str(write_model(folder / "model")),
                  "--backend", "torch", "--port", "0", "--api-keys", str(keys),
-                 "--max-prompt", "60000", "--keep-gib", "0.01"],
+                 "--max-prompt", "60000", "--keep-gib", "0.001"],
                 stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         while not (found := re.search(r" at (http://\S+)/v1", self.told)):

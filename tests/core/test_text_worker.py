@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.text import ModelTokenizer, load_tokenizer, worker
 from supra_core.text.chat_template import ANSWER
+from supra_core.token_texts import decode_within
 from tests.tiny_chat import CHATML
 from tests.tiny_tokenizers import byte_level
 
@@ -161,6 +163,40 @@ def test_threads_get_their_own_answers() -> None:
                 wrong.append(letter)
 
     threads = [threading.Thread(target=ask, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_short_text_does_not_wait_for_a_long_one() -> None:
+    tokenizer = hostile()
+    long = worker.worker_for(worker.LONG + 1)
+    with long._lock:
+        waiting = threading.Thread(target=tokenizer.encode, args=("ab " * worker.LONG,))
+        waiting.start()
+        assert len(tokenizer.encode("ab").ids) == 2
+        assert waiting.is_alive()
+    waiting.join()
+
+
+def test_a_tokenizer_is_read_by_several_threads() -> None:
+    """As a server's are, whose model speaks while requests are read and answers written."""
+    tokenizer, wrong = hostile(), []
+    text = "the quick brown fox " * 5
+    ids = tokenizer.encode(text).ids.tolist()
+
+    def read(index: int) -> None:
+        for _ in range(100):
+            said = tokenizer.stream()
+            told = (
+                tokenizer.decode(ids), "".join(map(said, ids)), decode_within(tokenizer.raw, ids)
+            )  # fmt: skip
+            if set(told) != {text} or tokenizer.problem(np.array(ids)):
+                wrong.append(told)
+
+    threads = [threading.Thread(target=read, args=(index,)) for index in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

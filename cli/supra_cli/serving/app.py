@@ -110,7 +110,7 @@ class Routes:
             except ClientDisconnect:
                 seldom.log("left", "a client left before its answer")
                 return Response(status_code=499)
-            except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
                 raise
             # A panic of native code is no Exception.
             except BaseException as error:

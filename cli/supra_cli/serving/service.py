@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from supra_cli.serving.quiet import Seldom
-from supra_cli.serving.schema import ApiError, ChatMessage
+from supra_cli.serving.schema import ApiError, ChatMessage, ChatRequest, CompletionRequest
 from supra_core.conversation import Engine, Message
 from supra_core.errors import SupraError
 from supra_core.generate import Sampling
@@ -161,12 +161,14 @@ class Service:
         In a thread of its own, one request of a client at a time. None where the client left.
         """
         lane = self._short if size <= LONG else self._long
-        self.had_long |= size > LONG
-        return await lane.turn(client, is_gone, work)
+        try:
+            return await lane.turn(client, is_gone, work)
+        finally:
+            self.had_long |= size > LONG
 
-    def owner(self, request: Any, client: str) -> str:
+    def owner(self, asked: ChatRequest | CompletionRequest, client: str) -> str:
         """For whom the states that a request leaves are kept."""
-        return "" if self.shared else str(request.owner(client))
+        return "" if self.shared else asked.owner(client)
 
     def rendered(
         self, context: Context, messages: Sequence[ChatMessage], how: Rendering
