@@ -176,10 +176,10 @@ def test_a_place_is_taken_before_a_prompt_is_read(route: str, asked: dict[str, A
         assert engine.begun.wait(20)
         wait_for(lambda: served.client.get("/health").json()["requests"] == 2)
         # Half of four places are one client's.
-        refused = served.post(route, long, **bearer("yours"))
+        short = {"prompt": "Once", "max_tokens": 1}
+        refused = served.post(TEXT, short, **bearer("yours"))
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert "one client" in refused.json()["error"]["message"]
-        short = {"prompt": "Once", "max_tokens": 1}
         assert served.post(TEXT, short, **bearer("mine")).status_code == 200
         engine.gate.set()
         assert waiting.result(60).status_code == 200
