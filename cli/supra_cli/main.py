@@ -52,7 +52,10 @@ class SupraGroup(TyperGroup):
 
         try:
             with libraries_visible():
-                return super().invoke(ctx)
+                done = super().invoke(ctx)
+            if _is_of_torchrun():
+                _end(0)
+            return done
         except EndedByAnother:
             _end(EXIT_BAD_INPUT)
         except SupraError as error:
@@ -86,15 +89,20 @@ def _refused(error: OSError) -> str:
 
 
 def _end(code: int) -> NoReturn:
-    """End with an exit code; at once where this process still belongs to a group of others.
+    """End with an exit code; at once where this process belongs, or belonged, to a group of others.
 
-    A GPU's group is left only when all leave it, and the others may wait for this process.
+    A GPU's group is left only when all leave it, and the others may wait for this process. What is
+    left of a group of gloo aborts the process now and then while Python takes itself down.
     """
-    if _is_joined():
+    if _is_joined() or _is_of_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise typer.Exit(code) from None
+
+
+def _is_of_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and "torch.distributed" in sys.modules
 
 
 def _is_joined() -> bool:

@@ -80,7 +80,7 @@ def end_by(number: signal.Signals, process: Any, run: Path, after: int) -> int:
 
 def script(pause: float) -> str:
     return (
-        "import sys, time, torch\n"
+        "import os, sys, time, torch\n"
         "torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from supra_core.errors import Preempted\n"
@@ -89,8 +89,14 @@ def script(pause: float) -> str:
         "try:\n"
         "    uptrain(UptrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]),\n"
         f"            progress=lambda *a, **k: time.sleep({pause}))\n"
+        "    code = 0\n"
         "except Preempted:\n"
-        "    sys.exit(75)\n"
+        "    code = 75\n"
+        # As the command line: what is left of a group may abort a process that takes itself down.
+        "if 'TORCHELASTIC_RUN_ID' in os.environ:\n"
+        "    sys.stdout.flush()\n"
+        "    os._exit(code)\n"
+        "sys.exit(code)\n"
     )
 
 

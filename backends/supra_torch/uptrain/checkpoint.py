@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
@@ -166,21 +166,14 @@ class Checkpoints:
         try:
             for kind, tensors in parts.tensors.items():
                 self._write_tensors(beside / kind, tensors)
-            # Each its own files', which on a network's disk others may not see yet.
-            own = self._own_sums(beside, parts.tensors)
-            sums = self._processes.gathered_while_saving(own)
             if self._processes.is_first:
                 artifact.write_without_weights(
                     beside / "model", parts.spec, self._assets, dtype="float32"
                 )
                 (beside / STATE).write_text(json.dumps(asdict(parts.place)), "utf-8")
+                # All processes have written their files by now, and closed them.
                 for kind in parts.tensors:
-                    known = {
-                        name.removeprefix(f"{kind}/"): digest
-                        for name, digest in sums.items()
-                        if name.startswith(f"{kind}/")
-                    }
-                    checksums.write(beside / kind, known)
+                    checksums.write(beside / kind)
                 checksums.write(beside)
                 put_folder(beside, out)
                 self._drop_old()
@@ -195,16 +188,6 @@ class Checkpoints:
             # A single process is told that it is one.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save(tensors, storage_writer=writer, process_group=self._processes.saving)  # type: ignore[arg-type]
-
-    def _own_sums(self, folder: Path, kinds: Iterable[str]) -> dict[str, str]:
-        """KIND/FILE -> digest of the files with this process's parts."""
-        # As the writer above numbers them.
-        pattern = f"shard-{self._processes.rank + 1:05d}-*.safetensors"
-        return {
-            f"{kind}/{file.name}": checksums.digest_of(file)
-            for kind in kinds
-            for file in (folder / kind).glob(pattern)
-        }
 
     def _drop_old(self) -> None:
         found = checkpoints(self._run)

@@ -92,14 +92,6 @@ class Processes:
         dist.all_reduce(reduced, group=self.control)
         return reduced.tolist()
 
-    def gathered_while_saving(self, value: dict[str, str]) -> dict[str, str]:
-        """What all processes know together, beside whatever else they do."""
-        if self.mesh is None:
-            return value
-        found: list[dict[str, str]] = [{}] * self.size
-        dist.all_gather_object(found, value, group=self.saving)
-        return {name: text for part in found for name, text in part.items()}
-
 
 def is_first() -> bool:
     """Whether this is the process that talks, of those that torchrun started."""
