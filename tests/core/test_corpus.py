@@ -108,7 +108,9 @@ def write_lines(folder: Path) -> Path:
 def write_gzip(folder: Path) -> Path:
     content = write_lines(folder).read_bytes()
     # Two members, as compressing in parallel makes them.
-    (folder / "d.jsonl.gz").write_bytes(gzip.compress(content[:70]) + gzip.compress(content[70:]))
+    (folder / "d.jsonl.gz").write_bytes(
+        gzip.compress(content[:70], mtime=0) + gzip.compress(content[70:], mtime=0)
+    )
     return folder / "d.jsonl.gz"
 
 
@@ -133,7 +135,7 @@ def write_archive(folder: Path) -> Path:
         for number, text in enumerate(TEXTS):
             name, content = f"{number}.txt", text.encode()
             if number % 2:
-                name, content = f"{number}.json.gz", gzip.compress(lines([{"text": text}]))
+                name, content = f"{number}.json.gz", gzip.compress(lines([{"text": text}]), mtime=0)
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -141,7 +143,7 @@ def write_archive(folder: Path) -> Path:
 
 
 def write_compressed_archive(folder: Path) -> Path:
-    (folder / "d.tar.gz").write_bytes(gzip.compress(write_archive(folder).read_bytes()))
+    (folder / "d.tar.gz").write_bytes(gzip.compress(write_archive(folder).read_bytes(), mtime=0))
     return folder / "d.tar.gz"
 
 
@@ -198,11 +200,11 @@ CONTAINERS: dict[str, Callable[[Sequence[dict[str, Any]]], bytes]] = {
     "jsonl": lines,
     "ndjson.bz2": lambda records: bz2.compress(lines(records)),
     "json": lambda records: json.dumps(records, indent=1).encode(),
-    "json.gz": lambda records: gzip.compress(lines(records)),
+    "json.gz": lambda records: gzip.compress(lines(records), mtime=0),
     "csv": as_table,
     "tsv.xz": lambda records: lzma.compress(as_table(records, "\t")),
     "parquet": as_parquet,
-    "tar": lambda records: as_archive({"a.jsonl.gz": gzip.compress(lines(records))}),
+    "tar": lambda records: as_archive({"a.jsonl.gz": gzip.compress(lines(records), mtime=0)}),
     "tgz": lambda records: gzip.compress(as_archive({"./b/a.csv": as_table(records)})),
     "tar.zst": lambda records: zstandard(as_archive({"a.parquet": as_parquet(records)})),
     "jsonl.zst": lambda records: zstandard(lines(records)),
@@ -416,7 +418,11 @@ def test_what_is_not_read_is_counted(is_archive: bool, tmp_path: Path) -> None:
         ("a.txt", "ab".encode("utf-16"), "a.txt is UTF-16, not UTF-8"),
         ("a.txt", b"a\0b\0", "a.txt holds a NUL character"),
         ("a.csv", "text\na".encode("utf-16"), "a.csv is UTF-16, not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(lines([{"text": "a"}] * 99))[:-9], "a.jsonl.gz is damaged"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(lines([{"text": "a"}] * 99), mtime=0)[:-9],
+            "a.jsonl.gz is damaged",
+        ),
         ("a.json.bz2", b"nothing", "a.json.bz2 cannot be read"),
         ("a.txt.xz", b"nothing", "a.txt.xz is damaged"),
         ("a.csv", b"id\n1\n", "a.csv has no column text"),
@@ -470,7 +476,7 @@ def test_archives_whose_headers_claim_anything(
 ) -> None:
     """None is read on and on, or given the memory that it says it needs."""
     packed = _with_member(**fields)
-    for name, content in (("d.tar", packed), ("d.tar.gz", gzip.compress(packed))):
+    for name, content in (("d.tar", packed), ("d.tar.gz", gzip.compress(packed, mtime=0))):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(SupraError, match=f"{name}:? {message}"):
             prepared(tmp_path / name, out=tmp_path / "out")
@@ -647,7 +653,7 @@ def test_pieces_have_the_tokens_of_the_whole(
     # At the end there are no lines: it is cut where a token may span the border.
     text = "".join(lines) + "no end " * 1000
     file = tmp_path / ("text.txt.gz" if compress else "text.txt")
-    file.write_bytes(gzip.compress(text.encode()) if compress else text.encode())
+    file.write_bytes(gzip.compress(text.encode(), mtime=0) if compress else text.encode())
     source = open_source(smollm2_gguf)
     told = Settings((str(file),), None, source.spec.vocab_size)
     store = prepare.prepare(told, source.assets(), tmp_path / "out")
