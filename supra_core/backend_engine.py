@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 
 from supra_core.backend import Backend, Logits, StateArrays
 from supra_core.batch import Batch, InTurns
-from supra_core.conversation import clock
 from supra_core.errors import FormatError, SupraError
 from supra_core.generate import Hear, Sampling, continuation
 from supra_core.likelihood import Likelihood, likelihoods
 from supra_core.progress import Progress, silent
 from supra_core.text import ModelTokenizer
-from supra_core.text.chat_template import ANSWER, Rendering
-from supra_core.token_texts import decode_within
+from supra_core.tokenized_engine import TokenizedEngine
 
 # Tokens fed at once: a backend returns the logits of all of them.
 _PIECE = 512
@@ -33,29 +30,12 @@ class Held:
     state: Any = None
 
 
-class BackendEngine:
+class BackendEngine(TokenizedEngine):
     """:class:`~supra_core.conversation.Engine` over a backend and the model's tokenizer."""
 
     def __init__(self, model: Backend, tokenizer: ModelTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.backend = model.name
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text that is to be continued."""
-        return self.tokenizer.encode_prompt(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids as it is in the middle of a text, special tokens by their names."""
-        return decode_within(self.tokenizer.raw, ids)
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        now: datetime | None = None,
-        how: Rendering = ANSWER,
-    ) -> list[int]:
-        """As the chat template has it; SupraError when there is none, or it refuses."""
-        return self.tokenizer.render(messages, how, now or clock())
 
     def fresh(self) -> Held:
         """The state before the first token."""

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from supra_core.backend import StateArrays
 from supra_core.batch import Batch
-from supra_core.conversation import clock
 from supra_core.errors import FormatError
 from supra_core.generate import Hear, Sampling
 from supra_core.likelihood import Likelihood, likelihoods
 from supra_core.progress import Progress, silent
 from supra_core.text import ModelTokenizer
-from supra_core.text.chat_template import ANSWER, Rendering
-from supra_core.token_texts import decode_within
+from supra_core.tokenized_engine import TokenizedEngine
 from supra_mlx.batch import MLXBatch
 from supra_mlx.caches import fill, layer_arrays
 from supra_mlx.generate import PREFILL_STEP, stream
@@ -32,30 +29,13 @@ Caches = list[Any]
 _FOLLOWED = 128
 
 
-class MLXEngine:
+class MLXEngine(TokenizedEngine):
     """:class:`~supra_core.conversation.Engine` over a model and its tokenizer."""
 
     backend = "mlx"
 
     def __init__(self, model: Model, tokenizer: ModelTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text that is to be continued."""
-        return self.tokenizer.encode_prompt(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids as it is in the middle of a text, special tokens by their names."""
-        return decode_within(self.tokenizer.raw, ids)
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        now: datetime | None = None,
-        how: Rendering = ANSWER,
-    ) -> list[int]:
-        """As the chat template has it; SupraError when there is none, or it refuses."""
-        return self.tokenizer.render(messages, how, now or clock())
 
     def fresh(self) -> Caches:
         """The state before the first token."""
