@@ -28,15 +28,15 @@ from supra_core.formats.mlx_experts import unstacked
 from supra_core.formats.mlx_quantized import Packed, read_packed, unpacked
 from supra_core.formats.safetensors import Progress
 from supra_core.hub.identity import hub_id
-from supra_core.layout import (
+from supra_core.linearize import left_out
+from supra_core.model.layout import (
     FLOAT32_SUFFIXES,
     check_tensors,
     layer_prefix,
     parameter_count,
     tensor_shapes,
 )
-from supra_core.linearize import left_out
-from supra_core.spec import LinearAttention, ModelSpec
+from supra_core.model.spec import LinearAttention, ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource, dtype_named
 from supra_core.visible import visible
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import MissingDependencyError, SupraError, install
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 
 Form = Literal["parallel", "recurrent", "step"]
 Ids = npt.NDArray[np.integer[Any]]

@@ -7,7 +7,7 @@ from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.fields import Fields
-from supra_core.spec import MOST_LAYERS, ModelSpec, format_version
+from supra_core.model.spec import MOST_LAYERS, ModelSpec, format_version
 
 MODEL_TYPE = "supra"
 ARCHITECTURE = "SupraForCausalLM"

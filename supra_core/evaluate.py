@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from supra_core.backend import Backend, Form, Ids, Logits
 from supra_core.errors import SupraError
+from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress, silent
-from supra_core.spec import ModelSpec
 from supra_core.text import EncodedText
 from supra_core.verify import check_ids
 

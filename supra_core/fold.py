@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import SpecError
-from supra_core.layout import layer_prefix, tensor_shapes
-from supra_core.spec import Folded, LayerSpec, LinearAttention, ModelSpec, Projection
+from supra_core.model.layout import layer_prefix, tensor_shapes
+from supra_core.model.spec import Folded, LayerSpec, LinearAttention, ModelSpec, Projection
 from supra_core.tensors import LazyTensor, TensorSource
 
 Float64 = npt.NDArray[np.float64]

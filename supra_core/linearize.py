@@ -20,10 +20,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from supra_core.decay import slopes
 from supra_core.errors import SpecError
-from supra_core.layout import layer_prefix, mixer_shapes, tensor_shapes
-from supra_core.spec import (
+from supra_core.model.decay import slopes
+from supra_core.model.layout import layer_prefix, mixer_shapes, tensor_shapes
+from supra_core.model.spec import (
     Decay,
     FeatureMap,
     GroupNorm,

@@ -12,8 +12,8 @@ from supra_core import families
 from supra_core.formats import openlm_config
 from supra_core.formats.jsonfile import read_object
 from supra_core.hub import download_config, hub_id
+from supra_core.model.spec import ModelSpec
 from supra_core.sources import CONFIG, open_source
-from supra_core.spec import ModelSpec
 
 
 def outline(path: str | Path) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""What :mod:`supra_core.spec` takes of pydantic, by the standard library alone.
+"""What :mod:`supra_core.model.spec` takes of pydantic, by the standard library alone.
 
 It stands in for pydantic in the model file of an artifact, which must run where neither is
 installed. It reads what supra wrote: types are not checked beyond what the spec itself checks.

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
-from supra_core.layout import check_tensors
-from supra_core.reference import ReferenceModel, SequenceState
+from supra_core.model.layout import check_tensors
+from supra_core.model.reference import ReferenceModel, SequenceState
+from supra_core.model.spec import ModelSpec
 from supra_core.sources import open_source
-from supra_core.spec import ModelSpec
 from supra_core.tensors import dtype_named
 
 State = list[SequenceState]
 
 
 class ReferenceBackend:
-    """:class:`~supra_core.reference.ReferenceModel` with float32 logits."""
+    """:class:`~supra_core.model.reference.ReferenceModel` with float32 logits."""
 
     name = "reference"
 

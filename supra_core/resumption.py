@@ -17,8 +17,8 @@ from supra_core.conversation import Engine
 from supra_core.errors import FormatError
 from supra_core.formats.finite import is_finite
 from supra_core.formats.state_file import SavedState
+from supra_core.model.spec import ModelSpec
 from supra_core.progress import silent
-from supra_core.spec import ModelSpec
 
 # Tokens of the two states that are compared.
 _FEW, _MORE = 1, 3

@@ -1,7 +1,7 @@
 """A windowed model taken apart: its linear part alone, and its window alone.
 
 Each is another spec with other tensors, so that every backend and every measurement takes it like
-any model. The windowed mixer (:func:`supra_core.reference.windowed_attention`) weighs a token of
+any model. The windowed mixer (:func:`supra_core.model.reference.windowed_attention`) weighs a token of
 age a = t - j by exp(z_q . z_k / sqrt(size)) when a < W, and else by
 far_gain gamma^(a - W) (phi(q) . phi(k)); the sink is added to the sum of all weights.
 """
@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from supra_core.decay import slopes
 from supra_core.errors import SpecError
-from supra_core.layout import layer_prefix, tensor_shapes
-from supra_core.spec import LinearAttention, ModelSpec, SumNormaliser
+from supra_core.model.decay import slopes
+from supra_core.model.layout import layer_prefix, tensor_shapes
+from supra_core.model.spec import LinearAttention, ModelSpec, SumNormaliser
 from supra_core.tensors import LazyTensor, TensorSource
 
 # exp of it is 0 in every type, also relative to the smallest score that occurs; finite, since

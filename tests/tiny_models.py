@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.layout import tensor_shapes
-from supra_core.reference import ReferenceModel
-from supra_core.spec import (
+from supra_core.model.layout import tensor_shapes
+from supra_core.model.reference import ReferenceModel
+from supra_core.model.spec import (
     Experts,
     FeatureMap,
     Folded,

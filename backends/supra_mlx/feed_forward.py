@@ -13,8 +13,8 @@ import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from supra_core.layout import expert_number, stacked_name
-from supra_core.spec import LayerSpec, ModelSpec
+from supra_core.model.layout import expert_number, stacked_name
+from supra_core.model.spec import LayerSpec, ModelSpec
 
 # How the modules of routers end.
 ROUTER = ".mlp.gate"

@@ -1,6 +1,6 @@
 """The model of any spec, by mlx-lm's protocol: ``Model(ModelArgs.from_dict(config))``.
 
-Parameters carry the names of :mod:`supra_core.layout`. Nothing is evaluated in here, so that
+Parameters carry the names of :mod:`supra_core.model.layout`. Nothing is evaluated in here, so that
 mlx-lm's generator can run ahead of it.
 """
 
@@ -17,9 +17,9 @@ from mlx_lm.models.base import BaseModelArgs, create_ssm_mask, scaled_dot_produc
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from supra_core.config import config_to_spec
-from supra_core.decay import slopes
-from supra_core.layout import FLOAT32_SUFFIXES, mixer_shapes
-from supra_core.spec import (
+from supra_core.model.decay import slopes
+from supra_core.model.layout import FLOAT32_SUFFIXES, mixer_shapes
+from supra_core.model.spec import (
     FeatureMap,
     Folded,
     GroupNorm,
@@ -186,7 +186,7 @@ class PerHeadLinear(nn.Module):
 
 
 class LinearMixer(_Projections):
-    """Linear attention with every choice of :class:`~supra_core.spec.LinearAttention`."""
+    """Linear attention with every choice of :class:`~supra_core.model.spec.LinearAttention`."""
 
     def __init__(self, spec: ModelSpec, mixer: LinearAttention) -> None:
         super().__init__(spec, mixer)

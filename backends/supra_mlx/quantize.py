@@ -10,8 +10,8 @@ import numpy as np
 
 from supra_core.errors import SupraError
 from supra_core.formats.mlx_quantized import Packed, Packing
-from supra_core.layout import FLOAT32_SUFFIXES, stacked_name
-from supra_core.spec import ModelSpec
+from supra_core.model.layout import FLOAT32_SUFFIXES, stacked_name
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import Array, LazyTensor, TensorSource, dtype_named
 from supra_mlx.feed_forward import ROUTER
 from supra_mlx.model import Model, ModelArgs

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from supra_core.model.spec import LearnedDecay, LinearAttention, Projection, SumNormaliser
 from supra_core.progress import Progress, silent
-from supra_core.spec import LearnedDecay, LinearAttention, Projection, SumNormaliser
 from supra_torch.layers import Positions, activate
 from supra_torch.mixers import LinearMixer, SoftmaxMixer
 from supra_torch.model import Layer, SupraModel

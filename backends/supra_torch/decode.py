@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from supra_core.spec import LinearAttention, ModelSpec
+from supra_core.model.spec import LinearAttention, ModelSpec
 from supra_torch.mixers import LayerState, OwnedLayerState
 from supra_torch.model import ModelState, SupraModel
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supra_core.spec import LayerSpec, ModelSpec
+from supra_core.model.spec import LayerSpec, ModelSpec
 from supra_torch.ops import target
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

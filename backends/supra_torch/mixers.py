@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supra_core import decay as decays
-from supra_core.spec import (
+from supra_core.model import decay as decays
+from supra_core.model.spec import (
     Folded,
     GroupNorm,
     LearnedDecay,

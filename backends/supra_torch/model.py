@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from supra_core import layout
-from supra_core.rotary import inverse_frequencies
-from supra_core.spec import LayerSpec, LinearAttention, ModelSpec, SoftmaxAttention
+from supra_core.model import layout
+from supra_core.model.rotary import inverse_frequencies
+from supra_core.model.spec import LayerSpec, LinearAttention, ModelSpec, SoftmaxAttention
 from supra_core.tensors import BFLOAT16, LazyTensor
 from supra_torch.context import Part
 from supra_torch.feed_forward import feed_forward

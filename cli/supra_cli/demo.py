@@ -18,8 +18,8 @@ from supra_cli.output import bytes_text, log, print_table, say
 from supra_core.corpus.documents import refuse_records
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
-from supra_core.layout import parameter_count
 from supra_core.linearize import DEFAULT_WINDOW
+from supra_core.model.layout import parameter_count
 from supra_core.progress import Progress
 from supra_core.sources import open_source
 
@@ -312,7 +312,7 @@ def verify_model(model: Path, text: Path, progress: Progress) -> dict[str, Any] 
 
 def memory(model: Path) -> list[dict[str, int]]:
     """State and KV cache in bytes at several contexts."""
-    from supra_core.sizes import measure
+    from supra_core.model.sizes import measure
 
     source = open_source(model)
     sizes = measure(source.spec, source.tensors)

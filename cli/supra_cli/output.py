@@ -20,7 +20,7 @@ from supra_core.errors import SupraError
 from supra_core.visible import visible
 
 if TYPE_CHECKING:
-    from supra_core.sizes import Sizes
+    from supra_core.model.sizes import Sizes
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -18,11 +18,11 @@ from supra_core.errors import SupraError
 from supra_core.fingerprint import fingerprint
 from supra_core.formats.state_file import Owner, SavedState, check_owner, read_state, write_state
 from supra_core.generate import Sampling
+from supra_core.model.sizes import Sizes, measure
+from supra_core.model.spec import ModelSpec
 from supra_core.progress import silent
 from supra_core.resumption import restored
-from supra_core.sizes import Sizes, measure
 from supra_core.sources import Source, open_source
-from supra_core.spec import ModelSpec
 from supra_core.tensors import dtype_named
 from supra_core.text import ModelTokenizer
 

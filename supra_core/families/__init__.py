@@ -29,7 +29,7 @@ from supra_core.families import (
     smollm3,
 )
 from supra_core.families.tensors import inverse, renamed
-from supra_core.spec import LongropeScaling, ModelSpec, SoftmaxAttention
+from supra_core.model.spec import LongropeScaling, ModelSpec, SoftmaxAttention
 from supra_core.tensors import LazyTensor, TensorSource
 
 Translate = Callable[[ModelSpec, TensorSource], dict[str, LazyTensor]]

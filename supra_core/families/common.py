@@ -10,7 +10,7 @@ from supra_core.families.features import later_features
 from supra_core.families.fields import Fields, layer_count
 from supra_core.families.layer_kinds import check_layer_types
 from supra_core.families.rope import SCALINGS, rotary, scaling_config
-from supra_core.spec import (
+from supra_core.model.spec import (
     LayerSpec,
     ModelSpec,
     Norm,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from supra_core.errors import SpecError
 from supra_core.families.fields import Fields
-from supra_core.spec import Experts, ModelSpec
+from supra_core.model.spec import Experts, ModelSpec
 
 # As transformers 5 writes it, and as released files do.
 COUNT = ("num_local_experts", "num_experts")

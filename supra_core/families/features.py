@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
+from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention
 
 QUERY_KEY_NORM = "a norm of queries and keys"
 NORM_AFTER = "norms after its sublayers"

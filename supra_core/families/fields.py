@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.spec import MOST_LAYERS
+from supra_core.model.spec import MOST_LAYERS
 
 # The largest whole number a field may hold, which no size, count or token id reaches.
 LARGEST = 2**31 - 1

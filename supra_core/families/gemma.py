@@ -7,7 +7,7 @@ from typing import Any
 from supra_core.families.common import refuse_windows, uniform_mixers
 from supra_core.families.fields import Fields
 from supra_core.families.gemma_fields import GELU_NAMES, gemma_config, gemma_spec
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "gemma"
 NEEDS_BOS = True

@@ -19,7 +19,7 @@ from supra_core.families.gemma_fields import (
     query_pre_attn_scalar,
 )
 from supra_core.families.layer_kinds import common_window, layer_types, sliding_layers, windows
-from supra_core.spec import ModelSpec, SoftmaxAttention
+from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 MODEL_TYPE = "gemma2"
 NEEDS_BOS = True

@@ -31,7 +31,7 @@ from supra_core.families.layer_kinds import (
 )
 from supra_core.families.rope import rotary, rotary_of
 from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
-from supra_core.spec import ModelSpec, RotaryEmbedding, SoftmaxAttention
+from supra_core.model.spec import ModelSpec, RotaryEmbedding, SoftmaxAttention
 
 MODEL_TYPE = "gemma3_text"
 NEEDS_BOS = True

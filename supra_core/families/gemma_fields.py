@@ -9,7 +9,7 @@ from supra_core.errors import SpecError
 from supra_core.families.common import config_from_spec, spec_from_fields
 from supra_core.families.features import EMBEDDING_SCALE, GELU, NORM_OFFSET
 from supra_core.families.fields import Fields
-from supra_core.spec import ModelSpec, SoftmaxAttention
+from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 # transformers' name, and what released files call the same.
 GELU_NAMES = ("gelu_pytorch_tanh",)

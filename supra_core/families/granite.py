@@ -18,7 +18,7 @@ from supra_core.families.features import (
     RESIDUAL_SCALE,
 )
 from supra_core.families.fields import Fields
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "granite"
 

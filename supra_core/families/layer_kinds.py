@@ -7,7 +7,7 @@ from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.fields import Fields, layer_count
-from supra_core.spec import ModelSpec, SoftmaxAttention
+from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 # What transformers assumes where a config says nothing.
 _DEFAULT_WINDOW = 4096

@@ -12,7 +12,7 @@ from supra_core.families.common import (
     uniform_window,
 )
 from supra_core.families.fields import Fields
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "mistral"
 

@@ -14,7 +14,7 @@ from supra_core.families.experts import experts_of, stated_experts
 from supra_core.families.features import EXPERTS
 from supra_core.families.fields import Fields
 from supra_core.families.tensors import inverse, renamed
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 
 MODEL_TYPE = "mixtral"

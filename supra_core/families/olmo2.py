@@ -13,7 +13,7 @@ from supra_core.families.common import (
 from supra_core.families.features import NORM_AFTER, QUERY_KEY_NORM
 from supra_core.families.fields import Fields
 from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "olmo2"
 MODULES = {

@@ -13,7 +13,7 @@ from supra_core.families.common import (
 from supra_core.families.features import PARTIAL_ROPE
 from supra_core.families.fields import Fields
 from supra_core.families.tensors import fused, parts, split_name
-from supra_core.spec import LongropeScaling, ModelSpec
+from supra_core.model.spec import LongropeScaling, ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 
 MODEL_TYPE = "phi3"

@@ -7,7 +7,7 @@ from typing import Any
 from supra_core.families.common import config_from_spec, spec_from_fields
 from supra_core.families.fields import Fields
 from supra_core.families.layer_kinds import switched_config, switched_windows
-from supra_core.spec import ModelSpec, SoftmaxAttention
+from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 MODEL_TYPE = "qwen2"
 

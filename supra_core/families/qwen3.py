@@ -9,7 +9,7 @@ from supra_core.families.features import QUERY_KEY_NORM
 from supra_core.families.fields import Fields
 from supra_core.families.layer_kinds import switched_config, switched_windows
 from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
-from supra_core.spec import ModelSpec, SoftmaxAttention
+from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 MODEL_TYPE = "qwen3"
 MODULES = NORM_NAMES

@@ -14,7 +14,7 @@ from supra_core.families.experts import experts_of, stated_experts
 from supra_core.families.features import EXPERTS, QUERY_KEY_NORM
 from supra_core.families.fields import Fields
 from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "qwen3_moe"
 MODULES = NORM_NAMES

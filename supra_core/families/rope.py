@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from supra_core.families.fields import Fields
-from supra_core.spec import (
+from supra_core.model.spec import (
     LinearScaling,
     Llama3Scaling,
     LongropeScaling,

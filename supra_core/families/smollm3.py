@@ -15,7 +15,7 @@ from supra_core.families.layer_kinds import (
     softmax_mixers,
     windows,
 )
-from supra_core.spec import ModelSpec, SoftmaxAttention
+from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 MODEL_TYPE = "smollm3"
 

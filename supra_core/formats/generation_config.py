@@ -13,7 +13,7 @@ from pathlib import Path
 from supra_core.families.fields import Fields
 from supra_core.formats.inside import has_file
 from supra_core.formats.jsonfile import parse, read_object
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 
 NAME = "generation_config.json"
 

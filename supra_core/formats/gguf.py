@@ -21,9 +21,9 @@ from supra_core.formats.gguf_header import Stored
 from supra_core.formats.gguf_parts import read_parts
 from supra_core.formats.gguf_tokenizer import tokenizer_assets, tokenizer_notes
 from supra_core.formats.mapping import mapped, read_range
-from supra_core.layout import check_tensors
-from supra_core.rotary import inverse_frequencies
-from supra_core.spec import Llama3Scaling, ModelSpec, RotaryEmbedding
+from supra_core.model.layout import check_tensors
+from supra_core.model.rotary import inverse_frequencies
+from supra_core.model.spec import Llama3Scaling, ModelSpec, RotaryEmbedding
 from supra_core.tensors import BFLOAT16, Array, LazyTensor
 
 _LLAMA = "llama"  # Mistral's files state it too.

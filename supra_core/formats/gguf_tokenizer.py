@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from supra_core.errors import FormatError
 from supra_core.formats.gguf_pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -17,8 +17,8 @@ from supra_core.formats.jsonfile import write_object
 from supra_core.formats.mlx_experts import unstacked
 from supra_core.formats.safetensors import Progress
 from supra_core.formats.tied import as_stored
-from supra_core.layout import check_tensors
-from supra_core.spec import ModelSpec
+from supra_core.model.layout import check_tensors
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named
 
 # Tables that older checkpoints store and every program computes.

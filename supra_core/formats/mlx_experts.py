@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from supra_core.layout import layer_prefix, stacked_name
-from supra_core.spec import ModelSpec
+from supra_core.model.layout import layer_prefix, stacked_name
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import Array, LazyTensor
 
 _MODULES = ("gate_proj", "up_proj", "down_proj")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from supra_core.errors import FormatError
-from supra_core.layout import stacked_name
+from supra_core.model.layout import stacked_name
 from supra_core.tensors import Array, LazyTensor
 
 _BITS = (2, 3, 4, 5, 6, 8)

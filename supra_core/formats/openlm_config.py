@@ -11,7 +11,7 @@ from typing import Any
 from supra_core.errors import SpecError
 from supra_core.families.features import later_features
 from supra_core.families.fields import Fields, layer_count
-from supra_core.spec import (
+from supra_core.model.spec import (
     Decay,
     FeatureMap,
     GroupNorm,

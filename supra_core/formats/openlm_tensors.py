@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from supra_core.errors import FormatError
-from supra_core.layout import layer_prefix, tensor_shapes
-from supra_core.spec import ModelSpec
+from supra_core.model.layout import layer_prefix, tensor_shapes
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import Array, LazyTensor, TensorSource
 
 # What data-parallel, compiled and hub models prepend to every name.

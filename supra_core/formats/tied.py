@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from supra_core.errors import FormatError
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

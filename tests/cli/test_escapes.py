@@ -28,7 +28,7 @@ from supra_cli.talk.terminal import ReadingProgress, show  # noqa: E402
 from supra_core import artifact  # noqa: E402
 from supra_core.formats import checksums  # noqa: E402
 from supra_core.formats.state_file import Owner, SavedState, write_state  # noqa: E402
-from supra_core.spec import Provenance  # noqa: E402
+from supra_core.model.spec import Provenance  # noqa: E402
 from supra_core.visible import visible  # noqa: E402
 from tests import tiny_chat  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402

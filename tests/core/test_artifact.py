@@ -15,8 +15,8 @@ from supra_core import artifact
 from supra_core.config import config_to_spec, spec_to_config
 from supra_core.errors import FormatError, LayoutError, SpecError, SupraError
 from supra_core.formats import safetensors
-from supra_core.layout import tensor_shapes
-from supra_core.spec import (
+from supra_core.model.layout import tensor_shapes
+from supra_core.model.spec import (
     FeatureMap,
     Identity,
     LayerSpec,

@@ -10,8 +10,8 @@ import pytest
 
 from supra_core import families
 from supra_core.errors import SpecError
-from supra_core.rotary import inverse_frequencies
-from supra_core.spec import (
+from supra_core.model.rotary import inverse_frequencies
+from supra_core.model.spec import (
     LayerSpec,
     LinearScaling,
     Llama3Scaling,

@@ -10,9 +10,9 @@ import pytest
 
 from supra_core.errors import SpecError
 from supra_core.fold import can_fold, fold
-from supra_core.layout import parameter_count, tensor_shapes
 from supra_core.linearize import LinearizeOptions, linearize
-from supra_core.reference import ReferenceModel
+from supra_core.model.layout import parameter_count, tensor_shapes
+from supra_core.model.reference import ReferenceModel
 from tests.tiny_models import SPECS, lazy_weights
 
 FOLDABLE = ["paper", "paper_shared", "paper_variant", "between", "windowed_between", "hybrid"]

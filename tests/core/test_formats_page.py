@@ -21,10 +21,10 @@ from supra_core.errors import SpecError
 from supra_core.formats.assets import ASSET_NAMES
 from supra_core.formats.mlx_quantized import read_packed, unpacked
 from supra_core.formats.state_file import Owner, SavedState, write_state
-from supra_core.layout import tensor_shapes
 from supra_core.linearize import LinearizeOptions, linearize
-from supra_core.reference import ReferenceModel
-from supra_core.spec import (
+from supra_core.model.layout import tensor_shapes
+from supra_core.model.reference import ReferenceModel
+from supra_core.model.spec import (
     FeatureMap,
     Folded,
     GroupNorm,

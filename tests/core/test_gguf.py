@@ -15,10 +15,10 @@ from supra_core import artifact, families
 from supra_core.errors import SupraError
 from supra_core.formats import gguf
 from supra_core.formats.safetensors import write_file
-from supra_core.layout import tensor_shapes
-from supra_core.rotary import inverse_frequencies
+from supra_core.model.layout import tensor_shapes
+from supra_core.model.rotary import inverse_frequencies
+from supra_core.model.spec import LinearScaling, Llama3Scaling, RotaryEmbedding, SoftmaxAttention
 from supra_core.sources import WRITERS, open_source
-from supra_core.spec import LinearScaling, Llama3Scaling, RotaryEmbedding, SoftmaxAttention
 
 library = pytest.importorskip("gguf")
 

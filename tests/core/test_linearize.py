@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from supra_core.decay import lightning_slopes, slopes
 from supra_core.errors import SpecError
-from supra_core.layout import parameter_count, tensor_shapes
 from supra_core.linearize import LinearizeOptions, linearize
-from supra_core.reference import ReferenceModel
-from supra_core.spec import (
+from supra_core.model.decay import lightning_slopes, slopes
+from supra_core.model.layout import parameter_count, tensor_shapes
+from supra_core.model.reference import ReferenceModel
+from supra_core.model.spec import (
     GroupNorm,
     LayerSpec,
     LearnedDecay,

@@ -14,8 +14,8 @@ from supra_core.errors import FormatError, SpecError
 from supra_core.formats import openlm, safetensors
 from supra_core.formats.openlm_config import config_to_spec, is_config, spec_to_config
 from supra_core.formats.openlm_tensors import published_tensors
-from supra_core.layout import tensor_shapes
-from supra_core.spec import (
+from supra_core.model.layout import tensor_shapes
+from supra_core.model.spec import (
     Experts,
     FeatureMap,
     GroupNorm,

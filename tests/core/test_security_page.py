@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supra_core import errors, spec
+from supra_core import errors
 from supra_core.families import fields
 from supra_core.formats import (
     assets,
@@ -19,6 +19,7 @@ from supra_core.formats import (
     torch_values,
     zip_records,
 )
+from supra_core.model import spec
 from supra_core.text import files, worker
 
 ROOT = Path(__file__).resolve().parents[2]

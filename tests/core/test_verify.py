@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from supra_core.errors import FormatError, SupraError
 from supra_core.evaluate import losses_of, perplexity
 from supra_core.generate import Sampling, generate, penalised, sample
-from supra_core.layout import parameter_count
-from supra_core.sizes import kv_bytes_per_token, measure
-from supra_core.spec import (
+from supra_core.model.layout import parameter_count
+from supra_core.model.sizes import kv_bytes_per_token, measure
+from supra_core.model.spec import (
     Experts,
     FeatureMap,
     LayerSpec,

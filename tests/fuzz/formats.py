@@ -23,8 +23,8 @@ from supra_core.families import config_to_spec
 from supra_core.families import spec_to_config as plain_config
 from supra_core.formats import huggingface, openlm, safetensors
 from supra_core.formats.state_file import Owner, SavedState, read_state, write_state
-from supra_core.layout import tensor_shapes
-from supra_core.spec import (
+from supra_core.model.layout import tensor_shapes
+from supra_core.model.spec import (
     FeatureMap,
     GroupNorm,
     LayerSpec,

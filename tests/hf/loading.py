@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from supra_core import artifact
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import TensorSource
 from tests.tiny_models import lazy_weights
 

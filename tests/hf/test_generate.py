@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core.reference import ReferenceModel  # noqa: E402
+from supra_core.model.reference import ReferenceModel  # noqa: E402
 from tests.hf.loading import load, write  # noqa: E402
 from tests.tiny_models import SPECS, reference  # noqa: E402
 

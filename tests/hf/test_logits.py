@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from supra_core import artifact, transformers_files  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
-from supra_core.reference import ReferenceModel  # noqa: E402
+from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
 from tests.hf.loading import ALONE, close, in_pieces, load, logits, write  # noqa: E402
 from tests.tiny_families import FAMILIES  # noqa: E402

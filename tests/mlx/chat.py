@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from supra_core import artifact
+from supra_core.model.spec import ModelSpec
 from supra_core.sources import open_source
-from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_core.text import ModelTokenizer
 from tests.mlx.models import random_weights

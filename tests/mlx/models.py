@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_mlx.backend import MLXBackend
 from supra_mlx.weights import build_model
 from tests.tiny_models import SPECS, lazy_weights, random_weights, reference

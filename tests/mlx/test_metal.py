@@ -13,7 +13,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from supra_core import reference  # noqa: E402
+from supra_core.model import reference  # noqa: E402
 from supra_mlx import metal, ops, selftest  # noqa: E402
 
 COMPILER = shutil.which("c++") or shutil.which("g++")

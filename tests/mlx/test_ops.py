@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 mx = pytest.importorskip("mlx.core")
 
-from supra_core import reference  # noqa: E402
+from supra_core.model import reference  # noqa: E402
 from supra_mlx import ops  # noqa: E402
 from supra_mlx.window import in_order, windowed_attention  # noqa: E402
 

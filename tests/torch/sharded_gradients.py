@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from supra_core.spec import SoftmaxAttention
+from supra_core.model.spec import SoftmaxAttention
 from supra_core.tensors import LazyTensor
 from supra_torch.uptrain import lora
 from supra_torch.uptrain.batches import Batch

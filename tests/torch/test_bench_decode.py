@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 
 from supra_cli.main import app  # noqa: E402
 from supra_core import artifact  # noqa: E402
-from supra_core.layout import active_parameter_count  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
+from supra_core.model.layout import active_parameter_count  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
 from supra_torch.benchmark import decode  # noqa: E402
 from supra_torch.decode import Decoder  # noqa: E402

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from torch._dynamo.utils import counters  # noqa: E402
 
-from supra_core.spec import LayerSpec, ModelSpec, SoftmaxAttention  # noqa: E402
+from supra_core.model.spec import LayerSpec, ModelSpec, SoftmaxAttention  # noqa: E402
 from supra_torch.model import build  # noqa: E402
 from supra_torch.uptrain import lora  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402

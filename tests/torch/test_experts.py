@@ -13,10 +13,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core import layout  # noqa: E402
-from supra_core.reference import ReferenceModel  # noqa: E402
+from supra_core.model import layout  # noqa: E402
+from supra_core.model.reference import ReferenceModel  # noqa: E402
+from supra_core.model.spec import Experts  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402
-from supra_core.spec import Experts  # noqa: E402
 from supra_torch.decode import Decoder, captures  # noqa: E402
 from supra_torch.feed_forward import FeedForward, MixtureOfExperts  # noqa: E402
 from supra_torch.model import build  # noqa: E402

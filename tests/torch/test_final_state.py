@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from supra_core import reference  # noqa: E402
+from supra_core.model import reference  # noqa: E402
 from supra_torch.ops import final_state as module  # noqa: E402
 from supra_torch.ops.dense import linear_attention_dense  # noqa: E402
 from supra_torch.ops.final_state import final_state  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_core.reference import ReferenceModel  # noqa: E402
+from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.context import Part  # noqa: E402
 from supra_torch.model import build  # noqa: E402

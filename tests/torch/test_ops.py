@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from supra_core import reference  # noqa: E402
+from supra_core.model import reference  # noqa: E402
 from supra_torch.ops import linear_attention, linear_kl_divergence  # noqa: E402
 
 # Relative to the largest value: sums of T products, each rounded at 2^-24, the errors of random

@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from supra_core import layout  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
+from supra_core.model import layout  # noqa: E402
 from supra_core.outline import outline  # noqa: E402
 from supra_core.teacher import original_spec  # noqa: E402
 from supra_torch import devices  # noqa: E402

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from supra_core import reference  # noqa: E402
+from supra_core.model import reference  # noqa: E402
 from supra_torch.ops.step import (  # noqa: E402
     linear_attention_step,
     linear_attention_step_,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_torch.model import SupraModel
 from supra_torch.ops.target import planned_for
 from supra_torch.plan.trace import Cost, Trace

@@ -23,8 +23,8 @@ from supra_core.errors import FormatError, SupraError
 from supra_core.families import needs_bos
 from supra_core.formats.atomic import atomic_file
 from supra_core.formats.jsonfile import INDEX_BYTES, read_object
+from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress
-from supra_core.spec import ModelSpec
 from supra_core.text import TOKENIZER
 from supra_torch.uptrain.config import DataPart
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from supra_core import layout
-from supra_core.spec import ModelSpec
+from supra_core.model import layout
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.mixers import Mixer
 from supra_torch.model import SupraModel

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from math import prod
 
-from supra_core import layout
-from supra_core.spec import LinearAttention, ModelSpec
+from supra_core.model import layout
+from supra_core.model.spec import LinearAttention, ModelSpec
 from supra_core.teacher import original_spec
 from supra_torch.uptrain.config import Stage
 from supra_torch.uptrain.stages import learning_rates

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress
-from supra_core.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.devices import recognised
 from supra_torch.model import SupraModel

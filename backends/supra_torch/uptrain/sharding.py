@@ -24,8 +24,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from supra_core import layout
-from supra_core.spec import ModelSpec
+from supra_core.model import layout
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.model import Layer, SupraModel, numbers, to_torch
 from supra_torch.uptrain import lora

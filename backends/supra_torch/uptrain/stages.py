@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supra_core import layout
 from supra_core.errors import SupraError
-from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
+from supra_core.model import layout
+from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention
 from supra_torch.context import Part
 from supra_torch.layers import Positions, for_products
 from supra_torch.model import Layer, ModelState, SupraModel

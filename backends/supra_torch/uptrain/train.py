@@ -13,7 +13,7 @@ import torch
 from supra_core import artifact
 from supra_core.errors import EndedByAnother, FormatError, Preempted, SupraError, WriteError
 from supra_core.formats.atomic import flush_to_disk
-from supra_core.spec import ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import TensorSource
 from supra_torch.model import SupraModel
 from supra_torch.uptrain import checkpoint

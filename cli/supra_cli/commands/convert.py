@@ -99,7 +99,7 @@ def command(
     from supra_core.convert import convert
     from supra_core.errors import SupraError
     from supra_core.formats.atomic import check_replaceable
-    from supra_core.layout import parameter_count
+    from supra_core.model.layout import parameter_count
     from supra_core.sources import open_source
     from supra_core.tensors import dtype_named
 
@@ -196,7 +196,7 @@ _MOST = 0.95
 
 def _packed_share(out: Path) -> float:
     """How many of the parameters that were just written are in quantised matrices."""
-    from supra_core.layout import parameter_count
+    from supra_core.model.layout import parameter_count
     from supra_core.sources import open_source
 
     written = open_source(out)

@@ -13,9 +13,9 @@ from supra_cli import options
 CONTEXTS = (0, 2_048, 16_384, 65_536)
 
 if TYPE_CHECKING:
-    from supra_core.sizes import Sizes
+    from supra_core.model.sizes import Sizes
+    from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention
     from supra_core.sources import Source
-    from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention
 
 
 def command(
@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Show a model's layers, parameters and memory."""
     from supra_cli.output import print_json
-    from supra_core.sizes import measure
+    from supra_core.model.sizes import measure
     from supra_core.sources import open_source
 
     source = open_source(path, config=config)
@@ -66,7 +66,7 @@ def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
 
 def _show(source: Source, sizes: Sizes) -> None:
     from supra_cli.output import bytes_text, cache_text, print_table
-    from supra_core.spec import LinearAttention
+    from supra_core.model.spec import LinearAttention
 
     spec = source.spec
     if sizes.break_even_tokens is not None:
@@ -109,7 +109,7 @@ def _show(source: Source, sizes: Sizes) -> None:
 
 def _expert_rows(spec: ModelSpec, sizes: Sizes) -> list[tuple[str, str]]:
     """What a mixture of experts is, and how much of the model a token goes through."""
-    from supra_core.layout import expert_layers
+    from supra_core.model.layout import expert_layers
 
     experts = spec.experts
     if experts is None:
@@ -138,7 +138,7 @@ def _layer_rows(source: Source) -> list[tuple[str, str]]:
 
 
 def _describe(mixer: LinearAttention | SoftmaxAttention) -> str:
-    from supra_core.spec import SoftmaxAttention
+    from supra_core.model.spec import SoftmaxAttention
 
     window = "" if mixer.window is None else f", window {mixer.window}"
     if isinstance(mixer, SoftmaxAttention):

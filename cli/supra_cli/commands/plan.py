@@ -11,7 +11,7 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
-    from supra_core.sizes import Sizes
+    from supra_core.model.sizes import Sizes
     from supra_torch.plan.plan import Plan
 
 # What the parts of memory are, for people.

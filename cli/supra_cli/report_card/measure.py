@@ -12,8 +12,9 @@ from pathlib import Path
 from supra_cli.report_card.inputs import Inputs, Side
 from supra_cli.report_card.settings import Budget, ReportSettings
 from supra_cli.report_card.sides import Result, SideMeasurement, failed, not_measured, text_result
-from supra_core import artifact, sizes
+from supra_core import artifact
 from supra_core.backend import load
+from supra_core.model import sizes
 from supra_core.progress import Progress
 from supra_core.variants import is_windowed, window_alone, without_window
 

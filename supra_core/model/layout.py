@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 
 from supra_core.errors import LayoutError
-from supra_core.spec import (
+from supra_core.model.spec import (
     Experts,
     Folded,
     LayerSpec,

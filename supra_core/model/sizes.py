@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from supra_core.layout import active_parameter_count, parameter_count
-from supra_core.spec import LinearAttention, ModelSpec, SoftmaxAttention, SumNormaliser
+from supra_core.model.layout import active_parameter_count, parameter_count
+from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention, SumNormaliser
 from supra_core.teacher import original_spec
 from supra_core.tensors import TensorSource
 

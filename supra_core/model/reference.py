@@ -20,10 +20,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from supra_core import decay as decays
-from supra_core.layout import layer_prefix
-from supra_core.rotary import rotate
-from supra_core.spec import (
+from supra_core.model import decay as decays
+from supra_core.model.layout import layer_prefix
+from supra_core.model.rotary import rotate
+from supra_core.model.spec import (
     Folded,
     GroupNorm,
     LinearAttention,

@@ -1,0 +1,1 @@
+"""What a model is: its spec, its tensors, its definition."""
