@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast, get_args
 
-from supra_core import artifact
 from supra_core import fold as folding
 from supra_core import linearize as linearizing
+from supra_core.artifact.folder import folder as artifact
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import check_replaceable
 from supra_core.formats.finite import Watch, first_not_finite

@@ -15,8 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from supra_core import artifact
-from supra_core.config import MODEL_TYPE
+from supra_core.artifact.config import MODEL_TYPE
+from supra_core.artifact.folder import folder as artifact
 from supra_core.errors import FormatError, SupraError
 from supra_core.families import needs_bos
 from supra_core.formats import gguf, huggingface, openlm
@@ -81,7 +81,7 @@ class Source:
 
 
 class Writer(Protocol):
-    """What :data:`WRITERS` hold; see :func:`supra_core.artifact.write` for the meaning."""
+    """What :data:`WRITERS` hold; see :func:`supra_core.artifact.folder.write` for the meaning."""
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models.base import BaseModelArgs, create_ssm_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
-from supra_core.config import config_to_spec
+from supra_core.artifact.config import config_to_spec
 from supra_core.model.decay import slopes
 from supra_core.model.layout import FLOAT32_SUFFIXES, mixer_shapes
 from supra_core.model.spec import (

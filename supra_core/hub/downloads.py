@@ -21,7 +21,7 @@ from supra_core.hub.identity import HubId
 from supra_core.progress import Progress
 
 CONFIG = "config.json"
-# What calibrating leaves of the transformer; see supra_core.artifact.
+# What calibrating leaves of the transformer; see supra_core.artifact.folder.
 _ORIGINAL = "original.safetensors"
 # The forms of weights, the first of which is taken: an index with its shards, or one file.
 _INDICES = (safetensors.INDEX, torch_pickle.INDEX)

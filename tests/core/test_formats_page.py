@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from supra_core import artifact, families
-from supra_core.config import spec_to_config
+from supra_core import families
+from supra_core.artifact.config import spec_to_config
+from supra_core.artifact.folder import folder as artifact
 from supra_core.errors import SpecError
 from supra_core.formats.assets import ASSET_NAMES
 from supra_core.formats.mlx_quantized import read_packed, unpacked

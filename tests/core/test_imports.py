@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from supra_core import model_file
+from supra_core.artifact.folder import mlx_file as model_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "transformers", "triton"}

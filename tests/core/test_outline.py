@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supra_core.config import spec_to_config
+from supra_core.artifact.config import spec_to_config
 from supra_core.errors import SupraError
 from supra_core.outline import outline
 from supra_core.sources import open_source

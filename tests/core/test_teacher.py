@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from supra_core import artifact, teacher
+from supra_core import teacher
+from supra_core.artifact.folder import folder as artifact
 from supra_core.formats import huggingface
 from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.sources import open_source

@@ -15,7 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core import artifact, transformers_files  # noqa: E402
+from supra_core.artifact.folder import folder as artifact  # noqa: E402
+from supra_core.artifact.folder import transformers_files  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.sources import open_source  # noqa: E402

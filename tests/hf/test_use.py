@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core import artifact  # noqa: E402
+from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.convert import convert  # noqa: E402
 from supra_core.errors import FormatError  # noqa: E402
 from supra_core.formats import safetensors  # noqa: E402

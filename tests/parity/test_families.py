@@ -131,7 +131,7 @@ def test_stock_mlx_lm(pair: Any, tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")
     from mlx_lm.utils import load_model
 
-    from supra_core import artifact
+    from supra_core.artifact.folder import folder as artifact
 
     spec, tensors = _noisy(open_source(pair[0]), OPTIONS["windowed"])
     artifact.write(tmp_path / "model", spec, tensors, {}, dtype="float32")

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from supra_core import artifact
+from supra_core.artifact.folder import folder as artifact
 from supra_core.formats import checksums, distributed
 from tests.torch.uptraining import records, weights_in
 

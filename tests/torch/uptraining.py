@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supra_core import artifact
+from supra_core.artifact.folder import folder as artifact
 
 if TYPE_CHECKING:
     from supra_torch.uptrain.config import UptrainConfig

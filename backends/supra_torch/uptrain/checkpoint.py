@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from supra_core import artifact
+from supra_core.artifact.folder import folder as artifact
 from supra_core.errors import (
     EndedByAnother,
     FormatError,

@@ -18,11 +18,11 @@ from supra_core.errors import SupraError
 NAME = "supra_model.py"
 # Each uses names of those before it only.
 MODULES = (
-    "supra_core.plain_schema",
+    "supra_core.artifact.plain_schema",
     "supra_core.errors",
     "supra_core.model.spec",
     "supra_core.families.fields",
-    "supra_core.config",
+    "supra_core.artifact.config",
     "supra_core.model.decay",
     "supra_core.model.rotary",
     "supra_core.model.layout",

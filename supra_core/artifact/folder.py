@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from supra_core import model_file, transformers_files
-from supra_core.config import config_to_spec, spec_to_config
+from supra_core.artifact.config import config_to_spec, spec_to_config
+from supra_core.artifact.folder import mlx_file as model_file
+from supra_core.artifact.folder import transformers_files
 from supra_core.errors import FormatError
 from supra_core.families.fields import Fields
 from supra_core.formats import checksums, distributed, safetensors
