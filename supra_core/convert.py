@@ -20,7 +20,7 @@ from supra_core.formats.mlx_quantized import Packed
 from supra_core.linearize import LinearizeOptions
 from supra_core.model.spec import LongropeScaling, ModelSpec, RopeFactors
 from supra_core.progress import Progress, silent
-from supra_core.sources import WRITERS, Source, open_source
+from supra_core.sources.source import WRITERS, Source, open_source
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named
 from supra_core.text import TOKENIZER
 

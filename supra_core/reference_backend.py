@@ -11,7 +11,7 @@ from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.model.layout import check_tensors
 from supra_core.model.reference import ReferenceModel, SequenceState
 from supra_core.model.spec import ModelSpec
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_core.tensors import dtype_named
 
 State = list[SequenceState]

@@ -171,7 +171,7 @@ def verify(
 def _default_tolerance(chosen: Sequence[Candidate], first: Logits, dtype: str | None) -> float:
     """The share of the coarsest type that any candidate computes in, of the first's logits."""
     # Not above: sources stand on modules that stand on this one.
-    from supra_core.sources import open_source
+    from supra_core.sources.source import open_source
 
     places = {candidate.path for candidate in chosen}
     types = {dtype} if dtype is not None else {open_source(place).dtype for place in places}

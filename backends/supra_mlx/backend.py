@@ -16,7 +16,7 @@ from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.errors import FormatError
 from supra_core.evaluate import Greedy, Losses
 from supra_core.model.spec import ModelSpec
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_mlx.caches import fill, layer_arrays
 from supra_mlx.model import Model
 from supra_mlx.pieces import pieces

@@ -26,7 +26,7 @@ from supra_core.errors import FormatError, SupraError
 from supra_core.formats.conversion import converted
 from supra_core.formats.huggingface import for_library
 from supra_core.model.spec import ModelSpec
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_core.tensors import dtype_named
 from supra_mlx.caches import fill_numbered, numbered
 from supra_mlx.pieces import pieces

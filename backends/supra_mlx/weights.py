@@ -13,7 +13,7 @@ import numpy.typing as npt
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.model.layout import FLOAT32_SUFFIXES, check_tensors, stacked_name
 from supra_core.model.spec import ModelSpec
-from supra_core.sources import Source
+from supra_core.sources.source import Source
 from supra_core.tensors import BFLOAT16, LazyTensor, dtype_named
 from supra_mlx.feed_forward import stacked
 from supra_mlx.model import Model, ModelArgs

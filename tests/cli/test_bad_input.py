@@ -271,7 +271,7 @@ def test_what_nobody_foresaw_is_a_sentence_too(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("supra_core.sources.open_source", fail)
+    monkeypatch.setattr("supra_core.sources.source.open_source", fail)
     assert says in refused("inspect", "model")
 
 
@@ -279,7 +279,7 @@ def test_who_closes_the_pipe_hears_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: object, **__: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("supra_core.sources.open_source", fail)
+    monkeypatch.setattr("supra_core.sources.source.open_source", fail)
     done = runner.invoke(app, ["inspect", "model"])
     assert (done.exit_code, done.stderr) == (1, "")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from supra_core.sources import WRITERS
+from supra_core.sources.source import WRITERS
 from tests import tiny_chat
 from tests.tiny_models import SPECS, lazy_weights
 

@@ -13,7 +13,7 @@ from supra_core.convert import convert
 from supra_core.errors import SupraError
 from supra_core.formats import finite, safetensors
 from supra_core.formats.finite import Watch, is_finite
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_core.tensors import BFLOAT16, LazyTensor
 
 TYPES = (np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)

@@ -30,7 +30,7 @@ from supra_core.formats import (
 )
 from supra_core.formats.assets import read_assets, write_assets
 from supra_core.formats.inside import file_in, files_in, has_file, open_regular, plain_name
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from tests.tiny_models import SPECS, lazy_weights
 
 OUT = "is a link that leads out of its folder: refused"

@@ -19,7 +19,7 @@ from supra_core.formats.safetensors import write_file
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.rotary import inverse_frequencies
 from supra_core.model.spec import LinearScaling, Llama3Scaling, RotaryEmbedding, SoftmaxAttention
-from supra_core.sources import WRITERS, open_source
+from supra_core.sources.source import WRITERS, open_source
 
 library = pytest.importorskip("gguf")
 

@@ -9,7 +9,7 @@ import pytest
 
 from supra_core.errors import SupraError
 from supra_core.hub import HubId, check_upload, upload
-from supra_core.sources import WRITERS, open_source
+from supra_core.sources.source import WRITERS, open_source
 from tests.fake_hub import TOKEN, Hub
 
 MODEL = HubId("me/linear")

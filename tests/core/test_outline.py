@@ -9,8 +9,8 @@ import pytest
 
 from supra_core.artifact.config import spec_to_config
 from supra_core.errors import SupraError
-from supra_core.outline import outline
-from supra_core.sources import open_source
+from supra_core.sources.outline import outline
+from supra_core.sources.source import open_source
 from tests.tiny_models import SPECS
 
 

@@ -19,7 +19,7 @@ import pytest
 from supra_core.artifact.folder import folder as artifact
 from supra_core.errors import SupraError
 from supra_core.formats import safetensors
-from supra_core.sources import WRITERS, Source, open_source
+from supra_core.sources.source import WRITERS, Source, open_source
 from supra_core.tensors import LazyTensor
 
 
@@ -216,7 +216,7 @@ def test_files_and_folders_that_are_no_model(tmp_path: Path) -> None:
 
 def test_neither_torch_nor_transformers_is_imported(oracles: Path) -> None:
     code = (
-        "import sys\nfrom supra_core.sources import open_source\n"
+        "import sys\nfrom supra_core.sources.source import open_source\n"
         f"open_source({str(oracles / 'a_mha_decay')!r})\n"
         f"open_source({str(oracles / 'a_mha_decay' / 'checkpoint.pt')!r})\n"
         "print([m for m in ('torch', 'mlx', 'transformers', 'gguf') if m in sys.modules])"

@@ -15,7 +15,7 @@ from supra_core.convert import convert
 from supra_core.errors import SupraError
 from supra_core.formats import safetensors
 from supra_core.formats.lfs import refuse_pointer
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_core.tensors import LazyTensor
 from tests.tiny_families import FAMILIES
 

@@ -22,7 +22,7 @@ from supra_core.formats.openlm_config import config_to_spec
 from supra_core.formats.openlm_tensors import published_tensors
 from supra_core.model.layout import parameter_count, tensor_shapes
 from supra_core.model.spec import LayerSpec, ModelSpec, SoftmaxAttention
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_core.tensors import BFLOAT16, LazyTensor
 from tests.core.test_openlm import CONFIG
 

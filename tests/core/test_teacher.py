@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from supra_core import teacher
 from supra_core.artifact.folder import folder as artifact
 from supra_core.formats import huggingface
 from supra_core.linearize import LinearizeOptions, linearize
-from supra_core.sources import open_source
-from supra_core.teacher import find_teacher, holds_original, original
+from supra_core.sources.source import open_source, teacher
+from supra_core.sources.teacher import find_teacher, holds_original, original
 from supra_core.tensors import LazyTensor
 
 

@@ -19,7 +19,7 @@ from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.artifact.folder import transformers_files  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
-from supra_core.sources import open_source  # noqa: E402
+from supra_core.sources.source import open_source  # noqa: E402
 from tests.hf.loading import ALONE, close, in_pieces, load, logits, write  # noqa: E402
 from tests.tiny_families import FAMILIES  # noqa: E402
 from tests.tiny_families import write as write_family  # noqa: E402

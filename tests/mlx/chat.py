@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from supra_core.artifact.folder import folder as artifact
 from supra_core.model.spec import ModelSpec
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_core.tensors import LazyTensor
 from supra_core.text import ModelTokenizer
 from tests.mlx.models import random_weights

@@ -19,7 +19,7 @@ from supra_core.errors import LayoutError  # noqa: E402
 from supra_core.formats.mlx_experts import unstacked  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.model.spec import Experts, ModelSpec  # noqa: E402
-from supra_core.sources import open_source  # noqa: E402
+from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_mlx.backend import MLXBackend  # noqa: E402
 from supra_mlx.weights import build_model, load_source  # noqa: E402

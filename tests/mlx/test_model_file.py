@@ -30,7 +30,7 @@ from supra_core.conversation import Conversation  # noqa: E402
 from supra_core.convert import convert  # noqa: E402
 from supra_core.generate import Sampling  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
-from supra_core.sources import open_source  # noqa: E402
+from supra_core.sources.source import open_source  # noqa: E402
 from supra_mlx.quantize import quantised  # noqa: E402
 from supra_mlx.weights import load_source  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402

@@ -14,7 +14,7 @@ pytest.importorskip("mlx.core")
 
 from supra_core.backend import Form  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
-from supra_core.sources import WRITERS  # noqa: E402
+from supra_core.sources.source import WRITERS  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_mlx import stock_backend  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402

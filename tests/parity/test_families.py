@@ -19,8 +19,8 @@ from supra_core.fold import fold  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.model.spec import ModelSpec, RotaryEmbedding  # noqa: E402
-from supra_core.sources import Source, open_source  # noqa: E402
-from supra_core.teacher import original_spec  # noqa: E402
+from supra_core.sources.source import Source, open_source  # noqa: E402
+from supra_core.sources.teacher import original_spec  # noqa: E402
 from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.calibrate import calibrate  # noqa: E402

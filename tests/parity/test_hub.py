@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from tests.fake_hub import Hub
 
 BACKENDS = (

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from supra_core import fold as folding  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.layout import parameter_count  # noqa: E402
-from supra_core.sources import Source, open_source  # noqa: E402
+from supra_core.sources.source import Source, open_source  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.model import build  # noqa: E402
 

@@ -17,7 +17,7 @@ from supra_core.backend import Form  # noqa: E402
 from supra_core.formats.openlm_tensors import published_tensors  # noqa: E402
 from supra_core.model import decay as decays  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
-from supra_core.sources import open_source  # noqa: E402
+from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_torch import backend  # noqa: E402
 from supra_torch.model import SupraModel, build  # noqa: E402

@@ -24,7 +24,7 @@ from supra_core.linearize import (  # noqa: E402
 )
 from supra_core.model.spec import ModelSpec, SoftmaxAttention  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
-from supra_core.sources import open_source  # noqa: E402
+from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.text import read_text  # noqa: E402
 from supra_torch.calibrate import _moments, _ridge, calibrate  # noqa: E402
 from supra_torch.conversion import TextCalibration, calibrated_tensors  # noqa: E402

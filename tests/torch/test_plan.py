@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.model import layout  # noqa: E402
-from supra_core.outline import outline  # noqa: E402
-from supra_core.teacher import original_spec  # noqa: E402
+from supra_core.sources.outline import outline  # noqa: E402
+from supra_core.sources.teacher import original_spec  # noqa: E402
 from supra_torch import devices  # noqa: E402
 from supra_torch.plan.memory import Layout, trace_stage  # noqa: E402
 from supra_torch.plan.plan import plan  # noqa: E402

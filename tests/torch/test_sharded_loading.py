@@ -31,7 +31,7 @@ SCRIPT = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_torch.uptrain.processes import processes
 from supra_torch.uptrain.sharding import load_model
 

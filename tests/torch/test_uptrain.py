@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
-from supra_core.sources import open_source  # noqa: E402
+from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain import session as session_module  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from supra_core.errors import SupraError  # noqa: E402
-from supra_core.sources import open_source  # noqa: E402
+from supra_core.sources.source import open_source  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain import train as train_module  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from supra_core.errors import SupraError
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.compilation import compile_layers, compiles

@@ -19,9 +19,9 @@ from supra_core.linearize import LinearizeOptions, linear_spec
 from supra_core.model.layout import parameter_count, tensor_shapes
 from supra_core.model.sizes import Sizes, of_spec
 from supra_core.model.spec import ModelSpec
-from supra_core.outline import outline
 from supra_core.progress import Progress, silent
-from supra_core.teacher import original_spec
+from supra_core.sources.outline import outline
+from supra_core.sources.teacher import original_spec
 from supra_torch.devices import CPU, Device, device_named
 from supra_torch.plan.memory import Layout, StepTrace, trace_stage
 from supra_torch.plan.trace import EXCHANGE

@@ -41,7 +41,7 @@ from supra_core.formats.atomic import put_folder, reason, remedy, remove_folder
 from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import read_object
 from supra_core.model.spec import ModelSpec
-from supra_core.sources import ADAPTERS
+from supra_core.sources.source import ADAPTERS
 from supra_core.tensors import LazyTensor
 from supra_torch.model import SupraModel
 from supra_torch.uptrain import lora

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from supra_core.errors import SupraError
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 
 DEFAULT_RECIPE = "windowed"
 StageKind = Literal["transfer", "distill", "uptrain"]

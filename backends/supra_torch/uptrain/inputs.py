@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from supra_core.errors import SupraError
 from supra_core.linearize import LinearizeOptions, linear_spec, linearize
 from supra_core.model.spec import ModelSpec
-from supra_core.sources import Source, open_source
-from supra_core.teacher import holds_original, original, original_spec
+from supra_core.sources.source import Source, open_source
+from supra_core.sources.teacher import holds_original, original, original_spec
 from supra_core.tensors import TensorSource
 from supra_core.text import ModelTokenizer
 from supra_torch.uptrain.config import UptrainConfig

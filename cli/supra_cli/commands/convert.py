@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from supra_core.convert import Calibrate, Quantise
     from supra_core.hub import HubId
     from supra_core.linearize import LinearizeOptions
-    from supra_core.sources import Source
+    from supra_core.sources.source import Source
 
 
 def command(
@@ -100,7 +100,7 @@ def command(
     from supra_core.errors import SupraError
     from supra_core.formats.atomic import check_replaceable
     from supra_core.model.layout import parameter_count
-    from supra_core.sources import open_source
+    from supra_core.sources.source import open_source
     from supra_core.tensors import dtype_named
 
     chosen = _linearize_options(seed, recipe, feature_map, decay, output_norm, window, keep_softmax)
@@ -197,7 +197,7 @@ _MOST = 0.95
 def _packed_share(out: Path) -> float:
     """How many of the parameters that were just written are in quantised matrices."""
     from supra_core.model.layout import parameter_count
-    from supra_core.sources import open_source
+    from supra_core.sources.source import open_source
 
     written = open_source(out)
     modules = {} if written.packed is None else written.packed.modules

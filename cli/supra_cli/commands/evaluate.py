@@ -69,8 +69,8 @@ def command(
     from supra_core.errors import SupraError
     from supra_core.evaluate import DTYPE
     from supra_core.formats.atomic import check_new_file
-    from supra_core.sources import open_source
-    from supra_core.teacher import find_teacher
+    from supra_core.sources.source import open_source
+    from supra_core.sources.teacher import find_teacher
 
     start = time.monotonic()
     _check(limit, length, batch)
@@ -162,7 +162,7 @@ class _Side:
         from supra_core.errors import SupraError
         from supra_core.evaluate import check_text
         from supra_core.scoring import check_pairs
-        from supra_core.sources import open_source
+        from supra_core.sources.source import open_source
 
         spec, tokenizer = open_source(self.path).spec, self.tokenizer
         for measurement in measurements:
@@ -180,7 +180,7 @@ class _Side:
 
     @cached_property
     def tokenizer(self) -> ModelTokenizer:
-        from supra_core.sources import open_source
+        from supra_core.sources.source import open_source
 
         return open_source(self.path).tokenizer()
 

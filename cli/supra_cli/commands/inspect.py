@@ -15,7 +15,7 @@ CONTEXTS = (0, 2_048, 16_384, 65_536)
 if TYPE_CHECKING:
     from supra_core.model.sizes import Sizes
     from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention
-    from supra_core.sources import Source
+    from supra_core.sources.source import Source
 
 
 def command(
@@ -28,7 +28,7 @@ def command(
     """Show a model's layers, parameters and memory."""
     from supra_cli.output import print_json
     from supra_core.model.sizes import measure
-    from supra_core.sources import open_source
+    from supra_core.sources.source import open_source
 
     source = open_source(path, config=config)
     sizes = measure(source.spec, source.tensors)

@@ -125,7 +125,7 @@ def parse_form(name: str) -> Form:
 
 def _tokens(model: Path, ids: Path | None, text: str | None) -> Ids:
     from supra_core.errors import SupraError
-    from supra_core.sources import open_source
+    from supra_core.sources.source import open_source
     from supra_core.verify import random_ids, read_ids
 
     if ids is not None and text is not None:

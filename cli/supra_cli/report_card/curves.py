@@ -11,7 +11,7 @@ import numpy as np
 
 from supra_core.errors import FormatError
 from supra_core.formats.jsonfile import parse, read_object, reason
-from supra_core.sources import RUN_FILE
+from supra_core.sources.source import RUN_FILE
 
 METRICS_FILE = "metrics.jsonl"
 # Points of a curve; more steps are averaged, since no page has more columns.

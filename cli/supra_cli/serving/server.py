@@ -27,7 +27,7 @@ from supra_core.formats.state_file import read_state
 from supra_core.generate import Sampling
 from supra_core.prefixes import Prefixes
 from supra_core.scheduler import Scheduler
-from supra_core.sources import open_source
+from supra_core.sources.source import open_source
 from supra_core.text.worker import trim
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})

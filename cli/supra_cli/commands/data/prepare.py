@@ -44,7 +44,7 @@ def command(
     from supra_core.corpus.documents import in_words
     from supra_core.corpus.prepare import Settings, prepare
     from supra_core.families import needs_bos
-    from supra_core.sources import open_source
+    from supra_core.sources.source import open_source
 
     source = open_source(model)
     ends = source.spec.eos_token_id

@@ -10,7 +10,7 @@ from supra_core.errors import SupraError
 from supra_core.formats.jsonfile import read_object
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.spec import Folded, LinearAttention, ModelSpec, SoftmaxAttention
-from supra_core.sources import RUN_FILE, Source, is_cached, open_source
+from supra_core.sources.source import RUN_FILE, Source, is_cached, open_source
 from supra_core.tensors import TensorSource
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from supra_core.model.spec import Provenance
-from supra_core.sources import Source
+from supra_core.sources.source import Source
 
 # Vectors up to so many bytes are all read: norms, decays, gains, which most trainings move.
 _SMALL = 1 << 20

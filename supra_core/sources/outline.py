@@ -13,14 +13,14 @@ from supra_core.formats import openlm_config
 from supra_core.formats.jsonfile import read_object
 from supra_core.hub import download_config, hub_id
 from supra_core.model.spec import ModelSpec
-from supra_core.sources import CONFIG, open_source
+from supra_core.sources.source import CONFIG, open_source
 
 
 def outline(path: str | Path) -> ModelSpec:
     """The spec of a model, of a folder that holds its config alone, or of a ``config.json``.
 
     Of a hub id, nothing but the config is downloaded. Raises SupraError as
-    :func:`~supra_core.sources.open_source` does.
+    :func:`~supra_core.sources.source.open_source` does.
     """
     place = Path(path)
     model = None if os.path.exists(place) else hub_id(str(path))

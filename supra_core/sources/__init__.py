@@ -1,0 +1,1 @@
+"""Models wherever they stand: opened, told apart, and traced to their teacher."""
