@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from supra_core.backend import Backend, Form
-from supra_core.corpus.documents import refuse_records
+from supra_core.data.documents import refuse_records
 from supra_core.errors import FormatError
 from supra_core.formats.jsonfile import parse, reason
 from supra_core.progress import Progress, silent

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from supra_core.synthesis import (
+from supra_core.data.synthesis.rows import (
     ConversationRow,
     DocumentRow,
     Kind,

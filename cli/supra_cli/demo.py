@@ -15,7 +15,7 @@ from typing import Any
 from supra_cli import pythondocs
 from supra_cli.backends import default_for_evaluation, require
 from supra_cli.output import bytes_text, log, print_table, say
-from supra_core.corpus.documents import refuse_records
+from supra_core.data.documents import refuse_records
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
 from supra_core.linearize import DEFAULT_WINDOW

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from supra_cli.record import write_record
+from supra_core.data.synthesis.folder import RECORD, SampleStore, Tally, open_folder
+from supra_core.data.synthesis.rows import Vocabulary, vocabulary
+from supra_core.data.synthesis.settings import Settings, next_batch
 from supra_core.errors import SupraError
 from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress
-from supra_core.samples import RECORD, SampleStore, Tally, open_folder
 from supra_core.sources.source import Source, open_source
 from supra_core.sources.teacher import holds_original, original
-from supra_core.synthesis import Vocabulary, vocabulary
-from supra_core.synthesis_plan import Settings, next_batch
 from supra_core.tensors import dtype_named
 from supra_core.text.chat_template import ChatTurns
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 torch = pytest.importorskip("torch")
 
 from supra_cli.main import app  # noqa: E402
-from supra_core.corpus.documents import BadRecord, Document, Reading, Record, records  # noqa: E402
+from supra_core.data.documents import BadRecord, Document, Reading, Record, records  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from tests.tiny_chat import CHATML, write_model  # noqa: E402
 

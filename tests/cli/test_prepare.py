@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 pytest.importorskip("torch")
 
 from supra_cli.main import app  # noqa: E402
-from supra_core.corpus.store import TokenStore  # noqa: E402
+from supra_core.data.store import TokenStore  # noqa: E402
 from tests.tiny_chat import write_model  # noqa: E402
 
 runner = CliRunner()

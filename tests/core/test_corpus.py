@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from supra_core.corpus import documents, json_values, prepare, record
-from supra_core.corpus.prepare import Settings
-from supra_core.corpus.record import Reading
-from supra_core.corpus.store import ShardWriter, TokenStore, type_for, write_index
+from supra_core.data import documents, json_values, prepare, record
+from supra_core.data.prepare import Settings
+from supra_core.data.record import Reading
+from supra_core.data.store import ShardWriter, TokenStore, type_for, write_index
 from supra_core.errors import FormatError, SupraError
 from supra_core.progress import silent
 from supra_core.sources.source import open_source

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from supra_core.backend import load
+from supra_core.data.synthesis.rows import DocumentRow, Script, vocabulary
 from supra_core.errors import SupraError
 from supra_core.generate import Sampling, generate
 from supra_core.sources.fingerprint import fingerprint
 from supra_core.sources.source import WRITERS, Source, open_source
-from supra_core.synthesis import DocumentRow, Script, vocabulary
 from supra_core.text import ModelTokenizer
 from supra_core.text.chat_template import ChatTemplate
 from tests.tiny_chat import CHATML, tokenizer

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from supra_core.data.synthesis.folder import SampleStore, open_folder
+from supra_core.data.synthesis.rows import Sample
+from supra_core.data.synthesis.settings import Settings, next_batch
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.jsonfile import write_object
-from supra_core.samples import SampleStore, open_folder
-from supra_core.synthesis import Sample
-from supra_core.synthesis_plan import Settings, next_batch
 
 
 def document(text: str, dropped: str = "", tokens: int = 10) -> Sample:

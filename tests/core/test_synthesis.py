@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 
-from supra_core.errors import FormatError
-from supra_core.synthesis import (
+from supra_core.data.synthesis.rows import (
     ConversationRow,
     DocumentRow,
     Part,
@@ -18,6 +17,7 @@ from supra_core.synthesis import (
     loops,
     vocabulary,
 )
+from supra_core.errors import FormatError
 from supra_core.text import ModelTokenizer
 from supra_core.text.chat_template import ChatTemplate
 from tests.tiny_chat import CHATML, MISTRAL, SPECIAL, tokenizer

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from supra_core.corpus.documents import records
-from supra_core.corpus.prepare import Settings, _encoded, _renderer, prepare
-from supra_core.corpus.record import BadRecord, Reading
+from supra_core.data.documents import records
+from supra_core.data.prepare import Settings, _encoded, _renderer, prepare
+from supra_core.data.record import BadRecord, Reading
 from supra_core.errors import SupraError
 from supra_core.text import ModelTokenizer, load_tokenizer
 from tests.fuzz.harness import Files, Format, check_line

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_core.synthesis import Kind, Vocabulary, vocabulary  # noqa: E402
+from supra_core.data.synthesis.rows import Kind, Vocabulary, vocabulary  # noqa: E402
 from supra_core.text import ModelTokenizer  # noqa: E402
 from supra_core.text.chat_template import ChatTemplate  # noqa: E402
 from supra_torch.kv_cache import LockstepDecoder  # noqa: E402

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from supra_core.corpus import prepare  # noqa: E402
-from supra_core.corpus.store import ShardWriter, TokenStore, write_index  # noqa: E402
+from supra_core.data import prepare  # noqa: E402
+from supra_core.data.store import ShardWriter, TokenStore, write_index  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.uptrain.config import DataPart, UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain.data import Mixture, Sequences, _noted, mixture  # noqa: E402

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.corpus.documents import source_files
-from supra_core.corpus.prepare import Settings, in_short, listing, prepare
-from supra_core.corpus.store import TokenStore, tokenizer_hash
+from supra_core.data.documents import source_files
+from supra_core.data.prepare import Settings, in_short, listing, prepare
+from supra_core.data.store import TokenStore, tokenizer_hash
 from supra_core.errors import FormatError, SupraError
 from supra_core.families import needs_bos
 from supra_core.formats.atomic import atomic_file

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from supra_core.artifact.folder import folder as artifact
-from supra_core.corpus.documents import in_words
+from supra_core.data.documents import in_words
 from supra_core.errors import SupraError, WriteError
 from supra_core.formats.atomic import atomic_file
 from supra_core.formats.finite import first_not_finite

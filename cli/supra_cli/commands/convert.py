@@ -230,7 +230,7 @@ def _calibration(
     from supra_cli import pythondocs
     from supra_cli.backends import require
     from supra_cli.output import log
-    from supra_core.corpus.documents import refuse_records
+    from supra_core.data.documents import refuse_records
     from supra_core.errors import SupraError
     from supra_core.text import TOKENIZER, read_text
 

@@ -41,8 +41,8 @@ def command(
     """Tokenise documents once, into shards that uptrain maps into memory; resumes."""
     from supra_cli.output import log, print_json
     from supra_cli.progress import ProgressReporter
-    from supra_core.corpus.documents import in_words
-    from supra_core.corpus.prepare import Settings, prepare
+    from supra_core.data.documents import in_words
+    from supra_core.data.prepare import Settings, prepare
     from supra_core.families import needs_bos
     from supra_core.sources.source import open_source
 

@@ -40,7 +40,7 @@ def command(
 
     require("torch", "sampling text")
     from supra_cli.synthesis import synthesize
-    from supra_core.synthesis_plan import Settings
+    from supra_core.data.synthesis.settings import Settings
 
     settings = Settings(
         tokens, conversations, length, batch, temperature, top_p, seed, turns, dtype

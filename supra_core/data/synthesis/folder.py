@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from supra_core.data.synthesis.rows import KINDS, Kind, Sample
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.atomic import atomic_file, writing
 from supra_core.formats.jsonfile import parse, read_object
-from supra_core.synthesis import KINDS, Kind, Sample
 
 SAMPLES, RECORD = "samples.jsonl", "synthesis.json"
 _FIELDS = {"batch", "row", "rows", *(field.name for field in fields(Sample))}

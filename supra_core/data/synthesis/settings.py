@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from supra_core.data.synthesis.folder import Tally
+from supra_core.data.synthesis.rows import Kind
 from supra_core.errors import SupraError
-from supra_core.samples import Tally
-from supra_core.synthesis import Kind
 
 
 @dataclass(frozen=True)

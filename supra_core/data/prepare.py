@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from supra_core.corpus.documents import records, source_files
-from supra_core.corpus.record import BadRecord, Reading, Record, Render
-from supra_core.corpus.store import (
+from supra_core.data.documents import records, source_files
+from supra_core.data.record import BadRecord, Reading, Record, Render
+from supra_core.data.store import (
     INDEX,
     Ids,
     Shard,

@@ -19,9 +19,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from supra_core import samples
-from supra_core.corpus.json_values import values
-from supra_core.corpus.record import (
+from supra_core.data.json_values import values
+from supra_core.data.record import (
     BadRecord,
     Document,
     Reading,
@@ -31,6 +30,7 @@ from supra_core.corpus.record import (
     document,
     pieces,
 )
+from supra_core.data.synthesis import folder as samples
 from supra_core.errors import FormatError, MissingDependencyError, SupraError
 from supra_core.formats.jsonfile import parse, reason
 from supra_core.text.plain import BOM, other_code, plain

@@ -1,0 +1,1 @@
+"""Training text: read, tokenised, stored, and drawn from a model."""
