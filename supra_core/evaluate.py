@@ -14,10 +14,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.backend import Backend, Form, Ids, Logits
 from supra_core.errors import SupraError
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import Backend, Form, Ids, Logits
 from supra_core.text import EncodedText
 from supra_core.verify import check_ids
 

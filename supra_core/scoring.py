@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.backend import Backend, Form
 from supra_core.errors import SupraError
 from supra_core.evaluate import token_scores
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import Backend, Form
 from supra_core.text import ModelTokenizer
 from supra_core.verify import check_ids
 

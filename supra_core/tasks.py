@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from supra_core.backend import Backend, Form
 from supra_core.data.documents import refuse_records
 from supra_core.errors import FormatError
 from supra_core.formats.jsonfile import parse, reason
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import Backend, Form
 from supra_core.scoring import DEFAULT_BATCH_TOKENS, Pair, encode_pair, score
 from supra_core.text import ModelTokenizer, read_text
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from supra_core import backend as backends
-from supra_core.backend import Form, Ids, Logits
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.atomic import atomic_file, check_new_file
 from supra_core.progress import Progress, silent
+from supra_core.runtime import backend as backends
+from supra_core.runtime.backend import Form, Ids, Logits
 
 DEFAULT_LENGTH = 128
 

@@ -1,4 +1,4 @@
-"""The MLX backend of :class:`supra_core.backend.Backend`: NumPy in, NumPy out."""
+"""The MLX backend of :class:`supra_core.runtime.backend.Backend`: NumPy in, NumPy out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.errors import FormatError
 from supra_core.evaluate import Greedy, Losses
 from supra_core.model.spec import ModelSpec
+from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources.source import open_source
 from supra_mlx.caches import fill, layer_arrays
 from supra_mlx.model import Model

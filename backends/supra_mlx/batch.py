@@ -17,10 +17,10 @@ from mlx_lm.sample_utils import (
     make_sampler,
 )
 
-from supra_core.batch import Spoken
 from supra_core.errors import SupraError
-from supra_core.generate import REPETITION_CONTEXT, Sampling
-from supra_core.likelihood import NoNumbers, likelihood
+from supra_core.runtime.batch import Spoken
+from supra_core.runtime.likelihood import NoNumbers, likelihood
+from supra_core.runtime.sampling import REPETITION_CONTEXT, Sampling
 from supra_core.text import ModelTokenizer
 from supra_mlx.generate import NO_TOKEN, Sampler, checked
 from supra_mlx.model import Model
@@ -28,7 +28,7 @@ from supra_mlx.weights import to_numpy
 
 
 class MLXBatch:
-    """:class:`~supra_core.batch.Batch` of at most ``size`` sequences at a time.
+    """:class:`~supra_core.runtime.batch.Batch` of at most ``size`` sequences at a time.
 
     Everything has to be called from the thread that loaded the model.
     """

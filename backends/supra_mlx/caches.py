@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
-from supra_core.backend import StateArrays
 from supra_core.errors import SupraError
+from supra_core.runtime.backend import StateArrays
 from supra_core.tensors import Array
 from supra_mlx.model import LINEAR_SLOTS
 from supra_mlx.weights import to_mlx, to_numpy

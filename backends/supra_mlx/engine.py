@@ -8,14 +8,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from supra_core.backend import StateArrays
-from supra_core.batch import Batch
 from supra_core.errors import FormatError
-from supra_core.generate import Hear, Sampling
-from supra_core.likelihood import Likelihood, likelihoods
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import StateArrays
+from supra_core.runtime.batch import Batch
+from supra_core.runtime.likelihood import Likelihood, likelihoods
+from supra_core.runtime.sampling import Hear, Sampling
+from supra_core.runtime.tokenized_engine import TokenizedEngine
 from supra_core.text import ModelTokenizer
-from supra_core.tokenized_engine import TokenizedEngine
 from supra_mlx.batch import MLXBatch
 from supra_mlx.caches import fill, layer_arrays
 from supra_mlx.generate import PREFILL_STEP, stream
@@ -30,7 +30,7 @@ _FOLLOWED = 128
 
 
 class MLXEngine(TokenizedEngine):
-    """:class:`~supra_core.conversation.Engine` over a model and its tokenizer."""
+    """:class:`~supra_core.runtime.conversation.Engine` over a model and its tokenizer."""
 
     backend = "mlx"
 

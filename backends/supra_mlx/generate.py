@@ -11,9 +11,9 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 
 from supra_core.errors import SupraError
-from supra_core.generate import REPETITION_CONTEXT, Hear, Sampling
-from supra_core.likelihood import NoNumbers
 from supra_core.progress import Progress, silent
+from supra_core.runtime.likelihood import NoNumbers
+from supra_core.runtime.sampling import REPETITION_CONTEXT, Hear, Sampling
 from supra_mlx.model import Model
 from supra_mlx.weights import to_numpy
 

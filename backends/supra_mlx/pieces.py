@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import cycle
 
-from supra_core.backend import Form
+from supra_core.runtime.backend import Form
 
 # The recurrent form's lengths: one token, odd ones, and around the operator's chunk of 64.
 _RECURRENT = (1, 37, 64, 65, 3, 63, 129)

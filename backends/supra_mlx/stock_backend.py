@@ -21,11 +21,11 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.utils import MODEL_REMAPPING
 
-from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.conversion import converted
 from supra_core.formats.huggingface import for_library
 from supra_core.model.spec import ModelSpec
+from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources.source import open_source
 from supra_core.tensors import dtype_named
 from supra_mlx.caches import fill_numbered, numbered

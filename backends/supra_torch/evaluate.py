@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from supra_core.backend import Backend, Form
 from supra_core.errors import MissingDependencyError, SupraError
-from supra_core.generate import Sampling, generate
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import Backend, Form
+from supra_core.runtime.sampling import Sampling, generate
 from supra_core.scoring import Pair, score
 from supra_core.text import ModelTokenizer
 

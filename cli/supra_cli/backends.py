@@ -18,6 +18,6 @@ def require(package: str, purpose: str, *, extra: str | None = None) -> None:
 
 def default_for_evaluation() -> str:
     """``torch`` where it is installed, else ``mlx``, else the reference."""
-    from supra_core.backend import first_installed
+    from supra_core.runtime.backend import first_installed
 
     return first_installed("torch", "mlx") or "reference"

@@ -212,8 +212,8 @@ def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> di
 
 
 def evaluate(model: Path, held_out: Path, progress: Progress, stage: str) -> dict[str, Any]:
-    from supra_core.backend import load
     from supra_core.evaluate import DTYPE, perplexity
+    from supra_core.runtime.backend import load
     from supra_core.text import read_text
 
     tokenizer = open_source(model).tokenizer()
@@ -291,7 +291,7 @@ def uptrain_model(
 
 def verify_model(model: Path, text: Path, progress: Progress) -> dict[str, Any] | None:
     """None where MLX is not installed."""
-    from supra_core.backend import is_installed
+    from supra_core.runtime.backend import is_installed
 
     if not is_installed("mlx"):
         return None
@@ -328,8 +328,8 @@ def memory(model: Path) -> list[dict[str, int]]:
 
 def answer(model: Path) -> dict[str, str]:
     from supra_cli.speech import load_speaker
-    from supra_core.conversation import Conversation
-    from supra_core.generate import Sampling
+    from supra_core.runtime.conversation import Conversation
+    from supra_core.runtime.sampling import Sampling
 
     speaker = load_speaker(str(model))
     said = Conversation(speaker.engine).reply(QUESTION, Sampling(max_tokens=_ANSWER_TOKENS))

@@ -11,16 +11,16 @@ from functools import cache, partial
 from pathlib import Path
 
 from supra_cli.output import log
-from supra_core.backend import default_for_generation, importing, load
-from supra_core.backend_engine import BackendEngine
-from supra_core.conversation import Conversation, Engine, HeldBack, Snapshot
 from supra_core.errors import SupraError
-from supra_core.formats.state_file import Owner, SavedState, check_owner, read_state, write_state
-from supra_core.generate import Sampling
 from supra_core.model.sizes import Sizes, measure
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import silent
-from supra_core.resumption import restored
+from supra_core.runtime.backend import default_for_generation, importing, load
+from supra_core.runtime.backend_engine import BackendEngine
+from supra_core.runtime.conversation import Conversation, Engine, HeldBack, Snapshot
+from supra_core.runtime.resumption import restored
+from supra_core.runtime.sampling import Sampling
+from supra_core.runtime.state_file import Owner, SavedState, check_owner, read_state, write_state
 from supra_core.sources.fingerprint import fingerprint
 from supra_core.sources.source import Source, open_source
 from supra_core.tensors import dtype_named

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.backend import Backend, Ids
 from supra_core.evaluate import losses_of
 from supra_core.intervals import around
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import Backend, Ids
 from supra_core.verify import check_ids
 
 # Tokens a call: the logits of one piece are the largest array there is.

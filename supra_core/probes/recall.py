@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.backend import Backend, Logits
 from supra_core.errors import SupraError
 from supra_core.intervals import of_share
 from supra_core.probes.words import word_tokens
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import Backend, Logits
 from supra_core.text import ModelTokenizer
 from supra_core.verify import check_ids
 

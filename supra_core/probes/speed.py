@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from supra_core.backend import Backend
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import Backend
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.formats.openlm_config import is_config as is_openlm_config
 from supra_core.formats.safetensors import Progress
-from supra_core.formats.state_file import is_state
 from supra_core.hub import cached_folder, download, hub_id
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress as Reporter
+from supra_core.runtime.state_file import is_state
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource
 from supra_core.text import TOKENIZER, ModelTokenizer, load_tokenizer
 from supra_core.text.files import end_token, one_tokenizer

@@ -8,10 +8,10 @@ from starlette.testclient import TestClient
 
 from supra_cli.serving.app import build
 from supra_cli.serving.service import Limits, Service
-from supra_core.conversation import Engine
-from supra_core.generate import Sampling
-from supra_core.prefixes import Prefixes
-from supra_core.scheduler import Scheduler
+from supra_core.runtime.conversation import Engine
+from supra_core.runtime.prefixes import Prefixes
+from supra_core.runtime.sampling import Sampling
+from supra_core.runtime.scheduler import Scheduler
 
 PLACE = "http://localhost:8080"
 

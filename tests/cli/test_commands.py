@@ -320,7 +320,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_measured(
     def loaded(*given: Any, **named: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("supra_core.backend.load", loaded)
+    monkeypatch.setattr("supra_core.runtime.backend.load", loaded)
     last = tmp_path / "last.jsonl"
     last.write_text(json.dumps({"context": "The state", "continuation": "size " * 2000}))
     arguments = ["--data", str(text_file), "--data", str(last), "--limit", "20"]
@@ -412,6 +412,6 @@ def test_doctor_compares_the_kernel_where_there_is_one() -> None:
 def test_verify_takes_the_backends_that_are_installed(
     converted: Path, absent: set[str], first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("supra_core.backend._absent", lambda name: list(absent & {name}))
+    monkeypatch.setattr("supra_core.runtime.backend._absent", lambda name: list(absent & {name}))
     found = result("verify", converted, "--form", "recurrent", "--tolerance", "1")
     assert found["first"] == first

@@ -27,8 +27,8 @@ from supra_cli.progress import ProgressReporter  # noqa: E402
 from supra_cli.talk.terminal import ReadingProgress, show  # noqa: E402
 from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.formats import checksums  # noqa: E402
-from supra_core.formats.state_file import Owner, SavedState, write_state  # noqa: E402
 from supra_core.model.spec import Provenance  # noqa: E402
+from supra_core.runtime.state_file import Owner, SavedState, write_state  # noqa: E402
 from supra_core.visible import visible  # noqa: E402
 from tests import tiny_chat  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
@@ -272,8 +272,8 @@ def test_requests_in_the_servers_log(capsys: pytest.CaptureFixture[str]) -> None
 
     from supra_cli.serving.app import build
     from supra_cli.serving.service import Limits, Service
-    from supra_core.generate import Sampling
-    from supra_core.scheduler import Scheduler
+    from supra_core.runtime.sampling import Sampling
+    from supra_core.runtime.scheduler import Scheduler
     from tests.core.echo import Echo
 
     engine = Echo()

@@ -21,10 +21,10 @@ from supra_cli.report_card.inputs import read_inputs
 from supra_cli.report_card.parts import ABSENT
 from supra_cli.report_card.settings import ReportSettings
 from supra_cli.report_card.sides import position_lengths
-from supra_core import backend
 from supra_core.errors import FormatError
 from supra_core.intervals import of_share
 from supra_core.progress import silent
+from supra_core.runtime import backend
 from tests.cli.test_bad_input import refused
 
 pytest.importorskip("torch")
@@ -365,7 +365,7 @@ def test_bad_input_is_refused_before_anything_is_measured(
     def measured(*given: Any, **named: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("supra_core.backend.load", measured)
+    monkeypatch.setattr("supra_core.runtime.backend.load", measured)
     monkeypatch.setattr("supra_cli.report_card.sides.load", measured)
     out = tmp_path / "r.html"
     ask = ("report", run, "--out", out, "--data", text_file)

@@ -25,11 +25,11 @@ from supra_cli.serving import server  # noqa: E402
 from supra_cli.serving.connections import Doors  # noqa: E402
 from supra_cli.serving.quiet import Seldom  # noqa: E402
 from supra_cli.serving.service import _CUT, _SLICE, Limits, Service  # noqa: E402
-from supra_core.generate import Sampling  # noqa: E402
-from supra_core.likelihood import Logits  # noqa: E402
-from supra_core.prefixes import Prefixes  # noqa: E402
 from supra_core.progress import Progress, silent  # noqa: E402
-from supra_core.scheduler import Scheduler  # noqa: E402
+from supra_core.runtime.likelihood import Logits  # noqa: E402
+from supra_core.runtime.prefixes import Prefixes  # noqa: E402
+from supra_core.runtime.sampling import Sampling  # noqa: E402
+from supra_core.runtime.scheduler import Scheduler  # noqa: E402
 from tests.cli.served import Served  # noqa: E402
 from tests.core.echo import Echo  # noqa: E402
 
@@ -413,7 +413,7 @@ class Broken(Echo):
     def speak(
         self, ids: Sequence[int], state: list[int], sampling: Sampling, *more: Any
     ) -> Generator[tuple[int, str]]:
-        from supra_core.generate import sample
+        from supra_core.runtime.sampling import sample
 
         for said in super().speak(ids, state, sampling, *more):
             sample(self._logits(state), sampling, np.random.default_rng(0))

@@ -30,11 +30,11 @@ from supra_cli.serving import server  # noqa: E402
 from supra_cli.serving.app import build  # noqa: E402
 from supra_cli.serving.service import Context, Limits, Service  # noqa: E402
 from supra_cli.speech import Speaker  # noqa: E402
-from supra_core import conversation as conversations  # noqa: E402
-from supra_core.conversation import Conversation  # noqa: E402
-from supra_core.formats.state_file import Owner, SavedState, write_state  # noqa: E402
-from supra_core.generate import Sampling  # noqa: E402
-from supra_core.scheduler import Scheduler  # noqa: E402
+from supra_core.runtime import conversation as conversations  # noqa: E402
+from supra_core.runtime.conversation import Conversation  # noqa: E402
+from supra_core.runtime.sampling import Sampling  # noqa: E402
+from supra_core.runtime.scheduler import Scheduler  # noqa: E402
+from supra_core.runtime.state_file import Owner, SavedState, write_state  # noqa: E402
 from tests.core.echo import Echo  # noqa: E402
 from tests.tiny_chat import write_model  # noqa: E402
 

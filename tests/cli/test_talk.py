@@ -23,13 +23,13 @@ from supra_cli.main import app  # noqa: E402
 from supra_cli.speech import Speaker, load_speaker  # noqa: E402
 from supra_cli.talk.markdown import MarkdownStream, split_blocks  # noqa: E402
 from supra_cli.talk.session import Left, Line, Questions, Session  # noqa: E402
-from supra_core import conversation as conversations  # noqa: E402
-from supra_core.batch import Spoken  # noqa: E402
-from supra_core.conversation import Conversation, Engine  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
-from supra_core.formats.state_file import read_state, write_state  # noqa: E402
-from supra_core.generate import Sampling  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
+from supra_core.runtime import conversation as conversations  # noqa: E402
+from supra_core.runtime.batch import Spoken  # noqa: E402
+from supra_core.runtime.conversation import Conversation, Engine  # noqa: E402
+from supra_core.runtime.sampling import Sampling  # noqa: E402
+from supra_core.runtime.state_file import read_state, write_state  # noqa: E402
 from supra_core.visible import visible  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402

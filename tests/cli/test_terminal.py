@@ -16,7 +16,7 @@ pexpect = pytest.importorskip("pexpect")
 pytest.importorskip("mlx.core")
 
 from supra_core.formats.safetensors import read_file, write_file  # noqa: E402
-from supra_core.formats.state_file import read_state  # noqa: E402
+from supra_core.runtime.state_file import read_state  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from tests.mlx.chat import END_OF_TURN, write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402

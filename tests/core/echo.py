@@ -7,12 +7,12 @@ from datetime import datetime
 
 import numpy as np
 
-from supra_core.backend import StateArrays
-from supra_core.batch import Batch, InTurns
-from supra_core.conversation import Message
-from supra_core.generate import Hear, Sampling
-from supra_core.likelihood import Likelihood, Logits, likelihood
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import StateArrays
+from supra_core.runtime.batch import Batch, InTurns
+from supra_core.runtime.conversation import Message
+from supra_core.runtime.likelihood import Likelihood, Logits, likelihood
+from supra_core.runtime.sampling import Hear, Sampling
 from supra_core.text.chat_template import ANSWER, Rendering
 
 

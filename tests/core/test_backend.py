@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 
 from supra_cli.backends import default_for_evaluation
-from supra_core import backend, verify
-from supra_core.backend import check_installed, default_for_generation, importing, is_installed
+from supra_core import verify
 from supra_core.errors import MissingDependencyError, SupraError
+from supra_core.runtime import backend
+from supra_core.runtime.backend import (
+    check_installed,
+    default_for_generation,
+    importing,
+    is_installed,
+)
 from supra_core.verify import candidates, random_ids
 
 Installed = Callable[..., None]

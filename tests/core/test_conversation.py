@@ -14,19 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supra_core import conversation as conversations
-from supra_core.conversation import Conversation, HeldBack, Snapshot
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats import state_file
 from supra_core.formats.safetensors import metadata, read_file, write_file
-from supra_core.formats.state_file import (
+from supra_core.runtime import conversation as conversations
+from supra_core.runtime import state_file
+from supra_core.runtime.conversation import Conversation, HeldBack, Snapshot
+from supra_core.runtime.sampling import Sampling
+from supra_core.runtime.state_file import (
     Owner,
     SavedState,
     check_owner,
     read_state,
     write_state,
 )
-from supra_core.generate import Sampling
 from tests.core.echo import Echo
 
 OWNER = Owner("abc", "model", "echo", "float32")

@@ -23,13 +23,13 @@ from supra_core.formats import (
     jsonfile,
     openlm,
     safetensors,
-    state_file,
     torch_legacy,
     torch_pickle,
     zip_records,
 )
 from supra_core.formats.assets import read_assets, write_assets
 from supra_core.formats.inside import file_in, files_in, has_file, open_regular, plain_name
+from supra_core.runtime import state_file
 from supra_core.sources.source import open_source
 from tests.tiny_models import SPECS, lazy_weights
 

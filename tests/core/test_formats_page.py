@@ -21,7 +21,6 @@ from supra_core.artifact.folder import folder as artifact
 from supra_core.errors import SpecError
 from supra_core.formats.assets import ASSET_NAMES
 from supra_core.formats.mlx_quantized import read_packed, unpacked
-from supra_core.formats.state_file import Owner, SavedState, write_state
 from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.reference import ReferenceModel
@@ -41,6 +40,7 @@ from supra_core.model.spec import (
     SoftmaxAttention,
     SumNormaliser,
 )
+from supra_core.runtime.state_file import Owner, SavedState, write_state
 from supra_core.tensors import LazyTensor
 from tests.core.independent_reader import Model
 from tests.tiny_families import FAMILIES

@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 from supra_core.errors import FormatError
 from supra_core.formats import distributed, safetensors
 from supra_core.formats.mlx_quantized import read_packed
-from supra_core.formats.state_file import read_state
+from supra_core.runtime.state_file import read_state
 from supra_core.tensors import LazyTensor
 
 ONE = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
@@ -213,7 +213,7 @@ def test_words_that_do_not_come_out_even() -> None:
 def test_a_state_with_the_right_sum_and_the_wrong_content(
     tmp_path: Path, messages: str, tokens: np.ndarray, message: str
 ) -> None:
-    from supra_core.formats.state_file import _digest
+    from supra_core.runtime.state_file import _digest
 
     stated = {"model": "m", "source": "s", "backend": "b", "dtype": "d", "messages": messages}
     arrays = {"tokens": tokens}

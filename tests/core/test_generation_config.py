@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from supra_core.backend import load
 from supra_core.data.synthesis.rows import DocumentRow, Script, vocabulary
 from supra_core.errors import SupraError
-from supra_core.generate import Sampling, generate
+from supra_core.runtime.backend import load
+from supra_core.runtime.sampling import Sampling, generate
 from supra_core.sources.fingerprint import fingerprint
 from supra_core.sources.source import WRITERS, Source, open_source
 from supra_core.text import ModelTokenizer

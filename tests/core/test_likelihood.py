@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from supra_core.backend import load
-from supra_core.backend_engine import BackendEngine
-from supra_core.generate import Sampling
-from supra_core.likelihood import Likelihood, likelihood, likelihoods
+from supra_core.runtime.backend import load
+from supra_core.runtime.backend_engine import BackendEngine
+from supra_core.runtime.likelihood import Likelihood, likelihood, likelihoods
+from supra_core.runtime.sampling import Sampling
+from supra_core.runtime.token_texts import Places, decode_within
 from supra_core.text import ModelTokenizer
-from supra_core.token_texts import Places, decode_within
 from tests.tiny_chat import tokenizer, write_model
 
 

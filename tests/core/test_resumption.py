@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supra_core.backend_engine import BackendEngine
-from supra_core.conversation import Engine
 from supra_core.errors import FormatError
-from supra_core.formats.state_file import Owner, SavedState
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import silent
-from supra_core.reference_backend import ReferenceBackend
-from supra_core.resumption import restored
+from supra_core.runtime.backend_engine import BackendEngine
+from supra_core.runtime.conversation import Engine
+from supra_core.runtime.reference_backend import ReferenceBackend
+from supra_core.runtime.resumption import restored
+from supra_core.runtime.state_file import Owner, SavedState
 from tests.tiny_models import SPECS, lazy_weights, reference
 
 PATH = Path("talk.safetensors")

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supra_core.errors import SupraError
-from supra_core.generate import Hear, Sampling, sample
-from supra_core.likelihood import Likelihood, likelihood
-from supra_core.prefixes import Prefixes
 from supra_core.progress import Progress, silent
-from supra_core.scheduler import (
+from supra_core.runtime.likelihood import Likelihood, likelihood
+from supra_core.runtime.prefixes import Prefixes
+from supra_core.runtime.sampling import Hear, Sampling, sample
+from supra_core.runtime.scheduler import (
     PIECE,
     Broken,
     Busy,

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from supra_core.errors import FormatError, SupraError
+from supra_core.runtime.token_texts import decode_within
 from supra_core.text import ModelTokenizer, load_tokenizer, worker
 from supra_core.text.chat_template import ANSWER
-from supra_core.token_texts import decode_within
 from tests.tiny_chat import CHATML
 from tests.tiny_tokenizers import byte_level
 

@@ -97,8 +97,8 @@ def test_other_backends_agree(take: Any) -> None:
 
 def test_mlx_agrees(tmp_path: Any) -> None:
     pytest.importorskip("mlx")
-    from supra_core import backend
     from supra_core.artifact.folder import folder as artifact
+    from supra_core.runtime import backend
 
     spec = SPECS["windowed_sink"]
     for take in (without_window, window_alone):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from supra_core.errors import FormatError, SupraError
 from supra_core.evaluate import losses_of, perplexity
-from supra_core.generate import Sampling, generate, penalised, sample
 from supra_core.model.layout import parameter_count
 from supra_core.model.sizes import kv_bytes_per_token, measure
 from supra_core.model.spec import (
@@ -28,6 +27,7 @@ from supra_core.model.spec import (
     SoftmaxAttention,
     SumNormaliser,
 )
+from supra_core.runtime.sampling import Sampling, generate, penalised, sample
 from supra_core.text import EncodedText
 from supra_core.verify import candidates, compare, random_ids, read_ids, verify
 from tests.tiny_models import lazy_weights, with_experts
@@ -127,8 +127,8 @@ def test_the_default_tolerance_is_a_share_of_the_largest_logit(
             return super().logits(ids) + np.float32(self.error)
 
     loaded = {"reference": Counting(), "torch": Off()}
-    monkeypatch.setattr("supra_core.backend.load", lambda name, path, dtype: loaded[name])
-    monkeypatch.setattr("supra_core.backend.check_installed", lambda name: None)
+    monkeypatch.setattr("supra_core.runtime.backend.load", lambda name, path, dtype: loaded[name])
+    monkeypatch.setattr("supra_core.runtime.backend.check_installed", lambda name: None)
     both = candidates(Path("a"), None, ("reference", "torch"), "parallel")
     for error, passed in ((0.9, True), (1.1, False)):
         loaded["torch"].error = error * share * 50  # type: ignore[attr-defined]

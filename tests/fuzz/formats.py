@@ -22,7 +22,6 @@ from supra_core.artifact.folder import folder as artifact
 from supra_core.families import config_to_spec
 from supra_core.families import spec_to_config as plain_config
 from supra_core.formats import huggingface, openlm, safetensors
-from supra_core.formats.state_file import Owner, SavedState, read_state, write_state
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.spec import (
     FeatureMap,
@@ -34,6 +33,7 @@ from supra_core.model.spec import (
     Projection,
     SoftmaxAttention,
 )
+from supra_core.runtime.state_file import Owner, SavedState, read_state, write_state
 from supra_core.tensors import LazyTensor
 from tests.fuzz import corpora, requests, resumed, texts
 from tests.fuzz.harness import Files, Format, read_as_convert

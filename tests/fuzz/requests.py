@@ -9,7 +9,7 @@ from typing import Any
 
 from supra_cli.serving.schema import ApiError, ChatRequest, CompletionRequest, parsed
 from supra_core.errors import SupraError
-from supra_core.generate import Sampling
+from supra_core.runtime.sampling import Sampling
 from tests.fuzz.harness import Files, Format
 from tests.fuzz.mutations import Seeded, changed_bytes, changed_value
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from supra_core.backend import Backend
-from supra_core.backend_engine import BackendEngine, Held
-from supra_core.formats.state_file import Owner, _digest, check_owner, read_state
 from supra_core.progress import Progress, silent
-from supra_core.reference_backend import ReferenceBackend
-from supra_core.resumption import restored
+from supra_core.runtime.backend import Backend
+from supra_core.runtime.backend_engine import BackendEngine, Held
+from supra_core.runtime.reference_backend import ReferenceBackend
+from supra_core.runtime.resumption import restored
+from supra_core.runtime.state_file import Owner, _digest, check_owner, read_state
 from tests.fuzz.harness import Files, Format
 from tests.fuzz.mutations import EXTREMES, Seeded, changed_bytes, changed_value
 from tests.tiny_models import SPECS, lazy_weights, reference

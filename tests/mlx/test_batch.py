@@ -15,8 +15,8 @@ from mlx.utils import tree_map  # noqa: E402
 from mlx_lm.models.base import create_ssm_mask  # noqa: E402
 
 from supra_core.errors import SupraError  # noqa: E402
-from supra_core.generate import Sampling  # noqa: E402
-from supra_core.likelihood import likelihood  # noqa: E402
+from supra_core.runtime.likelihood import likelihood  # noqa: E402
+from supra_core.runtime.sampling import Sampling  # noqa: E402
 from supra_mlx import model  # noqa: E402
 from supra_mlx.engine import MLXEngine  # noqa: E402
 from tests.mlx.chat import load_model, write_chat_model  # noqa: E402

@@ -13,12 +13,12 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx_lm.utils import load_model, quantize_model, save  # noqa: E402
 
-from supra_core.backend import load  # noqa: E402
 from supra_core.convert import convert  # noqa: E402
 from supra_core.errors import LayoutError  # noqa: E402
 from supra_core.formats.mlx_experts import unstacked  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.model.spec import Experts, ModelSpec  # noqa: E402
+from supra_core.runtime.backend import load  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_mlx.backend import MLXBackend  # noqa: E402

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from supra_core.errors import FormatError, SupraError  # noqa: E402
-from supra_core.generate import Sampling, sample  # noqa: E402
+from supra_core.runtime.sampling import Sampling, sample  # noqa: E402
 from supra_mlx.backend import MLXBackend, load  # noqa: E402
 from supra_mlx.engine import MLXEngine  # noqa: E402
 from supra_mlx.generate import stream  # noqa: E402

@@ -19,9 +19,9 @@ from mlx_lm.models.cache import (  # noqa: E402
     save_prompt_cache,
 )
 
-from supra_core.backend import Form  # noqa: E402
 from supra_core.errors import LayoutError  # noqa: E402
 from supra_core.model.spec import RotaryEmbedding  # noqa: E402
+from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_mlx.rotary import Rotary  # noqa: E402
 from supra_mlx.weights import build_model, to_mlx, to_numpy  # noqa: E402

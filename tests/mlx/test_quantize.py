@@ -14,8 +14,8 @@ from mlx_lm.utils import load_model  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from supra_cli.main import app  # noqa: E402
-from supra_core.backend import load  # noqa: E402
 from supra_core.model.spec import Experts  # noqa: E402
+from supra_core.runtime.backend import load  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_mlx.weights import load_source, to_mlx  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-from supra_core.backend import Form  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
+from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import WRITERS  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_mlx import stock_backend  # noqa: E402

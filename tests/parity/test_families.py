@@ -12,13 +12,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core.backend import Form  # noqa: E402
 from supra_core.convert import convert, with_factors  # noqa: E402
 from supra_core.errors import SpecError, SupraError  # noqa: E402
 from supra_core.fold import fold  # noqa: E402
 from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.model.spec import ModelSpec, RotaryEmbedding  # noqa: E402
+from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import Source, open_source  # noqa: E402
 from supra_core.sources.teacher import original_spec  # noqa: E402
 from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402

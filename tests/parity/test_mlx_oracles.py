@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-from supra_core.backend import Form  # noqa: E402
 from supra_core.model import decay as decays  # noqa: E402
+from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_mlx import backend, stock_backend  # noqa: E402
 from supra_mlx.weights import load_source  # noqa: E402

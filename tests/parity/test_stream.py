@@ -12,8 +12,8 @@ pytest.importorskip("torch")
 pytest.importorskip("mlx.core")
 
 from supra_cli.speech import load_speaker  # noqa: E402
-from supra_core.generate import Sampling  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
+from supra_core.runtime.sampling import Sampling  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
 

@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_core.backend import Form  # noqa: E402
 from supra_core.errors import LayoutError  # noqa: E402
+from supra_core.runtime.backend import Form  # noqa: E402
 from supra_torch import mixers  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.model import build, lazy_tensors  # noqa: E402

@@ -30,7 +30,7 @@ def command(
     from supra_cli.talk.session import Left, Session
     from supra_cli.talk.terminal import ReadingProgress, on_terminal, read_lines, show
     from supra_core.errors import SupraError
-    from supra_core.generate import Sampling
+    from supra_core.runtime.sampling import Sampling
 
     if state is not None and system is not None:
         raise SupraError("--state has its own system prompt: leave out --system")

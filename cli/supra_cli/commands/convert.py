@@ -206,7 +206,7 @@ def _packed_share(out: Path) -> float:
 
 
 def _quantisation(bits: int) -> Quantise:
-    from supra_core.backend import importing
+    from supra_core.runtime.backend import importing
 
     with importing("mlx", "quantising"):
         from supra_mlx.quantize import check_bits, quantised

@@ -16,8 +16,8 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
-    from supra_core.backend import Backend, Form
     from supra_core.progress import Progress
+    from supra_core.runtime.backend import Backend, Form
     from supra_core.scoring import Pair
     from supra_core.text import EncodedText, ModelTokenizer
 
@@ -188,7 +188,7 @@ class _Side:
         self, measurements: Sequence[_Measurement], plan: _Plan, progress: Progress, label: str
     ) -> dict[str, Any]:
         """The results by name."""
-        from supra_core.backend import load
+        from supra_core.runtime.backend import load
 
         loaded, tokenizer = load(self.backend, self.path, dtype=self.dtype), self.tokenizer
         results = {}
@@ -212,7 +212,7 @@ class _Side:
         self, tasks: Sequence[str], limit: int | None, progress: Progress, label: str
     ) -> dict[str, Any]:
         """The lm-eval harness's results by task."""
-        from supra_core.backend import load
+        from supra_core.runtime.backend import load
         from supra_torch.evaluate import evaluate
 
         loaded = load(self.backend, self.path, dtype=self.dtype)

@@ -33,7 +33,7 @@ def command(
     from supra_cli.output import print_json, write_piece
     from supra_cli.speech import check_text, load_speaker
     from supra_core.errors import SupraError
-    from supra_core.generate import Sampling
+    from supra_core.runtime.sampling import Sampling
 
     if raw and system is not None:
         raise SupraError("--system needs the chat template: leave out --raw or --system")

@@ -79,8 +79,8 @@ def command(
     from supra_cli.serving.server import Settings, serve
     from supra_cli.serving.service import Limits
     from supra_core.errors import SupraError
-    from supra_core.generate import Sampling
-    from supra_core.scheduler import Broken
+    from supra_core.runtime.sampling import Sampling
+    from supra_core.runtime.scheduler import Broken
 
     for option, value, least in (
         ("--max-tokens", max_tokens, 1), ("--max-prompt", max_prompt, 1),

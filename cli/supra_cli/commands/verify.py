@@ -10,7 +10,7 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
-    from supra_core.backend import Form, Ids
+    from supra_core.runtime.backend import Form, Ids
     from supra_core.verify import Report
 
 EXIT_CHECK_FAILED = 1
@@ -71,7 +71,7 @@ def command(
 
 def _default_backends() -> tuple[str, ...]:
     """Those of the default ones that are installed, else the reference."""
-    from supra_core.backend import is_installed
+    from supra_core.runtime.backend import is_installed
 
     return tuple(filter(is_installed, DEFAULT_BACKENDS)) or ("reference",)
 
@@ -114,8 +114,8 @@ def parse_form(name: str) -> Form:
     """One of the three forms; :class:`SupraError` lists them."""
     from typing import get_args
 
-    from supra_core.backend import Form
     from supra_core.errors import SupraError
+    from supra_core.runtime.backend import Form
 
     for form in get_args(Form):
         if form == name:

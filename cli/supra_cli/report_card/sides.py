@@ -15,7 +15,6 @@ from supra_cli.report_card.inputs import DataFile, Inputs, Side
 from supra_cli.report_card.samples import sample
 from supra_cli.report_card.settings import Budget
 from supra_core import tasks
-from supra_core.backend import Backend, load
 from supra_core.errors import SupraError
 from supra_core.evaluate import beyond_positions, perplexity
 from supra_core.intervals import around, of_share
@@ -24,6 +23,7 @@ from supra_core.probes.positions import by_position
 from supra_core.probes.recall import associative_recall, copying
 from supra_core.probes.speed import speed
 from supra_core.progress import Progress
+from supra_core.runtime.backend import Backend, load
 from supra_core.text import EncodedText
 
 Result = dict[str, Any]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from supra_cli.serving.logprobs import Echo, in_chat, in_text, names
-from supra_core.likelihood import Likelihood
-from supra_core.scheduler import Finished, Followed, Piece
-from supra_core.token_texts import Decode, Places
+from supra_core.runtime.likelihood import Likelihood
+from supra_core.runtime.scheduler import Finished, Followed, Piece
+from supra_core.runtime.token_texts import Decode, Places
 
 Heard = Followed | Piece | Finished
 

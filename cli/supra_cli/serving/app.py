@@ -30,8 +30,8 @@ from supra_cli.serving.logprobs import Echo
 from supra_cli.serving.quiet import Seldom
 from supra_cli.serving.schema import ApiError, ChatRequest, CompletionRequest, R, parsed
 from supra_cli.serving.service import Exchange, Listener, Service, failure
-from supra_core.generate import Sampling
-from supra_core.scheduler import Failed, Followed, Job, Places, Reading
+from supra_core.runtime.sampling import Sampling
+from supra_core.runtime.scheduler import Failed, Followed, Job, Places, Reading
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")

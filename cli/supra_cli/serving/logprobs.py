@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from supra_core.likelihood import Likelihood
-from supra_core.token_texts import UNKNOWN, Decode, Places
+from supra_core.runtime.likelihood import Likelihood
+from supra_core.runtime.token_texts import UNKNOWN, Decode, Places
 
 # What stands for all that is less likely: JSON has no infinity.
 _LEAST = -9999.0

@@ -21,12 +21,12 @@ from supra_cli.serving.app import build
 from supra_cli.serving.connections import BACKLOG, Connection, doors
 from supra_cli.serving.service import Context, Limits, Service
 from supra_cli.speech import load_speaker, release_thread
-from supra_core.conversation import Engine
 from supra_core.errors import SupraError
-from supra_core.formats.state_file import read_state
-from supra_core.generate import Sampling
-from supra_core.prefixes import Prefixes
-from supra_core.scheduler import Scheduler
+from supra_core.runtime.conversation import Engine
+from supra_core.runtime.prefixes import Prefixes
+from supra_core.runtime.sampling import Sampling
+from supra_core.runtime.scheduler import Scheduler
+from supra_core.runtime.state_file import read_state
 from supra_core.sources.source import open_source
 from supra_core.text.worker import trim
 
@@ -67,7 +67,7 @@ class Settings:
 def serve(settings: Settings) -> None:
     """Serve until Ctrl-C or SIGTERM; SupraError when model, context or address will not do.
 
-    :class:`~supra_core.scheduler.Broken` when the model's thread ends by itself.
+    :class:`~supra_core.runtime.scheduler.Broken` when the model's thread ends by itself.
     """
     for path in settings.contexts.values():
         # Before the model is loaded, which takes longer.

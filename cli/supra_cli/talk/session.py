@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from supra_cli.output import log
 from supra_cli.speech import Speaker
-from supra_core.conversation import Conversation
 from supra_core.errors import FormatError, SupraError
-from supra_core.generate import Sampling
 from supra_core.progress import Progress, silent
+from supra_core.runtime.conversation import Conversation
+from supra_core.runtime.sampling import Sampling
 from supra_core.text import read_text
 
 MAIN = "main"

@@ -16,7 +16,7 @@ def command(
 ) -> None:
     """Whose state a file holds, what it has seen, and the transcript."""
     from supra_cli.output import print_json, say
-    from supra_core.formats.state_file import read_state
+    from supra_core.runtime.state_file import read_state
 
     saved = read_state(file)
     if json_output:

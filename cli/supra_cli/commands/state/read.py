@@ -25,8 +25,8 @@ def command(
     from supra_cli.output import log, print_json
     from supra_cli.progress import ProgressReporter
     from supra_cli.speech import check_text, load_speaker
-    from supra_core.conversation import Conversation
-    from supra_core.formats.state_file import check_new_state
+    from supra_core.runtime.conversation import Conversation
+    from supra_core.runtime.state_file import check_new_state
     from supra_core.text import read_text
 
     check_text(system, "--system")

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from supra_core.backend import Backend, Logits, StateArrays
-from supra_core.batch import Batch, InTurns
 from supra_core.errors import FormatError, SupraError
-from supra_core.generate import Hear, Sampling, continuation
-from supra_core.likelihood import Likelihood, likelihoods
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import Backend, Logits, StateArrays
+from supra_core.runtime.batch import Batch, InTurns
+from supra_core.runtime.likelihood import Likelihood, likelihoods
+from supra_core.runtime.sampling import Hear, Sampling, continuation
+from supra_core.runtime.tokenized_engine import TokenizedEngine
 from supra_core.text import ModelTokenizer
-from supra_core.tokenized_engine import TokenizedEngine
 
 # Tokens fed at once: a backend returns the logits of all of them.
 _PIECE = 512
@@ -31,7 +31,7 @@ class Held:
 
 
 class BackendEngine(TokenizedEngine):
-    """:class:`~supra_core.conversation.Engine` over a backend and the model's tokenizer."""
+    """:class:`~supra_core.runtime.conversation.Engine` over a backend and the model's tokenizer."""
 
     def __init__(self, model: Backend, tokenizer: ModelTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol
 
-from supra_core.backend import StateArrays
-from supra_core.batch import Batch
 from supra_core.errors import FormatError
-from supra_core.generate import REPETITION_CONTEXT, Hear, Sampling
-from supra_core.likelihood import Likelihood
 from supra_core.progress import Progress, silent
+from supra_core.runtime.backend import StateArrays
+from supra_core.runtime.batch import Batch
+from supra_core.runtime.likelihood import Likelihood
+from supra_core.runtime.sampling import REPETITION_CONTEXT, Hear, Sampling
 from supra_core.text.chat_template import ANSWER, Rendering
 
 Message = dict[str, Any]

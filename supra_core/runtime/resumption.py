@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.backend import StateArrays
-from supra_core.conversation import Engine
 from supra_core.errors import FormatError
 from supra_core.formats.finite import is_finite
-from supra_core.formats.state_file import SavedState
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import silent
+from supra_core.runtime.backend import StateArrays
+from supra_core.runtime.conversation import Engine
+from supra_core.runtime.state_file import SavedState
 
 # Tokens of the two states that are compared.
 _FEW, _MORE = 1, 3

@@ -19,13 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from supra_core.batch import Batch, Finish, Spoken
-from supra_core.conversation import Engine, HeldBack
 from supra_core.errors import SupraError
-from supra_core.generate import REPETITION_CONTEXT, Sampling
-from supra_core.likelihood import Likelihood
-from supra_core.prefixes import Prefixes
 from supra_core.progress import silent
+from supra_core.runtime.batch import Batch, Finish, Spoken
+from supra_core.runtime.conversation import Engine, HeldBack
+from supra_core.runtime.likelihood import Likelihood
+from supra_core.runtime.prefixes import Prefixes
+from supra_core.runtime.sampling import REPETITION_CONTEXT, Sampling
 
 # Prompt tokens between two steps of what is spoken.
 PIECE = 512

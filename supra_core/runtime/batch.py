@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from supra_core.errors import SupraError
-from supra_core.generate import Hear, Sampling
-from supra_core.likelihood import Likelihood, Logits, likelihood
 from supra_core.progress import silent
+from supra_core.runtime.likelihood import Likelihood, Logits, likelihood
+from supra_core.runtime.sampling import Hear, Sampling
 
 if TYPE_CHECKING:
-    from supra_core.conversation import Engine
+    from supra_core.runtime.conversation import Engine
 
 Finish = Literal["stop", "length"]
 

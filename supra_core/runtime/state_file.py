@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from supra_core.backend import StateArrays
-from supra_core.conversation import Message
 from supra_core.errors import FormatError, SupraError
 from supra_core.formats.atomic import atomic_file, check_new_file
 from supra_core.formats.jsonfile import parse
 from supra_core.formats.safetensors import metadata as read_metadata
 from supra_core.formats.safetensors import read_file, write_file
+from supra_core.runtime.backend import StateArrays
+from supra_core.runtime.conversation import Message
 from supra_core.tensors import LazyTensor
 
 # By version, the fields of the metadata that ``sha256`` is over.

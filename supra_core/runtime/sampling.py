@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.backend import Backend
 from supra_core.errors import SupraError
-from supra_core.likelihood import NoNumbers
 from supra_core.model.reference import softmax
+from supra_core.runtime.backend import Backend
+from supra_core.runtime.likelihood import NoNumbers
 from supra_core.verify import check_ids
 
 # Tokens that the repetition penalty looks back on.

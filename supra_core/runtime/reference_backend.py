@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from supra_core.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.model.layout import check_tensors
 from supra_core.model.reference import ReferenceModel, SequenceState
 from supra_core.model.spec import ModelSpec
+from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources.source import open_source
 from supra_core.tensors import dtype_named
 

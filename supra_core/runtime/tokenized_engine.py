@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from supra_core.conversation import clock
+from supra_core.runtime.conversation import clock
+from supra_core.runtime.token_texts import decode_within
 from supra_core.text import ModelTokenizer
 from supra_core.text.chat_template import ANSWER, Rendering
-from supra_core.token_texts import decode_within
 
 
 class TokenizedEngine:
-    """The part of :class:`~supra_core.conversation.Engine` that is about text."""
+    """The part of :class:`~supra_core.runtime.conversation.Engine` that is about text."""
 
     tokenizer: ModelTokenizer
 

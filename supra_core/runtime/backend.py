@@ -56,7 +56,7 @@ class Backend(Protocol):
 
 # A backend's module, and the packages that it stands on.
 _MODULES = {
-    "reference": ("supra_core.reference_backend", ("numpy",)),
+    "reference": ("supra_core.runtime.reference_backend", ("numpy",)),
     "torch": ("supra_torch.backend", ("torch",)),
     "mlx": ("supra_mlx.backend", ("mlx", "mlx_lm")),
     "transformers": ("supra_torch.transformers_backend", ("torch", "transformers")),

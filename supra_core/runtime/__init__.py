@@ -1,0 +1,1 @@
+"""Running a model: backends, sampling, conversations, batches and their states."""
