@@ -28,7 +28,7 @@ _SHORTEST = 32
 
 @dataclass(frozen=True)
 class TextCalibration:
-    """What :func:`supra_core.convert.convert` takes: fits a conversion on parts of a text.
+    """What :func:`supra_core.conversion.convert.convert` takes: fits a conversion on parts of a text.
 
     ``tokens``: of how many; they are spread evenly over the text.
     """

@@ -15,10 +15,10 @@ from typing import Any
 from supra_cli import pythondocs
 from supra_cli.backends import default_for_evaluation, require
 from supra_cli.output import bytes_text, log, print_table, say
+from supra_core.conversion.linearize import DEFAULT_WINDOW
 from supra_core.data.documents import refuse_records
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
-from supra_core.linearize import DEFAULT_WINDOW
 from supra_core.model.layout import parameter_count
 from supra_core.progress import Progress
 from supra_core.sources.source import open_source
@@ -195,8 +195,8 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> dict[str, Any]:
-    from supra_core.convert import convert
-    from supra_core.linearize import LinearizeOptions
+    from supra_core.conversion.convert import convert
+    from supra_core.conversion.linearize import LinearizeOptions
     from supra_core.text import read_text
     from supra_torch.conversion import TextCalibration
 

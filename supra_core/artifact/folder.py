@@ -17,6 +17,7 @@ import numpy as np
 from supra_core.artifact.config import config_to_spec, spec_to_config
 from supra_core.artifact.folder import mlx_file as model_file
 from supra_core.artifact.folder import transformers_files
+from supra_core.conversion.linearize import left_out
 from supra_core.errors import FormatError
 from supra_core.families.fields import Fields
 from supra_core.formats import checksums, distributed, safetensors
@@ -29,7 +30,6 @@ from supra_core.formats.mlx_experts import unstacked
 from supra_core.formats.mlx_quantized import Packed, read_packed, unpacked
 from supra_core.formats.safetensors import Progress
 from supra_core.hub.identity import hub_id
-from supra_core.linearize import left_out
 from supra_core.model.layout import (
     FLOAT32_SUFFIXES,
     check_tensors,

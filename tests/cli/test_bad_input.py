@@ -194,7 +194,9 @@ def test_what_may_not_be_replaced_is_refused_before_the_work(
     out = tmp_path / "thesis"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    monkeypatch.setattr("supra_core.convert.open_source", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr(
+        "supra_core.conversion.convert.open_source", lambda *a, **k: pytest.fail("too late")
+    )
     command = ["convert", str(tiny_transformer), str(out), "--force", "--no-calibrate"]
     done = runner.invoke(app, command)
     assert done.exit_code == 2

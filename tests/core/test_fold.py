@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from supra_core.conversion.fold import can_fold, fold
+from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.errors import SpecError
-from supra_core.fold import can_fold, fold
-from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.model.layout import parameter_count, tensor_shapes
 from supra_core.model.reference import ReferenceModel
 from tests.tiny_models import SPECS, lazy_weights

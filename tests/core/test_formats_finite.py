@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from supra_core.artifact.folder import folder as artifact
-from supra_core.convert import convert
+from supra_core.conversion.convert import convert
 from supra_core.errors import SupraError
 from supra_core.formats import finite, safetensors
 from supra_core.formats.finite import Watch, is_finite

@@ -18,10 +18,10 @@ import pytest
 from supra_core import families
 from supra_core.artifact.config import spec_to_config
 from supra_core.artifact.folder import folder as artifact
+from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.errors import SpecError
 from supra_core.formats.assets import ASSET_NAMES
 from supra_core.formats.mlx_quantized import read_packed, unpacked
-from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.reference import ReferenceModel
 from supra_core.model.spec import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from supra_core import convert
+from supra_core.conversion import convert
 from supra_core.errors import SupraError
 from supra_core.formats import safetensors
 from supra_core.hub import HubId, cached_folder, downloads, hub_id

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.errors import SpecError
-from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.model.decay import lightning_slopes, slopes
 from supra_core.model.layout import parameter_count, tensor_shapes
 from supra_core.model.reference import ReferenceModel

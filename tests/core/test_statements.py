@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from supra_core import families
-from supra_core.convert import convert
+from supra_core.conversion.convert import convert
 from supra_core.errors import SupraError
 from supra_core.formats import safetensors
 from supra_core.formats.lfs import refuse_pointer

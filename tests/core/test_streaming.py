@@ -36,8 +36,8 @@ SIXTH = ModelSpec(
 # What a conversion has of its own at most, beside what its imports took.
 SCRIPT = """
 import json, sys, threading, time
-import supra_core.convert
-from supra_core.linearize import LinearizeOptions
+import supra_core.conversion.convert
+from supra_core.conversion.linearize import LinearizeOptions
 
 def own():
     lines = open("/proc/self/status").read().splitlines()
@@ -53,7 +53,7 @@ before, most, done = own(), 0, False
 watcher = threading.Thread(target=watch)
 watcher.start()
 began = time.perf_counter()
-supra_core.convert.convert(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
+supra_core.conversion.convert.convert(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
 seconds = time.perf_counter() - began
 done = True
 watcher.join()

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from supra_core.conversion.variants import is_windowed, window_alone, without_window
 from supra_core.errors import SpecError
 from supra_core.model import reference as definition
 from supra_core.model.layout import check_tensors
 from supra_core.model.reference import ReferenceModel
 from supra_core.model.spec import LinearAttention, ModelSpec
-from supra_core.variants import is_windowed, window_alone, without_window
 from tests.tiny_models import SPECS, lazy_weights
 
 WINDOWED = ["windowed", "windowed_between", "windowed_sink", "hybrid"]

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
+from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.errors import SupraError
-from supra_core.linearize import LinearizeOptions, linearize
 from supra_core.sources.source import open_source
 from supra_core.text import worker
 from supra_core.visible import visible

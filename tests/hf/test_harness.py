@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("lm_eval", reason="the lm-eval harness (extra eval) is not installed")
 
-from supra_core.convert import convert  # noqa: E402
+from supra_core.conversion.convert import convert  # noqa: E402
 from tests.hf.loading import ALONE  # noqa: E402
 
 pytestmark = pytest.mark.slow

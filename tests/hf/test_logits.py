@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.artifact.folder import transformers_files  # noqa: E402
-from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
+from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from tests.hf.loading import ALONE, close, in_pieces, load, logits, write  # noqa: E402

@@ -17,10 +17,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from supra_core.artifact.folder import folder as artifact  # noqa: E402
-from supra_core.convert import convert  # noqa: E402
+from supra_core.conversion.convert import convert  # noqa: E402
+from supra_core.conversion.linearize import LinearizeOptions  # noqa: E402
 from supra_core.errors import FormatError  # noqa: E402
 from supra_core.formats import safetensors  # noqa: E402
-from supra_core.linearize import LinearizeOptions  # noqa: E402
 from tests.hf.loading import ALONE, close, load, logits, write  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights, reference  # noqa: E402
 

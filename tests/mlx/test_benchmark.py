@@ -12,7 +12,7 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("torch")
 
 from supra_cli.main import app  # noqa: E402
-from supra_core.convert import convert  # noqa: E402
+from supra_core.conversion.convert import convert  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_mlx.benchmark import benchmark, table  # noqa: E402
 

@@ -13,7 +13,7 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx_lm.utils import load_model, quantize_model, save  # noqa: E402
 
-from supra_core.convert import convert  # noqa: E402
+from supra_core.conversion.convert import convert  # noqa: E402
 from supra_core.errors import LayoutError  # noqa: E402
 from supra_core.formats.mlx_experts import unstacked  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402

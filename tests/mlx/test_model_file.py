@@ -26,7 +26,7 @@ from mlx_lm.utils import load_model  # noqa: E402
 from supra_cli.speech import load_speaker  # noqa: E402
 from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.artifact.folder import mlx_file as model_file  # noqa: E402
-from supra_core.convert import convert  # noqa: E402
+from supra_core.conversion.convert import convert  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from supra_core.runtime.conversation import Conversation  # noqa: E402
 from supra_core.runtime.sampling import Sampling  # noqa: E402

@@ -12,10 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core.convert import convert, with_factors  # noqa: E402
+from supra_core.conversion.convert import convert, with_factors  # noqa: E402
+from supra_core.conversion.fold import fold  # noqa: E402
+from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.errors import SpecError, SupraError  # noqa: E402
-from supra_core.fold import fold  # noqa: E402
-from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.model.spec import ModelSpec, RotaryEmbedding  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402

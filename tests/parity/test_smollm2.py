@@ -11,8 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_core import fold as folding  # noqa: E402
-from supra_core.linearize import LinearizeOptions, linearize  # noqa: E402
+from supra_core.conversion import fold as folding  # noqa: E402
+from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.layout import parameter_count  # noqa: E402
 from supra_core.sources.source import Source, open_source  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402

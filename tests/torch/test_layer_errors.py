@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.errors import SupraError
-from supra_core.linearize import LinearizeOptions, linearize
 from tests.tiny_models import SPECS, lazy_weights
 
 torch = pytest.importorskip("torch")

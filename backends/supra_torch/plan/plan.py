@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from supra_core.conversion.linearize import LinearizeOptions, linear_spec
 from supra_core.errors import SupraError
-from supra_core.linearize import LinearizeOptions, linear_spec
 from supra_core.model.layout import parameter_count, tensor_shapes
 from supra_core.model.sizes import Sizes, of_spec
 from supra_core.model.spec import ModelSpec

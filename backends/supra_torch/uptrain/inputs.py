@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from supra_core.conversion.linearize import LinearizeOptions, linear_spec, linearize
 from supra_core.errors import SupraError
-from supra_core.linearize import LinearizeOptions, linear_spec, linearize
 from supra_core.model.spec import ModelSpec
 from supra_core.sources.source import Source, open_source
 from supra_core.sources.teacher import holds_original, original, original_spec

@@ -15,9 +15,9 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
-    from supra_core.convert import Calibrate, Quantise
+    from supra_core.conversion.convert import Calibrate, Quantise
+    from supra_core.conversion.linearize import LinearizeOptions
     from supra_core.hub import HubId
-    from supra_core.linearize import LinearizeOptions
     from supra_core.sources.source import Source
 
 
@@ -96,7 +96,7 @@ def command(
     from supra_cli import pushing
     from supra_cli.output import log, print_json
     from supra_cli.progress import ProgressReporter
-    from supra_core.convert import convert
+    from supra_core.conversion.convert import convert
     from supra_core.errors import SupraError
     from supra_core.formats.atomic import check_replaceable
     from supra_core.model.layout import parameter_count
@@ -275,8 +275,8 @@ def _linearize_options(
 ) -> LinearizeOptions | None:
     """None when nothing about linearizing was said, so that a linear source stays as it is."""
     from supra_cli.output import layer_numbers
+    from supra_core.conversion.linearize import LinearizeOptions
     from supra_core.errors import SupraError
-    from supra_core.linearize import LinearizeOptions
 
     if window is not None and window < 1:
         raise SupraError(f"--window must be at least 1 token, not {window}: recipe pure has none")

@@ -13,10 +13,10 @@ from supra_cli.report_card.inputs import Inputs, Side
 from supra_cli.report_card.settings import Budget, ReportSettings
 from supra_cli.report_card.sides import Result, SideMeasurement, failed, not_measured, text_result
 from supra_core.artifact.folder import folder as artifact
+from supra_core.conversion.variants import is_windowed, window_alone, without_window
 from supra_core.model import sizes
 from supra_core.progress import Progress
 from supra_core.runtime.backend import load
-from supra_core.variants import is_windowed, window_alone, without_window
 
 MEMORY_CONTEXTS = tuple(2**power for power in range(9, 18))
 LAYER_SEQUENCE = 512

@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast, get_args
 
-from supra_core import fold as folding
-from supra_core import linearize as linearizing
 from supra_core.artifact.folder import folder as artifact
+from supra_core.conversion import fold as folding
+from supra_core.conversion import linearize as linearizing
+from supra_core.conversion.linearize import LinearizeOptions
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import check_replaceable
 from supra_core.formats.finite import Watch, first_not_finite
 from supra_core.formats.mlx_quantized import Packed
-from supra_core.linearize import LinearizeOptions
 from supra_core.model.spec import LongropeScaling, ModelSpec, RopeFactors
 from supra_core.progress import Progress, silent
 from supra_core.sources.source import WRITERS, Source, open_source

@@ -1,0 +1,1 @@
+"""From a transformer to a recurrent model."""
