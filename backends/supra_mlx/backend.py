@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import FormatError
-from supra_core.evaluate import Greedy, Losses
+from supra_core.measure.perplexity import Greedy, Losses
 from supra_core.model.spec import ModelSpec
 from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources.source import open_source

@@ -20,9 +20,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from supra_core.errors import SupraError
-from supra_core.machine import processor_name, today, versions
+from supra_core.measure.machine import processor_name, today, versions
+from supra_core.measure.tables import Table, milliseconds, origin
 from supra_core.sources.source import open_source
-from supra_core.tables import Table, milliseconds, origin
 from supra_mlx.generate import PREFILL_STEP
 from supra_mlx.model import Model
 from supra_mlx.stock_backend import load as load_stock

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra_core.evaluate import Greedy, Losses
+from supra_core.measure.perplexity import Greedy, Losses
 from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources.source import Source, open_source
 from supra_core.tensors import dtype_named

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from supra_core.errors import SupraError
-from supra_core.machine import processor_name
+from supra_core.measure.machine import processor_name
 
 CPU = "cpu"
 _SIZE, _COPIED, _SECONDS = 1024, 1 << 28, 0.5

@@ -1,6 +1,6 @@
 """Any backend's model under the lm-eval harness (EleutherAI), for its hundreds of tasks.
 
-Scores come from :mod:`supra_core.scoring`, so that a harness task and our own task over the same
+Scores come from :mod:`supra_core.measure.scoring`, so that a harness task and our own task over the same
 examples give the same figures.
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import MissingDependencyError, SupraError
+from supra_core.measure.scoring import Pair, score
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Backend, Form
 from supra_core.runtime.sampling import Sampling, generate
-from supra_core.scoring import Pair, score
 from supra_core.text import ModelTokenizer
 
 _ERROR = "_stderr"

@@ -20,8 +20,8 @@ import torch
 import transformers
 
 from supra_core.errors import SupraError
-from supra_core.evaluate import Greedy, Losses
 from supra_core.formats.huggingface import for_library
+from supra_core.measure.perplexity import Greedy, Losses
 from supra_core.model.spec import ModelSpec
 from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources.source import Source, open_source

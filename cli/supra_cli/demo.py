@@ -212,7 +212,7 @@ def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> di
 
 
 def evaluate(model: Path, held_out: Path, progress: Progress, stage: str) -> dict[str, Any]:
-    from supra_core.evaluate import DTYPE, perplexity
+    from supra_core.measure.perplexity import DTYPE, perplexity
     from supra_core.runtime.backend import load
     from supra_core.text import read_text
 
@@ -295,8 +295,8 @@ def verify_model(model: Path, text: Path, progress: Progress) -> dict[str, Any] 
 
     if not is_installed("mlx"):
         return None
+    from supra_core.measure.verify import candidates, verify
     from supra_core.text import read_text
-    from supra_core.verify import candidates, verify
 
     tokenizer = open_source(model).tokenizer()
     ids = tokenizer.encode(read_text(text)).ids[None, :_VERIFIED_TOKENS]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.formats.atomic import atomic_file
-from supra_core.machine import processor_name
+from supra_core.measure.machine import processor_name
 
 
 def origin() -> dict[str, Any]:

@@ -306,7 +306,7 @@ def test_numbers_without_end_are_refused(
 def test_logits_that_cannot_be_kept_are_refused_before_the_work(
     tiny_transformer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("supra_core.verify._logits", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("supra_core.measure.verify._logits", lambda *_: pytest.fail("too late"))
     (tmp_path / "file").touch()
     command = ("verify", tiny_transformer, "--backend", "reference", "--save-logits")
     assert "is a file: name a folder" in refused(*command, tmp_path / "file")

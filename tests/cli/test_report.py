@@ -22,7 +22,7 @@ from supra_cli.report_card.parts import ABSENT
 from supra_cli.report_card.settings import ReportSettings
 from supra_cli.report_card.sides import position_lengths
 from supra_core.errors import FormatError
-from supra_core.intervals import of_share
+from supra_core.measure.intervals import of_share
 from supra_core.progress import silent
 from supra_core.runtime import backend
 from tests.cli.test_bad_input import refused

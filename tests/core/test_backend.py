@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from supra_cli.backends import default_for_evaluation
-from supra_core import verify
 from supra_core.errors import MissingDependencyError, SupraError
+from supra_core.measure import verify
+from supra_core.measure.verify import candidates, random_ids
 from supra_core.runtime import backend
 from supra_core.runtime.backend import (
     check_installed,
@@ -22,7 +23,6 @@ from supra_core.runtime.backend import (
     importing,
     is_installed,
 )
-from supra_core.verify import candidates, random_ids
 
 Installed = Callable[..., None]
 

@@ -28,9 +28,9 @@ from supra_core.data.prepare import Settings
 from supra_core.data.record import Reading
 from supra_core.data.store import ShardWriter, TokenStore, type_for, write_index
 from supra_core.errors import FormatError, SupraError
+from supra_core.measure.tasks import task_of
 from supra_core.progress import silent
 from supra_core.sources.source import open_source
-from supra_core.tasks import task_of
 from supra_core.text import read_text
 from tests.tiny_tokenizers import SPECIAL, byte_level, with_bos
 

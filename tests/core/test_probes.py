@@ -12,15 +12,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from supra_core.errors import SupraError
-from supra_core.intervals import around, of_share
-from supra_core.probes import recall
-from supra_core.probes.loops import check_loops, distinct_share, repeated_share
-from supra_core.probes.permutations import option_permutations
-from supra_core.probes.positions import bin_edges, by_position
-from supra_core.probes.recall import CUE_WORDS, associative_recall, copying
-from supra_core.probes.speed import speed
-from supra_core.probes.words import word_tokens
-from supra_core.tasks import Question
+from supra_core.measure.intervals import around, of_share
+from supra_core.measure.probes import recall
+from supra_core.measure.probes.loops import check_loops, distinct_share, repeated_share
+from supra_core.measure.probes.permutations import option_permutations
+from supra_core.measure.probes.positions import bin_edges, by_position
+from supra_core.measure.probes.recall import CUE_WORDS, associative_recall, copying
+from supra_core.measure.probes.speed import speed
+from supra_core.measure.probes.words import word_tokens
+from supra_core.measure.tasks import Question
 from supra_core.text import ModelTokenizer
 from tests.tiny_models import SPECS, reference
 

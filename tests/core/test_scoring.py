@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from supra_core.errors import FormatError, SupraError
-from supra_core.evaluate import losses_of
-from supra_core.scoring import Pair, encode_pair, score
-from supra_core.tasks import (
+from supra_core.measure.perplexity import losses_of
+from supra_core.measure.scoring import Pair, encode_pair, score
+from supra_core.measure.tasks import (
     Passage,
     Question,
     lambada,

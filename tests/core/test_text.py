@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from supra_core.errors import SupraError
-from supra_core.evaluate import perplexity
 from supra_core.families import needs_bos
+from supra_core.measure.perplexity import perplexity
 from supra_core.text import ModelTokenizer, Rendering, load_tokenizer
 from supra_core.text.chat_template import ANSWER, ChatTemplate
 from tests.tiny_models import SPECS

@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from supra_core.errors import FormatError, SupraError
-from supra_core.evaluate import losses_of, perplexity
+from supra_core.measure.perplexity import losses_of, perplexity
+from supra_core.measure.verify import candidates, compare, random_ids, read_ids, verify
 from supra_core.model.layout import parameter_count
 from supra_core.model.sizes import kv_bytes_per_token, measure
 from supra_core.model.spec import (
@@ -29,7 +30,6 @@ from supra_core.model.spec import (
 )
 from supra_core.runtime.sampling import Sampling, generate, penalised, sample
 from supra_core.text import EncodedText
-from supra_core.verify import candidates, compare, random_ids, read_ids, verify
 from tests.tiny_models import lazy_weights, with_experts
 
 SOFTMAX = SoftmaxAttention()

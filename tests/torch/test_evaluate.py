@@ -17,7 +17,7 @@ pytest.importorskip("lm_eval", reason="the lm-eval harness (extra eval) is not i
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from supra_core.errors import SupraError  # noqa: E402
-from supra_core.tasks import lambada, multiple_choice, read_passages, read_questions  # noqa: E402
+from supra_core.measure.tasks import lambada, multiple_choice, read_passages, read_questions  # noqa: E402
 from supra_core.text import ModelTokenizer  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.evaluate import evaluate  # noqa: E402

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from supra_core.errors import SupraError
+from supra_core.measure.scoring import Pair
 from supra_core.runtime.sampling import Sampling
-from supra_core.scoring import Pair
 from supra_core.text import ModelTokenizer
 from tests.tiny_tokenizers import byte_level, with_bos
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from supra_core.errors import SupraError
-from supra_core.tables import Table, milliseconds, origin
+from supra_core.measure.tables import Table, milliseconds, origin
 from supra_torch.benchmark.peers import CANDIDATES, CPU_SHAPES, SHAPES
 from supra_torch.benchmark.problem import Problem
 from supra_torch.benchmark.timing import copy_bandwidth, environment

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from supra_core.machine import processor_name, today, versions
+from supra_core.measure.machine import processor_name, today, versions
 
 # More than any GPU's L2 cache holds (H100: 50 MB, B200: 126 MB).
 _FLUSH_BYTES = 256 * 2**20

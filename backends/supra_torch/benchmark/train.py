@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from supra_core.errors import SupraError
+from supra_core.measure.tables import Table, origin
 from supra_core.sources.source import Source, open_source
-from supra_core.tables import Table, origin
 from supra_torch.benchmark.timing import environment
 from supra_torch.benchmark.trainer import Summary, Training, serve
 from supra_torch.devices import recognised

@@ -16,9 +16,9 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
+    from supra_core.measure.scoring import Pair
     from supra_core.progress import Progress
     from supra_core.runtime.backend import Backend, Form
-    from supra_core.scoring import Pair
     from supra_core.text import EncodedText, ModelTokenizer
 
 TASKS = ("perplexity", "lambada", "multiple_choice")
@@ -67,8 +67,8 @@ def command(
     from supra_cli.progress import ProgressReporter
     from supra_cli.record import write_record
     from supra_core.errors import SupraError
-    from supra_core.evaluate import DTYPE
     from supra_core.formats.atomic import check_new_file
+    from supra_core.measure.perplexity import DTYPE
     from supra_core.sources.source import open_source
     from supra_core.sources.teacher import find_teacher
 
@@ -160,8 +160,8 @@ class _Side:
     def check(self, measurements: Sequence[_Measurement], plan: _Plan) -> None:
         """Raise SupraError for a model that cannot be read, or asked what is to be measured."""
         from supra_core.errors import SupraError
-        from supra_core.evaluate import check_text
-        from supra_core.scoring import check_pairs
+        from supra_core.measure.perplexity import check_text
+        from supra_core.measure.scoring import check_pairs
         from supra_core.sources.source import open_source
 
         spec, tokenizer = open_source(self.path).spec, self.tokenizer
@@ -257,7 +257,7 @@ def _harness_tasks(tasks: str | None) -> list[str]:
 def _measurements(tasks: str | None, data: Sequence[Path], limit: int | None) -> list[_Measurement]:
     """Which file is measured how, and read; every task asked for has a file, every file a task."""
     from supra_core.errors import SupraError
-    from supra_core.tasks import task_of
+    from supra_core.measure.tasks import task_of
 
     if not data:
         raise SupraError("there is nothing to measure on: name a text or .jsonl file with --data")
@@ -285,7 +285,7 @@ def _measurements(tasks: str | None, data: Sequence[Path], limit: int | None) ->
 
 
 def _content(task: str, path: Path, limit: int | None) -> Any:
-    from supra_core.tasks import read_passages, read_questions
+    from supra_core.measure.tasks import read_passages, read_questions
     from supra_core.text import read_text
 
     if task == "perplexity":
@@ -302,7 +302,7 @@ def _perplexity(
     progress: Progress,
     stage: str,
 ) -> dict[str, Any]:
-    from supra_core.evaluate import beyond_positions, perplexity
+    from supra_core.measure.perplexity import beyond_positions, perplexity
 
     text, alike = _text(tokenizer, measurement, plan)
     found = asdict(
@@ -330,7 +330,7 @@ def _text(
 
 
 def _pairs(tokenizer: ModelTokenizer, measurement: _Measurement) -> list[Pair]:
-    from supra_core.tasks import passage_pairs, question_pairs
+    from supra_core.measure.tasks import passage_pairs, question_pairs
 
     encode = passage_pairs if measurement.task == "lambada" else question_pairs
     pairs: list[Pair] = encode(tokenizer, measurement.content)
@@ -346,7 +346,7 @@ def _task(
     progress: Progress,
     stage: str,
 ) -> dict[str, Any]:
-    from supra_core.tasks import lambada, multiple_choice
+    from supra_core.measure.tasks import lambada, multiple_choice
 
     given: dict[str, Any] = {
         "form": form,

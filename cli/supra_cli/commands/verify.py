@@ -10,8 +10,8 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
+    from supra_core.measure.verify import Report
     from supra_core.runtime.backend import Form, Ids
-    from supra_core.verify import Report
 
 EXIT_CHECK_FAILED = 1
 DEFAULT_BACKENDS = ("torch", "mlx")
@@ -52,7 +52,7 @@ def command(
         return
     from supra_cli.output import print_json
     from supra_cli.progress import ProgressReporter
-    from supra_core.verify import candidates, verify
+    from supra_core.measure.verify import candidates, verify
 
     chosen = candidates(first, second, backend or _default_backends(), parse_form(form))
     tokens = _tokens(first, ids, text)
@@ -125,8 +125,8 @@ def parse_form(name: str) -> Form:
 
 def _tokens(model: Path, ids: Path | None, text: str | None) -> Ids:
     from supra_core.errors import SupraError
+    from supra_core.measure.verify import random_ids, read_ids
     from supra_core.sources.source import open_source
-    from supra_core.verify import random_ids, read_ids
 
     if ids is not None and text is not None:
         raise SupraError("--ids and --text exclude each other: give one of them")

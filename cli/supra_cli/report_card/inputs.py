@@ -13,11 +13,11 @@ from supra_cli.backends import default_for_evaluation
 from supra_cli.report_card.curves import Curve, read_curve
 from supra_cli.report_card.settings import ReportSettings
 from supra_core.errors import SupraError
-from supra_core.evaluate import DTYPE
+from supra_core.measure.perplexity import DTYPE
+from supra_core.measure.tasks import Passage, Question, read_passages, read_questions, task_of
 from supra_core.runtime.backend import Form, check_name
 from supra_core.sources.source import RUN_FILE, Source, open_source
 from supra_core.sources.teacher import find_teacher
-from supra_core.tasks import Passage, Question, read_passages, read_questions, task_of
 from supra_core.text import ModelTokenizer, read_text
 
 PYTHON_TEXT = "Python documentation"

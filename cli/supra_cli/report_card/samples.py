@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from supra_cli.report_card.inputs import Side
-from supra_core.intervals import of_share
-from supra_core.probes.loops import RULE, check_loops
+from supra_core.measure.intervals import of_share
+from supra_core.measure.probes.loops import RULE, check_loops
 from supra_core.progress import Progress
 from supra_core.runtime.backend import Backend
 from supra_core.runtime.sampling import Sampling, generate

@@ -14,14 +14,14 @@ import numpy.typing as npt
 from supra_cli.report_card.inputs import DataFile, Inputs, Side
 from supra_cli.report_card.samples import sample
 from supra_cli.report_card.settings import Budget
-from supra_core import tasks
 from supra_core.errors import SupraError
-from supra_core.evaluate import beyond_positions, perplexity
-from supra_core.intervals import around, of_share
-from supra_core.probes.permutations import TEXT_FORM, option_permutations
-from supra_core.probes.positions import by_position
-from supra_core.probes.recall import associative_recall, copying
-from supra_core.probes.speed import speed
+from supra_core.measure import tasks
+from supra_core.measure.intervals import around, of_share
+from supra_core.measure.perplexity import beyond_positions, perplexity
+from supra_core.measure.probes.permutations import TEXT_FORM, option_permutations
+from supra_core.measure.probes.positions import by_position
+from supra_core.measure.probes.recall import associative_recall, copying
+from supra_core.measure.probes.speed import speed
 from supra_core.progress import Progress
 from supra_core.runtime.backend import Backend, load
 from supra_core.text import EncodedText

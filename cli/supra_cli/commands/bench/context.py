@@ -28,8 +28,8 @@ def command(
     """Time prefill and decode in MLX beside the transformer, at growing contexts."""
     from supra_cli.commands.bench.output import show
     from supra_cli.output import log
+    from supra_core.measure.tables import refuse_existing
     from supra_core.runtime.backend import importing
-    from supra_core.tables import refuse_existing
 
     with importing("mlx", "measuring by context"):
         from supra_mlx.benchmark import benchmark, device_name, table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from supra_cli.output import log, print_json, print_table
 
 if TYPE_CHECKING:
-    from supra_core.tables import Table
+    from supra_core.measure.tables import Table
 
 
 def check(name: str, *, out: Path | None, force: bool, device: str = "auto") -> None:
@@ -17,7 +17,7 @@ def check(name: str, *, out: Path | None, force: bool, device: str = "auto") -> 
     To be called before anything is measured.
     """
     if out is not None:
-        from supra_core.tables import refuse_existing
+        from supra_core.measure.tables import refuse_existing
         from supra_torch.benchmark.operator import resolved_device
         from supra_torch.benchmark.timing import device_name
 
@@ -36,7 +36,7 @@ def show(
         for note in table.notes:
             log(note)
     if out is not None:
-        from supra_core.tables import write
+        from supra_core.measure.tables import write
 
         for path in write(out, name, result, table, force):
             log(f"wrote {path}")

@@ -45,7 +45,7 @@ def command(
     from supra_cli.output import log
 
     require("torch", "measuring training")
-    from supra_core.tables import write
+    from supra_core.measure.tables import write
     from supra_torch.benchmark.train import benchmark, table
 
     check("train", out=out, force=force)

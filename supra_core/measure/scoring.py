@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import SupraError
-from supra_core.evaluate import token_scores
+from supra_core.measure.perplexity import token_scores
+from supra_core.measure.verify import check_ids
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Backend, Form
 from supra_core.text import ModelTokenizer
-from supra_core.verify import check_ids
 
 # Tokens computed together, padding included.
 DEFAULT_BATCH_TOKENS = 2048

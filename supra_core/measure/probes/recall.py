@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import SupraError
-from supra_core.intervals import of_share
-from supra_core.probes.words import word_tokens
+from supra_core.measure.intervals import of_share
+from supra_core.measure.probes.words import word_tokens
+from supra_core.measure.verify import check_ids
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Backend, Logits
 from supra_core.text import ModelTokenizer
-from supra_core.verify import check_ids
 
 Int64 = npt.NDArray[np.int64]
 

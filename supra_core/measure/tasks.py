@@ -19,9 +19,9 @@ import numpy as np
 from supra_core.data.documents import refuse_records
 from supra_core.errors import FormatError
 from supra_core.formats.jsonfile import parse, reason
+from supra_core.measure.scoring import DEFAULT_BATCH_TOKENS, Pair, encode_pair, score
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Backend, Form
-from supra_core.scoring import DEFAULT_BATCH_TOKENS, Pair, encode_pair, score
 from supra_core.text import ModelTokenizer, read_text
 
 LAMBADA_FORM = "context, a space, last word"
