@@ -23,9 +23,9 @@ from torch import Tensor
 
 from supra_core.model.spec import LearnedDecay, LinearAttention, Projection, SumNormaliser
 from supra_core.progress import Progress, silent
-from supra_torch.layers import Positions, activate
-from supra_torch.mixers import LinearMixer, SoftmaxMixer
-from supra_torch.model import Layer, SupraModel
+from supra_torch.model.layers import Positions, activate
+from supra_torch.model.mixers import LinearMixer, SoftmaxMixer
+from supra_torch.model.model import Layer, SupraModel
 
 _FIRST = 8
 # Sequences, and queries of each, that the heads are fitted on.

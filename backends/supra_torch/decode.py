@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from supra_core.model.spec import LinearAttention, ModelSpec
-from supra_torch.mixers import LayerState, OwnedLayerState
-from supra_torch.model import ModelState, SupraModel
+from supra_torch.model.mixers import LayerState, OwnedLayerState
+from supra_torch.model.model import ModelState, SupraModel
 
 # What torch's allocator aligns to; any type may begin there.
 _ALIGNMENT = 512

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra_torch.layers import Positions
-from supra_torch.mixers import LayerState, SoftmaxMixer
-from supra_torch.model import Layer, ModelState, SupraModel
+from supra_torch.model.layers import Positions
+from supra_torch.model.mixers import LayerState, SoftmaxMixer
+from supra_torch.model.model import Layer, ModelState, SupraModel
 
 
 class LockstepDecoder:

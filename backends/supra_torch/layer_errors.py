@@ -12,7 +12,7 @@ from supra_core.measure.verify import check_ids
 from supra_core.model.spec import LinearAttention
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Ids
-from supra_torch.model import SupraModel
+from supra_torch.model.model import SupraModel
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.stages import is_linear, teacher_forced
 

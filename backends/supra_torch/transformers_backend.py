@@ -26,7 +26,7 @@ from supra_core.model.spec import ModelSpec
 from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources.source import Source, open_source
 from supra_core.tensors import LazyTensor
-from supra_torch.model import to_torch
+from supra_torch.model.model import to_torch
 
 
 class TransformersBackend:

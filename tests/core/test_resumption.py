@@ -33,7 +33,7 @@ def _reference(spec: ModelSpec) -> Engine:
 def _torch(spec: ModelSpec) -> Engine:
     torch = pytest.importorskip("torch")
     backend = importlib.import_module("supra_torch.backend")
-    model = importlib.import_module("supra_torch.model").build(spec, lazy_weights(spec))
+    model = importlib.import_module("supra_torch.model.model").build(spec, lazy_weights(spec))
     return BackendEngine(backend.TorchBackend(model, torch.device("cpu")), None)
 
 

@@ -86,7 +86,7 @@ def test_other_backends_agree(take: Any) -> None:
     """In float32 nothing underflows or becomes NaN."""
     torch = pytest.importorskip("torch")
     from supra_torch.backend import TorchBackend
-    from supra_torch.model import build
+    from supra_torch.model.model import build
 
     spec, tensors = take(SPECS["windowed_sink"], lazy_weights(SPECS["windowed_sink"]))
     model = TorchBackend(build(spec, tensors), torch.device("cpu"))

@@ -57,7 +57,7 @@ def _engine(backend: str, name: str) -> BackendEngine:
     if backend == "reference":
         return _Remembering(ReferenceBackend(reference(spec)))
     torch: Any = importlib.import_module("torch")
-    model = importlib.import_module("supra_torch.model").build(spec, lazy_weights(spec))
+    model = importlib.import_module("supra_torch.model.model").build(spec, lazy_weights(spec))
     made = importlib.import_module("supra_torch.backend").TorchBackend(model, torch.device("cpu"))
     return _Remembering(made)
 

@@ -108,7 +108,7 @@ def test_families(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["hybrid", "sandwich", "paper_variant"])
 def test_gradients(name: str, tmp_path: Path) -> None:
     """Those of supra's own backend, whose operators are tested against the dense form."""
-    from supra_torch.model import build
+    from supra_torch.model.model import build
 
     spec = SPECS[name]
     ours = build(spec, lazy_weights(spec))
@@ -132,7 +132,7 @@ def test_gradients(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(pair: Any, dtype: Any, tmp_path: Path) -> None:
     """As far from the reference as supra's own backend is; small tensors stay float32."""
-    from supra_torch.model import build
+    from supra_torch.model.model import build
 
     _, expected = pair
     spec = expected.spec

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.conversion.convert import convert  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
-from supra_torch.model import build  # noqa: E402
+from supra_torch.model.model import build  # noqa: E402
 from tests.hf.loading import close, load, logits, write  # noqa: E402
 from tests.tiny_models import SPECS, reference  # noqa: E402
 

@@ -25,7 +25,7 @@ from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.calibrate import calibrate  # noqa: E402
 from supra_torch.kv_cache import LockstepDecoder  # noqa: E402
-from supra_torch.model import build  # noqa: E402
+from supra_torch.model.model import build  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.stages import next_token_loss, teacher_forced  # noqa: E402
 from tests.tiny_families import FAMILIES, write  # noqa: E402

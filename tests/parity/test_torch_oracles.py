@@ -20,7 +20,7 @@ from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_torch import backend  # noqa: E402
-from supra_torch.model import SupraModel, build  # noqa: E402
+from supra_torch.model.model import SupraModel, build  # noqa: E402
 from supra_torch.ops import linear_attention  # noqa: E402
 
 # Stated with the outputs: their own float32 is within 6e-6 of float64.
@@ -50,7 +50,7 @@ def test_torch_logits(folder: Path, form: Form, stored: str) -> None:
 
 def test_torch_logits_in_the_dense_form(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = partial(linear_attention, implementation="reference")
-    monkeypatch.setattr("supra_torch.mixers.linear_attention", dense)
+    monkeypatch.setattr("supra_torch.model.mixers.linear_attention", dense)
     ids = np.load(folder / "input_ids.npy")
     expected = np.load(folder / "logits.npy")
     np.testing.assert_allclose(backend.load(folder).logits(ids), expected, rtol=0, atol=LOGITS)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from supra_core.model.spec import SoftmaxAttention
 from supra_core.tensors import LazyTensor
-from supra_torch.uptrain import lora
+from supra_torch.model.model import lora
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.config import Stage
 from supra_torch.uptrain.processes import Processes, mesh_over

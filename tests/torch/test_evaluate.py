@@ -21,7 +21,7 @@ from supra_core.measure.tasks import lambada, multiple_choice, read_passages, re
 from supra_core.text import ModelTokenizer  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.evaluate import evaluate  # noqa: E402
-from supra_torch.model import build  # noqa: E402
+from supra_torch.model.model import build  # noqa: E402
 
 _LETTERS = " abcdefghijklmnopqrstuvwxyzA:?.\n"
 _COMMON = """

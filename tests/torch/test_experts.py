@@ -18,8 +18,8 @@ from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.model.spec import Experts  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_torch.decode import Decoder, captures  # noqa: E402
-from supra_torch.feed_forward import FeedForward, MixtureOfExperts  # noqa: E402
-from supra_torch.model import build  # noqa: E402
+from supra_torch.model.feed_forward import FeedForward, MixtureOfExperts  # noqa: E402
+from supra_torch.model.model import build  # noqa: E402
 from supra_torch.plan.plan import plan  # noqa: E402
 from supra_torch.uptrain.compilation import compile_layers  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig, resolve  # noqa: E402

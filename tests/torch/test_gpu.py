@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_torch.backend import TorchBackend  # noqa: E402
-from supra_torch.context import Part  # noqa: E402
-from supra_torch.model import build  # noqa: E402
+from supra_torch.model.context_parallel import Part  # noqa: E402
+from supra_torch.model.model import build  # noqa: E402
 from supra_torch.ops.dense import linear_attention_dense  # noqa: E402
 from supra_torch.ops.losses import _chunk  # noqa: E402
 from supra_torch.ops.step import linear_attention_step_with_sums  # noqa: E402

@@ -14,7 +14,7 @@ from tests.tiny_models import SPECS, lazy_weights
 torch = pytest.importorskip("torch")
 
 from supra_torch.layer_errors import layer_errors  # noqa: E402
-from supra_torch.model import SupraModel, build  # noqa: E402
+from supra_torch.model.model import SupraModel, build  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.stages import transfer  # noqa: E402
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from supra_core.errors import SupraError  # noqa: E402
-from supra_torch.model import SupraModel, build  # noqa: E402
+from supra_torch.model.model import SupraModel, build  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402

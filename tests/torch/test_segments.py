@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_torch.model import SupraModel, build  # noqa: E402
+from supra_torch.model.model import SupraModel, build  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.config import UptrainConfig  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402

@@ -20,7 +20,7 @@ from supra_core.model.layout import idle_parameter_count
 from supra_torch.backend import load
 from supra_torch.benchmark.timing import copy_bandwidth, environment, median_seconds
 from supra_torch.decode import Decoder, captures, has_fixed_state
-from supra_torch.model import ModelState, SupraModel
+from supra_torch.model.model import ModelState, SupraModel
 
 _PROMPT_TOKENS = 16
 _CHECKED_STEPS = 8

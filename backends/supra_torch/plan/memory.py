@@ -13,10 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from supra_core.model.spec import ModelSpec
-from supra_torch.model import SupraModel
+from supra_torch.model.model import SupraModel, lora
 from supra_torch.ops.target import planned_for
 from supra_torch.plan.trace import Cost, Trace
-from supra_torch.uptrain import lora
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.exact import Float64Sums

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from supra_torch.context import Part
-from supra_torch.layers import Positions
-from supra_torch.model import SupraModel
+from supra_torch.model.context_parallel import Part
+from supra_torch.model.layers import Positions
+from supra_torch.model.model import SupraModel
 from supra_torch.uptrain.data import Mixture, Rows
 
 

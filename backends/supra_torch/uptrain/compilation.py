@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
-from supra_torch.feed_forward import MixtureOfExperts
-from supra_torch.mixers import SoftmaxMixer
-from supra_torch.model import Layer, SupraModel
+from supra_torch.model.feed_forward import MixtureOfExperts
+from supra_torch.model.mixers import SoftmaxMixer
+from supra_torch.model.model import Layer, SupraModel
 from supra_torch.uptrain.config import StageKind
 
 # The compiler's own limit is 8, beyond which it computes eagerly.

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from supra_core.errors import EndedByAnother, Preempted, SupraError
-from supra_torch.context import Part
+from supra_torch.model.context_parallel import Part
 from supra_torch.uptrain.config import refuse_unshared
 
 # The first process may tokenise a large text while the others wait.

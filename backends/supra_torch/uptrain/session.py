@@ -15,7 +15,7 @@ from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress
 from supra_core.tensors import LazyTensor
 from supra_torch.devices import recognised
-from supra_torch.model import SupraModel
+from supra_torch.model.model import SupraModel
 from supra_torch.uptrain.batches import Batch, Batches
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly

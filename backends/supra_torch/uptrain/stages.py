@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from supra_core.errors import SupraError
 from supra_core.model import layout
 from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention
-from supra_torch.context import Part
-from supra_torch.layers import Positions, for_products
-from supra_torch.model import Layer, ModelState, SupraModel
+from supra_torch.model.context_parallel import Part
+from supra_torch.model.layers import Positions, for_products
+from supra_torch.model.lora import is_adapter
+from supra_torch.model.model import Layer, ModelState, SupraModel
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
 from supra_torch.ops.losses import IGNORED
 from supra_torch.uptrain import segments
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.config import ModelPart, Stage, StageKind
-from supra_torch.uptrain.lora import is_adapter
 from supra_torch.uptrain.segments import States
 from supra_torch.uptrain.sharding import gathered
 from supra_torch.uptrain.step import adamw

@@ -15,7 +15,7 @@ from supra_core.errors import EndedByAnother, FormatError, Preempted, SupraError
 from supra_core.formats.atomic import flush_to_disk
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import TensorSource
-from supra_torch.model import SupraModel
+from supra_torch.model.model import SupraModel
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Checkpoints, Place
 from supra_torch.uptrain.compilation import eagerly

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from supra_torch.layers import Positions
+from supra_torch.model.layers import Positions
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 from supra_core.model import layout
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor
-from supra_torch.mixers import Mixer
-from supra_torch.model import SupraModel
+from supra_torch.model.mixers import Mixer
+from supra_torch.model.model import SupraModel
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # What torch's parametrizations call the frozen weight and what is added to it.

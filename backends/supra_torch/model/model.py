@@ -19,10 +19,10 @@ from supra_core.model import layout
 from supra_core.model.rotary import inverse_frequencies
 from supra_core.model.spec import LayerSpec, LinearAttention, ModelSpec, SoftmaxAttention
 from supra_core.tensors import BFLOAT16, LazyTensor
-from supra_torch.context import Part
-from supra_torch.feed_forward import feed_forward
-from supra_torch.layers import Exact, NormLayer, Positions, for_products
-from supra_torch.mixers import LayerState, LinearMixer, SoftmaxMixer
+from supra_torch.model.context_parallel import Part
+from supra_torch.model.feed_forward import feed_forward
+from supra_torch.model.layers import Exact, NormLayer, Positions, for_products
+from supra_torch.model.mixers import LayerState, LinearMixer, SoftmaxMixer
 from supra_torch.ops import document_numbers
 
 Rotations = dict[int, tuple[Tensor, Tensor]]

@@ -22,13 +22,13 @@ from supra_core.model.spec import (
     SoftmaxAttention,
     SumNormaliser,
 )
-from supra_torch.context import Before
-from supra_torch.layers import Exact, FeatureProjection, NormLayer, Positions, activate
+from supra_torch.model.context_parallel import Before
+from supra_torch.model.layers import Exact, FeatureProjection, NormLayer, Positions, activate
+from supra_torch.model.visibility import Seen, seen_keys
 from supra_torch.ops import WindowState, linear_attention, windowed_attention
 from supra_torch.ops.linear_attention import of_sequences
 from supra_torch.ops.step import linear_attention_step, linear_attention_step_
 from supra_torch.ops.target import kind
-from supra_torch.seen import Seen, seen_keys
 
 LayerState = dict[str, Tensor]
 
