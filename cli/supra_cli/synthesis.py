@@ -103,8 +103,8 @@ def _sample(
     words: Vocabulary,
     progress: Progress,
 ) -> None:
-    from supra_torch.backend import load_source
-    from supra_torch.synthesize import Draw, Synthesizer
+    from supra_torch.inference.backend import load_source
+    from supra_torch.inference.synthesize import Draw, Synthesizer
 
     model = load_source(source, dtype=settings.dtype).model
     engine = Synthesizer(

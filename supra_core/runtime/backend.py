@@ -57,9 +57,9 @@ class Backend(Protocol):
 # A backend's module, and the packages that it stands on.
 _MODULES = {
     "reference": ("supra_core.runtime.reference_backend", ("numpy",)),
-    "torch": ("supra_torch.backend", ("torch",)),
+    "torch": ("supra_torch.inference.backend", ("torch",)),
     "mlx": ("supra_mlx.backend", ("mlx", "mlx_lm")),
-    "transformers": ("supra_torch.transformers_backend", ("torch", "transformers")),
+    "transformers": ("supra_torch.inference.transformers_backend", ("torch", "transformers")),
     "mlx-lm": ("supra_mlx.stock_backend", ("mlx", "mlx_lm")),
 }
 BACKENDS = tuple(_MODULES)

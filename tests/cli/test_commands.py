@@ -341,7 +341,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_measured(
 def test_what_the_harness_prints_is_not_in_the_record(
     converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = pytest.importorskip("supra_torch.evaluate", reason="torch is not installed")
+    evaluate = pytest.importorskip("supra_torch.inference.lm_eval", reason="torch is not installed")
 
     def talkative(*arguments: object, **settings: object) -> dict[str, Any]:
         print("a data set's own line")

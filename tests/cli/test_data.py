@@ -281,7 +281,7 @@ def test_a_model_that_says_nothing_worth_keeping_is_told(
 ) -> None:
     # The last token of the vocabulary for ever: every text is a loop, whatever the machine rounds.
     monkeypatch.setattr(
-        "supra_torch.synthesize.draw_tokens",
+        "supra_torch.inference.synthesize.draw_tokens",
         lambda logits, *_: torch.full((len(logits),), logits.isfinite().nonzero()[-1, 1].item()),
     )
     model = write_model(tmp_path / "model", None)

@@ -32,7 +32,7 @@ def _reference(spec: ModelSpec) -> Engine:
 
 def _torch(spec: ModelSpec) -> Engine:
     torch = pytest.importorskip("torch")
-    backend = importlib.import_module("supra_torch.backend")
+    backend = importlib.import_module("supra_torch.inference.backend")
     model = importlib.import_module("supra_torch.model.model").build(spec, lazy_weights(spec))
     return BackendEngine(backend.TorchBackend(model, torch.device("cpu")), None)
 

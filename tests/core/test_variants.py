@@ -85,7 +85,7 @@ def test_each_part_is_another_model(take: Any) -> None:
 def test_other_backends_agree(take: Any) -> None:
     """In float32 nothing underflows or becomes NaN."""
     torch = pytest.importorskip("torch")
-    from supra_torch.backend import TorchBackend
+    from supra_torch.inference.backend import TorchBackend
     from supra_torch.model.model import build
 
     spec, tensors = take(SPECS["windowed_sink"], lazy_weights(SPECS["windowed_sink"]))

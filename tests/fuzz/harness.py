@@ -217,7 +217,7 @@ def warm_up() -> None:
         import transformers.integrations.gguf  # noqa: F401
         from transformers import PreTrainedTokenizerFast  # noqa: F401
     with contextlib.suppress(ImportError):
-        import supra_torch.backend  # noqa: F401
+        import supra_torch.inference.backend  # noqa: F401
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:

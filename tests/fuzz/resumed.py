@@ -58,7 +58,9 @@ def _engine(backend: str, name: str) -> BackendEngine:
         return _Remembering(ReferenceBackend(reference(spec)))
     torch: Any = importlib.import_module("torch")
     model = importlib.import_module("supra_torch.model.model").build(spec, lazy_weights(spec))
-    made = importlib.import_module("supra_torch.backend").TorchBackend(model, torch.device("cpu"))
+    made = importlib.import_module("supra_torch.inference.backend").TorchBackend(
+        model, torch.device("cpu")
+    )
     return _Remembering(made)
 
 

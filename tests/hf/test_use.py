@@ -88,7 +88,7 @@ def test_the_card_says_how_to_load_it(tmp_path: Path) -> None:
 
 def test_supra_itself_runs_none_of_its_code(tmp_path: Path) -> None:
     """`--backend transformers` computes what transformers knows without code of a folder."""
-    from supra_torch.transformers_backend import load as load_backend
+    from supra_torch.inference.transformers_backend import load as load_backend
 
     spec = replace(SPECS["transformer"], value_head_dim=SPECS["transformer"].head_dim)
     folder = write(tmp_path / "plain", replace(spec, attention_bias="qkvo"))

@@ -22,9 +22,9 @@ from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import Source, open_source  # noqa: E402
 from supra_core.sources.teacher import original_spec  # noqa: E402
 from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402
-from supra_torch.backend import TorchBackend  # noqa: E402
 from supra_torch.calibrate import calibrate  # noqa: E402
-from supra_torch.kv_cache import LockstepDecoder  # noqa: E402
+from supra_torch.inference.backend import TorchBackend  # noqa: E402
+from supra_torch.inference.lockstep import LockstepDecoder  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.stages import next_token_loss, teacher_forced  # noqa: E402
@@ -233,7 +233,7 @@ def test_what_is_left_out_is_told(pair: Any, tmp_path: Path) -> None:
 
 
 def test_transformers_as_a_backend(pair: Any) -> None:
-    from supra_torch.transformers_backend import load
+    from supra_torch.inference.transformers_backend import load
 
     ids = _ids(open_source(pair[0]).spec)
     loaded = load(pair[0])

@@ -15,7 +15,7 @@ from supra_core.conversion import fold as folding  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.layout import parameter_count  # noqa: E402
 from supra_core.sources.source import Source, open_source  # noqa: E402
-from supra_torch.backend import TorchBackend  # noqa: E402
+from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 
 pytestmark = pytest.mark.model

@@ -19,7 +19,7 @@ from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
-from supra_torch import backend  # noqa: E402
+from supra_torch.inference import backend  # noqa: E402
 from supra_torch.model.model import SupraModel, build  # noqa: E402
 from supra_torch.ops import linear_attention  # noqa: E402
 

@@ -17,7 +17,7 @@ from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa:
 from supra_core.model.layout import active_parameter_count  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_torch.benchmark import decode  # noqa: E402
-from supra_torch.decode import Decoder  # noqa: E402
+from supra_torch.inference.decode import Decoder  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
 
 

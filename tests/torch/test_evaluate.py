@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.measure.tasks import lambada, multiple_choice, read_passages, read_questions  # noqa: E402
 from supra_core.text import ModelTokenizer  # noqa: E402
-from supra_torch.backend import TorchBackend  # noqa: E402
-from supra_torch.evaluate import evaluate  # noqa: E402
+from supra_torch.inference.backend import TorchBackend  # noqa: E402
+from supra_torch.inference.lm_eval import evaluate  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 
 _LETTERS = " abcdefghijklmnopqrstuvwxyzA:?.\n"

@@ -16,7 +16,7 @@ from tests.tiny_tokenizers import byte_level, with_bos
 
 pytest.importorskip("torch")
 
-from supra_torch.evaluate import _encoded, _failure, _generate, _metrics, _pair, _sampling  # noqa: E402
+from supra_torch.inference.lm_eval import _encoded, _failure, _generate, _metrics, _pair, _sampling  # noqa: E402
 
 BOS = "<|endoftext|>"
 

@@ -17,7 +17,7 @@ from supra_core.model import layout  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.model.spec import Experts  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
-from supra_torch.decode import Decoder, captures  # noqa: E402
+from supra_torch.inference.decode import Decoder, captures  # noqa: E402
 from supra_torch.model.feed_forward import FeedForward, MixtureOfExperts  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 from supra_torch.plan.plan import plan  # noqa: E402

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from supra_core.model.reference import ReferenceModel  # noqa: E402
-from supra_torch.backend import TorchBackend  # noqa: E402
+from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.model.context_parallel import Part  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 from supra_torch.ops.dense import linear_attention_dense  # noqa: E402

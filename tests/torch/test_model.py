@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from supra_core.errors import LayoutError  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402
-from supra_torch.backend import TorchBackend  # noqa: E402
+from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.model.model import (  # noqa: E402
     build,
     lazy_tensors,

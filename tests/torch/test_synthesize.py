@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 from supra_core.data.synthesis.rows import Kind, Vocabulary, vocabulary  # noqa: E402
 from supra_core.text import ModelTokenizer  # noqa: E402
 from supra_core.text.chat_template import ChatTemplate  # noqa: E402
-from supra_torch.kv_cache import LockstepDecoder  # noqa: E402
+from supra_torch.inference.lockstep import LockstepDecoder  # noqa: E402
+from supra_torch.inference.synthesize import Draw, Synthesizer, draw_tokens  # noqa: E402
 from supra_torch.model.model import SupraModel, build  # noqa: E402
-from supra_torch.synthesize import Draw, Synthesizer, draw_tokens  # noqa: E402
 from tests.tiny_chat import CHATML, SPECIAL, tokenizer  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
 

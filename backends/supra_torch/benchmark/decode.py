@@ -17,9 +17,9 @@ from torch import Tensor
 from supra_core.errors import SupraError
 from supra_core.measure.tables import Table, milliseconds, origin
 from supra_core.model.layout import idle_parameter_count
-from supra_torch.backend import load
 from supra_torch.benchmark.timing import copy_bandwidth, environment, median_seconds
-from supra_torch.decode import Decoder, captures, has_fixed_state
+from supra_torch.inference.backend import load
+from supra_torch.inference.decode import Decoder, captures, has_fixed_state
 from supra_torch.model.model import ModelState, SupraModel
 
 _PROMPT_TOKENS = 16

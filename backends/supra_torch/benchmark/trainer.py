@@ -117,7 +117,7 @@ def _ours(
 def _original(
     training: Training, device: torch.device
 ) -> tuple[Gradients, torch.optim.Optimizer, int, int]:
-    from supra_torch.transformers_backend import causal_language_model
+    from supra_torch.inference.transformers_backend import causal_language_model
 
     stage = training.config.stages[0]
     source = open_source(training.config.model)

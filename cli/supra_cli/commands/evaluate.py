@@ -213,7 +213,7 @@ class _Side:
     ) -> dict[str, Any]:
         """The lm-eval harness's results by task."""
         from supra_core.runtime.backend import load
-        from supra_torch.evaluate import evaluate
+        from supra_torch.inference.lm_eval import evaluate
 
         loaded = load(self.backend, self.path, dtype=self.dtype)
         # Some of the harness's data sets print, which is not to end up in a record on stdout.

@@ -116,7 +116,7 @@ def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
         return not_measured("it needs torch: install it with pip install 'supra-lm[torch]'")
     if inputs.text is None or not isinstance(inputs.text.content, str):
         return not_measured("none of the files is a text: name one with --data")
-    from supra_torch.backend import load as load_in_torch
+    from supra_torch.inference.backend import load as load_in_torch
     from supra_torch.layer_errors import layer_errors
 
     tokenizer = inputs.teacher.tokenizer

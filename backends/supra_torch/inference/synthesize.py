@@ -20,7 +20,7 @@ from supra_core.data.synthesis.rows import (
     Vocabulary,
 )
 from supra_core.text.chat_template import ChatTurns
-from supra_torch.kv_cache import LockstepDecoder
+from supra_torch.inference.lockstep import LockstepDecoder
 from supra_torch.model.model import SupraModel
 
 # The nucleus is looked for among this many likeliest tokens; what is beyond is never sampled.
