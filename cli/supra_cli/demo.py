@@ -198,7 +198,7 @@ def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> di
     from supra_core.conversion.convert import convert
     from supra_core.conversion.linearize import LinearizeOptions
     from supra_core.text import read_text
-    from supra_torch.conversion import TextCalibration
+    from supra_torch.calibration.conversion import TextCalibration
 
     options, calibrate = LinearizeOptions(window=DEFAULT_WINDOW), TextCalibration(read_text(text))
     done = convert(

@@ -83,7 +83,7 @@ def test_what_is_not_calibrated_is_said_or_refused(
 def test_an_output_is_refused_before_it_is_calibrated(
     converted: Path, tiny_transformer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch = pytest.importorskip("supra_torch.conversion")
+    torch = pytest.importorskip("supra_torch.calibration.conversion")
 
     def calibrated(*given: Any, **named: Any) -> Any:
         raise AssertionError("minutes of work")

@@ -22,7 +22,7 @@ from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import Source, open_source  # noqa: E402
 from supra_core.sources.teacher import original_spec  # noqa: E402
 from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402
-from supra_torch.calibrate import calibrate  # noqa: E402
+from supra_torch.calibration.calibrate import calibrate  # noqa: E402
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.inference.lockstep import LockstepDecoder  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402

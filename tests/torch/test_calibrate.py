@@ -26,8 +26,8 @@ from supra_core.model.spec import ModelSpec, SoftmaxAttention  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.text import read_text  # noqa: E402
-from supra_torch.calibrate import _moments, _ridge, calibrate  # noqa: E402
-from supra_torch.conversion import TextCalibration, calibrated_tensors  # noqa: E402
+from supra_torch.calibration.calibrate import _moments, _ridge, calibrate  # noqa: E402
+from supra_torch.calibration.conversion import TextCalibration, calibrated_tensors  # noqa: E402
 from supra_torch.model.model import SupraModel, build  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.config import resolve  # noqa: E402

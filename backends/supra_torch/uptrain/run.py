@@ -23,7 +23,7 @@ from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress, silent
 from supra_core.tensors import LazyTensor
-from supra_torch.conversion import calibrated_tensors
+from supra_torch.calibration.conversion import calibrated_tensors
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored

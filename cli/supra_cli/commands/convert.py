@@ -256,7 +256,7 @@ def _calibration(
             log(f"not calibrated: {reason}")
             return None
     require("torch", "calibrating")
-    from supra_torch.conversion import TextCalibration
+    from supra_torch.calibration.conversion import TextCalibration
 
     if text is not None:
         refuse_records(text)

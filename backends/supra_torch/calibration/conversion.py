@@ -15,7 +15,7 @@ from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress, silent
 from supra_core.sources.source import Source
 from supra_core.tensors import LazyTensor, TensorSource
-from supra_torch.calibrate import LayerFit, calibrate_layers
+from supra_torch.calibration.calibrate import LayerFit, calibrate_layers
 from supra_torch.model.model import Layer, SupraModel, build_layer, to_torch
 from supra_torch.uptrain.step import autocast, product_type, resolved_precision
 
@@ -75,7 +75,7 @@ def calibrated_tensors(
     outputs: bool = True,
     progress: Progress = silent,
 ) -> tuple[dict[str, LazyTensor], list[LayerFit]]:
-    """What :func:`supra_torch.calibrate.calibrate` on ids (N, T) changes, in float32.
+    """What :func:`supra_torch.calibration.calibrate.calibrate` on ids (N, T) changes, in float32.
 
     One layer of each model is in memory at a time, on the device of ids.
     """

@@ -1,0 +1,1 @@
+"""A start without a gradient step."""
