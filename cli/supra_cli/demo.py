@@ -273,7 +273,7 @@ def products_per_second() -> float:
 def uptrain_model(
     converted: Path, teacher: Path, data: Path, folder: Path, tokens: int, progress: Progress
 ) -> dict[str, Any]:
-    from supra_torch.uptrain.config import resolve
+    from supra_torch.recipes.config import resolve
     from supra_torch.uptrain.run import uptrain
 
     config = resolve(

@@ -11,7 +11,7 @@ import pytest
 from tests.torch.uptraining import EVEN_STAGES, SETTINGS
 
 if TYPE_CHECKING:
-    from supra_torch.uptrain.config import UptrainConfig
+    from supra_torch.recipes.config import UptrainConfig
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def documents(text_file: Path) -> Path:
 @pytest.fixture(scope="session")
 def settings(tiny_transformer: Path, text_file: Path) -> UptrainConfig:
     """Transfer, then distillation of everything, a half of the tokens each."""
-    from supra_torch.uptrain.config import resolve
+    from supra_torch.recipes.config import resolve
 
     config = resolve(
         config=None, model=str(tiny_transformer), recipe=None, data=str(text_file),

@@ -21,8 +21,8 @@ from supra_torch.inference.decode import Decoder, captures  # noqa: E402
 from supra_torch.model.feed_forward import FeedForward, MixtureOfExperts  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 from supra_torch.plan.plan import plan  # noqa: E402
+from supra_torch.recipes.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain.compilation import compile_layers  # noqa: E402
-from supra_torch.uptrain.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
 from supra_torch.uptrain.operations import flops_per_token  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402

@@ -27,7 +27,7 @@ from tests.torch import test_losses, test_windowed_attention  # noqa: E402
 from tests.torch.uptraining import logged_losses  # noqa: E402
 
 if TYPE_CHECKING:
-    from supra_torch.uptrain.config import UptrainConfig
+    from supra_torch.recipes.config import UptrainConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -190,7 +190,7 @@ def test_compiled_layers_train_as_eager_ones(
     recipe: str, segment: int, settings: UptrainConfig, tmp_path: Path
 ) -> None:
     """In a CUDA graph and in segments too: the same steps up to the order of sums."""
-    from supra_torch.uptrain.config import resolve
+    from supra_torch.recipes.config import resolve
     from supra_torch.uptrain.run import uptrain
 
     window = {"linearize.window": "8"} if recipe == "windowed" else {}

@@ -22,8 +22,8 @@ from supra_torch import devices  # noqa: E402
 from supra_torch.plan.memory import Layout, trace_stage  # noqa: E402
 from supra_torch.plan.plan import plan  # noqa: E402
 from supra_torch.plan.trace import Trace  # noqa: E402
+from supra_torch.recipes.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
-from supra_torch.uptrain.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.uptrain.exact import Float64Sums  # noqa: E402
 from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
 from supra_torch.uptrain.operations import flops_per_token, multiplied_weights  # noqa: E402

@@ -21,9 +21,9 @@ from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa:
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
+from supra_torch.recipes.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
 from supra_torch.uptrain import session as session_module  # noqa: E402
-from supra_torch.uptrain.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import Stop  # noqa: E402
 from supra_torch.uptrain.lock import Lock  # noqa: E402

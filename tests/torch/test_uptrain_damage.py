@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch")
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.formats import checksums, safetensors  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
+from supra_torch.recipes.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain import checkpoint  # noqa: E402
-from supra_torch.uptrain.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.uptrain.folder import CALIBRATED  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from tests.torch.uptraining import EVEN_STAGES, SETTINGS, logged_losses, weights_in  # noqa: E402

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from supra_core.artifact.folder import folder as artifact
 
 if TYPE_CHECKING:
-    from supra_torch.uptrain.config import UptrainConfig
+    from supra_torch.recipes.config import UptrainConfig
 
 SETTINGS = {
     "tokens": "1280", "sequence_length": "32", "batch_tokens": "64", "checkpoint_every": "3",
@@ -84,7 +84,7 @@ def script(pause: float) -> str:
         "torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from supra_core.errors import Preempted\n"
-        "from supra_torch.uptrain.config import UptrainConfig\n"
+        "from supra_torch.recipes.config import UptrainConfig\n"
         "from supra_torch.uptrain.run import uptrain\n"
         "try:\n"
         "    uptrain(UptrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]),\n"

@@ -24,13 +24,13 @@ from supra_core.sources.source import Source, open_source
 from supra_torch.benchmark.timing import environment
 from supra_torch.benchmark.trainer import Summary, Training, serve
 from supra_torch.devices import recognised
-from supra_torch.uptrain.compilation import compiles
-from supra_torch.uptrain.config import (
+from supra_torch.recipes.config import (
     DEFAULT_RECIPE,
     UptrainConfig,
     recipe_named,
     validate,
 )
+from supra_torch.uptrain.compilation import compiles
 from supra_torch.uptrain.step import resolved_precision
 
 ORIGINAL = "original (transformers, SDPA)"

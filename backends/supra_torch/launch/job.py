@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from supra_core.errors import SupraError
-from supra_torch.uptrain.config import UptrainConfig, resolve
+from supra_torch.recipes.config import UptrainConfig, resolve
 
 # A DNS label that begins with a letter (RFC 1035), and short enough for an index behind it.
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")

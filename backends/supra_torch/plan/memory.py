@@ -16,8 +16,8 @@ from supra_core.model.spec import ModelSpec
 from supra_torch.model.model import SupraModel, lora
 from supra_torch.ops.target import planned_for
 from supra_torch.plan.trace import Cost, Trace
+from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.uptrain.batches import Batch
-from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.exact import Float64Sums
 from supra_torch.uptrain.processes import Processes, mesh_over, part_of_rows
 from supra_torch.uptrain.sharding import meta_model, placed, settle, synchronise

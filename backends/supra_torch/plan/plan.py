@@ -26,7 +26,7 @@ from supra_torch.devices import CPU, Device, device_named
 from supra_torch.model.lora import adapter_count
 from supra_torch.plan.memory import Layout, StepTrace, trace_stage
 from supra_torch.plan.trace import EXCHANGE
-from supra_torch.uptrain.config import Stage, UptrainConfig
+from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.uptrain.inputs import refuse_another_recipe
 from supra_torch.uptrain.stages import learning_rates
 from supra_torch.uptrain.step import resolved_precision

@@ -16,7 +16,7 @@ from torch import nn
 from supra_torch.model.feed_forward import MixtureOfExperts
 from supra_torch.model.mixers import SoftmaxMixer
 from supra_torch.model.model import Layer, SupraModel
-from supra_torch.uptrain.config import StageKind
+from supra_torch.recipes.config import StageKind
 
 # The compiler's own limit is 8, beyond which it computes eagerly.
 _MOST_GRAPHS = 32

@@ -26,7 +26,7 @@ from supra_core.formats.jsonfile import INDEX_BYTES, read_object
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress
 from supra_core.text import TOKENIZER
-from supra_torch.uptrain.config import DataPart
+from supra_torch.recipes.config import DataPart
 
 Tokens = TokenStore | npt.NDArray[Any]
 

@@ -11,7 +11,7 @@ from supra_core.sources.source import Source, open_source
 from supra_core.sources.teacher import holds_original, original, original_spec
 from supra_core.tensors import TensorSource
 from supra_core.text import ModelTokenizer
-from supra_torch.uptrain.config import UptrainConfig
+from supra_torch.recipes.config import UptrainConfig
 
 
 @dataclass(frozen=True)

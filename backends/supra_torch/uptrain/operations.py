@@ -13,7 +13,7 @@ from math import prod
 from supra_core.model import layout
 from supra_core.model.spec import LinearAttention, ModelSpec
 from supra_core.sources.teacher import original_spec
-from supra_torch.uptrain.config import Stage
+from supra_torch.recipes.config import Stage
 from supra_torch.uptrain.stages import learning_rates
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")

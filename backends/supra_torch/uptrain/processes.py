@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from supra_core.errors import EndedByAnother, Preempted, SupraError
 from supra_torch.model.context_parallel import Part
-from supra_torch.uptrain.config import refuse_unshared
+from supra_torch.recipes.config import refuse_unshared
 
 # The first process may tokenise a large text while the others wait.
 _PATIENCE = timedelta(days=1)

@@ -24,8 +24,8 @@ from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress, silent
 from supra_core.tensors import LazyTensor
 from supra_torch.calibration.conversion import calibrated_tensors
+from supra_torch.recipes.config import UptrainConfig
 from supra_torch.uptrain import checkpoint
-from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
 from supra_torch.uptrain.folder import (
     CALIBRATED,

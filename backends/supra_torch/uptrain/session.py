@@ -16,10 +16,10 @@ from supra_core.progress import Progress
 from supra_core.tensors import LazyTensor
 from supra_torch.devices import recognised
 from supra_torch.model.model import SupraModel
+from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.uptrain.batches import Batch, Batches
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
-from supra_torch.uptrain.config import Stage, UptrainConfig
 from supra_torch.uptrain.data import Mixture
 from supra_torch.uptrain.exact import Float64Sums, clip_gradients
 from supra_torch.uptrain.folder import log

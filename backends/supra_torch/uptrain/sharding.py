@@ -28,7 +28,7 @@ from supra_core.model import layout
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.model.model import Layer, SupraModel, lora, numbers, to_torch
-from supra_torch.uptrain.config import Stage, UptrainConfig
+from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.uptrain.processes import Processes
 from supra_torch.uptrain.step import product_type
 

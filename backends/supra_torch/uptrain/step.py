@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from supra_torch.uptrain.config import Stage
+from supra_torch.recipes.config import Stage
 
 
 def resolved_precision(precision: str, device: torch.device) -> str:

@@ -16,10 +16,10 @@ from supra_core.formats.atomic import flush_to_disk
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import TensorSource
 from supra_torch.model.model import SupraModel
+from supra_torch.recipes.config import UptrainConfig
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.checkpoint import Checkpoints, Place
 from supra_torch.uptrain.compilation import eagerly
-from supra_torch.uptrain.config import UptrainConfig
 from supra_torch.uptrain.estimate import Estimate
 from supra_torch.uptrain.folder import (
     logged_steps,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from supra_core.errors import SupraError
-from supra_torch.uptrain.config import ReportTo
+from supra_torch.recipes.config import ReportTo
 
 
 class Sink(Protocol):

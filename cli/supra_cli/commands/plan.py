@@ -64,7 +64,7 @@ def command(
         raise SupraError(f"--price {price:g}: a price is at least 0, and below 1e9")
     require("torch", "planning")
     from supra_torch.plan.plan import plan
-    from supra_torch.uptrain.config import resolve
+    from supra_torch.recipes.config import resolve
 
     overrides = options.overrides(settings or [])
     if tokens is not None:

@@ -41,7 +41,7 @@ def command(
     from supra_core.errors import SupraError
 
     require("torch", "uptraining")
-    from supra_torch.uptrain.config import resolve
+    from supra_torch.recipes.config import resolve
     from supra_torch.uptrain.processes import is_first
     from supra_torch.uptrain.run import uptrain
 
@@ -56,7 +56,7 @@ def command(
         overrides=options.overrides(settings or []),
     )
     if data and len(data) == 1 and not os.path.exists(data[0]):
-        from supra_torch.uptrain.config import DataPart
+        from supra_torch.recipes.config import DataPart
 
         if DataPart.parse(data[0]).share is not None:
             raise SupraError(f"--data {data[0]}: a share needs a second --data to share with")
