@@ -89,7 +89,7 @@ class Nodes:
 
 
 _SAYS_MESH = """\
-from supra_torch.uptrain import processes as module
+from supra_torch.distributed import processes as module
 make = module.init_device_mesh
 def said(device, shape, **names):
     print("mesh", *shape, *names["mesh_dim_names"], flush=True)

@@ -19,16 +19,16 @@ from supra_core.model import layout  # noqa: E402
 from supra_core.sources.outline import outline  # noqa: E402
 from supra_core.sources.teacher import original_spec  # noqa: E402
 from supra_torch import devices  # noqa: E402
+from supra_torch.distributed.exact import Float64Sums  # noqa: E402
+from supra_torch.distributed.processes import Processes  # noqa: E402
+from supra_torch.distributed.sharding import frozen_teacher, trained_student  # noqa: E402
 from supra_torch.plan.memory import Layout, trace_stage  # noqa: E402
 from supra_torch.plan.plan import plan  # noqa: E402
 from supra_torch.plan.trace import Trace  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.uptrain.batches import Batch  # noqa: E402
-from supra_torch.uptrain.exact import Float64Sums  # noqa: E402
 from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
 from supra_torch.uptrain.operations import flops_per_token, multiplied_weights  # noqa: E402
-from supra_torch.uptrain.processes import Processes  # noqa: E402
-from supra_torch.uptrain.sharding import frozen_teacher, trained_student  # noqa: E402
 from supra_torch.uptrain.stages import gradients, optimiser_for  # noqa: E402
 from supra_torch.uptrain.step import trained_parameters, training_step  # noqa: E402
 

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_torch.uptrain.processes import Processes  # noqa: E402
+from supra_torch.distributed.processes import Processes  # noqa: E402
 from tests.torch import sharded_gradients  # noqa: E402
 from tests.torch.uptraining import environment  # noqa: E402
 

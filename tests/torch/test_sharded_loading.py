@@ -32,8 +32,8 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 from supra_core.sources.source import open_source
-from supra_torch.uptrain.processes import processes
-from supra_torch.uptrain.sharding import load_model
+from supra_torch.distributed.processes import processes
+from supra_torch.distributed.sharding import load_model
 
 def own() -> int:
     lines = Path("/proc/self/status").read_text("ascii").splitlines()

@@ -13,14 +13,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from supra_core.model.spec import ModelSpec
+from supra_torch.distributed.exact import Float64Sums
+from supra_torch.distributed.processes import Processes, mesh_over, part_of_rows
+from supra_torch.distributed.sharding import meta_model, placed, settle, synchronise
 from supra_torch.model.model import SupraModel, lora
 from supra_torch.ops.target import planned_for
 from supra_torch.plan.trace import Cost, Trace
 from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.uptrain.batches import Batch
-from supra_torch.uptrain.exact import Float64Sums
-from supra_torch.uptrain.processes import Processes, mesh_over, part_of_rows
-from supra_torch.uptrain.sharding import meta_model, placed, settle, synchronise
 from supra_torch.uptrain.stages import gradients, optimiser_for
 from supra_torch.uptrain.step import autocast, product_type, trained_parameters
 

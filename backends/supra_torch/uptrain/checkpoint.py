@@ -43,9 +43,9 @@ from supra_core.formats.jsonfile import read_object
 from supra_core.model.spec import ModelSpec
 from supra_core.sources.source import ADAPTERS
 from supra_core.tensors import LazyTensor
+from supra_torch.distributed.processes import Processes
+from supra_torch.distributed.sharding import fill, release
 from supra_torch.model.model import SupraModel, lora
-from supra_torch.uptrain.processes import Processes
-from supra_torch.uptrain.sharding import fill, release
 
 STATE = "state.json"
 MODEL, OPTIMISER = "model", "optimiser"

@@ -24,6 +24,7 @@ from supra_core.formats.jsonfile import read_object
 from supra_core.progress import Progress, silent
 from supra_core.tensors import LazyTensor
 from supra_torch.calibration.conversion import calibrated_tensors
+from supra_torch.distributed.processes import Processes, processes
 from supra_torch.recipes.config import UptrainConfig
 from supra_torch.uptrain import checkpoint
 from supra_torch.uptrain.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
@@ -43,7 +44,6 @@ from supra_torch.uptrain.inputs import Inputs, open_inputs, refuse_another_recip
 from supra_torch.uptrain.interrupts import Stop
 from supra_torch.uptrain.lock import Lock
 from supra_torch.uptrain.memory import keep_freed_memory, memory_errors
-from supra_torch.uptrain.processes import Processes, processes
 from supra_torch.uptrain.session import Session
 from supra_torch.uptrain.step import resolved_precision
 from supra_torch.uptrain.train import train

@@ -15,17 +15,17 @@ from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress
 from supra_core.tensors import LazyTensor
 from supra_torch.devices import recognised
+from supra_torch.distributed.exact import Float64Sums, clip_gradients
+from supra_torch.distributed.processes import Processes
+from supra_torch.distributed.sharding import synchronise
 from supra_torch.model.model import SupraModel
 from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.uptrain.batches import Batch, Batches
 from supra_torch.uptrain.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
 from supra_torch.uptrain.data import Mixture
-from supra_torch.uptrain.exact import Float64Sums, clip_gradients
 from supra_torch.uptrain.folder import log
 from supra_torch.uptrain.interrupts import Stop, stop_if_asked
-from supra_torch.uptrain.processes import Processes
-from supra_torch.uptrain.sharding import synchronise
 from supra_torch.uptrain.stages import gradients
 from supra_torch.uptrain.step import autocast, clip_by_norm, trained_parameters
 from supra_torch.uptrain.watch import Sink, figures

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from supra_core.errors import SupraError
 from supra_core.model import layout
 from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention
+from supra_torch.distributed.sharding import gathered
 from supra_torch.model.context_parallel import Part
 from supra_torch.model.layers import Positions, for_products
 from supra_torch.model.lora import is_adapter
@@ -27,7 +28,6 @@ from supra_torch.recipes.config import ModelPart, Stage, StageKind
 from supra_torch.uptrain import segments
 from supra_torch.uptrain.batches import Batch
 from supra_torch.uptrain.segments import States
-from supra_torch.uptrain.sharding import gathered
 from supra_torch.uptrain.step import adamw
 
 

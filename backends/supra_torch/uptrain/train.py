@@ -15,6 +15,7 @@ from supra_core.errors import EndedByAnother, FormatError, Preempted, SupraError
 from supra_core.formats.atomic import flush_to_disk
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import TensorSource
+from supra_torch.distributed.sharding import frozen_teacher, release, trained_student
 from supra_torch.model.model import SupraModel
 from supra_torch.recipes.config import UptrainConfig
 from supra_torch.uptrain import checkpoint
@@ -34,7 +35,6 @@ from supra_torch.uptrain.one_step import Work, one_step
 from supra_torch.uptrain.operations import flops_per_token
 from supra_torch.uptrain.profile import profiled
 from supra_torch.uptrain.session import Session
-from supra_torch.uptrain.sharding import frozen_teacher, release, trained_student
 from supra_torch.uptrain.stages import next_token_loss, optimiser_for
 
 

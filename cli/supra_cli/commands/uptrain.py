@@ -41,8 +41,8 @@ def command(
     from supra_core.errors import SupraError
 
     require("torch", "uptraining")
+    from supra_torch.distributed.processes import is_first
     from supra_torch.recipes.config import resolve
-    from supra_torch.uptrain.processes import is_first
     from supra_torch.uptrain.run import uptrain
 
     is_config = start.endswith(".toml")

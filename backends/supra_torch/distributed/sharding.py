@@ -27,9 +27,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from supra_core.model import layout
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor
+from supra_torch.distributed.processes import Processes
 from supra_torch.model.model import Layer, SupraModel, lora, numbers, to_torch
 from supra_torch.recipes.config import Stage, UptrainConfig
-from supra_torch.uptrain.processes import Processes
 from supra_torch.uptrain.step import product_type
 
 

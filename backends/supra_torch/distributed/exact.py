@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from supra_torch.uptrain.processes import Processes
+from supra_torch.distributed.processes import Processes
 
 
 class Float64Sums:
