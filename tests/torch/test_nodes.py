@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from supra_torch.recipes.config import UptrainConfig  # noqa: E402
-from supra_torch.uptrain import checkpoint  # noqa: E402
+from supra_torch.run_folder import checkpoint  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     arguments,
     complete_lines,

@@ -22,11 +22,11 @@ from supra_core.errors import SupraError  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, resolve  # noqa: E402
-from supra_torch.uptrain import checkpoint  # noqa: E402
+from supra_torch.run_folder import checkpoint  # noqa: E402
+from supra_torch.run_folder.lock import Lock  # noqa: E402
 from supra_torch.uptrain import session as session_module  # noqa: E402
 from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import Stop  # noqa: E402
-from supra_torch.uptrain.lock import Lock  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     end_by,
@@ -265,7 +265,7 @@ def test_a_corrected_run_is_locked(settings: UptrainConfig, tmp_path: Path) -> N
     (tmp_path / "beside").replace(tmp_path / "run.json")
     ours.take()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("supra_torch.uptrain.lock._PATIENCE", 0.0)
+        patch.setattr("supra_torch.run_folder.lock._PATIENCE", 0.0)
         with pytest.raises(SupraError, match="is being trained by another process"):
             others.take()
     ours.release()

@@ -18,8 +18,8 @@ from supra_core.errors import SupraError  # noqa: E402
 from supra_core.formats import checksums, safetensors  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, resolve  # noqa: E402
-from supra_torch.uptrain import checkpoint  # noqa: E402
-from supra_torch.uptrain.folder import CALIBRATED  # noqa: E402
+from supra_torch.run_folder import checkpoint  # noqa: E402
+from supra_torch.run_folder.folder import CALIBRATED  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from tests.torch.uptraining import EVEN_STAGES, SETTINGS, logged_losses, weights_in  # noqa: E402
 

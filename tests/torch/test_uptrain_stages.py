@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, recipe_names, resolve  # noqa: E402
-from supra_torch.uptrain import checkpoint  # noqa: E402
+from supra_torch.run_folder import checkpoint  # noqa: E402
 from supra_torch.uptrain import train as train_module  # noqa: E402
 from supra_torch.uptrain.one_step import learning_rate_factor  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402

@@ -13,8 +13,9 @@ torch = pytest.importorskip("torch")
 
 from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig  # noqa: E402
-from supra_torch.uptrain import checkpoint, watch  # noqa: E402
+from supra_torch.run_folder import checkpoint  # noqa: E402
 from supra_torch.uptrain import one_step as step_module  # noqa: E402
+from supra_torch.uptrain import watch  # noqa: E402
 from supra_torch.uptrain.data import Mixture  # noqa: E402
 from supra_torch.uptrain.estimate import Estimate  # noqa: E402
 from supra_torch.uptrain.guard import StepGuard  # noqa: E402

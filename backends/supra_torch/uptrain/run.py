@@ -1,6 +1,6 @@
 """One uptraining run: from a config to a finished model, resumable at any moment.
 
-On one process, or on as many as torchrun started; :mod:`supra_torch.uptrain.folder` says what
+On one process, or on as many as torchrun started; :mod:`supra_torch.run_folder.folder` says what
 the run's folder holds.
 """
 
@@ -26,9 +26,8 @@ from supra_core.tensors import LazyTensor
 from supra_torch.calibration.conversion import calibrated_tensors
 from supra_torch.distributed.processes import Processes, processes
 from supra_torch.recipes.config import UptrainConfig
-from supra_torch.uptrain import checkpoint
-from supra_torch.uptrain.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
-from supra_torch.uptrain.folder import (
+from supra_torch.run_folder import checkpoint
+from supra_torch.run_folder.folder import (
     CALIBRATED,
     claim,
     clear,
@@ -40,9 +39,10 @@ from supra_torch.uptrain.folder import (
     unclaim,
     write_calibrated,
 )
+from supra_torch.run_folder.lock import Lock
+from supra_torch.uptrain.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
 from supra_torch.uptrain.inputs import Inputs, open_inputs, refuse_another_recipe
 from supra_torch.uptrain.interrupts import Stop
-from supra_torch.uptrain.lock import Lock
 from supra_torch.uptrain.memory import keep_freed_memory, memory_errors
 from supra_torch.uptrain.session import Session
 from supra_torch.uptrain.step import resolved_precision

@@ -18,16 +18,16 @@ from supra_core.tensors import TensorSource
 from supra_torch.distributed.sharding import frozen_teacher, release, trained_student
 from supra_torch.model.model import SupraModel
 from supra_torch.recipes.config import UptrainConfig
-from supra_torch.uptrain import checkpoint
-from supra_torch.uptrain.checkpoint import Checkpoints, Place
-from supra_torch.uptrain.compilation import eagerly
-from supra_torch.uptrain.estimate import Estimate
-from supra_torch.uptrain.folder import (
+from supra_torch.run_folder import checkpoint
+from supra_torch.run_folder.checkpoint import Checkpoints, Place
+from supra_torch.run_folder.folder import (
     logged_steps,
     logged_teacher_perplexity,
     metrics_of,
     trim_log,
 )
+from supra_torch.uptrain.compilation import eagerly
+from supra_torch.uptrain.estimate import Estimate
 from supra_torch.uptrain.guard import Guards, LossGuard
 from supra_torch.uptrain.interrupts import stop_if_asked
 from supra_torch.uptrain.memory import reset_peak

@@ -27,7 +27,7 @@ from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import parse, read_object, reason
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_torch.recipes.config import UptrainConfig
-from supra_torch.uptrain.checkpoint import Place
+from supra_torch.run_folder.checkpoint import Place
 
 CALIBRATED = "calibrated.safetensors"
 _CALIBRATION = "calibration"
