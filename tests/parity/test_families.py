@@ -26,8 +26,8 @@ from supra_torch.calibration.calibrate import calibrate  # noqa: E402
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.inference.lockstep import LockstepDecoder  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
-from supra_torch.uptrain.batches import Batch  # noqa: E402
-from supra_torch.uptrain.stages import next_token_loss, teacher_forced  # noqa: E402
+from supra_torch.uptrain.step.batches import Batch  # noqa: E402
+from supra_torch.uptrain.step.stages import next_token_loss, teacher_forced  # noqa: E402
 from tests.tiny_families import FAMILIES, write  # noqa: E402
 
 FORMS: tuple[Form, ...] = ("parallel", "recurrent", "step")

@@ -17,8 +17,8 @@ from torch import Tensor
 from supra_torch.distributed.processes import part_of_rows
 from supra_torch.model.context_parallel import Part
 from supra_torch.model.model import SupraModel, build, mixers
-from supra_torch.uptrain.batches import Batch
-from supra_torch.uptrain.stages import gradients, next_token_loss
+from supra_torch.uptrain.step.batches import Batch
+from supra_torch.uptrain.step.stages import gradients, next_token_loss
 from tests.tiny_models import SPECS, lazy_weights
 
 ROWS = torch.randint(50, (2, 60), generator=torch.Generator().manual_seed(0))

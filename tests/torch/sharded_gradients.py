@@ -21,9 +21,9 @@ from supra_torch.distributed.processes import Processes, mesh_over
 from supra_torch.distributed.sharding import load_model, synchronise
 from supra_torch.model.model import lora
 from supra_torch.recipes.config import Stage
-from supra_torch.uptrain.batches import Batch
-from supra_torch.uptrain.stages import gradients, optimiser_for
-from supra_torch.uptrain.step import autocast, product_type, trained_parameters
+from supra_torch.uptrain.step.batches import Batch
+from supra_torch.uptrain.step.stages import gradients, optimiser_for
+from supra_torch.uptrain.step.step import autocast, product_type, trained_parameters
 from tests.tiny_models import SPECS, lazy_weights
 
 SPEC = {

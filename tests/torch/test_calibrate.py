@@ -30,10 +30,10 @@ from supra_torch.calibration.calibrate import _moments, _ridge, calibrate  # noq
 from supra_torch.calibration.conversion import TextCalibration, calibrated_tensors  # noqa: E402
 from supra_torch.model.model import SupraModel, build  # noqa: E402
 from supra_torch.recipes.config import resolve  # noqa: E402
-from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
-from supra_torch.uptrain.stages import transfer  # noqa: E402
+from supra_torch.uptrain.step.batches import Batch  # noqa: E402
+from supra_torch.uptrain.step.stages import transfer  # noqa: E402
 
 
 def _pair(options: LinearizeOptions, spec: ModelSpec | None = None) -> tuple[SupraModel, Any]:

@@ -19,9 +19,9 @@ from supra_torch.model.model import (
     build,  # noqa: E402
     lora,  # noqa: E402
 )
-from supra_torch.uptrain.batches import Batch  # noqa: E402
-from supra_torch.uptrain.compilation import compiled_layers  # noqa: E402
-from supra_torch.uptrain.stages import gradients  # noqa: E402
+from supra_torch.uptrain.step.batches import Batch  # noqa: E402
+from supra_torch.uptrain.step.compilation import compiled_layers  # noqa: E402
+from supra_torch.uptrain.step.stages import gradients  # noqa: E402
 from tests.tiny_models import SPECS, WINDOWED, lazy_weights  # noqa: E402
 
 # Logits of order one and their sums' gradients, float32 rounding in another order of operations;

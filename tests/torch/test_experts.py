@@ -22,10 +22,10 @@ from supra_torch.model.feed_forward import FeedForward, MixtureOfExperts  # noqa
 from supra_torch.model.model import build  # noqa: E402
 from supra_torch.plan.plan import plan  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, resolve  # noqa: E402
-from supra_torch.uptrain.compilation import compile_layers  # noqa: E402
 from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
-from supra_torch.uptrain.operations import flops_per_token  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
+from supra_torch.uptrain.step.compilation import compile_layers  # noqa: E402
+from supra_torch.uptrain.step.operations import flops_per_token  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights, with_experts  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     EVEN_STAGES,

@@ -20,8 +20,8 @@ from supra_torch.model.model import build  # noqa: E402
 from supra_torch.ops.dense import linear_attention_dense  # noqa: E402
 from supra_torch.ops.losses import _chunk  # noqa: E402
 from supra_torch.ops.step import linear_attention_step_with_sums  # noqa: E402
-from supra_torch.uptrain.batches import Batch  # noqa: E402
-from supra_torch.uptrain.stages import gradients  # noqa: E402
+from supra_torch.uptrain.step.batches import Batch  # noqa: E402
+from supra_torch.uptrain.step.stages import gradients  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
 from tests.torch import test_losses, test_windowed_attention  # noqa: E402
 from tests.torch.uptraining import logged_losses  # noqa: E402

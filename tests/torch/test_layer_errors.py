@@ -13,10 +13,10 @@ from tests.tiny_models import SPECS, lazy_weights
 
 torch = pytest.importorskip("torch")
 
-from supra_torch.layer_errors import layer_errors  # noqa: E402
 from supra_torch.model.model import SupraModel, build  # noqa: E402
-from supra_torch.uptrain.batches import Batch  # noqa: E402
-from supra_torch.uptrain.stages import transfer  # noqa: E402
+from supra_torch.uptrain.layer_errors import layer_errors  # noqa: E402
+from supra_torch.uptrain.step.batches import Batch  # noqa: E402
+from supra_torch.uptrain.step.stages import transfer  # noqa: E402
 
 IDS = np.random.default_rng(2).integers(50, size=(3, 40))
 

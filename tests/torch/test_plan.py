@@ -26,11 +26,11 @@ from supra_torch.plan.memory import Layout, trace_stage  # noqa: E402
 from supra_torch.plan.plan import plan  # noqa: E402
 from supra_torch.plan.trace import Trace  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, recipe_names, resolve  # noqa: E402
-from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.inputs import open_inputs  # noqa: E402
-from supra_torch.uptrain.operations import flops_per_token, multiplied_weights  # noqa: E402
-from supra_torch.uptrain.stages import gradients, optimiser_for  # noqa: E402
-from supra_torch.uptrain.step import trained_parameters, training_step  # noqa: E402
+from supra_torch.uptrain.step.batches import Batch  # noqa: E402
+from supra_torch.uptrain.step.operations import flops_per_token, multiplied_weights  # noqa: E402
+from supra_torch.uptrain.step.stages import gradients, optimiser_for  # noqa: E402
+from supra_torch.uptrain.step.step import trained_parameters, training_step  # noqa: E402
 
 ONE = Layout(1, 1, "cpu")
 # Rows that are long enough for so small a model, and a stage that trains all of it.

@@ -19,7 +19,7 @@ from supra_torch.distributed.processes import processes  # noqa: E402
 from supra_torch.recipes.config import Stage, UptrainConfig  # noqa: E402
 from supra_torch.run_folder import checkpoint  # noqa: E402
 from supra_torch.uptrain.run import _agreed_precision  # noqa: E402
-from supra_torch.uptrain.step import adamw  # noqa: E402
+from supra_torch.uptrain.step.step import adamw  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     end_by,
     logged_losses,

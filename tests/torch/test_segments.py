@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch")
 
 from supra_torch.model.model import SupraModel, build  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig  # noqa: E402
-from supra_torch.uptrain.batches import Batch  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
-from supra_torch.uptrain.stages import gradients  # noqa: E402
+from supra_torch.uptrain.step.batches import Batch  # noqa: E402
+from supra_torch.uptrain.step.stages import gradients  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
 from tests.torch.uptraining import logged_losses  # noqa: E402
 

@@ -19,8 +19,8 @@ from supra_core.data import prepare  # noqa: E402
 from supra_core.data.store import ShardWriter, TokenStore, write_index  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.recipes.config import DataPart, UptrainConfig, resolve  # noqa: E402
-from supra_torch.uptrain.data import Mixture, Sequences, _noted, mixture  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
+from supra_torch.uptrain.step.data import Mixture, Sequences, _noted, mixture  # noqa: E402
 from tests.torch.uptraining import SETTINGS  # noqa: E402
 
 

@@ -19,7 +19,7 @@ from supra_torch.run_folder import checkpoint  # noqa: E402
 from supra_torch.uptrain import train as train_module  # noqa: E402
 from supra_torch.uptrain.one_step import learning_rate_factor  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
-from supra_torch.uptrain.stages import _mean_square  # noqa: E402
+from supra_torch.uptrain.step.stages import _mean_square  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     SETTINGS,
     end_by,
@@ -213,8 +213,8 @@ def measured_teacher(run: Path) -> float:
 
 
 def test_what_cannot_be_captured_is_computed_anyway() -> None:
-    from supra_torch.uptrain.batches import Batch
-    from supra_torch.uptrain.capture import CapturedGradients
+    from supra_torch.uptrain.step.batches import Batch
+    from supra_torch.uptrain.step.capture import CapturedGradients
 
     if torch.cuda.is_available():
         pytest.skip("a CUDA device captures it")

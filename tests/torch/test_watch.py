@@ -16,10 +16,10 @@ from supra_torch.recipes.config import UptrainConfig  # noqa: E402
 from supra_torch.run_folder import checkpoint  # noqa: E402
 from supra_torch.uptrain import one_step as step_module  # noqa: E402
 from supra_torch.uptrain import watch  # noqa: E402
-from supra_torch.uptrain.data import Mixture  # noqa: E402
 from supra_torch.uptrain.estimate import Estimate  # noqa: E402
 from supra_torch.uptrain.guard import StepGuard  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
+from supra_torch.uptrain.step.data import Mixture  # noqa: E402
 from supra_torch.uptrain.watch import figures, refuse_missing  # noqa: E402
 from tests.torch.uptraining import logged_losses, weights_in  # noqa: E402
 

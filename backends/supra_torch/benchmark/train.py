@@ -30,8 +30,8 @@ from supra_torch.recipes.config import (
     recipe_named,
     validate,
 )
-from supra_torch.uptrain.compilation import compiles
-from supra_torch.uptrain.step import resolved_precision
+from supra_torch.uptrain.step.compilation import compiles
+from supra_torch.uptrain.step.step import resolved_precision
 
 ORIGINAL = "original (transformers, SDPA)"
 _LOADABLE_BY_TRANSFORMERS = ("gguf", "hf")

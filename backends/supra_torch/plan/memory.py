@@ -20,9 +20,9 @@ from supra_torch.model.model import SupraModel, lora
 from supra_torch.ops.target import planned_for
 from supra_torch.plan.trace import Cost, Trace
 from supra_torch.recipes.config import Stage, UptrainConfig
-from supra_torch.uptrain.batches import Batch
-from supra_torch.uptrain.stages import gradients, optimiser_for
-from supra_torch.uptrain.step import autocast, product_type, trained_parameters
+from supra_torch.uptrain.step.batches import Batch
+from supra_torch.uptrain.step.stages import gradients, optimiser_for
+from supra_torch.uptrain.step.step import autocast, product_type, trained_parameters
 
 
 @dataclass(frozen=True)

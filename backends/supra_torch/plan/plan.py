@@ -28,8 +28,8 @@ from supra_torch.plan.memory import Layout, StepTrace, trace_stage
 from supra_torch.plan.trace import EXCHANGE
 from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.uptrain.inputs import refuse_another_recipe
-from supra_torch.uptrain.stages import learning_rates
-from supra_torch.uptrain.step import resolved_precision
+from supra_torch.uptrain.step.stages import learning_rates
+from supra_torch.uptrain.step.step import resolved_precision
 
 # A CUDA context with the libraries' code and workspaces; the communicators of NCCL beside it.
 _CONTEXT, _COMMUNICATORS = 0.7e9, 0.7e9

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from supra_torch.run_folder.checkpoint import Place
-from supra_torch.uptrain.batches import Batches
-from supra_torch.uptrain.capture import Gradients
 from supra_torch.uptrain.memory import peak_memory
 from supra_torch.uptrain.session import Session
-from supra_torch.uptrain.step import StepResult, training_step
+from supra_torch.uptrain.step.batches import Batches
+from supra_torch.uptrain.step.capture import Gradients
+from supra_torch.uptrain.step.step import StepResult, training_step
 
 
 @dataclass(frozen=True)

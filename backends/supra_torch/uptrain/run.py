@@ -40,12 +40,12 @@ from supra_torch.run_folder.folder import (
     write_calibrated,
 )
 from supra_torch.run_folder.lock import Lock
-from supra_torch.uptrain.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
 from supra_torch.uptrain.inputs import Inputs, open_inputs, refuse_another_recipe
 from supra_torch.uptrain.interrupts import Stop
 from supra_torch.uptrain.memory import keep_freed_memory, memory_errors
 from supra_torch.uptrain.session import Session
-from supra_torch.uptrain.step import resolved_precision
+from supra_torch.uptrain.step.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
+from supra_torch.uptrain.step.step import resolved_precision
 from supra_torch.uptrain.train import train
 from supra_torch.uptrain.watch import refuse_missing, sinks
 

@@ -21,13 +21,13 @@ from supra_torch.distributed.sharding import synchronise
 from supra_torch.model.model import SupraModel
 from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.run_folder.folder import log
-from supra_torch.uptrain.batches import Batch, Batches
-from supra_torch.uptrain.capture import CapturedGradients, Gradients
-from supra_torch.uptrain.compilation import compiled_layers, compiles, eagerly
-from supra_torch.uptrain.data import Mixture
 from supra_torch.uptrain.interrupts import Stop, stop_if_asked
-from supra_torch.uptrain.stages import gradients
-from supra_torch.uptrain.step import autocast, clip_by_norm, trained_parameters
+from supra_torch.uptrain.step.batches import Batch, Batches
+from supra_torch.uptrain.step.capture import CapturedGradients, Gradients
+from supra_torch.uptrain.step.compilation import compiled_layers, compiles, eagerly
+from supra_torch.uptrain.step.data import Mixture
+from supra_torch.uptrain.step.stages import gradients
+from supra_torch.uptrain.step.step import autocast, clip_by_norm, trained_parameters
 from supra_torch.uptrain.watch import Sink, figures
 
 

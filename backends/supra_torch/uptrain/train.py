@@ -26,16 +26,16 @@ from supra_torch.run_folder.folder import (
     metrics_of,
     trim_log,
 )
-from supra_torch.uptrain.compilation import eagerly
 from supra_torch.uptrain.estimate import Estimate
 from supra_torch.uptrain.guard import Guards, LossGuard
 from supra_torch.uptrain.interrupts import stop_if_asked
 from supra_torch.uptrain.memory import reset_peak
 from supra_torch.uptrain.one_step import Work, one_step
-from supra_torch.uptrain.operations import flops_per_token
 from supra_torch.uptrain.profile import profiled
 from supra_torch.uptrain.session import Session
-from supra_torch.uptrain.stages import next_token_loss, optimiser_for
+from supra_torch.uptrain.step.compilation import eagerly
+from supra_torch.uptrain.step.operations import flops_per_token
+from supra_torch.uptrain.step.stages import next_token_loss, optimiser_for
 
 
 def train(

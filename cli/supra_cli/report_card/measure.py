@@ -117,7 +117,7 @@ def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
     if inputs.text is None or not isinstance(inputs.text.content, str):
         return not_measured("none of the files is a text: name one with --data")
     from supra_torch.inference.backend import load as load_in_torch
-    from supra_torch.layer_errors import layer_errors
+    from supra_torch.uptrain.layer_errors import layer_errors
 
     tokenizer = inputs.teacher.tokenizer
     ids = tokenizer.encode(inputs.text.content).ids[: budget.layer_tokens]

@@ -14,7 +14,7 @@ from supra_core.model import layout
 from supra_core.model.spec import LinearAttention, ModelSpec
 from supra_core.sources.teacher import original_spec
 from supra_torch.recipes.config import Stage
-from supra_torch.uptrain.stages import learning_rates
+from supra_torch.uptrain.step.stages import learning_rates
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _READ_THE_INPUT = ("q_proj", "k_proj", "v_proj")

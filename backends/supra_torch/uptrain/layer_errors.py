@@ -13,8 +13,8 @@ from supra_core.model.spec import LinearAttention
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Ids
 from supra_torch.model.model import SupraModel
-from supra_torch.uptrain.batches import Batch
-from supra_torch.uptrain.stages import is_linear, teacher_forced
+from supra_torch.uptrain.step.batches import Batch
+from supra_torch.uptrain.step.stages import is_linear, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def layer_errors(
 ) -> list[LayerError]:
     """The error of every linear layer on ids (N, T), N >= 1, each fed the teacher's own input.
 
-    It is what the stage ``transfer`` trains on (:func:`supra_torch.uptrain.stages.transfer`),
+    It is what the stage ``transfer`` trains on (:func:`supra_torch.uptrain.step.stages.transfer`),
     with the means taken over all sequences: 0 is the transformer's output, 1 as far as an output
     of zeros. Both models are of one type. Raises :class:`SupraError` when they have different
     layers or widths, and for a token that they do not have.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from supra_torch.uptrain.batches import Batch
+from supra_torch.uptrain.step.batches import Batch
 
 Gradients = Callable[[Sequence[Batch]], Tensor]
 """Parts of a batch -> the loss; leaves its gradients on the parameters."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from supra_torch.model.context_parallel import Part
 from supra_torch.model.layers import Positions
 from supra_torch.model.model import SupraModel
-from supra_torch.uptrain.data import Mixture, Rows
+from supra_torch.uptrain.step.data import Mixture, Rows
 
 
 class Batch(NamedTuple):
