@@ -10,7 +10,7 @@ import typer
 from supra_cli import options
 
 if TYPE_CHECKING:
-    from supra_torch.launch.job import Job
+    from supra_cli.launch.job import Job
 
 app = typer.Typer(no_args_is_help=True, help="Print a job file that uptrains until it is done.")
 
@@ -46,7 +46,7 @@ def slurm(
     json_output: options.Json = False,
 ) -> None:
     """A file for sbatch, which queues again until the run is done."""
-    from supra_torch.launch import files
+    from supra_cli.launch import files
 
     job = _job(config, nodes, gpus, run, name, settings, grace)
     text = files.slurm(job, time=time, cpus=cpus, partition=partition, account=account)
@@ -72,7 +72,7 @@ def kubernetes(
     json_output: options.Json = False,
 ) -> None:
     """Manifests of an Indexed Job for kubectl; no operator is needed."""
-    from supra_torch.launch import files
+    from supra_cli.launch import files
 
     job = _job(config, nodes, gpus, run, name, settings, grace)
     text = files.kubernetes(job, image=image, volume=volume)
@@ -100,7 +100,7 @@ def skypilot(
     json_output: options.Json = False,
 ) -> None:
     """A task for sky jobs launch, which finds machines again where some were taken away."""
-    from supra_torch.launch import files
+    from supra_cli.launch import files
 
     job = _job(config, nodes, gpus, run, name, settings, grace)
     more = {"volume": volume, "accelerator": accelerator, "spot": spot, "install": install}
@@ -117,7 +117,7 @@ def _job(
     settings: list[str] | None,
     grace: int,
 ) -> Job:
-    from supra_torch.launch.job import job
+    from supra_cli.launch.job import job
 
     overrides = options.overrides(settings or [])
     return job(config, nodes=nodes, gpus=gpus, run=run, name=name, overrides=overrides, grace=grace)

@@ -10,8 +10,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from supra_cli.launch.job import Job
 from supra_core.errors import SupraError
-from supra_torch.launch.job import Job
 
 # The forms of sbatch's --time: minutes, hours:minutes:seconds, days-hours and so on.
 _TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}"
