@@ -22,7 +22,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from supra_cli.record import write_record
+from supra_cli.shared.record import write_record
 from supra_core.formats.atomic import atomic_file
 
 Row = dict[str, Any]

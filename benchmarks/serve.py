@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from openai import OpenAI
 
-from supra_cli.record import write_record
+from supra_cli.shared.record import write_record
 
 _WORDS = ("river", "stone", "market", "winter", "letter", "garden", "engine", "island", "paper")
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supra_cli import pythondocs
-from supra_cli.backends import default_for_evaluation, require
-from supra_cli.output import bytes_text, log, print_table, say
+from supra_cli.shared import pythondocs
+from supra_cli.shared.backends import default_for_evaluation, require
+from supra_cli.shared.output import bytes_text, log, print_table, say
 from supra_core.conversion.linearize import DEFAULT_WINDOW
 from supra_core.data.documents import refuse_records
 from supra_core.errors import SupraError
@@ -327,7 +327,7 @@ def memory(model: Path) -> list[dict[str, int]]:
 
 
 def answer(model: Path) -> dict[str, str]:
-    from supra_cli.speech import load_speaker
+    from supra_cli.shared.speech import load_speaker
     from supra_core.runtime.conversation import Conversation
     from supra_core.runtime.sampling import Sampling
 

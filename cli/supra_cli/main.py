@@ -47,7 +47,7 @@ class SupraGroup(TyperGroup):
     everything saved in 75, none in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        from supra_cli.output import libraries_visible, log, log_failure
+        from supra_cli.shared.output import libraries_visible, log, log_failure
         from supra_core.errors import EndedByAnother, Preempted, SupraError
 
         try:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from supra_cli.record import write_record
+from supra_cli.shared.record import write_record
 from supra_core.data.synthesis.folder import RECORD, SampleStore, Tally, open_folder
 from supra_core.data.synthesis.rows import Vocabulary, vocabulary
 from supra_core.data.synthesis.settings import Settings, next_batch

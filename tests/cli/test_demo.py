@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from supra_cli import pythondocs
 from supra_cli.main import app
+from supra_cli.shared import pythondocs
 
 runner = CliRunner()
 

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("tokenizers")
 
-from supra_cli import output  # noqa: E402
 from supra_cli.main import app  # noqa: E402
-from supra_cli.progress import ProgressReporter  # noqa: E402
+from supra_cli.shared import output  # noqa: E402
+from supra_cli.shared.progress import ProgressReporter  # noqa: E402
 from supra_cli.talk.terminal import ReadingProgress, show  # noqa: E402
 from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.formats import checksums  # noqa: E402
@@ -89,7 +89,7 @@ def test_every_command_is_in_the_table() -> None:
 
 
 def test_there_is_one_printer() -> None:
-    """What is no constant goes through supra_cli.output, or is escaped where it is drawn."""
+    """What is no constant goes through supra_cli.shared.output, or is escaped where it is drawn."""
     drawn = {"output.py", "talk/terminal.py"}
     package = Path(output.__file__).parent
     for path in package.rglob("*.py"):

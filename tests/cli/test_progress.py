@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from supra_cli import progress as progress_module
-from supra_cli.progress import ProgressReporter
+from supra_cli.shared import progress as progress_module
+from supra_cli.shared.progress import ProgressReporter
 from supra_core.progress import duration
 
 

@@ -25,7 +25,7 @@ pytest.importorskip("mlx.core")
 
 import httpx2  # noqa: E402
 
-from supra_cli.speech import load_speaker  # noqa: E402
+from supra_cli.shared.speech import load_speaker  # noqa: E402
 from supra_core.runtime.sampling import Sampling  # noqa: E402
 from supra_core.text import Rendering  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402

@@ -29,7 +29,7 @@ from supra_cli.main import app  # noqa: E402
 from supra_cli.serving import server  # noqa: E402
 from supra_cli.serving.app import build  # noqa: E402
 from supra_cli.serving.service import Context, Limits, Service  # noqa: E402
-from supra_cli.speech import Speaker  # noqa: E402
+from supra_cli.shared.speech import Speaker  # noqa: E402
 from supra_core.runtime import conversation as conversations  # noqa: E402
 from supra_core.runtime.conversation import Conversation  # noqa: E402
 from supra_core.runtime.sampling import Sampling  # noqa: E402

@@ -20,7 +20,7 @@ pytest.importorskip("torch")
 pytest.importorskip("mlx.core")
 
 from supra_cli.main import app  # noqa: E402
-from supra_cli.speech import Speaker, load_speaker  # noqa: E402
+from supra_cli.shared.speech import Speaker, load_speaker  # noqa: E402
 from supra_cli.talk.markdown import MarkdownStream, split_blocks  # noqa: E402
 from supra_cli.talk.session import Left, Line, Questions, Session  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402

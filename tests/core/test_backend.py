@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from supra_cli.backends import default_for_evaluation
+from supra_cli.shared.backends import default_for_evaluation
 from supra_core.errors import MissingDependencyError, SupraError
 from supra_core.measure import verify
 from supra_core.measure.verify import candidates, random_ids

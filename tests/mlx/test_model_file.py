@@ -23,7 +23,7 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx_lm.utils import load_model  # noqa: E402
 
-from supra_cli.speech import load_speaker  # noqa: E402
+from supra_cli.shared.speech import load_speaker  # noqa: E402
 from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.artifact.folder import mlx_file as model_file  # noqa: E402
 from supra_core.conversion.convert import convert  # noqa: E402

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("mlx.core")
 
-from supra_cli.speech import load_speaker  # noqa: E402
+from supra_cli.shared.speech import load_speaker  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from supra_core.runtime.sampling import Sampling  # noqa: E402
 from tests.mlx.chat import write_chat_model  # noqa: E402

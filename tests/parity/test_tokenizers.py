@@ -28,7 +28,7 @@ from tokenizers import (  # noqa: E402
     trainers,
 )  # fmt: skip
 
-from supra_cli.speech import load_speaker  # noqa: E402
+from supra_cli.shared.speech import load_speaker  # noqa: E402
 from supra_core.artifact.folder import folder as artifact  # noqa: E402
 from supra_core.data.prepare import Settings, prepare  # noqa: E402
 from supra_core.errors import FormatError, SupraError  # noqa: E402

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -25,8 +25,8 @@ def command(
     dtype: options.Dtype = None,
 ) -> None:
     """Talk to a model; lines come from a terminal or from stdin."""
-    from supra_cli.output import log
-    from supra_cli.speech import check_text, load_speaker
+    from supra_cli.shared.output import log
+    from supra_cli.shared.speech import check_text, load_speaker
     from supra_cli.talk.session import Left, Session
     from supra_cli.talk.terminal import ReadingProgress, on_terminal, read_lines, show
     from supra_core.errors import SupraError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 if TYPE_CHECKING:
     from supra_core.conversion.convert import Calibrate, Quantise
@@ -93,9 +93,9 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Convert a model, and linearize it on the way."""
-    from supra_cli import pushing
-    from supra_cli.output import log, print_json
-    from supra_cli.progress import ProgressReporter
+    from supra_cli.shared import pushing
+    from supra_cli.shared.output import log, print_json
+    from supra_cli.shared.progress import ProgressReporter
     from supra_core.conversion.convert import convert
     from supra_core.errors import SupraError
     from supra_core.formats.atomic import check_replaceable
@@ -179,7 +179,7 @@ def command(
 
 
 def _pushed(out: Path, target: HubId, private: bool) -> dict[str, Any]:
-    from supra_cli import pushing
+    from supra_cli.shared import pushing
     from supra_core.errors import SupraError
 
     try:
@@ -227,9 +227,9 @@ def _calibration(
     """How to calibrate, or None; asked for without torch it is an error, otherwise a hint."""
     from importlib.util import find_spec
 
-    from supra_cli import pythondocs
-    from supra_cli.backends import require
-    from supra_cli.output import log
+    from supra_cli.shared import pythondocs
+    from supra_cli.shared.backends import require
+    from supra_cli.shared.output import log
     from supra_core.data.documents import refuse_records
     from supra_core.errors import SupraError
     from supra_core.text import TOKENIZER, read_text
@@ -274,7 +274,7 @@ def _linearize_options(
     keep_softmax: str | None,
 ) -> LinearizeOptions | None:
     """None when nothing about linearizing was said, so that a linear source stays as it is."""
-    from supra_cli.output import layer_numbers
+    from supra_cli.shared.output import layer_numbers
     from supra_core.conversion.linearize import LinearizeOptions
     from supra_core.errors import SupraError
 

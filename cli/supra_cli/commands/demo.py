@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
 from supra_cli.commands.verify import EXIT_CHECK_FAILED
+from supra_cli.shared import options
 
 
 def command(
@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """The whole way on a small real model; resumes."""
     from supra_cli.demo import DemoSettings, run
-    from supra_cli.output import print_json
-    from supra_cli.progress import ProgressReporter
+    from supra_cli.shared.output import print_json
+    from supra_cli.shared.progress import ProgressReporter
 
     settings = DemoSettings(out=out, model=model, data=data, minutes=minutes, tokens=tokens)
     with ProgressReporter() as progress:

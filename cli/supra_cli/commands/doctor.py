@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 EXIT_CHECK_FAILED = 1
 
@@ -18,8 +18,8 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Say what this machine can run, and what to install."""
-    from supra_cli.doctor import advice, examine, kernels
-    from supra_cli.output import log, print_json, print_table
+    from supra_cli.shared.doctor import advice, examine, kernels
+    from supra_cli.shared.output import log, print_json, print_table
 
     found = examine()
     hints = advice(found)
@@ -37,7 +37,7 @@ def command(
 
 
 def _show(compared: list[dict[str, Any]] | None) -> None:
-    from supra_cli.output import log, print_table
+    from supra_cli.shared.output import log, print_table
 
     if compared is None:
         log("There is no Metal here: no kernel to compare.")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 if TYPE_CHECKING:
     from supra_core.measure.scoring import Pair
@@ -61,11 +61,11 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Measure a model on texts and tasks, its teacher beside it."""
-    from supra_cli.backends import default_for_evaluation
     from supra_cli.commands.verify import parse_form
-    from supra_cli.output import log, print_json
-    from supra_cli.progress import ProgressReporter
-    from supra_cli.record import write_record
+    from supra_cli.shared.backends import default_for_evaluation
+    from supra_cli.shared.output import log, print_json
+    from supra_cli.shared.progress import ProgressReporter
+    from supra_cli.shared.record import write_record
     from supra_core.errors import SupraError
     from supra_core.formats.atomic import check_new_file
     from supra_core.measure.perplexity import DTYPE
@@ -361,7 +361,7 @@ def _task(
 
 
 def _show(record: dict[str, Any]) -> None:
-    from supra_cli.output import log, print_table
+    from supra_cli.shared.output import log, print_table
 
     teacher = record["teacher"] or {}
     rows, notes = [], []

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -30,8 +30,8 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Print a model's answer, or the continuation of a text."""
-    from supra_cli.output import print_json, write_piece
-    from supra_cli.speech import check_text, load_speaker
+    from supra_cli.shared.output import print_json, write_piece
+    from supra_cli.shared.speech import check_text, load_speaker
     from supra_core.errors import SupraError
     from supra_core.runtime.sampling import Sampling
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 # Contexts for which the memory traffic of one more token is shown.
 CONTEXTS = (0, 2_048, 16_384, 65_536)
@@ -26,7 +26,7 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Show a model's layers, parameters and memory."""
-    from supra_cli.output import print_json
+    from supra_cli.shared.output import print_json
     from supra_core.model.sizes import measure
     from supra_core.sources.source import open_source
 
@@ -65,7 +65,7 @@ def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
 
 
 def _show(source: Source, sizes: Sizes) -> None:
-    from supra_cli.output import bytes_text, cache_text, print_table
+    from supra_cli.shared.output import bytes_text, cache_text, print_table
     from supra_core.model.spec import LinearAttention
 
     spec = source.spec

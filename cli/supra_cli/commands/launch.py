@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 if TYPE_CHECKING:
     from supra_cli.launch.job import Job
@@ -136,7 +136,7 @@ def _give(
     """Write or print a job file."""
     import shlex
 
-    from supra_cli.output import log, print_json, write_piece
+    from supra_cli.shared.output import log, print_json, write_piece
     from supra_core.formats.atomic import atomic_file, check_new_file
 
     if out is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 if TYPE_CHECKING:
     from supra_core.model.sizes import Sizes
@@ -55,9 +55,9 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Say what a run would take: memory, time, cost."""
-    from supra_cli.backends import require
-    from supra_cli.output import print_json
-    from supra_cli.progress import ProgressReporter
+    from supra_cli.shared.backends import require
+    from supra_cli.shared.output import print_json
+    from supra_cli.shared.progress import ProgressReporter
     from supra_core.errors import SupraError
 
     if price is not None and not 0 <= price < 1e9:
@@ -137,7 +137,7 @@ def _result(made: Plan, price: float | None) -> dict[str, Any]:
 
 
 def _show(made: Plan, price: float | None) -> None:
-    from supra_cli.output import print_table
+    from supra_cli.shared.output import print_table
     from supra_torch.plan.plan import in_order
 
     stages = made.stages
@@ -169,7 +169,7 @@ def _show(made: Plan, price: float | None) -> None:
 
 
 def _summary(made: Plan, price: float | None) -> list[tuple[str, str]]:
-    from supra_cli.output import bytes_text, cache_text
+    from supra_cli.shared.output import bytes_text, cache_text
     from supra_core.progress import duration
 
     student, device_bytes = made.student, made.device_bytes

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -21,8 +21,8 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Put a model's folder on the hub in one commit: the files that its SHA256SUMS lists."""
-    from supra_cli import pushing
-    from supra_cli.output import print_json
+    from supra_cli.shared import pushing
+    from supra_cli.shared.output import print_json
     from supra_core.hub import check_folder
 
     check_folder(folder)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -37,11 +37,11 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Measure a model beside its teacher, as one HTML page."""
-    from supra_cli.output import log, print_json
-    from supra_cli.progress import ProgressReporter
     from supra_cli.report_card.report import write_report
     from supra_cli.report_card.settings import ReportSettings
     from supra_cli.report_card.summary import show
+    from supra_cli.shared.output import log, print_json
+    from supra_cli.shared.progress import ProgressReporter
 
     settings = ReportSettings(
         model=model, out=out, data=tuple(data or ()), teacher=teacher, no_teacher=no_teacher,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 _GIB = 2**30
 
@@ -71,8 +71,8 @@ def command(
 
     Sampling options are what requests get that name none of their own.
     """
-    from supra_cli.backends import require
-    from supra_cli.output import log
+    from supra_cli.shared.backends import require
+    from supra_cli.shared.output import log
 
     require("starlette", "supra serve", extra="serve")
     require("uvicorn", "supra serve", extra="serve")

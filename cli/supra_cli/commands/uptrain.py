@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -35,9 +35,9 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Train a linearized model after its transformer; resumes."""
-    from supra_cli.backends import require
-    from supra_cli.output import log, print_json
-    from supra_cli.progress import ProgressReporter
+    from supra_cli.shared.backends import require
+    from supra_cli.shared.output import log, print_json
+    from supra_cli.shared.progress import ProgressReporter
     from supra_core.errors import SupraError
 
     require("torch", "uptraining")

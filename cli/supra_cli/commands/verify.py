@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 if TYPE_CHECKING:
     from supra_core.measure.verify import Report
@@ -50,8 +50,8 @@ def command(
         _refuse_more(second, backend, ids, text, save_logits)
         _verify_checksums(first, json_output)
         return
-    from supra_cli.output import print_json
-    from supra_cli.progress import ProgressReporter
+    from supra_cli.shared.output import print_json
+    from supra_cli.shared.progress import ProgressReporter
     from supra_core.measure.verify import candidates, verify
 
     chosen = candidates(first, second, backend or _default_backends(), parse_form(form))
@@ -84,7 +84,7 @@ def _refuse_more(*others: object) -> None:
 
 
 def _verify_checksums(folder: Path, json_output: bool) -> None:
-    from supra_cli.output import log, print_json
+    from supra_cli.shared.output import log, print_json
     from supra_core.formats import checksums
 
     found = checksums.check(folder)
@@ -165,7 +165,7 @@ def _result(report: Report) -> dict[str, Any]:
 
 
 def _show(report: Report) -> None:
-    from supra_cli.output import log, print_table
+    from supra_cli.shared.output import log, print_table
 
     if not report.comparisons:
         log(f"{report.first.label}: logits computed, nothing to compare them with")

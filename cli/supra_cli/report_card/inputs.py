@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from supra_cli import pythondocs
-from supra_cli.backends import default_for_evaluation
 from supra_cli.report_card.curves import Curve, read_curve
 from supra_cli.report_card.settings import ReportSettings
+from supra_cli.shared import pythondocs
+from supra_cli.shared.backends import default_for_evaluation
 from supra_core.errors import SupraError
 from supra_core.measure.perplexity import DTYPE
 from supra_core.measure.tasks import Passage, Question, read_passages, read_questions, task_of

@@ -92,7 +92,7 @@ def spread(value: float | None, low: float, high: float, digits: int = 4) -> Cel
 
 def size(value: float) -> Cell:
     """Bytes in the unit that suits them."""
-    from supra_cli.output import bytes_text
+    from supra_cli.shared.output import bytes_text
 
     return Cell(bytes_text(value), (value,))
 

@@ -6,8 +6,8 @@ import importlib.util
 import time
 from typing import Any
 
-from supra_cli.record import origin
 from supra_cli.report_card.settings import ReportSettings
+from supra_cli.shared.record import origin
 from supra_core.errors import MissingDependencyError
 from supra_core.formats.atomic import atomic_file, check_new_file
 from supra_core.progress import Progress
@@ -19,10 +19,10 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
     Raises :class:`~supra_core.errors.SupraError` before anything is measured when an output
     exists, an input cannot be read, or matplotlib is not installed.
     """
-    from supra_cli.output import json_text
     from supra_cli.report_card.inputs import read_inputs
     from supra_cli.report_card.measure import measure
     from supra_cli.report_card.page import render
+    from supra_cli.shared.output import json_text
 
     start = time.monotonic()
     for path in (settings.out, settings.record_path):

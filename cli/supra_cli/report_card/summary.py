@@ -14,7 +14,7 @@ _LEFT_OUT = ("layers", "training", "positions", "recall")
 
 def show(record: dict[str, Any]) -> None:
     """The short tables of the page on stdout, and on stderr what could not be measured."""
-    from supra_cli.output import log, print_table
+    from supra_cli.shared.output import log, print_table
 
     for section in sections(record):
         for note in section.notes:

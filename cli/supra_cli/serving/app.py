@@ -24,12 +24,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from supra_cli.output import log
 from supra_cli.serving.answers import Answers
 from supra_cli.serving.logprobs import Echo
 from supra_cli.serving.quiet import Seldom
 from supra_cli.serving.schema import ApiError, ChatRequest, CompletionRequest, R, parsed
 from supra_cli.serving.service import Exchange, Listener, Service, failure
+from supra_cli.shared.output import log
 from supra_core.runtime.sampling import Sampling
 from supra_core.runtime.scheduler import Failed, Followed, Job, Places, Reading
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from supra_cli.output import log, log_failure
+from supra_cli.shared.output import log, log_failure
 
 # Lines of one kind in a minute, and kinds that are told apart.
 _MOST, _KINDS = 10, 100

@@ -16,11 +16,11 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
-from supra_cli.output import log
 from supra_cli.serving.app import build
 from supra_cli.serving.connections import BACKLOG, Connection, doors
 from supra_cli.serving.service import Context, Limits, Service
-from supra_cli.speech import load_speaker, release_thread
+from supra_cli.shared.output import log
+from supra_cli.shared.speech import load_speaker, release_thread
 from supra_core.errors import SupraError
 from supra_core.runtime.conversation import Engine
 from supra_core.runtime.prefixes import Prefixes

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from supra_cli.output import log
-from supra_cli.speech import Speaker
+from supra_cli.shared.output import log
+from supra_cli.shared.speech import Speaker
 from supra_core.errors import FormatError, SupraError
 from supra_core.progress import Progress, silent
 from supra_core.runtime.conversation import Conversation

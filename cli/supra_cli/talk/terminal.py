@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from supra_cli.output import log, write_piece
+from supra_cli.shared.output import log, write_piece
 from supra_cli.talk.session import COMMANDS, Line, Questions
 from supra_core.visible import visible
 

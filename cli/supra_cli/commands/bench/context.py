@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Time prefill and decode in MLX beside the transformer, at growing contexts."""
     from supra_cli.commands.bench.output import show
-    from supra_cli.output import log
+    from supra_cli.shared.output import log
     from supra_core.measure.tables import refuse_existing
     from supra_core.runtime.backend import importing
 

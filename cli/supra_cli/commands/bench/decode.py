@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 EXIT_CHECK_FAILED = 1
 
@@ -23,9 +23,9 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Time decode steps: eager, and with static buffers, a CUDA graph on a GPU."""
-    from supra_cli.backends import require
     from supra_cli.commands.bench.output import check, show
-    from supra_cli.output import log
+    from supra_cli.shared.backends import require
+    from supra_cli.shared.output import log
 
     require("torch", "measuring decode steps")
     from supra_torch.benchmark.decode import benchmark, table

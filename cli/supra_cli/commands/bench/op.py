@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 EXIT_CHECK_FAILED = 1
 
@@ -32,9 +32,9 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Check linear attention against float64, then time it beside its peers."""
-    from supra_cli.backends import require
     from supra_cli.commands.bench.output import check, show
-    from supra_cli.output import log
+    from supra_cli.shared.backends import require
+    from supra_cli.shared.output import log
 
     require("torch", "measuring the operator")
     from supra_torch.benchmark.operator import benchmark, table

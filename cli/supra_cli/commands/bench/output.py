@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supra_cli.output import log, print_json, print_table
+from supra_cli.shared.output import log, print_json, print_table
 
 if TYPE_CHECKING:
     from supra_core.measure.tables import Table

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -40,9 +40,9 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Time training steps beside the original transformer's, in turns."""
-    from supra_cli.backends import require
     from supra_cli.commands.bench.output import check, show
-    from supra_cli.output import log
+    from supra_cli.shared.backends import require
+    from supra_cli.shared.output import log
 
     require("torch", "measuring training")
     from supra_core.measure.tables import write

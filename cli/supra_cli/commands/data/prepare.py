@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -39,8 +39,8 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Tokenise documents once, into shards that uptrain maps into memory; resumes."""
-    from supra_cli.output import log, print_json
-    from supra_cli.progress import ProgressReporter
+    from supra_cli.shared.output import log, print_json
+    from supra_cli.shared.progress import ProgressReporter
     from supra_core.data.documents import in_words
     from supra_core.data.prepare import Settings, prepare
     from supra_core.families import needs_bos

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -34,9 +34,9 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Sample training text from a transformer; resumes."""
-    from supra_cli.backends import require
-    from supra_cli.output import log, print_json
-    from supra_cli.progress import ProgressReporter
+    from supra_cli.shared.backends import require
+    from supra_cli.shared.output import log, print_json
+    from supra_cli.shared.progress import ProgressReporter
 
     require("torch", "sampling text")
     from supra_cli.synthesis import synthesize

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -15,7 +15,7 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Whose state a file holds, what it has seen, and the transcript."""
-    from supra_cli.output import print_json, say
+    from supra_cli.shared.output import print_json, say
     from supra_core.runtime.state_file import read_state
 
     saved = read_state(file)

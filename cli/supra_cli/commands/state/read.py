@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from supra_cli import options
+from supra_cli.shared import options
 
 
 def command(
@@ -22,9 +22,9 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Let a model read a text once, and keep its state: every chat may go on from there."""
-    from supra_cli.output import log, print_json
-    from supra_cli.progress import ProgressReporter
-    from supra_cli.speech import check_text, load_speaker
+    from supra_cli.shared.output import log, print_json
+    from supra_cli.shared.progress import ProgressReporter
+    from supra_cli.shared.speech import check_text, load_speaker
     from supra_core.runtime.conversation import Conversation
     from supra_core.runtime.state_file import check_new_state
     from supra_core.text import read_text

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-from supra_cli.output import log
+from supra_cli.shared.output import log
 from supra_core.errors import SupraError
 from supra_core.model.sizes import Sizes, measure
 from supra_core.model.spec import ModelSpec

@@ -34,7 +34,7 @@ def push(folder: Path, model: HubId, private: bool, include: Sequence[str] = ())
 
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 
-    from supra_cli.output import bytes_text, log
+    from supra_cli.shared.output import bytes_text, log
     from supra_core.hub import upload
 
     log(f"push  {folder} to {model}")

@@ -14,7 +14,7 @@ from supra_core.measure.machine import processor_name
 
 def origin() -> dict[str, Any]:
     """How and where this process came to its figures."""
-    from supra_cli.doctor import machine
+    from supra_cli.shared.doctor import machine
 
     return {
         "command": shlex.join(["supra", *sys.argv[1:]]),
@@ -35,7 +35,7 @@ def _gpu() -> str | None:
 
 def write_record(path: Path, record: dict[str, Any], *, replace: bool = True) -> None:
     """``record`` with its :func:`origin` as a JSON file, written as :func:`atomic_file` does."""
-    from supra_cli.output import json_text
+    from supra_cli.shared.output import json_text
 
     with atomic_file(path, replace=replace) as beside:
         beside.write_text(json_text({**origin(), **record}) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from supra_cli.output import bytes_text, log
+from supra_cli.shared.output import bytes_text, log
 from supra_core.progress import duration
 from supra_core.visible import visible
 

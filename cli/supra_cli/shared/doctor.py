@@ -9,7 +9,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from supra_cli.output import log
+from supra_cli.shared.output import log
 
 _PACKAGES = {
     "supra": "supra-lm",
