@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from tests.tiny_models import SPECS, lazy_weights
 
 if TYPE_CHECKING:

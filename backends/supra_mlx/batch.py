@@ -18,7 +18,7 @@ from mlx_lm.sample_utils import (
 )
 
 from supra_core.errors import SupraError
-from supra_core.runtime.batch import Spoken
+from supra_core.runtime.engine import StepOutput
 from supra_core.runtime.likelihood import NoNumbers, likelihood
 from supra_core.runtime.sampling import REPETITION_CONTEXT, Sampling
 from supra_core.text import ModelTokenizer
@@ -28,7 +28,7 @@ from supra_mlx.weights import to_numpy
 
 
 class MLXBatch:
-    """:class:`~supra_core.runtime.batch.Batch` of at most ``size`` sequences at a time.
+    """:class:`~supra_core.runtime.engine.Batch` of at most ``size`` sequences at a time.
 
     Everything has to be called from the thread that loaded the model.
     """
@@ -77,7 +77,7 @@ class MLXBatch:
             self._tops[key] = top
         return int(key)
 
-    def step(self) -> list[Spoken]:
+    def step(self) -> list[StepOutput]:
         """A token of each sequence that was there at the step before; the end is one of them."""
         _, responses = self._generator.next()
         spoken = []
@@ -92,7 +92,7 @@ class MLXBatch:
                 self._forget(key)
             error = NoNumbers() if broken else None
             said = None if broken else token
-            spoken.append(Spoken(key, said, text, response.finish_reason, likely, error))
+            spoken.append(StepOutput(key, said, text, response.finish_reason, likely, error))
         return spoken
 
     def take(self, key: int) -> list[Any]:

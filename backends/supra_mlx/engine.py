@@ -11,7 +11,7 @@ import mlx.core as mx
 from supra_core.errors import FormatError
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import StateArrays
-from supra_core.runtime.batch import Batch
+from supra_core.runtime.engine import Batch
 from supra_core.runtime.likelihood import Likelihood, likelihoods
 from supra_core.runtime.sampling import Hear, Sampling
 from supra_core.runtime.tokenized_engine import TokenizedEngine
@@ -30,7 +30,7 @@ _FOLLOWED = 128
 
 
 class MLXEngine(TokenizedEngine):
-    """:class:`~supra_core.runtime.conversation.Engine` over a model and its tokenizer."""
+    """:class:`~supra_core.runtime.engine.Engine` over a model and its tokenizer."""
 
     backend = "mlx"
 

@@ -252,7 +252,7 @@ def products_per_second() -> float:
     """Floating-point operations a second in matrix products of the type that training uses."""
     import torch
 
-    from supra_torch.uptrain.step.step import resolved_precision
+    from supra_torch.precision import resolved_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = resolved_precision("auto", device) == "bf16"

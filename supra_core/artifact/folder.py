@@ -14,10 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from supra_core.artifact import mlx_file, transformers_files
 from supra_core.artifact.config import config_to_spec, spec_to_config
-from supra_core.artifact.folder import mlx_file as model_file
-from supra_core.artifact.folder import transformers_files
-from supra_core.conversion.linearize import left_out
 from supra_core.errors import FormatError
 from supra_core.families.fields import Fields
 from supra_core.formats import checksums, distributed, safetensors
@@ -37,6 +35,7 @@ from supra_core.model.layout import (
     parameter_count,
     tensor_shapes,
 )
+from supra_core.model.original import left_out
 from supra_core.model.spec import LinearAttention, ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource, dtype_named
 from supra_core.visible import visible
@@ -157,12 +156,12 @@ def write_without_weights(
     packed: Packed | None = None,
 ) -> None:
     """Everything but the weights, into an existing folder; see :func:`write`."""
-    config = {**spec_to_config(spec, dtype), "model_file": model_file.NAME}
+    config = {**spec_to_config(spec, dtype), "model_file": mlx_file.NAME}
     config["auto_map"] = dict(transformers_files.AUTO_MAP)
     if packed is not None:
         config["quantization"] = packed.config()
     write_object(folder / CONFIG, config)
-    files = {model_file.NAME: model_file.text(), **transformers_files.texts()}
+    files = {mlx_file.NAME: mlx_file.text(), **transformers_files.texts()}
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     card = model_card(spec, dtype, quantised=packed is not None)

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast, get_args
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.conversion import fold as folding
 from supra_core.conversion import linearize as linearizing
 from supra_core.conversion.linearize import LinearizeOptions
@@ -18,6 +18,7 @@ from supra_core.errors import SupraError
 from supra_core.formats.atomic import check_replaceable
 from supra_core.formats.finite import Watch, first_not_finite
 from supra_core.formats.mlx_quantized import Packed
+from supra_core.model.original import left_out
 from supra_core.model.spec import LongropeScaling, ModelSpec, RopeFactors
 from supra_core.progress import Progress, silent
 from supra_core.sources.source import WRITERS, Source, open_source
@@ -178,7 +179,7 @@ def convert(
     )
     return Conversion(
         spec, found.kind, stored, wanted, bool(spec.provenance.calibration_tokens), fold,
-        linearizing.left_out(spec) if wanted else (), watch.found,
+        left_out(spec) if wanted else (), watch.found,
         notes,
     )  # fmt: skip
 

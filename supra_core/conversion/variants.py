@@ -1,8 +1,8 @@
 """A windowed model taken apart: its linear part alone, and its window alone.
 
 Each is another spec with other tensors, so that every backend and every measurement takes it like
-any model. The windowed mixer (:func:`supra_core.model.reference.windowed_attention`) weighs a token of
-age a = t - j by exp(z_q . z_k / sqrt(size)) when a < W, and else by
+any model. The windowed mixer (``windowed_attention`` of the reference) weighs a token of age
+a = t - j by exp(z_q . z_k / sqrt(size)) when a < W, and else by
 far_gain gamma^(a - W) (phi(q) . phi(k)); the sink is added to the sum of all weights.
 """
 

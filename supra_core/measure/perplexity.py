@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import SupraError
-from supra_core.measure.verify import check_ids
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress, silent
-from supra_core.runtime.backend import Backend, Form, Ids, Logits
+from supra_core.runtime.backend import Backend, Form, Ids, Logits, check_ids
 from supra_core.text import EncodedText
 
 TEXT_FORM = "as it stands in the file, UTF-8"

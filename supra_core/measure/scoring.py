@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from supra_core.errors import SupraError
 from supra_core.measure.perplexity import token_scores
-from supra_core.measure.verify import check_ids
 from supra_core.progress import Progress, silent
-from supra_core.runtime.backend import Backend, Form
+from supra_core.runtime.backend import Backend, Form, check_ids
 from supra_core.text import ModelTokenizer
 
 # Tokens computed together, padding included.

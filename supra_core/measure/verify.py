@@ -15,7 +15,7 @@ from supra_core.errors import FormatError, SupraError
 from supra_core.formats.atomic import atomic_file, check_new_file
 from supra_core.progress import Progress, silent
 from supra_core.runtime import backend as backends
-from supra_core.runtime.backend import Form, Ids, Logits
+from supra_core.runtime.backend import Form, Ids, Logits, check_ids
 
 DEFAULT_LENGTH = 128
 
@@ -225,16 +225,6 @@ def _logits(candidate: Candidate, ids: Ids, dtype: str | None) -> Logits:
     model = backends.load(candidate.backend, candidate.path, dtype=dtype)
     check_ids(ids, model.spec.vocab_size)
     return model.logits(ids, form=candidate.form)
-
-
-def check_ids(ids: Ids, vocab_size: int) -> None:
-    """Raise :class:`SupraError` for an id that the vocabulary does not have."""
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        wrong = int(ids.min() if ids.min() < 0 else ids.max())
-        raise SupraError(
-            f"token id {wrong} is outside the model's vocabulary of {vocab_size}: "
-            "use ids of this model's tokenizer"
-        )
 
 
 def _save(path: Path, logits: Logits) -> None:

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 from supra_core.model.layout import active_parameter_count, parameter_count
+from supra_core.model.original import original_spec
 from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention, SumNormaliser
-from supra_core.sources.teacher import original_spec
 from supra_core.tensors import TensorSource
 
 STATE_ITEMSIZE = 4

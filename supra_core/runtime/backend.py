@@ -130,6 +130,16 @@ def default_for_generation() -> str:
     return found
 
 
+def check_ids(ids: Ids, vocab_size: int) -> None:
+    """Raise :class:`SupraError` for an id that the vocabulary does not have."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = int(ids.min() if ids.min() < 0 else ids.max())
+        raise SupraError(
+            f"token id {wrong} is outside the model's vocabulary of {vocab_size}: "
+            "use ids of this model's tokenizer"
+        )
+
+
 def _absent(name: str) -> list[str]:
     return [package for package in _MODULES[name][1] if importlib.util.find_spec(package) is None]
 

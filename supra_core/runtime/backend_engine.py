@@ -11,7 +11,8 @@ import numpy as np
 from supra_core.errors import FormatError, SupraError
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Backend, Logits, StateArrays
-from supra_core.runtime.batch import Batch, InTurns
+from supra_core.runtime.batch import SequentialBatch
+from supra_core.runtime.engine import Batch
 from supra_core.runtime.likelihood import Likelihood, likelihoods
 from supra_core.runtime.sampling import Hear, Sampling, continuation
 from supra_core.runtime.tokenized_engine import TokenizedEngine
@@ -31,7 +32,7 @@ class Held:
 
 
 class BackendEngine(TokenizedEngine):
-    """:class:`~supra_core.runtime.conversation.Engine` over a backend and the model's tokenizer."""
+    """:class:`~supra_core.runtime.engine.Engine` over a backend and the model's tokenizer."""
 
     def __init__(self, model: Backend, tokenizer: ModelTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -86,7 +87,7 @@ class BackendEngine(TokenizedEngine):
 
     def batch(self, size: int) -> Batch:
         """Any number of sequences, a step of each after the other."""
-        return InTurns(self)
+        return SequentialBatch(self)
 
     def arrays(self, state: Held) -> StateArrays:
         """By the backend's own names; none before the first token."""

@@ -4,67 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any
 
 from supra_core.errors import SupraError
 from supra_core.progress import silent
+from supra_core.runtime.engine import Engine, Finish, StepOutput
 from supra_core.runtime.likelihood import Likelihood, Logits, likelihood
 from supra_core.runtime.sampling import Hear, Sampling
-
-if TYPE_CHECKING:
-    from supra_core.runtime.conversation import Engine
-
-Finish = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """One sequence's next token with the text that became certain; ``finish``: it was the last.
-
-    ``token`` None: the sequence ended without another token. ``likelihood`` is there where it was
-    asked for, and then of the token that ended the sequence as well. ``error``: why this sequence
-    cannot go on, as the others do; it is to be taken.
-    """
-
-    key: int
-    token: int | None
-    text: str
-    finish: Finish | None = None
-    likelihood: Likelihood | None = None
-    error: SupraError | None = None
-
-
-class Batch(Protocol):
-    """Sequences being spoken; each may come and go at any step."""
-
-    def add(
-        self,
-        ids: Sequence[int],
-        state: Any,
-        sampling: Sampling,
-        seen: Sequence[int] = (),
-        continues: bool = False,
-        top: int | None = None,
-    ) -> int:
-        """Begin a sequence after ``ids``, at least one, fed to ``state``; returns its key.
-
-        ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
-        ``continues``: the text goes on from theirs, and does not begin anew as an answer does.
-        ``top``: each token comes with its likelihood and that many likeliest ones.
-        """
-        ...
-
-    def step(self) -> list[Spoken]:
-        """The next token of every sequence that has one by now."""
-        ...
-
-    def take(self, key: int) -> Any:
-        """The state after a sequence's last token; it leaves the batch, ended or not."""
-        ...
-
-    def close(self) -> None:
-        """Leave everything that is under way."""
-        ...
 
 
 @dataclass
@@ -75,7 +21,7 @@ class _Sequence:
     heard: list[Likelihood]
 
 
-class InTurns:
+class SequentialBatch:
     """:class:`Batch` for any engine: one step of each sequence after the other."""
 
     def __init__(self, engine: Engine) -> None:
@@ -106,7 +52,7 @@ class InTurns:
         self._sequences[key] = _Sequence(state, pieces, sampling.max_tokens, heard)
         return key
 
-    def step(self) -> list[Spoken]:
+    def step(self) -> list[StepOutput]:
         """A token of each; a sequence's last one says so."""
         return [self._spoken(key) for key in list(self._sequences)]
 
@@ -123,12 +69,12 @@ class InTurns:
         for key in list(self._sequences):
             self.take(key)
 
-    def _spoken(self, key: int) -> Spoken:
+    def _spoken(self, key: int) -> StepOutput:
         sequence = self._sequences[key]
         try:
             token, text = next(sequence.pieces, (None, ""))
         except SupraError as error:
-            return Spoken(key, None, "", error=error)
+            return StepOutput(key, None, "", error=error)
         sequence.tokens_left -= 1
         finish: Finish | None = None
         if token is None:
@@ -138,4 +84,4 @@ class InTurns:
         if finish:
             self._ended[key] = self.take(key)
         likely = sequence.heard.pop() if sequence.heard else None
-        return Spoken(key, token, text, finish, likely)
+        return StepOutput(key, token, text, finish, likely)

@@ -2,102 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 from supra_core.errors import FormatError
 from supra_core.progress import Progress, silent
-from supra_core.runtime.backend import StateArrays
-from supra_core.runtime.batch import Batch
-from supra_core.runtime.likelihood import Likelihood
-from supra_core.runtime.sampling import REPETITION_CONTEXT, Hear, Sampling
-from supra_core.text.chat_template import ANSWER, Rendering
-
-Message = dict[str, Any]
+from supra_core.runtime.engine import Engine, Message
+from supra_core.runtime.sampling import REPETITION_CONTEXT, Sampling
 
 # Turns whose states are kept to go back to; each costs one state (64 MiB for a 7B model).
 _SNAPSHOTS = 8
-
-
-class Engine(Protocol):
-    """A loaded model that speaks.
-
-    Its states are changed by :meth:`feed` and :meth:`speak`; a copy shares their arrays, which
-    nothing changes.
-    """
-
-    backend: str
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text that is to be continued."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids as it is in the middle of a text, special tokens by their names."""
-        ...
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        now: datetime | None = None,
-        how: Rendering = ANSWER,
-    ) -> list[int]:
-        """Token ids of the conversation by the model's chat template, up to the next answer.
-
-        ``now``: what a template is told that asks for the time; None: the clock's.
-        """
-        ...
-
-    def fresh(self) -> Any:
-        """The state before the first token."""
-        ...
-
-    def copy(self, state: Any) -> Any:
-        """A state that goes its own way from here."""
-        ...
-
-    def feed(self, ids: Sequence[int], state: Any, progress: Progress) -> None:
-        """Show ``ids``, at least one, to ``state``."""
-        ...
-
-    def follow(
-        self, ids: Sequence[int], following: Sequence[int], state: Any, top: int
-    ) -> list[Likelihood]:
-        """As :meth:`feed`; how likely ``following`` were, each the token after one of ``ids``."""
-        ...
-
-    def speak(
-        self,
-        ids: Sequence[int],
-        state: Any,
-        sampling: Sampling,
-        progress: Progress,
-        seen: Sequence[int] = (),
-        continues: bool = False,
-        hear: Hear | None = None,
-    ) -> Generator[tuple[int, str]]:
-        """Tokens after ``ids``, each with the text that became certain; the state has seen them.
-
-        ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
-        ``continues``: the text goes on from theirs, and does not begin anew as an answer does.
-        ``hear``: is told what each token was taken from.
-        """
-        ...
-
-    def batch(self, size: int) -> Batch:
-        """Room for ``size`` sequences that are spoken at a time."""
-        ...
-
-    def arrays(self, state: Any) -> StateArrays:
-        """The state for a file; the inverse of :meth:`restored`."""
-        ...
-
-    def restored(self, arrays: StateArrays) -> Any:
-        """The state of a file; FormatError when it is no state of this model."""
-        ...
 
 
 @dataclass(frozen=True)

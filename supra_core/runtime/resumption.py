@@ -17,7 +17,7 @@ from supra_core.formats.finite import is_finite
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import silent
 from supra_core.runtime.backend import StateArrays
-from supra_core.runtime.conversation import Engine
+from supra_core.runtime.engine import Engine
 from supra_core.runtime.state_file import SavedState
 
 # Tokens of the two states that are compared.

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import SupraError
-from supra_core.measure.verify import check_ids
 from supra_core.model.reference import softmax
-from supra_core.runtime.backend import Backend
+from supra_core.runtime.backend import Backend, check_ids
 from supra_core.runtime.likelihood import NoNumbers
 
 # Tokens that the repetition penalty looks back on.

@@ -21,8 +21,8 @@ from typing import Any
 
 from supra_core.errors import SupraError
 from supra_core.progress import silent
-from supra_core.runtime.batch import Batch, Finish, Spoken
-from supra_core.runtime.conversation import Engine, HeldBack
+from supra_core.runtime.conversation import HeldBack
+from supra_core.runtime.engine import Batch, Engine, Finish, StepOutput
 from supra_core.runtime.likelihood import Likelihood
 from supra_core.runtime.prefixes import Prefixes
 from supra_core.runtime.sampling import REPETITION_CONTEXT, Sampling
@@ -426,7 +426,7 @@ class Scheduler:
         for piece in spoken:
             self._say(piece)
 
-    def _say(self, piece: Spoken) -> None:
+    def _say(self, piece: StepOutput) -> None:
         job, finish = self._speaking[piece.key], piece.finish
         if piece.error is not None:
             self._batch.take(piece.key)

@@ -24,7 +24,7 @@ from supra_core.formats.jsonfile import parse
 from supra_core.formats.safetensors import metadata as read_metadata
 from supra_core.formats.safetensors import read_file, write_file
 from supra_core.runtime.backend import StateArrays
-from supra_core.runtime.conversation import Message
+from supra_core.runtime.engine import Message
 from supra_core.tensors import LazyTensor
 
 # By version, the fields of the metadata that ``sha256`` is over.
@@ -166,14 +166,6 @@ def check_owner(path: str | Path, found: Owner, wanted: Owner) -> None:
         )
     if found.dtype != wanted.dtype:
         raise SupraError(f"{path} was computed in {found.dtype}: give --dtype {found.dtype}")
-
-
-def is_state(path: Path) -> bool:
-    """Whether a file is a state that :func:`write_state` wrote."""
-    try:
-        return _metadata(path).get("format") in FORMATS
-    except FormatError:
-        return False
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from supra_core.text.chat_template import ANSWER, Rendering
 
 
 class TokenizedEngine:
-    """The part of :class:`~supra_core.runtime.conversation.Engine` that is about text."""
+    """The part of :class:`~supra_core.runtime.engine.Engine` that is about text."""
 
     tokenizer: ModelTokenizer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core import families
-from supra_core.artifact.folder import config as artifact_config
+from supra_core.artifact import config as artifact_config
 from supra_core.formats import openlm_config
 from supra_core.formats.jsonfile import read_object
 from supra_core.hub import download_config, hub_id

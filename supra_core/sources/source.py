@@ -15,8 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from supra_core.artifact import folder as artifact
 from supra_core.artifact.config import MODEL_TYPE
-from supra_core.artifact.folder import folder as artifact
 from supra_core.errors import FormatError, SupraError
 from supra_core.families import needs_bos
 from supra_core.formats import gguf, huggingface, openlm
@@ -28,11 +28,10 @@ from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
 from supra_core.formats.openlm_config import is_config as is_openlm_config
-from supra_core.formats.safetensors import Progress
+from supra_core.formats.safetensors import Progress, metadata
 from supra_core.hub import cached_folder, download, hub_id
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress as Reporter
-from supra_core.runtime.state_file import is_state
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource
 from supra_core.text import TOKENIZER, ModelTokenizer, load_tokenizer
 from supra_core.text.files import end_token, one_tokenizer
@@ -146,7 +145,7 @@ def _open(place: Path, config: Path | None) -> Source:
         return _open_folder(place, config)
     if place.suffix.lower() == SUFFIX or is_gguf(place):
         return _open_gguf(place)
-    if place.suffix == ".safetensors" and is_state(place):
+    if place.suffix == ".safetensors" and _is_state(place):
         raise FormatError(f"{place} is a saved state: name its model, and the file by --state")
     if place.suffix in _WEIGHT_SUFFIXES:
         beside = place.parent / CONFIG
@@ -291,3 +290,11 @@ def _from(spec: ModelSpec, name: str) -> ModelSpec:
     if spec.provenance.source:
         return spec
     return replace(spec, provenance=replace(spec.provenance, source=name))
+
+
+def _is_state(path: Path) -> bool:
+    """Whether a file holds a conversation, not weights."""
+    try:
+        return metadata(path).get("format", "").startswith("supra-state-")
+    except FormatError:
+        return False

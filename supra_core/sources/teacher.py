@@ -9,7 +9,8 @@ from typing import Any
 from supra_core.errors import SupraError
 from supra_core.formats.jsonfile import read_object
 from supra_core.model.layout import tensor_shapes
-from supra_core.model.spec import Folded, LinearAttention, ModelSpec, SoftmaxAttention
+from supra_core.model.original import original_spec
+from supra_core.model.spec import Folded, LinearAttention, ModelSpec
 from supra_core.sources.source import RUN_FILE, Source, is_cached, open_source
 from supra_core.tensors import TensorSource
 
@@ -51,18 +52,6 @@ def original(model: Source) -> tuple[ModelSpec, TensorSource]:
     spec = original_spec(model.spec)
     tensors = {**model.tensors, **model.originals}
     return spec, {name: tensors[name] for name in tensor_shapes(spec)}
-
-
-def original_spec(spec: ModelSpec) -> ModelSpec:
-    """What a linearized model was made from: softmax attention where it is linear now."""
-    replaced = spec.provenance.replaced_mixers or (SoftmaxAttention(),) * spec.num_hidden_layers
-    mixers = [layer.mixer for layer in spec.layers]
-    return spec.with_mixers(
-        [
-            mixer if isinstance(mixer, SoftmaxAttention) else theirs
-            for mixer, theirs in zip(mixers, replaced, strict=True)
-        ]
-    )
 
 
 def _of_run(record: dict[str, Any]) -> str | None:

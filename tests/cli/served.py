@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from supra_cli.serving.app import build
 from supra_cli.serving.service import Limits, Service
-from supra_core.runtime.conversation import Engine
+from supra_core.runtime.engine import Engine
 from supra_core.runtime.prefixes import Prefixes
 from supra_core.runtime.sampling import Sampling
 from supra_core.runtime.scheduler import Scheduler

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from supra_cli.main import app
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.model.spec import SoftmaxAttention
 from supra_core.sources.source import WRITERS, open_source
 from supra_core.tensors import LazyTensor

@@ -25,7 +25,7 @@ from supra_cli.main import app  # noqa: E402
 from supra_cli.shared import output  # noqa: E402
 from supra_cli.shared.progress import ProgressReporter  # noqa: E402
 from supra_cli.talk.terminal import ReadingProgress, show  # noqa: E402
-from supra_core.artifact.folder import folder as artifact  # noqa: E402
+from supra_core.artifact import folder as artifact  # noqa: E402
 from supra_core.formats import checksums  # noqa: E402
 from supra_core.model.spec import Provenance  # noqa: E402
 from supra_core.runtime.state_file import Owner, SavedState, write_state  # noqa: E402

@@ -13,7 +13,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("jinja2")
 
 from supra_cli.serving.logprobs import Echo as Echoed  # noqa: E402
-from supra_core.runtime.conversation import Message  # noqa: E402
+from supra_core.runtime.engine import Message  # noqa: E402
 from supra_core.text.chat_template import ANSWER, ChatTemplate, Rendering  # noqa: E402
 from tests.cli.served import PLACE, Served  # noqa: E402
 from tests.core.echo import Echo  # noqa: E402

@@ -14,7 +14,7 @@ pytest.importorskip("starlette")
 
 from supra_cli.serving import fields  # noqa: E402
 from supra_cli.serving.fields import DONE, IGNORED, REFUSED, REFUSED_HERE, Route  # noqa: E402
-from supra_core.runtime.conversation import Message  # noqa: E402
+from supra_core.runtime.engine import Message  # noqa: E402
 from supra_core.runtime.sampling import Sampling  # noqa: E402
 from supra_core.text.chat_template import ANSWER, Rendering  # noqa: E402
 from tests.cli.served import Served  # noqa: E402

@@ -26,8 +26,11 @@ from supra_cli.talk.session import Left, Line, Questions, Session  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from supra_core.runtime import conversation as conversations  # noqa: E402
-from supra_core.runtime.batch import Spoken  # noqa: E402
-from supra_core.runtime.conversation import Conversation, Engine  # noqa: E402
+from supra_core.runtime.conversation import Conversation  # noqa: E402
+from supra_core.runtime.engine import (
+    Engine,  # noqa: E402
+    StepOutput,  # noqa: E402
+)
 from supra_core.runtime.sampling import Sampling  # noqa: E402
 from supra_core.runtime.state_file import read_state, write_state  # noqa: E402
 from supra_core.visible import visible  # noqa: E402
@@ -329,7 +332,7 @@ def together(engine: Engine, ids: list[int], sampling: Sampling) -> list[tuple[i
     batch, state = engine.batch(2), engine.fresh()
     engine.feed(ids[:-1], state, silent)
     batch.add(ids[-1:], state, sampling, ids[:-1], continues=True)
-    spoken: list[Spoken] = []
+    spoken: list[StepOutput] = []
     while not spoken or spoken[-1].finish is None:
         spoken += batch.step()
     batch.close()

@@ -9,8 +9,8 @@ import numpy as np
 
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import StateArrays
-from supra_core.runtime.batch import Batch, InTurns
-from supra_core.runtime.conversation import Message
+from supra_core.runtime.batch import SequentialBatch
+from supra_core.runtime.engine import Batch, Message
 from supra_core.runtime.likelihood import Likelihood, Logits, likelihood
 from supra_core.runtime.sampling import Hear, Sampling
 from supra_core.text.chat_template import ANSWER, Rendering
@@ -94,7 +94,7 @@ class Echo:
         return -np.abs(np.arange(256) - ord("a") - sum(state) % 26).astype(np.float32)
 
     def batch(self, size: int) -> Batch:
-        return InTurns(self)
+        return SequentialBatch(self)
 
     def arrays(self, state: list[int]) -> StateArrays:
         return {"seen": np.array(state, dtype=np.int32)}

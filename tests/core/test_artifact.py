@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from supra_core.artifact import folder as artifact
 from supra_core.artifact.config import config_to_spec, spec_to_config
-from supra_core.artifact.folder import folder as artifact
 from supra_core.errors import FormatError, LayoutError, SpecError, SupraError
 from supra_core.formats import safetensors
 from supra_core.model.layout import tensor_shapes

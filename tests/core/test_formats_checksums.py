@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from supra_cli.main import app
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.errors import FormatError
 from supra_core.formats import checksums, huggingface, openlm, safetensors
 from supra_core.formats.checksums import NAME, Problem, check

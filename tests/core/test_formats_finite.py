@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.conversion.convert import convert
 from supra_core.errors import SupraError
 from supra_core.formats import finite, safetensors

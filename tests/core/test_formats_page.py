@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from supra_core import families
+from supra_core.artifact import folder as artifact
 from supra_core.artifact.config import spec_to_config
-from supra_core.artifact.folder import folder as artifact
 from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.errors import SpecError
 from supra_core.formats.assets import ASSET_NAMES

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from supra_core import families
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.errors import SupraError
 from supra_core.formats import gguf
 from supra_core.formats.safetensors import write_file

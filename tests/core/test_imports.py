@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from supra_core.artifact.folder import mlx_file as model_file
+from supra_core.artifact import mlx_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "transformers", "triton"}
@@ -82,7 +82,7 @@ def test_importing_the_core_loads_no_framework() -> None:
 
 
 @pytest.mark.parametrize(
-    "program", ["import os, supra_mlx\n", model_file._HEAD], ids=["ours", "file"]
+    "program", ["import os, supra_mlx\n", mlx_file._HEAD], ids=["ours", "file"]
 )
 @pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1")])
 def test_mlx_multiplies_float32_as_float32(program: str, before: str | None, after: str) -> None:

@@ -17,7 +17,7 @@ from supra_core.errors import FormatError
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import silent
 from supra_core.runtime.backend_engine import BackendEngine
-from supra_core.runtime.conversation import Engine
+from supra_core.runtime.engine import Engine
 from supra_core.runtime.reference_backend import ReferenceBackend
 from supra_core.runtime.resumption import restored
 from supra_core.runtime.state_file import Owner, SavedState

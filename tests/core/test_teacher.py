@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.formats import huggingface
 from supra_core.sources.source import open_source, teacher

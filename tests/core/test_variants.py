@@ -97,7 +97,7 @@ def test_other_backends_agree(take: Any) -> None:
 
 def test_mlx_agrees(tmp_path: Any) -> None:
     pytest.importorskip("mlx")
-    from supra_core.artifact.folder import folder as artifact
+    from supra_core.artifact import folder as artifact
     from supra_core.runtime import backend
 
     spec = SPECS["windowed_sink"]

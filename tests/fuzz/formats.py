@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.families import config_to_spec
 from supra_core.families import spec_to_config as plain_config
 from supra_core.formats import huggingface, openlm, safetensors

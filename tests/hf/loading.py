@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import TensorSource
 from tests.tiny_models import lazy_weights

@@ -15,8 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core.artifact.folder import folder as artifact  # noqa: E402
-from supra_core.artifact.folder import transformers_files  # noqa: E402
+from supra_core.artifact import folder as artifact  # noqa: E402
+from supra_core.artifact import transformers_files  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402

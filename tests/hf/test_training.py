@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core.artifact.folder import folder as artifact  # noqa: E402
+from supra_core.artifact import folder as artifact  # noqa: E402
 from supra_core.conversion.convert import convert  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402

@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core.artifact.folder import folder as artifact  # noqa: E402
+from supra_core.artifact import folder as artifact  # noqa: E402
 from supra_core.conversion.convert import convert  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions  # noqa: E402
 from supra_core.errors import FormatError  # noqa: E402

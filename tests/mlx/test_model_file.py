@@ -24,8 +24,8 @@ mx = pytest.importorskip("mlx.core")
 from mlx_lm.utils import load_model  # noqa: E402
 
 from supra_cli.shared.speech import load_speaker  # noqa: E402
-from supra_core.artifact.folder import folder as artifact  # noqa: E402
-from supra_core.artifact.folder import mlx_file as model_file  # noqa: E402
+from supra_core.artifact import folder as artifact  # noqa: E402
+from supra_core.artifact import mlx_file  # noqa: E402
 from supra_core.conversion.convert import convert  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from supra_core.runtime.conversation import Conversation  # noqa: E402
@@ -71,7 +71,7 @@ def test_stock_mlx_lm_builds_every_model(name: str, tmp_path: Path) -> None:
 def test_no_name_is_taken_twice() -> None:
     """Each module's names would hide another's."""
     names: Counter[str] = Counter()
-    for node in ast.parse(model_file.text()).body:
+    for node in ast.parse(mlx_file.text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names[node.name] += 1
         elif isinstance(node, ast.Assign):
@@ -98,7 +98,7 @@ def test_generate_needs_nothing_of_ours(tmp_path: Path) -> None:
 
 def test_supra_never_runs_it(tmp_path: Path) -> None:
     folder = write_chat_model(tmp_path / "model", SPECS["paper"])
-    (folder / model_file.NAME).write_text("raise SystemExit('run')")
+    (folder / mlx_file.NAME).write_text("raise SystemExit('run')")
     load_source(open_source(folder))
 
 
@@ -178,7 +178,7 @@ def test_stock_quantisation(folder: Path, tmp_path: Path) -> None:
         "convert", "--hf-path", str(folder), "--mlx-path", str(quantised), "-q", "--q-bits", "8",
         "--q-group-size", "32",
     )  # fmt: skip
-    assert (quantised / model_file.NAME).is_file()
+    assert (quantised / mlx_file.NAME).is_file()
     assert "scales" in (quantised / "model.safetensors.index.json").read_text()
     # Ours reads it, too, and computes the same.
     assert generated(quantised) == answers(quantised, "Hello")[0].strip("\n")

@@ -16,11 +16,11 @@ from supra_core.conversion.convert import convert, with_factors  # noqa: E402
 from supra_core.conversion.fold import fold  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.errors import SpecError, SupraError  # noqa: E402
+from supra_core.model.original import original_spec  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.model.spec import ModelSpec, RotaryEmbedding  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import Source, open_source  # noqa: E402
-from supra_core.sources.teacher import original_spec  # noqa: E402
 from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402
 from supra_torch.calibration.calibrate import calibrate  # noqa: E402
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
@@ -131,7 +131,7 @@ def test_stock_mlx_lm(pair: Any, tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")
     from mlx_lm.utils import load_model
 
-    from supra_core.artifact.folder import folder as artifact
+    from supra_core.artifact import folder as artifact
 
     spec, tensors = _noisy(open_source(pair[0]), OPTIONS["windowed"])
     artifact.write(tmp_path / "model", spec, tensors, {}, dtype="float32")

@@ -12,7 +12,8 @@ from supra_core.sources.source import open_source
 from tests.fake_hub import Hub
 
 BACKENDS = (
-    "supra_core.runtime.reference_backend", "supra_torch.inference.backend", "supra_torch.inference.transformers_backend",
+    "supra_core.runtime.reference_backend", "supra_torch.inference.backend",
+    "supra_torch.inference.transformers_backend",
     "supra_mlx.backend", "supra_mlx.stock_backend",
 )  # fmt: skip
 

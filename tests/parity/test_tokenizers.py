@@ -29,7 +29,7 @@ from tokenizers import (  # noqa: E402
 )  # fmt: skip
 
 from supra_cli.shared.speech import load_speaker  # noqa: E402
-from supra_core.artifact.folder import folder as artifact  # noqa: E402
+from supra_core.artifact import folder as artifact  # noqa: E402
 from supra_core.data.prepare import Settings, prepare  # noqa: E402
 from supra_core.errors import FormatError, SupraError  # noqa: E402
 from supra_core.sources.source import WRITERS, Source, open_source  # noqa: E402

@@ -19,11 +19,12 @@ from supra_core.model.spec import SoftmaxAttention
 from supra_core.tensors import LazyTensor
 from supra_torch.distributed.processes import Processes, mesh_over
 from supra_torch.distributed.sharding import load_model, synchronise
-from supra_torch.model.model import lora
+from supra_torch.model import lora
+from supra_torch.precision import autocast, product_type
 from supra_torch.recipes.config import Stage
 from supra_torch.uptrain.step.batches import Batch
 from supra_torch.uptrain.step.stages import gradients, optimiser_for
-from supra_torch.uptrain.step.step import autocast, product_type, trained_parameters
+from supra_torch.uptrain.step.step import trained_parameters
 from tests.tiny_models import SPECS, lazy_weights
 
 SPEC = {

@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.formats import checksums, distributed
 from tests.torch.uptraining import records, weights_in
 
 _CONTEXT: Any = multiprocessing.get_context("forkserver")
 _PRELOADED = [
-    "supra_cli.main", "supra_cli.shared.progress", "supra_torch.uptrain.run", "torch.distributed.fsdp",
+    "supra_cli.main", "supra_cli.shared.progress", "supra_torch.uptrain.run",
+    "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict_saver", "torch._dynamo", "tests.torch.storm",
 ]  # fmt: skip
 # A process that has nothing to wait for ends long before.

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 torch = pytest.importorskip("torch")
 
 from supra_cli.main import app  # noqa: E402
-from supra_core.artifact.folder import folder as artifact  # noqa: E402
+from supra_core.artifact import folder as artifact  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.model.layout import active_parameter_count  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_core.artifact.folder import folder as artifact  # noqa: E402
+from supra_core.artifact import folder as artifact  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402

@@ -15,10 +15,8 @@ torch = pytest.importorskip("torch")
 from torch._dynamo.utils import counters  # noqa: E402
 
 from supra_core.model.spec import LayerSpec, ModelSpec, SoftmaxAttention  # noqa: E402
-from supra_torch.model.model import (
-    build,  # noqa: E402
-    lora,  # noqa: E402
-)
+from supra_torch.model import lora  # noqa: E402
+from supra_torch.model.model import build  # noqa: E402
 from supra_torch.uptrain.step.batches import Batch  # noqa: E402
 from supra_torch.uptrain.step.compilation import compiled_layers  # noqa: E402
 from supra_torch.uptrain.step.stages import gradients  # noqa: E402

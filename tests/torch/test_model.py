@@ -12,11 +12,8 @@ torch = pytest.importorskip("torch")
 from supra_core.errors import LayoutError  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
-from supra_torch.model.model import (  # noqa: E402
-    build,
-    lazy_tensors,
-    mixers,  # noqa: E402
-)
+from supra_torch.model import mixers  # noqa: E402
+from supra_torch.model.model import build, lazy_tensors  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights, random_weights, reference  # noqa: E402
 
 # Logits of order one after up to four layers of sums of at most 240 terms, each rounding at
@@ -148,7 +145,7 @@ def test_products_are_taken_in_the_type_of_autocast(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A softmax is float32 under autocast; on a GPU its products would miss the fast kernel."""
-    from supra_torch.model.model import mixers
+    from supra_torch.model import mixers
     from supra_torch.ops import linear_attention
 
     seen: list[Any] = []

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.model import layout  # noqa: E402
+from supra_core.model.original import original_spec  # noqa: E402
 from supra_core.sources.outline import outline  # noqa: E402
-from supra_core.sources.teacher import original_spec  # noqa: E402
 from supra_torch import devices  # noqa: E402
 from supra_torch.distributed.exact import Float64Sums  # noqa: E402
 from supra_torch.distributed.processes import Processes  # noqa: E402

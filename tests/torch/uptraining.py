@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 
 if TYPE_CHECKING:
     from supra_torch.recipes.config import UptrainConfig

@@ -24,6 +24,7 @@ from supra_core.sources.source import Source, open_source
 from supra_torch.benchmark.timing import environment
 from supra_torch.benchmark.trainer import Summary, Training, serve
 from supra_torch.devices import recognised
+from supra_torch.precision import resolved_precision
 from supra_torch.recipes.config import (
     DEFAULT_RECIPE,
     UptrainConfig,
@@ -31,7 +32,6 @@ from supra_torch.recipes.config import (
     validate,
 )
 from supra_torch.uptrain.step.compilation import compiles
-from supra_torch.uptrain.step.step import resolved_precision
 
 ORIGINAL = "original (transformers, SDPA)"
 _LOADABLE_BY_TRANSFORMERS = ("gguf", "hf")

@@ -17,6 +17,7 @@ from supra_core.errors import SupraError
 from supra_core.sources.source import open_source
 from supra_torch.distributed.processes import Processes
 from supra_torch.distributed.sharding import frozen_teacher, trained_student
+from supra_torch.precision import autocast
 from supra_torch.recipes.config import UptrainConfig
 from supra_torch.uptrain.inputs import open_inputs
 from supra_torch.uptrain.memory import keep_freed_memory, peak_memory, reset_peak
@@ -25,7 +26,7 @@ from supra_torch.uptrain.step.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.step.compilation import compile_layers, compiles
 from supra_torch.uptrain.step.operations import flops_per_token, multiplied_weights
 from supra_torch.uptrain.step.stages import gradients, optimiser_for
-from supra_torch.uptrain.step.step import adamw, autocast, trained_parameters, training_step
+from supra_torch.uptrain.step.step import adamw, trained_parameters, training_step
 
 
 @dataclass(frozen=True)

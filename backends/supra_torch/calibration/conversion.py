@@ -17,7 +17,7 @@ from supra_core.sources.source import Source
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_torch.calibration.calibrate import LayerFit, calibrate_layers
 from supra_torch.model.model import Layer, SupraModel, build_layer, to_torch
-from supra_torch.uptrain.step.step import autocast, product_type, resolved_precision
+from supra_torch.precision import autocast, product_type, resolved_precision
 
 DEFAULT_TOKENS = 16_384
 _LENGTH = 512
@@ -28,7 +28,7 @@ _SHORTEST = 32
 
 @dataclass(frozen=True)
 class TextCalibration:
-    """What :func:`supra_core.conversion.convert.convert` takes: fits a conversion on parts of a text.
+    """A ``Calibration`` for ``convert``, on parts of a text.
 
     ``tokens``: of how many; they are spread evenly over the text.
     """

@@ -28,9 +28,10 @@ from supra_core.model import layout
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.distributed.processes import Processes
-from supra_torch.model.model import Layer, SupraModel, lora, numbers, to_torch
+from supra_torch.model import lora
+from supra_torch.model.model import Layer, SupraModel, numbers, to_torch
+from supra_torch.precision import product_type
 from supra_torch.recipes.config import Stage, UptrainConfig
-from supra_torch.uptrain.step.step import product_type
 
 
 def load_model(

@@ -1,7 +1,7 @@
 """Any backend's model under the lm-eval harness (EleutherAI), for its hundreds of tasks.
 
-Scores come from :mod:`supra_core.measure.scoring`, so that a harness task and our own task over the same
-examples give the same figures.
+Scores come from :mod:`supra_core.measure.scoring`, so that a harness task and our own task over
+the same examples give the same figures.
 """
 
 from __future__ import annotations

@@ -16,13 +16,15 @@ from supra_core.model.spec import ModelSpec
 from supra_torch.distributed.exact import Float64Sums
 from supra_torch.distributed.processes import Processes, mesh_over, part_of_rows
 from supra_torch.distributed.sharding import meta_model, placed, settle, synchronise
-from supra_torch.model.model import SupraModel, lora
+from supra_torch.model import lora
+from supra_torch.model.model import SupraModel
 from supra_torch.ops.target import planned_for
 from supra_torch.plan.trace import Cost, Trace
+from supra_torch.precision import autocast, product_type
 from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.uptrain.step.batches import Batch
 from supra_torch.uptrain.step.stages import gradients, optimiser_for
-from supra_torch.uptrain.step.step import autocast, product_type, trained_parameters
+from supra_torch.uptrain.step.step import trained_parameters
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,19 @@ import torch
 from supra_core.conversion.linearize import LinearizeOptions, linear_spec
 from supra_core.errors import SupraError
 from supra_core.model.layout import parameter_count, tensor_shapes
+from supra_core.model.original import original_spec
 from supra_core.model.sizes import Sizes, of_spec
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress, silent
 from supra_core.sources.outline import outline
-from supra_core.sources.teacher import original_spec
 from supra_torch.devices import CPU, Device, device_named
 from supra_torch.model.lora import adapter_count
 from supra_torch.plan.memory import Layout, StepTrace, trace_stage
 from supra_torch.plan.trace import EXCHANGE
+from supra_torch.precision import resolved_precision
 from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.uptrain.inputs import refuse_another_recipe
 from supra_torch.uptrain.step.stages import learning_rates
-from supra_torch.uptrain.step.step import resolved_precision
 
 # A CUDA context with the libraries' code and workspaces; the communicators of NCCL beside it.
 _CONTEXT, _COMMUNICATORS = 0.7e9, 0.7e9

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.errors import (
     EndedByAnother,
     FormatError,
@@ -45,7 +45,8 @@ from supra_core.sources.source import ADAPTERS
 from supra_core.tensors import LazyTensor
 from supra_torch.distributed.processes import Processes
 from supra_torch.distributed.sharding import fill, release
-from supra_torch.model.model import SupraModel, lora
+from supra_torch.model import lora
+from supra_torch.model.model import SupraModel
 
 STATE = "state.json"
 MODEL, OPTIMISER = "model", "optimiser"

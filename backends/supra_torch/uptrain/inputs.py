@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from supra_core.conversion.linearize import LinearizeOptions, linear_spec, linearize
 from supra_core.errors import SupraError
+from supra_core.model.original import original_spec
 from supra_core.model.spec import ModelSpec
 from supra_core.sources.source import Source, open_source
-from supra_core.sources.teacher import holds_original, original, original_spec
+from supra_core.sources.teacher import holds_original, original
 from supra_core.tensors import TensorSource
 from supra_core.text import ModelTokenizer
 from supra_torch.recipes.config import UptrainConfig

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from supra_core.errors import SupraError
-from supra_core.measure.verify import check_ids
 from supra_core.model.spec import LinearAttention
 from supra_core.progress import Progress, silent
-from supra_core.runtime.backend import Ids
+from supra_core.runtime.backend import Ids, check_ids
 from supra_torch.model.model import SupraModel
 from supra_torch.uptrain.step.batches import Batch
 from supra_torch.uptrain.step.stages import is_linear, teacher_forced

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.data.documents import in_words
 from supra_core.errors import SupraError, WriteError
 from supra_core.formats.atomic import atomic_file
@@ -25,6 +25,7 @@ from supra_core.progress import Progress, silent
 from supra_core.tensors import LazyTensor
 from supra_torch.calibration.conversion import calibrated_tensors
 from supra_torch.distributed.processes import Processes, processes
+from supra_torch.precision import resolved_precision
 from supra_torch.recipes.config import UptrainConfig
 from supra_torch.run_folder import checkpoint
 from supra_torch.run_folder.folder import (
@@ -45,7 +46,6 @@ from supra_torch.uptrain.interrupts import Stop
 from supra_torch.uptrain.memory import keep_freed_memory, memory_errors
 from supra_torch.uptrain.session import Session
 from supra_torch.uptrain.step.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
-from supra_torch.uptrain.step.step import resolved_precision
 from supra_torch.uptrain.train import train
 from supra_torch.uptrain.watch import refuse_missing, sinks
 

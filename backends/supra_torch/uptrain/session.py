@@ -19,6 +19,7 @@ from supra_torch.distributed.exact import Float64Sums, clip_gradients
 from supra_torch.distributed.processes import Processes
 from supra_torch.distributed.sharding import synchronise
 from supra_torch.model.model import SupraModel
+from supra_torch.precision import autocast
 from supra_torch.recipes.config import Stage, UptrainConfig
 from supra_torch.run_folder.folder import log
 from supra_torch.uptrain.interrupts import Stop, stop_if_asked
@@ -27,7 +28,7 @@ from supra_torch.uptrain.step.capture import CapturedGradients, Gradients
 from supra_torch.uptrain.step.compilation import compiled_layers, compiles, eagerly
 from supra_torch.uptrain.step.data import Mixture
 from supra_torch.uptrain.step.stages import gradients
-from supra_torch.uptrain.step.step import autocast, clip_by_norm, trained_parameters
+from supra_torch.uptrain.step.step import clip_by_norm, trained_parameters
 from supra_torch.uptrain.watch import Sink, figures
 
 

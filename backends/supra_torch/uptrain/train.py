@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.errors import EndedByAnother, FormatError, Preempted, SupraError, WriteError
 from supra_core.formats.atomic import flush_to_disk
 from supra_core.model.spec import ModelSpec

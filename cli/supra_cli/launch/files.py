@@ -103,7 +103,7 @@ def _render(template: str, job: Job, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("supra_torch.launch", "templates"),
+        loader=PackageLoader("supra_cli.launch", "templates"),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

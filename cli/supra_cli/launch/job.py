@@ -6,9 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from supra_core.errors import SupraError
-from supra_torch.recipes.config import UptrainConfig, resolve
+
+if TYPE_CHECKING:
+    from supra_torch.recipes.config import UptrainConfig
 
 # A DNS label that begins with a letter (RFC 1035), and short enough for an index behind it.
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
@@ -61,6 +64,8 @@ def job(
             raise SupraError(f"--{option} {number}: at least 1 is needed")
     if grace < 60:
         raise SupraError(f"--grace {grace}: a last checkpoint needs 60 seconds at least")
+    from supra_torch.recipes.config import resolve
+
     config = resolve(config=path, model=None, recipe=None, data=None, overrides=overrides or {})
     _refuse_uneven(path, config, nodes * gpus, gpus)
     made = Job(

@@ -12,7 +12,7 @@ from pathlib import Path
 from supra_cli.report_card.inputs import Inputs, Side
 from supra_cli.report_card.settings import Budget, ReportSettings
 from supra_cli.report_card.sides import Result, SideMeasurement, failed, not_measured, text_result
-from supra_core.artifact.folder import folder as artifact
+from supra_core.artifact import folder as artifact
 from supra_core.conversion.variants import is_windowed, window_alone, without_window
 from supra_core.model import sizes
 from supra_core.progress import Progress

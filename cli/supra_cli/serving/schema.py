@@ -23,7 +23,7 @@ from pydantic import (
 from supra_cli.serving.fields import ALIASES, DONE, VARIABLES, Route, problem
 from supra_core.errors import SupraError
 from supra_core.formats.jsonfile import parse
-from supra_core.runtime.conversation import Message
+from supra_core.runtime.engine import Message
 from supra_core.runtime.sampling import Sampling
 from supra_core.text import Rendering
 

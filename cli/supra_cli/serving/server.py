@@ -22,7 +22,7 @@ from supra_cli.serving.service import Context, Limits, Service
 from supra_cli.shared.output import log
 from supra_cli.shared.speech import load_speaker, release_thread
 from supra_core.errors import SupraError
-from supra_core.runtime.conversation import Engine
+from supra_core.runtime.engine import Engine
 from supra_core.runtime.prefixes import Prefixes
 from supra_core.runtime.sampling import Sampling
 from supra_core.runtime.scheduler import Scheduler

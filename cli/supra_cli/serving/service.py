@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from supra_cli.serving.quiet import Seldom
 from supra_cli.serving.schema import ApiError, ChatMessage, ChatRequest, CompletionRequest
 from supra_core.errors import SupraError
-from supra_core.runtime.conversation import Engine, Message
+from supra_core.runtime.engine import Engine, Message
 from supra_core.runtime.sampling import Sampling
 from supra_core.runtime.scheduler import (
     Busy,

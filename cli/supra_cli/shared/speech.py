@@ -17,7 +17,8 @@ from supra_core.model.spec import ModelSpec
 from supra_core.progress import silent
 from supra_core.runtime.backend import default_for_generation, importing, load
 from supra_core.runtime.backend_engine import BackendEngine
-from supra_core.runtime.conversation import Conversation, Engine, HeldBack, Snapshot
+from supra_core.runtime.conversation import Conversation, HeldBack, Snapshot
+from supra_core.runtime.engine import Engine
 from supra_core.runtime.resumption import restored
 from supra_core.runtime.sampling import Sampling
 from supra_core.runtime.state_file import Owner, SavedState, check_owner, read_state, write_state

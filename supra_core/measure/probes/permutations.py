@@ -19,9 +19,8 @@ from supra_core.errors import SupraError
 from supra_core.measure.intervals import of_share
 from supra_core.measure.scoring import encode_pair, like_lengths, padded
 from supra_core.measure.tasks import Question
-from supra_core.measure.verify import check_ids
 from supra_core.progress import Progress, silent
-from supra_core.runtime.backend import Backend, Form
+from supra_core.runtime.backend import Backend, Form, check_ids
 
 if TYPE_CHECKING:
     from supra_core.text import ModelTokenizer

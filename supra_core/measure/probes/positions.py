@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from supra_core.measure.intervals import around
 from supra_core.measure.perplexity import losses_of
-from supra_core.measure.verify import check_ids
 from supra_core.progress import Progress, silent
-from supra_core.runtime.backend import Backend, Ids
+from supra_core.runtime.backend import Backend, Ids, check_ids
 
 # Tokens a call: the logits of one piece are the largest array there is.
 PIECE = 1024

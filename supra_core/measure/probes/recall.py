@@ -17,9 +17,8 @@ import numpy.typing as npt
 from supra_core.errors import SupraError
 from supra_core.measure.intervals import of_share
 from supra_core.measure.probes.words import word_tokens
-from supra_core.measure.verify import check_ids
 from supra_core.progress import Progress, silent
-from supra_core.runtime.backend import Backend, Logits
+from supra_core.runtime.backend import Backend, Logits, check_ids
 from supra_core.text import ModelTokenizer
 
 Int64 = npt.NDArray[np.int64]

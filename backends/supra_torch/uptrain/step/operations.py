@@ -11,8 +11,8 @@ from __future__ import annotations
 from math import prod
 
 from supra_core.model import layout
+from supra_core.model.original import original_spec
 from supra_core.model.spec import LinearAttention, ModelSpec
-from supra_core.sources.teacher import original_spec
 from supra_torch.recipes.config import Stage
 from supra_torch.uptrain.step.stages import learning_rates
 

@@ -25,9 +25,10 @@ from supra_torch.model.model import Layer, ModelState, SupraModel
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
 from supra_torch.ops.losses import IGNORED
 from supra_torch.recipes.config import ModelPart, Stage, StageKind
+from supra_torch.uptrain.step import segments
 from supra_torch.uptrain.step.batches import Batch
 from supra_torch.uptrain.step.segments import States
-from supra_torch.uptrain.step.step import adamw, segments
+from supra_torch.uptrain.step.step import adamw
 
 
 def gradients(

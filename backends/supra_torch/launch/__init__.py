@@ -1,1 +1,0 @@
-"""Job files: an uptraining run on one or many nodes, started again until it is done."""
