@@ -19,11 +19,12 @@ from supra_core.artifact import folder as artifact
 from supra_core.artifact.config import MODEL_TYPE
 from supra_core.errors import FormatError, SupraError
 from supra_core.families import needs_bos
-from supra_core.formats import gguf, huggingface, openlm
+from supra_core.formats import huggingface, openlm
 from supra_core.formats.assets import read_assets
 from supra_core.formats.generation_config import further_ends, with_ends
-from supra_core.formats.gguf_header import is_gguf
-from supra_core.formats.gguf_parts import SUFFIX, model_files
+from supra_core.formats.gguf.header import is_gguf
+from supra_core.formats.gguf.parts import SUFFIX, model_files
+from supra_core.formats.gguf import reader as gguf
 from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed

@@ -19,7 +19,6 @@ from supra_core.errors import FormatError, SupraError
 from supra_core.formats import (
     checksums,
     distributed,
-    gguf_header,
     jsonfile,
     openlm,
     safetensors,
@@ -28,6 +27,7 @@ from supra_core.formats import (
     zip_records,
 )
 from supra_core.formats.assets import read_assets, write_assets
+from supra_core.formats.gguf import header as gguf_header
 from supra_core.formats.inside import file_in, files_in, has_file, open_regular, plain_name
 from supra_core.runtime import state_file
 from supra_core.sources.source import open_source

@@ -14,7 +14,7 @@ import pytest
 from supra_core import families
 from supra_core.artifact import folder as artifact
 from supra_core.errors import SupraError
-from supra_core.formats import gguf
+from supra_core.formats.gguf import reader as gguf
 from supra_core.formats.safetensors import write_file
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.rotary import inverse_frequencies

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
 from supra_core.errors import FormatError
-from supra_core.formats.gguf_pretokenizers import PRE_TOKENIZERS
-from supra_core.formats.gguf_tokenizer import tokenizer_assets, tokenizer_notes
+from supra_core.formats.gguf.pretokenizers import PRE_TOKENIZERS
+from supra_core.formats.gguf.tokenizer import tokenizer_assets, tokenizer_notes
 from tests.tiny_models import SPECS
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -11,7 +11,6 @@ from supra_core import errors
 from supra_core.families import fields
 from supra_core.formats import (
     assets,
-    gguf_header,
     jsonfile,
     pickle_machine,
     safetensors,
@@ -19,6 +18,7 @@ from supra_core.formats import (
     torch_values,
     zip_records,
 )
+from supra_core.formats.gguf import header as gguf_header
 from supra_core.model import spec
 from supra_core.text import files, worker
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from supra_core.errors import FormatError
-from supra_core.formats.gguf_pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
+from supra_core.formats.gguf.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 from supra_core.model.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError
-from supra_core.formats.gguf_header import Stored, read_header
+from supra_core.formats.gguf.header import Stored, read_header
 from supra_core.formats.inside import file_in, files_in
 
 SUFFIX = ".gguf"

@@ -17,9 +17,9 @@ import numpy as np
 from supra_core import families
 from supra_core.errors import FormatError, SpecError
 from supra_core.families.fields import Fields
-from supra_core.formats.gguf_header import Stored
-from supra_core.formats.gguf_parts import read_parts
-from supra_core.formats.gguf_tokenizer import tokenizer_assets, tokenizer_notes
+from supra_core.formats.gguf.header import Stored
+from supra_core.formats.gguf.parts import read_parts
+from supra_core.formats.gguf.tokenizer import tokenizer_assets, tokenizer_notes
 from supra_core.formats.mapping import mapped, read_range
 from supra_core.model.layout import check_tensors
 from supra_core.model.rotary import inverse_frequencies

@@ -1,0 +1,1 @@
+"""GGUF files: weights, tokenizer and config in one."""
