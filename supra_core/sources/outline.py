@@ -9,8 +9,8 @@ from typing import Any
 
 from supra_core import families
 from supra_core.artifact import config as artifact_config
-from supra_core.formats import openlm_config
 from supra_core.formats.jsonfile import read_object
+from supra_core.formats.openlm import config as openlm_config
 from supra_core.hub import download_config, hub_id
 from supra_core.model.spec import ModelSpec
 from supra_core.sources.source import CONFIG, open_source

@@ -19,16 +19,17 @@ from supra_core.artifact import folder as artifact
 from supra_core.artifact.config import MODEL_TYPE
 from supra_core.errors import FormatError, SupraError
 from supra_core.families import needs_bos
-from supra_core.formats import huggingface, openlm
+from supra_core.formats import huggingface
 from supra_core.formats.assets import read_assets
 from supra_core.formats.generation_config import further_ends, with_ends
+from supra_core.formats.gguf import reader as gguf
 from supra_core.formats.gguf.header import is_gguf
 from supra_core.formats.gguf.parts import SUFFIX, model_files
-from supra_core.formats.gguf import reader as gguf
 from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.jsonfile import read_object
 from supra_core.formats.mlx_quantized import Packed
-from supra_core.formats.openlm_config import is_config as is_openlm_config
+from supra_core.formats.openlm import checkpoint as openlm
+from supra_core.formats.openlm.config import is_config as is_openlm_config
 from supra_core.formats.safetensors import Progress, metadata
 from supra_core.hub import cached_folder, download, hub_id
 from supra_core.model.spec import ModelSpec

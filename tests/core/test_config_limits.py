@@ -14,7 +14,7 @@ from supra_core import families
 from supra_core.artifact import folder as artifact
 from supra_core.artifact.config import config_to_spec, spec_to_config
 from supra_core.errors import SpecError, SupraError
-from supra_core.formats import openlm_config
+from supra_core.formats.openlm import config as openlm_config
 from supra_core.model.layout import check_tensors
 from tests.tiny_models import SPECS, lazy_weights
 

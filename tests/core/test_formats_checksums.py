@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from supra_cli.main import app
 from supra_core.artifact import folder as artifact
 from supra_core.errors import FormatError
-from supra_core.formats import checksums, huggingface, openlm, safetensors
+from supra_core.formats import checksums, huggingface, safetensors
 from supra_core.formats.checksums import NAME, Problem, check
+from supra_core.formats.openlm import checkpoint as openlm
 from tests.fuzz.formats import PUBLISHED
 from tests.tiny_models import SPECS, lazy_weights
 

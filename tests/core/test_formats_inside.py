@@ -20,7 +20,6 @@ from supra_core.formats import (
     checksums,
     distributed,
     jsonfile,
-    openlm,
     safetensors,
     torch_legacy,
     torch_pickle,
@@ -29,6 +28,7 @@ from supra_core.formats import (
 from supra_core.formats.assets import read_assets, write_assets
 from supra_core.formats.gguf import header as gguf_header
 from supra_core.formats.inside import file_in, files_in, has_file, open_regular, plain_name
+from supra_core.formats.openlm import checkpoint as openlm
 from supra_core.runtime import state_file
 from supra_core.sources.source import open_source
 from tests.tiny_models import SPECS, lazy_weights

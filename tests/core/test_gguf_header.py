@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats.gguf.header import read_header
 from supra_core.formats.gguf import header as gguf_header
 from supra_core.formats.gguf import reader as gguf
+from supra_core.formats.gguf.header import read_header
 from supra_core.formats.gguf.tokenizer import tokenizer_assets
 
 library = pytest.importorskip("gguf")

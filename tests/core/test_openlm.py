@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from supra_core.errors import FormatError, SpecError
-from supra_core.formats import openlm, safetensors
-from supra_core.formats.openlm_config import config_to_spec, is_config, spec_to_config
-from supra_core.formats.openlm_tensors import published_tensors
+from supra_core.formats import safetensors
+from supra_core.formats.openlm import checkpoint as openlm
+from supra_core.formats.openlm.config import config_to_spec, is_config, spec_to_config
+from supra_core.formats.openlm.tensors import published_tensors
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.spec import (
     Experts,

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from supra_core.artifact import folder as artifact
 from supra_core.families import config_to_spec
 from supra_core.families import spec_to_config as plain_config
-from supra_core.formats import huggingface, openlm, safetensors
+from supra_core.formats import huggingface, safetensors
+from supra_core.formats.openlm import checkpoint as openlm
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.spec import (
     FeatureMap,

@@ -13,8 +13,8 @@ from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
 from supra_core.formats.inside import file_in, files_in, has_file
 from supra_core.formats.jsonfile import read_object, write_object
-from supra_core.formats.openlm_config import config_to_spec, is_config, spec_to_config
-from supra_core.formats.openlm_tensors import canonical_tensors, published_tensors
+from supra_core.formats.openlm.config import config_to_spec, is_config, spec_to_config
+from supra_core.formats.openlm.tensors import canonical_tensors, published_tensors
 from supra_core.model.layout import check_tensors
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named

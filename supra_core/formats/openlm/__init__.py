@@ -1,0 +1,1 @@
+"""OpenLM's checkpoints, which the published models are in."""
