@@ -8,13 +8,14 @@ from typing import Any
 
 from supra_core import families
 from supra_core.errors import FormatError, SpecError
-from supra_core.formats import checksums, safetensors, torch_pickle
+from supra_core.formats import checksums, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
 from supra_core.formats.inside import has_file
 from supra_core.formats.jsonfile import write_object
 from supra_core.formats.mlx_experts import unstacked
+from supra_core.formats.pickle import checkpoint as torch_pickle
 from supra_core.formats.safetensors import Progress
 from supra_core.formats.tied import as_stored
 from supra_core.model.layout import check_tensors

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats import safetensors, torch_pickle
+from supra_core.formats import safetensors
 from supra_core.formats.assets import ASSET_NAMES
 from supra_core.formats.inside import has_file
+from supra_core.formats.pickle import checkpoint as torch_pickle
 from supra_core.hub.failures import PATIENCE, explained, is_outage
 from supra_core.hub.identity import HubId
 from supra_core.progress import Progress

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from supra_core.errors import FormatError
-from supra_core.formats import pickle_machine, torch_pickle
+from supra_core.formats.pickle import checkpoint as torch_pickle
+from supra_core.formats.pickle import machine as pickle_machine
 
 PROTOCOL = b"\x80\x04"
 

@@ -16,19 +16,14 @@ from safetensors.numpy import save_file
 
 from supra_core.artifact import folder as artifact
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats import (
-    checksums,
-    distributed,
-    jsonfile,
-    safetensors,
-    torch_legacy,
-    torch_pickle,
-    zip_records,
-)
+from supra_core.formats import checksums, distributed, jsonfile, safetensors
 from supra_core.formats.assets import read_assets, write_assets
 from supra_core.formats.gguf import header as gguf_header
 from supra_core.formats.inside import file_in, files_in, has_file, open_regular, plain_name
 from supra_core.formats.openlm import checkpoint as openlm
+from supra_core.formats.pickle import checkpoint as torch_pickle
+from supra_core.formats.pickle import legacy as torch_legacy
+from supra_core.formats.pickle import zip_records
 from supra_core.runtime import state_file
 from supra_core.sources.source import open_source
 from tests.tiny_models import SPECS, lazy_weights

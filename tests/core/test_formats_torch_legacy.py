@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from supra_core.errors import FormatError
-from supra_core.formats import torch_legacy, torch_pickle
+from supra_core.formats.pickle import checkpoint as torch_pickle
+from supra_core.formats.pickle import legacy as torch_legacy
 from tests.core.test_formats_hostile_pickle import RUNS_CODE, command, text
 
 MAGIC = 0x1950A86A20F9469CFC6C

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from supra_core.errors import FormatError
-from supra_core.formats import torch_pickle
+from supra_core.formats.pickle import checkpoint as torch_pickle
 
 torch = pytest.importorskip("torch")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from supra_core.errors import FormatError
-from supra_core.formats import zip_records
-from supra_core.formats.zip_records import read_records
+from supra_core.formats.pickle import zip_records
+from supra_core.formats.pickle.zip_records import read_records
 
 
 def archive(path: Path, names: tuple[str, ...] = ("a/data.pkl", "a/data/0")) -> Path:

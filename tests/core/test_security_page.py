@@ -9,16 +9,12 @@ import pytest
 
 from supra_core import errors
 from supra_core.families import fields
-from supra_core.formats import (
-    assets,
-    jsonfile,
-    pickle_machine,
-    safetensors,
-    torch_pickle,
-    torch_values,
-    zip_records,
-)
+from supra_core.formats import assets, jsonfile, safetensors
 from supra_core.formats.gguf import header as gguf_header
+from supra_core.formats.pickle import checkpoint as torch_pickle
+from supra_core.formats.pickle import machine as pickle_machine
+from supra_core.formats.pickle import values as torch_values
+from supra_core.formats.pickle import zip_records
 from supra_core.model import spec
 from supra_core.text import files, worker
 

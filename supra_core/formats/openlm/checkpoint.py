@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError, SpecError, SupraError
-from supra_core.formats import checksums, safetensors, torch_pickle
+from supra_core.formats import checksums, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
 from supra_core.formats.conversion import converted
@@ -15,6 +15,7 @@ from supra_core.formats.inside import file_in, files_in, has_file
 from supra_core.formats.jsonfile import read_object, write_object
 from supra_core.formats.openlm.config import config_to_spec, is_config, spec_to_config
 from supra_core.formats.openlm.tensors import canonical_tensors, published_tensors
+from supra_core.formats.pickle import checkpoint as torch_pickle
 from supra_core.model.layout import check_tensors
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named

@@ -2,8 +2,8 @@
 
 A checkpoint is a zip archive: ``data.pkl`` describes the structure, ``data/N`` hold the numbers,
 stored uncompressed; before PyTorch 1.6 it was pickles and numbers one behind the other
-(:mod:`supra_core.formats.torch_legacy`). A hostile pickle does nothing but raise
-:class:`FormatError` (see :mod:`supra_core.formats.torch_values`).
+(:mod:`supra_core.formats.pickle.legacy`). A hostile pickle does nothing but raise
+:class:`FormatError` (see :mod:`supra_core.formats.pickle.values`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError
-from supra_core.formats import torch_legacy
 from supra_core.formats.inside import file_in, has_file, open_regular
 from supra_core.formats.lfs import refuse_pointer
-from supra_core.formats.pickle_machine import short
+from supra_core.formats.pickle import legacy as torch_legacy
+from supra_core.formats.pickle.machine import short
+from supra_core.formats.pickle.values import STORAGE_TYPES, Storage, load
+from supra_core.formats.pickle.zip_records import Record, read_records
 from supra_core.formats.safetensors import shard_files
-from supra_core.formats.torch_values import STORAGE_TYPES, Storage, load
-from supra_core.formats.zip_records import Record, read_records
 from supra_core.tensors import LazyTensor
 
 SINGLE = "pytorch_model.bin"

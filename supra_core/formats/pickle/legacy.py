@@ -3,7 +3,7 @@
 A magic number, a version, what kind of machine wrote it, the structure, and the keys of its
 storages in order; then for each storage its count as an int64 and its numbers, all little-endian.
 (PyTorch's ``torch/serialization.py``, ``_legacy_save``.) Every pickle goes through the machine of
-:mod:`supra_core.formats.pickle_machine`, and no number is read before all have their place in the
+:mod:`supra_core.formats.pickle.machine`, and no number is read before all have their place in the
 file.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 from supra_core.errors import FormatError
 from supra_core.formats.inside import open_regular
-from supra_core.formats.pickle_machine import short
-from supra_core.formats.torch_values import STORAGE_TYPES, Storage, load
+from supra_core.formats.pickle.machine import short
+from supra_core.formats.pickle.values import STORAGE_TYPES, Storage, load
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001

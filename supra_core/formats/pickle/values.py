@@ -1,7 +1,7 @@
 """What the globals of a PyTorch checkpoint's pickle mean: storages, and tensors that view them.
 
 The few globals that rebuild tensors and plain containers are functions of this module; any other
-is refused before it is looked up (see :mod:`supra_core.formats.pickle_machine`).
+is refused before it is looked up (see :mod:`supra_core.formats.pickle.machine`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from supra_core.errors import FormatError
-from supra_core.formats import pickle_machine
 from supra_core.formats.mapping import read_range
-from supra_core.formats.pickle_machine import CodeError, Described, Function, short
+from supra_core.formats.pickle import machine as pickle_machine
+from supra_core.formats.pickle.machine import CodeError, Described, Function, short
 from supra_core.formats.safetensors import RANK
 from supra_core.tensors import Array, LazyTensor
 

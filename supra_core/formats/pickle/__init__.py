@@ -1,0 +1,1 @@
+"""torch's pickled checkpoints, read without running them."""
