@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.fields import Fields
+from supra_core.families.shared.fields import Fields
 from supra_core.model.spec import MOST_LAYERS, ModelSpec, format_version
 
 MODEL_TYPE = "supra"

@@ -17,7 +17,7 @@ import numpy as np
 from supra_core.artifact import mlx_file, transformers_files
 from supra_core.artifact.config import config_to_spec, spec_to_config
 from supra_core.errors import FormatError
-from supra_core.families.fields import Fields
+from supra_core.families.shared.fields import Fields
 from supra_core.formats import checksums, distributed, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder

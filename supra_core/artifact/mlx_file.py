@@ -21,7 +21,7 @@ MODULES = (
     "supra_core.artifact.plain_schema",
     "supra_core.errors",
     "supra_core.model.spec",
-    "supra_core.families.fields",
+    "supra_core.families.shared.fields",
     "supra_core.artifact.config",
     "supra_core.model.decay",
     "supra_core.model.rotary",

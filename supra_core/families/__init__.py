@@ -28,7 +28,7 @@ from supra_core.families import (
     qwen3_moe,
     smollm3,
 )
-from supra_core.families.tensors import inverse, renamed
+from supra_core.families.shared.tensors import inverse, renamed
 from supra_core.model.spec import LongropeScaling, ModelSpec, SoftmaxAttention
 from supra_core.tensors import LazyTensor, TensorSource
 

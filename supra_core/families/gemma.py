@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.families.common import refuse_windows, uniform_mixers
-from supra_core.families.fields import Fields
 from supra_core.families.gemma_fields import GELU_NAMES, gemma_config, gemma_spec
+from supra_core.families.shared.common import refuse_windows, uniform_mixers
+from supra_core.families.shared.fields import Fields
 from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "gemma"

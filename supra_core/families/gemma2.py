@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.families.features import (
-    ATTENTION_SCALE,
-    ATTENTION_SOFTCAP,
-    LOGITS_SOFTCAP,
-    NORM_BOTH,
-)
-from supra_core.families.fields import Fields
 from supra_core.families.gemma_fields import (
     SANDWICH,
     attention_scale,
@@ -18,7 +11,19 @@ from supra_core.families.gemma_fields import (
     gemma_spec,
     query_pre_attn_scalar,
 )
-from supra_core.families.layer_kinds import common_window, layer_types, sliding_layers, windows
+from supra_core.families.shared.features import (
+    ATTENTION_SCALE,
+    ATTENTION_SOFTCAP,
+    LOGITS_SOFTCAP,
+    NORM_BOTH,
+)
+from supra_core.families.shared.fields import Fields
+from supra_core.families.shared.layer_kinds import (
+    common_window,
+    layer_types,
+    sliding_layers,
+    windows,
+)
 from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 MODEL_TYPE = "gemma2"

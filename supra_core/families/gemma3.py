@@ -5,14 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.features import (
-    ATTENTION_SCALE,
-    LOCAL_ROPE,
-    LOGITS_SOFTCAP,
-    NORM_BOTH,
-    QUERY_KEY_NORM,
-)
-from supra_core.families.fields import Fields
 from supra_core.families.gemma_fields import (
     SANDWICH,
     attention_scale,
@@ -20,7 +12,15 @@ from supra_core.families.gemma_fields import (
     gemma_spec,
     query_pre_attn_scalar,
 )
-from supra_core.families.layer_kinds import (
+from supra_core.families.shared.features import (
+    ATTENTION_SCALE,
+    LOCAL_ROPE,
+    LOGITS_SOFTCAP,
+    NORM_BOTH,
+    QUERY_KEY_NORM,
+)
+from supra_core.families.shared.fields import Fields
+from supra_core.families.shared.layer_kinds import (
     FULL,
     SLIDING,
     common_window,
@@ -29,8 +29,8 @@ from supra_core.families.layer_kinds import (
     softmax_mixers,
     windows,
 )
-from supra_core.families.rope import rotary, rotary_of
-from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
+from supra_core.families.shared.rope import rotary, rotary_of
+from supra_core.families.shared.tensors import QUERY_KEY_NORM as NORM_NAMES
 from supra_core.model.spec import ModelSpec, RotaryEmbedding, SoftmaxAttention
 
 MODEL_TYPE = "gemma3_text"

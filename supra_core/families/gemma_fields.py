@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.common import config_from_spec, spec_from_fields
-from supra_core.families.features import EMBEDDING_SCALE, GELU, NORM_OFFSET
-from supra_core.families.fields import Fields
+from supra_core.families.shared.common import config_from_spec, spec_from_fields
+from supra_core.families.shared.features import EMBEDDING_SCALE, GELU, NORM_OFFSET
+from supra_core.families.shared.fields import Fields
 from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 # transformers' name, and what released files call the same.

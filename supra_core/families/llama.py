@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.families.common import (
+from supra_core.families.shared.common import (
     config_from_spec,
     refuse_windows,
     spec_from_fields,
     uniform_mixers,
 )
-from supra_core.families.features import MLP_BIAS
-from supra_core.families.fields import Fields
+from supra_core.families.shared.features import MLP_BIAS
+from supra_core.families.shared.fields import Fields
 from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "llama"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.common import (
+from supra_core.families.shared.common import (
     config_from_spec,
     spec_from_fields,
     uniform_mixers,
     uniform_window,
 )
-from supra_core.families.fields import Fields
+from supra_core.families.shared.fields import Fields
 from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "mistral"

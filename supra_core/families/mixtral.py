@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.families.common import (
+from supra_core.families.shared.common import (
     config_from_spec,
     spec_from_fields,
     uniform_mixers,
     uniform_window,
 )
-from supra_core.families.experts import experts_of, stated_experts
-from supra_core.families.features import EXPERTS
-from supra_core.families.fields import Fields
-from supra_core.families.tensors import inverse, renamed
+from supra_core.families.shared.experts import experts_of, stated_experts
+from supra_core.families.shared.features import EXPERTS
+from supra_core.families.shared.fields import Fields
+from supra_core.families.shared.tensors import inverse, renamed
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 

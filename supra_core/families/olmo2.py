@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.families.common import (
+from supra_core.families.shared.common import (
     config_from_spec,
     refuse_windows,
     spec_from_fields,
     uniform_mixers,
 )
-from supra_core.families.features import NORM_AFTER, QUERY_KEY_NORM
-from supra_core.families.fields import Fields
-from supra_core.families.tensors import QUERY_KEY_NORM as NORM_NAMES
+from supra_core.families.shared.features import NORM_AFTER, QUERY_KEY_NORM
+from supra_core.families.shared.fields import Fields
+from supra_core.families.shared.tensors import QUERY_KEY_NORM as NORM_NAMES
 from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "olmo2"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.families.common import (
+from supra_core.families.shared.common import (
     config_from_spec,
     spec_from_fields,
     uniform_mixers,
     uniform_window,
 )
-from supra_core.families.features import PARTIAL_ROPE
-from supra_core.families.fields import Fields
-from supra_core.families.tensors import fused, parts, split_name
+from supra_core.families.shared.features import PARTIAL_ROPE
+from supra_core.families.shared.fields import Fields
+from supra_core.families.shared.tensors import fused, parts, split_name
 from supra_core.model.spec import LongropeScaling, ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.families.common import config_from_spec, spec_from_fields
-from supra_core.families.fields import Fields
-from supra_core.families.layer_kinds import switched_config, switched_windows
+from supra_core.families.shared.common import config_from_spec, spec_from_fields
+from supra_core.families.shared.fields import Fields
+from supra_core.families.shared.layer_kinds import switched_config, switched_windows
 from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 MODEL_TYPE = "qwen2"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.families.common import config_from_spec, spec_from_fields
-from supra_core.families.features import MLP_BIAS, NO_ROPE_LAYERS
-from supra_core.families.fields import Fields, layer_count
-from supra_core.families.layer_kinds import (
+from supra_core.families.shared.common import config_from_spec, spec_from_fields
+from supra_core.families.shared.features import MLP_BIAS, NO_ROPE_LAYERS
+from supra_core.families.shared.fields import Fields, layer_count
+from supra_core.families.shared.layer_kinds import (
     common_window,
     layer_types,
     refuse_unused,

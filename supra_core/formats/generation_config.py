@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from supra_core.families.fields import Fields
+from supra_core.families.shared.fields import Fields
 from supra_core.formats.inside import has_file
 from supra_core.formats.jsonfile import parse, read_object
 from supra_core.model.spec import ModelSpec

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supra_core.errors import FormatError, SpecError, SupraError
-from supra_core.families.fields import Fields
+from supra_core.families.shared.fields import Fields
 from supra_core.formats.jsonfile import DEPTH, parse, read_object, unique
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from supra_core import errors
-from supra_core.families import fields
+from supra_core.families.shared import fields
 from supra_core.formats import assets, jsonfile, safetensors
 from supra_core.formats.gguf import header as gguf_header
 from supra_core.formats.pickle import checkpoint as torch_pickle

@@ -16,7 +16,7 @@ import numpy as np
 
 from supra_core import families
 from supra_core.errors import FormatError, SpecError
-from supra_core.families.fields import Fields
+from supra_core.families.shared.fields import Fields
 from supra_core.formats.gguf.header import Stored
 from supra_core.formats.gguf.parts import read_parts
 from supra_core.formats.gguf.tokenizer import tokenizer_assets, tokenizer_notes

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.features import later_features
-from supra_core.families.fields import Fields, layer_count
+from supra_core.families.shared.features import later_features
+from supra_core.families.shared.fields import Fields, layer_count
 from supra_core.model.spec import (
     Decay,
     FeatureMap,

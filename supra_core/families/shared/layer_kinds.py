@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from supra_core.errors import SpecError
-from supra_core.families.fields import Fields, layer_count
+from supra_core.families.shared.fields import Fields, layer_count
 from supra_core.model.spec import ModelSpec, SoftmaxAttention
 
 # What transformers assumes where a config says nothing.

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from supra_core.errors import SpecError
-from supra_core.families.features import later_features
-from supra_core.families.fields import Fields, layer_count
-from supra_core.families.layer_kinds import check_layer_types
-from supra_core.families.rope import SCALINGS, rotary, scaling_config
+from supra_core.families.shared.features import later_features
+from supra_core.families.shared.fields import Fields, layer_count
+from supra_core.families.shared.layer_kinds import check_layer_types
+from supra_core.families.shared.rope import SCALINGS, rotary, scaling_config
 from supra_core.model.spec import (
     LayerSpec,
     ModelSpec,
@@ -112,7 +112,7 @@ def config_from_spec(
 ) -> dict[str, Any]:
     """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``.
 
-    ``states``: the features (:mod:`supra_core.families.features`) and ``biases`` the family has;
+    ``states``: the features (:mod:`supra_core.families.shared.features`) and ``biases`` the family has;
     ``scales``: the kinds of scaled rope it has.
     """
     _refuse_inexpressible(spec, family, states, biases)

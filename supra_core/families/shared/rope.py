@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from supra_core.families.fields import Fields
+from supra_core.families.shared.fields import Fields
 from supra_core.model.spec import (
     LinearScaling,
     Llama3Scaling,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from supra_core.errors import SpecError
-from supra_core.families.fields import Fields
+from supra_core.families.shared.fields import Fields
 from supra_core.model.spec import Experts, ModelSpec
 
 # As transformers 5 writes it, and as released files do.
