@@ -28,6 +28,39 @@ ANYWHERE = {
     "backends/supra_torch": {"supra_mlx", "supra_cli", "mlx", "mlx_lm"},
     "backends/supra_mlx": {"supra_torch", "supra_cli", "torch"},
 }
+# Package -> its rooms, and the files at its top: each imports only those before it.
+ROOMS = {
+    "supra_core": "visible errors progress tensors model families formats hub text data artifact "
+    "sources runtime conversion measure",
+    "backends/supra_torch": "devices precision ops recipes model inference calibration "
+    "distributed run_folder uptrain benchmark plan",
+    "cli/supra_cli": "launch shared synthesis demo report_card serving talk commands main __main__",
+}
+
+
+def _modules(package: str) -> dict[str, Path]:
+    """Every module of a package, by its dotted name."""
+    root = (ROOT / package).parent
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def _room(module: str, package: str) -> str:
+    return module.split(".")[1] if "." in module else ROOMS[package].split()[-1]
+
+
+def _imported_modules(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    """Those of the same package, inside functions and under TYPE_CHECKING as well."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in modules else node.module
 
 
 def _imports(node: ast.AST, *, inside_functions: bool) -> Iterator[str]:
@@ -66,12 +99,37 @@ def test_packages_keep_to_their_side(package: str) -> None:
     assert _violations(package, ANYWHERE[package], inside_functions=True) == []
 
 
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_only_rooms_before_them(package: str) -> None:
+    """Files at the top of a package are rooms of their own name."""
+    order, wrong = ROOMS[package].split(), []
+    modules = _modules(package)
+    for module, path in modules.items():
+        for imported in _imported_modules(path, modules):
+            room, other = _room(module, package), _room(imported, package)
+            if order.index(other) > order.index(room):
+                wrong.append(f"{module} imports {imported}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
+    modules = _modules(package)
+    left = {name: set(_imported_modules(path, modules)) for name, path in modules.items()}
+    while ready := {name for name, needs in left.items() if not needs & left.keys() - {name}}:
+        left = {name: needs for name, needs in left.items() if name not in ready}
+    assert sorted(left) == []
+
+
+def test_no_room_of_the_core_is_crowded() -> None:
+    core = ROOT / "supra_core"
+    rooms = {path.parent for path in core.rglob("*.py")}
+    crowded = {str(room.relative_to(ROOT)): len(list(room.glob("*.py"))) for room in rooms}
+    assert {room: files for room, files in crowded.items() if files > 20} == {}
+
+
 def test_importing_the_core_loads_no_framework() -> None:
-    modules = ["supra_core"] + [
-        f"supra_core.{path.stem}"
-        for path in sorted((ROOT / "supra_core").glob("*.py"))
-        if path.stem != "__init__"
-    ]
+    modules = sorted(_modules("supra_core"))
     program = (
         f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name)\n"
         f"print(sorted(set({sorted(FRAMEWORKS | BACKENDS)!r}) & sys.modules.keys()))"

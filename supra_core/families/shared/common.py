@@ -112,7 +112,7 @@ def config_from_spec(
 ) -> dict[str, Any]:
     """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``.
 
-    ``states``: the features (:mod:`supra_core.families.shared.features`) and ``biases`` the family has;
+    ``states``: the features and ``biases`` the family has;
     ``scales``: the kinds of scaled rope it has.
     """
     _refuse_inexpressible(spec, family, states, biases)
