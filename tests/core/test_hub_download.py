@@ -14,7 +14,8 @@ from supra_core.errors import SupraError
 from supra_core.formats import safetensors
 from supra_core.hub import HubId, cached_folder, downloads, hub_id
 from supra_core.hub.downloads import forget
-from supra_core.sources.source import is_cached, open_source, outline
+from supra_core.sources import outline
+from supra_core.sources.source import is_cached, open_source
 from supra_core.tensors import LazyTensor
 from tests.fake_hub import TOKEN, Hub
 

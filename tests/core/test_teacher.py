@@ -12,7 +12,8 @@ import pytest
 from supra_core.artifact import folder as artifact
 from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.formats import huggingface
-from supra_core.sources.source import open_source, teacher
+from supra_core.sources import teacher
+from supra_core.sources.source import open_source
 from supra_core.sources.teacher import find_teacher, holds_original, original
 from supra_core.tensors import LazyTensor
 
