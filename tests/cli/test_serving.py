@@ -327,4 +327,4 @@ def test_the_command_line_reaches_the_server(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_no_origin(origin: str) -> None:
     done = CliRunner().invoke(app, ["serve", "model", "--allow-origin", origin])
     assert done.exit_code == 2
-    assert "is no origin: write it as in http" in done.output
+    assert "is not an origin: write it like http" in done.output

@@ -22,7 +22,7 @@ pytest.importorskip("mlx.core")
 from supra_cli.main import app  # noqa: E402
 from supra_cli.shared.speech import Speaker, load_speaker  # noqa: E402
 from supra_cli.talk.markdown import MarkdownStream, split_blocks  # noqa: E402
-from supra_cli.talk.session import Left, Line, Questions, Session  # noqa: E402
+from supra_cli.talk.session import ChatEnded, Line, Questions, Session  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from supra_core.runtime import conversation as conversations  # noqa: E402
@@ -113,7 +113,7 @@ def test_undo_and_regen_are_the_shortened_conversation(speaker: Speaker) -> None
     assert talk(session, "/regen") == [third]
     assert talk(session, "/undo", "/undo", "Why?", "And?")[2:] == [second, third]
     assert talk(session, "/clear", "Hello") == ["", first]
-    with pytest.raises(SupraError, match="no turn to take back"):
+    with pytest.raises(SupraError, match="no turn to undo"):
         talk(session, "/undo", "/undo")
     with pytest.raises(SupraError, match="no question"):
         talk(session, "/regen")
@@ -128,7 +128,7 @@ def test_branches(speaker: Speaker) -> None:
     talk(session, "/branch other")
     assert session.conversation.turns == 2
     assert "branch other" in session.status()
-    with pytest.raises(SupraError, match="this is other already"):
+    with pytest.raises(SupraError, match="already on branch other"):
         talk(session, "/branch other")
 
 
@@ -150,26 +150,26 @@ def test_settings_and_errors(speaker: Speaker) -> None:
     assert (session.sampling.temperature, session.sampling.seed) == (0.5, 3)
     assert session.stop == ("a b", "c")
     for line, message in (
-        ("/set heat 1", "there is no setting heat: choose from temperature"),
-        ("/set temperature hot", "temperature takes a number, not 'hot'"),
+        ("/set heat 1", "unknown setting heat: use one of temperature"),
+        ("/set temperature hot", "temperature must be a number, not 'hot'"),
         ("/set top_p 2", "top_p must be above 0"),
-        ("/nothing", "there is no /nothing: /help lists"),
-        ("/save", "name one file: /save FILE"),
+        ("/nothing", "there is no command /nothing: see /help"),
+        ("/save", "give one file: /save FILE"),
         ("/read absent.txt", "absent.txt cannot be read"),
         ("/load absent", "does not exist"),
         ("/save it's", "No closing quotation.*in double quotation marks"),
-        ("/save ~nosuchuser/x", "leads nowhere"),
+        ("/save ~nosuchuser/x", "cannot resolve"),
         (f"/save {'a' * 300}", "File name too long"),
         ("/save a\0b", "null byte"),
         ("/save --force /", "/ is a folder: name a file"),
-        ("/save --forse x", "there is no option --forse"),
+        ("/save --forse x", "unknown option --forse"),
         ("/read a\0b", "cannot be read"),
-        ("/undo now", "/undo takes nothing behind it: leave out now"),
+        ("/undo now", "/undo takes no argument: omit now"),
         ("/etc/passwd", "may begin with a slash"),
     ):
         with pytest.raises(SupraError, match=message):
             talk(session, line)
-    with pytest.raises(Left):
+    with pytest.raises(ChatEnded):
         talk(session, "/exit")
     assert talk(session, Line("/exit is a word", True)) != [""]  # type: ignore[list-item]
 

@@ -37,7 +37,7 @@ class Terminal:
             env=os.environ | variables, dimensions=(40, 200), timeout=60, encoding="utf-8",
         )  # fmt: skip
         self.child.delaybeforesend = 0.1
-        self.expect("/help lists")
+        self.expect("Type a message")
 
     def expect(self, pattern: str) -> str:
         """What came up to the pattern."""
@@ -93,23 +93,23 @@ def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
     for name in ("clear", "system", "read", "undo", "regen", "branch", "save", "load", "set"):
         assert f"/{name}" in shown
     terminal.line("/set max_tokens 6", "max_tokens 6")
-    terminal.line("/system Be brief.", "starts anew")
+    terminal.line("/system Be brief.", "new conversation")
     terminal.line("Hello", "tokens seen, ")
     terminal.line("/stats", "1 turn; last turn: .* 6 said")
     terminal.line("/branch side", "side: 1 turn")
     terminal.line("And more", "tokens seen, ")
-    terminal.line("/undo", "Taken back: And more")
+    terminal.line("/undo", "Removed: And more")
     terminal.line("/branch main", "main: 1 turn")
     terminal.line("/branch", r"main \(here\), side")
     terminal.line("/regen", "tokens seen, ")
     terminal.line(f"/save {saved}", "chat.state has")
     assert [m["role"] for m in read_state(saved).messages] == ["system", "user", "assistant"]
     terminal.line(f"/save {saved}", "--force")
-    terminal.line("/clear", "starts anew")
+    terminal.line("/clear", "new conversation")
     terminal.line(f"/read {tmp_path / 'text.txt'}", "tokens read")
     terminal.line(f"/load {saved}", "1 turn, ")
-    terminal.line("/undo", "Taken back: Hello")
-    terminal.line("/undo", "no turn to take back")
+    terminal.line("/undo", "Removed: Hello")
+    terminal.line("/undo", "no turn to undo")
     terminal.line("/nonsense", "there is no /nonsense")
     assert terminal.leave("/exit\r") == 0
 

@@ -13,8 +13,10 @@ from supra_cli.shared import options
 
 def command(
     model: Annotated[str, typer.Argument(help="Anything supra convert reads.")],
-    prompt: Annotated[str, typer.Argument(help="What to answer, or to continue with --raw.")],
-    raw: Annotated[bool, typer.Option("--raw", help="Use no chat template.")] = False,
+    prompt: Annotated[
+        str, typer.Argument(help="Message to answer, or with --raw text to continue.")
+    ],
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     backend: options.GenerationBackend = None,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -29,18 +31,18 @@ def command(
     dtype: options.Dtype = None,
     json_output: options.Json = False,
 ) -> None:
-    """Print a model's answer, or the continuation of a text."""
+    """Print the model's answer to a message, or the continuation of a text."""
     from supra_cli.shared.output import print_json, write_piece
     from supra_cli.shared.speech import check_text, load_speaker
     from supra_core.errors import SupraError
     from supra_core.runtime.sampling import Sampling
 
     if raw and system is not None:
-        raise SupraError("--system needs the chat template: leave out --raw or --system")
+        raise SupraError("--system needs the chat template: omit --raw or --system")
     check_text(prompt, "the prompt")
     check_text(system, "--system")
     if state is not None and (raw or system is not None):
-        raise SupraError("--state goes on with a conversation: leave out --raw and --system")
+        raise SupraError("--state continues a conversation: omit --raw and --system")
     sampling = Sampling(temperature, top_p, max_tokens, seed, min_p, repetition_penalty)
     speaker = load_speaker(model, backend, dtype, state=state, parse_markers=parse_markers)
     start = time.monotonic()

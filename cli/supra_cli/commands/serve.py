@@ -14,41 +14,41 @@ _GIB = 2**30
 
 def command(
     model: Annotated[str, typer.Argument(help="Anything supra convert reads.")],
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8080,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="SUPRA_API_KEY", help="What clients have to show; default: nothing."),
+        typer.Option(envvar="SUPRA_API_KEY", help="Key that clients must send; default: none."),
     ] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A key in each line, each a client of its own, who share the server fairly.",
+            help="File with one key a line. Each key is a client; clients share the server fairly.",
         ),
     ] = None,
     share_states: Annotated[
         bool,
         typer.Option(
             "--share-states",
-            help="Let clients use the states of each other's prompts, by which they can tell what "
-            "those begin with.",
+            help="Let clients reuse states of each other's prompts. A client can then tell how "
+            "other prompts begin.",
         ),
     ] = False,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model; default: its folder's name.")
+        str | None, typer.Option(help="Model name for clients; default: the folder's name.")
     ] = None,
     context: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=FILE: a state from /save or supra state read, which answers as "
-            "MODEL:NAME; may be repeated."
+            help="NAME=FILE: a state from /save or supra state read, served as MODEL:NAME. "
+            "May be repeated."
         ),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="Let a web page of this origin use the server, as in http://localhost:3000; * is "
+            help="Web origin that may use the server, such as http://localhost:3000; * allows "
             "any. May be repeated; default: none."
         ),
     ] = None,
@@ -59,17 +59,22 @@ def command(
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="The longest answer; usual ones: 512.")] = 4096,
-    max_prompt: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 262_144,
-    parallel: Annotated[int, typer.Option(help="Answers spoken at a time.")] = 16,
-    waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 64,
+    max_tokens: Annotated[
+        int,
+        typer.Option(help="Upper limit of a request's max_tokens (512 where it has none)."),
+    ] = 4096,
+    max_prompt: Annotated[int, typer.Option(help="Maximum prompt length in tokens.")] = 262_144,
+    parallel: Annotated[int, typer.Option(help="Answers generated at a time.")] = 16,
+    waiting: Annotated[
+        int, typer.Option(help="Requests that may wait; further ones get 429.")
+    ] = 64,
     keep_gib: Annotated[
-        float, typer.Option(help="Memory for states of earlier prompts, which are not read again.")
+        float, typer.Option(help="GiB of memory for states of earlier prompts.")
     ] = 1.0,
 ) -> None:
-    """Serve a model over HTTP as OpenAI's interface has it: chat completions, completions, models.
+    """Serve a model over HTTP with OpenAI's interface: chat completions, completions, models.
 
-    Sampling options are what requests get that name none of their own.
+    Sampling options are the defaults of requests that set none.
     """
     from supra_cli.shared.backends import require
     from supra_cli.shared.output import log
@@ -91,7 +96,7 @@ def command(
     if not 0 <= keep_gib < 1e9:
         raise SupraError(f"--keep-gib must be at least 0 and below 1e9, not {keep_gib:g}")
     if api_key == "":
-        raise SupraError("--api-key is empty: give a key, or leave it out")
+        raise SupraError("--api-key is empty: give a key, or omit it")
     keys = ([] if api_key is None else [api_key]) + ([] if api_keys is None else _keys(api_keys))
     try:
         serve(
@@ -115,24 +120,24 @@ def command(
             )
         )
     except Broken as error:
-        # Nothing that was given is wrong.
+        # The input was right: exit code 1, not 2.
         log(f"supra: error: {error}")
         raise typer.Exit(1) from None
 
 
 def _keys(path: Path) -> list[str]:
-    """The lines of a file, of which none is empty; SupraError where there is none."""
+    """The non-empty lines of a file; SupraError if there are none."""
     from supra_core.errors import SupraError
     from supra_core.text.reading import read_text
 
     keys = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not keys:
-        raise SupraError(f"{path} has no key: write one in each line")
+        raise SupraError(f"{path} has no keys: write one on each line")
     return keys
 
 
 def _origin(text: str) -> str:
-    """As browsers name it; SupraError for what they never would."""
+    """The origin as browsers send it; SupraError for anything else."""
     from urllib.parse import urlsplit
 
     from supra_core.errors import SupraError
@@ -146,22 +151,22 @@ def _origin(text: str) -> str:
         named = None
     if named != text or text != text.lower() or "@" in text:
         raise SupraError(
-            f"--allow-origin '{text}' is no origin: write it as in http://localhost:3000, without "
-            "a path"
+            f"--allow-origin '{text}' is not an origin: write it like http://localhost:3000, "
+            "without a path"
         )
     return text
 
 
 def _contexts(given: list[str]) -> dict[str, Path]:
-    """State files by name; SupraError for what is no NAME=FILE."""
+    """State files by name; SupraError for anything but NAME=FILE."""
     from supra_core.errors import SupraError
 
     contexts: dict[str, Path] = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not name or not equals or not path:
-            raise SupraError(f"--context '{text}' is not NAME=FILE: write it as in book=book.state")
+            raise SupraError(f"--context '{text}' is not NAME=FILE: write it like book=book.state")
         if name in contexts:
-            raise SupraError(f"--context names {name} twice: give each its own name")
+            raise SupraError(f"--context has the name {name} twice: use different names")
         contexts[name] = Path(path)
     return contexts

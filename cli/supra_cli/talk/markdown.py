@@ -1,4 +1,4 @@
-"""Markdown as it comes in: what is complete stays, the block that is growing is drawn anew."""
+"""Markdown while it is generated: complete blocks stay, the growing block is redrawn."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.segment import Segment
 from supra_core.visible import visible
 
 _FENCES = ("```", "~~~")
-# What a terminal writes at the cursor when Ctrl-C is pressed.
+# What a terminal prints when Ctrl-C is pressed.
 _INTERRUPTED = "^C"
-# As rich reads it, but for HTML: a model writes vector<int> and means it.
+# rich's parser without HTML: a model that writes vector<int> means it.
 _PARSER = MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block", "html_inline"])
 
 
 def drawn(text: str) -> Markdown:
-    """The text as markdown, all of it visible: controls as escapes, links with their targets."""
+    """The text as markdown, with controls as escapes and links with their targets."""
     shown = visible(text, lines=True)
     markdown = Markdown(shown, hyperlinks=False)
     markdown.parsed = _PARSER.parse(shown)
@@ -40,7 +40,7 @@ def _clean(tokens: list[Token]) -> None:
 
 
 class MarkdownStream:
-    """Text in pieces on a terminal. Use it as a context: leaving it prints what is left."""
+    """Text in pieces on a terminal, as a context manager; leaving it prints the rest."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -77,13 +77,13 @@ class MarkdownStream:
 
 
 class _Tail:
-    """The last lines of what is drawn, as many as the screen has: rich would show the first."""
+    """The last lines that fit on the screen; rich would show the first."""
 
     def __init__(self, whole: RenderableType) -> None:
         self._whole = whole
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # Markdown fills its lines, and behind a full one ^C would begin another, not erased later.
+        # On a full line, ^C would start another one, which is not erased later.
         narrower = options.update_width(max(1, options.max_width - len(_INTERRUPTED)))
         lines = console.render_lines(self._whole, narrower, pad=False)
         for line in lines[-max(1, options.size.height - 1) :]:
@@ -92,9 +92,9 @@ class _Tail:
 
 
 def split_blocks(text: str) -> tuple[str, str]:
-    """Complete blocks, and the block that may still grow: after the last blank line outside code.
+    """Complete blocks, and the block that may still grow, after the last blank line outside code.
 
-    A list is one block, whose numbers go on over blank lines.
+    A list is one block, because its numbering continues over blank lines.
     """
     lines = text.split("\n")
     cut, fence = 0, ""
@@ -110,7 +110,7 @@ def split_blocks(text: str) -> tuple[str, str]:
 
 
 def _continues(following: list[str]) -> bool:
-    """Whether what follows a blank line may belong to the list before it, or is not known yet."""
+    """Whether the text after a blank line may belong to the list before it."""
     first = next((line for line in following if line.strip()), None)
     if first is None:
         return True

@@ -1,4 +1,4 @@
-"""What a chat is between its lines: a conversation, settings, named branches, commands."""
+"""The state of a chat: a conversation, settings, named branches, and the slash commands."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from supra_core.text import read_text
 MAIN = "main"
 
 
-class Left(Exception):
-    """The user wants to leave."""
+class ChatEnded(Exception):
+    """The user ended the chat."""
 
 
 @dataclass
 class Pace:
-    """Of the last answer: its tokens, and the seconds from the first of them to the last."""
+    """Tokens of the last answer, and seconds from its first token to its last."""
 
     tokens: int = 0
     seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None for an answer too short to tell."""
+        """None for an answer of fewer than two tokens."""
         return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else None
 
 
 class Line(NamedTuple):
-    """What was typed; ``verbatim``: a question whatever it begins with."""
+    """A typed line; ``verbatim``: never a command."""
 
     text: str
     verbatim: bool = False
@@ -47,14 +47,14 @@ class Line(NamedTuple):
 
 @dataclass
 class Branch:
-    """A conversation, and texts that go with its next question."""
+    """A conversation, and texts to send with its next question."""
 
     conversation: Conversation
     attached: list[str] = field(default_factory=list)
 
 
 class Session:
-    """One chat; lines that begin with a slash are commands, all others questions."""
+    """One chat: lines that begin with a slash are commands, all others are questions."""
 
     def __init__(
         self,
@@ -77,9 +77,9 @@ class Session:
         return self._here.conversation
 
     def answer(self, line: Line | str) -> Generator[str] | None:
-        """The answer to a line, piece by piece; None for a command that says nothing.
+        """The answer to a line, piece by piece; None for a command without an answer.
 
-        Raises SupraError for what cannot be done, Left when the chat ends.
+        Raises SupraError for a command that fails, ChatEnded when the user leaves.
         """
         text, verbatim = (line, False) if isinstance(line, str) else line
         if verbatim or not text.startswith("/"):
@@ -88,17 +88,17 @@ class Session:
         rest = following[0] if following else ""
         if name not in COMMANDS and name not in _LEAVING:
             raise SupraError(
-                f'there is no /{name}: /help lists what there is; between two """ a question '
-                "may begin with a slash"
+                f'there is no command /{name}: see /help; between two """ a question may begin '
+                "with a slash"
             )
         if rest and (name in _LEAVING or not COMMANDS[name].takes_more):
-            raise SupraError(f"/{name} takes nothing behind it: leave out {rest}")
+            raise SupraError(f"/{name} takes no argument: omit {rest}")
         if name in _LEAVING:
-            raise Left
+            raise ChatEnded
         return COMMANDS[name].run(self, rest.strip())
 
     def status(self) -> str:
-        """The memory, what it has seen, and how fast it spoke."""
+        """Memory of the state, tokens seen, and speed of the last answer."""
         tokens = len(self.conversation.tokens)
         parts = [
             f"{self.speaker.sizes.memory_bytes(tokens) / 2**20:,.1f} MiB of state",
@@ -111,7 +111,7 @@ class Session:
         return ", ".join(parts)
 
     def _asked(self, text: str) -> Generator[str]:
-        """The answer to a question with the texts that wait for it; stopped early, they wait on."""
+        """The answer to a question and its attached texts, which stay if nothing was generated."""
         attached = self._here.attached
         with closing(self._timed("\n\n".join([*attached, text]))) as pieces:
             for piece in pieces:
@@ -131,52 +131,52 @@ class Session:
                 yield piece
 
     def _begin(self, conversation: Conversation, message: str) -> None:
-        """Go on with another conversation on this branch."""
+        """Replace this branch's conversation."""
         if self._here.attached:
-            message += " What was read for the next question is left out."
+            message += " Texts read for the next question are dropped."
         self._here = Branch(conversation)
         log(message)
 
     def help(self, rest: str) -> None:
-        """these lines"""
+        """show this help"""
         width = max(len(one.usage) for one in COMMANDS.values())
         log(*(f"{one.usage:{width}}  {one.help}" for one in COMMANDS.values()))
         log(f"{'/exit':{width}}  leave (so does Ctrl-D); Ctrl-C stops the answer")
-        log('"""         begins and ends a question of several lines')
+        log('"""         starts and ends a question of several lines')
 
     def clear(self, rest: str) -> None:
-        """forget the conversation; a system prompt and a text that was read stay"""
+        """start again; the system prompt and the text read at the start stay"""
         self.conversation.clear()
-        self._begin(self.conversation, "The conversation starts anew.")
+        self._begin(self.conversation, "Started a new conversation.")
 
     def system(self, rest: str) -> None:
-        """start anew with this system prompt"""
+        """start again with this system prompt"""
         prompt = "that system prompt" if rest else "the template's own system prompt"
         fresh = Conversation(self.speaker.engine, rest or None)
-        self._begin(fresh, f"The conversation starts anew with {prompt}.")
+        self._begin(fresh, f"Started a new conversation with {prompt}.")
 
     def save(self, rest: str) -> None:
-        """write the state and the transcript to a file (--force replaces one)"""
+        """save the conversation to a file (--force replaces one)"""
         force, names = _options(_words(rest), "--force")
         path = _path(names, "/save FILE")
         self.speaker.save(self.conversation, path, force=force)
-        log(f"{path} has {self.status()}.")
+        log(f"Saved {path}: {self.status()}.")
 
     def load(self, rest: str) -> None:
-        """go on from such a file"""
+        """load a saved conversation"""
         path = _path(_words(rest), "/load FILE")
         loaded = self.speaker.loaded(path)
-        self._begin(loaded, f"{path}: {_turns(loaded)}, {len(loaded.tokens):,} tokens seen.")
+        self._begin(loaded, f"Loaded {path}: {_turns(loaded)}, {len(loaded.tokens):,} tokens seen.")
 
     def undo(self, rest: str) -> None:
-        """take the last turn back"""
+        """remove the last turn"""
         question = self.conversation.undo()
         if question is None:
-            raise SupraError("there is no turn to take back")
-        log(f"Taken back: {(question.splitlines() or [''])[-1][:60]}")
+            raise SupraError("there is no turn to undo")
+        log(f"Removed: {(question.splitlines() or [''])[0][:60]}")
 
     def regen(self, rest: str) -> Generator[str]:
-        """answer the last question again"""
+        """generate the last answer again"""
         before = self.conversation.branch()
         question = self.conversation.undo()
         if question is None:
@@ -192,13 +192,13 @@ class Session:
                 self._here.conversation = before
 
     def branch(self, rest: str) -> None:
-        """go to the branch of that name, or begin it here; without one, list them"""
+        """go to a branch, or start one here; without NAME, list them"""
         if not rest:
             names = sorted([*self._others, self._name])
             log(", ".join(f"{n} (here)" if n == self._name else n for n in names))
             return
         if rest == self._name:
-            raise SupraError(f"this is {rest} already")
+            raise SupraError(f"the chat is already on branch {rest}")
         known = self._others.pop(rest, None)
         self._others[self._name] = self._here
         self._here = known or Branch(self.conversation.branch(), list(self._here.attached))
@@ -206,19 +206,19 @@ class Session:
         log(f"{rest}: {_turns(self.conversation)}.")
 
     def read(self, rest: str) -> None:
-        """show the model a text: at once before the first turn, else with the next question"""
+        """read a text: at once before the first turn, else with the next question"""
         path = _path(_words(rest), "/read FILE")
         text = read_text(path)
         if not self.conversation.turns:
             try:
                 tokens = self.conversation.read(text, self.progress)
             except FormatError:
-                log("The model's chat template has no place for a text before the first question.")
+                log("The chat template has no place for a text before the first question.")
             else:
-                log(f"{path}: {tokens:,} tokens read.")
+                log(f"Read {path}: {tokens:,} tokens.")
                 return
         self._here.attached.append(text)
-        log(f"{path} goes with your next question.")
+        log(f"{path} will be sent with your next question.")
 
     def set(self, rest: str) -> None:
         """change temperature, top_p, min_p, repetition_penalty, max_tokens, seed or stop"""
@@ -233,26 +233,26 @@ class Session:
         log(", ".join([*shown, f"stop {shlex.join(self.stop)}" if self.stop else "stop none"]))
 
     def stats(self, rest: str) -> None:
-        """the state's size, tokens seen, speed"""
+        """show memory, tokens and speed"""
         turn = f"last turn: {self.conversation.fed:,} tokens fed, {self.conversation.said:,} said"
         log(f"{self.status()}; {_turns(self.conversation)}; {turn}")
 
 
 @dataclass(frozen=True)
 class Command:
-    """A method of :class:`Session`, and how it is typed."""
+    """A method of :class:`Session`, and its usage."""
 
     usage: str
     run: Callable[[Session, str], Generator[str] | None]
 
     @property
     def help(self) -> str:
-        """The method's own line."""
+        """The method's docstring."""
         return self.run.__doc__ or ""
 
     @property
     def takes_more(self) -> bool:
-        """Whether words may stand behind it."""
+        """Whether it takes an argument."""
         return " " in self.usage
 
 
@@ -277,9 +277,9 @@ _LEAVING = ("exit", "quit", "bye")
 
 
 class Questions:
-    """Lines as they are typed, put together: those between two triple quotation marks are one.
+    """Joins typed lines: those between two triple quotation marks are one question.
 
-    ``inside``: whether such a block is open. DROPPED in the place of a line gives it up.
+    ``inside``: whether such a block is open. The line DROPPED discards it.
     """
 
     DROPPED = "\x03"
@@ -288,7 +288,7 @@ class Questions:
         self.inside = False
 
     def of(self, lines: Iterator[str]) -> Iterator[Line]:
-        """What ``lines`` say, without the empty ones."""
+        """The questions and commands in ``lines``, without empty ones."""
         for line in lines:
             text = line.strip()
             if not text.startswith(_QUOTES):
@@ -319,31 +319,30 @@ def _turns(conversation: Conversation) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """As a shell takes them, quotation marks and all."""
+    """Words as a shell splits them, with quotation marks."""
     try:
         return shlex.split(text)
     except ValueError as error:
         raise SupraError(
-            f"{text} is no list of words ({error}): put a name with such a character in double "
-            "quotation marks"
+            f"{text} cannot be split into words ({error}): put the name in double quotation marks"
         ) from None
 
 
 def _options(words: Sequence[str], option: str) -> tuple[bool, list[str]]:
-    """Whether the option is there, and the other words."""
+    """Whether the option is given, and the other words."""
     unknown = [word for word in words if word.startswith("--") and word != option]
     if unknown:
-        raise SupraError(f"there is no option {unknown[0]}: {option} is the only one")
+        raise SupraError(f"unknown option {unknown[0]}: the only option is {option}")
     return option in words, [word for word in words if word != option]
 
 
 def _path(words: Sequence[str], usage: str) -> Path:
     if len(words) != 1:
-        raise SupraError(f"name one file: {usage}")
+        raise SupraError(f"give one file: {usage}")
     try:
         return Path(words[0]).expanduser()
     except RuntimeError as error:
-        raise SupraError(f"{words[0]} leads nowhere ({error}): write the path out") from None
+        raise SupraError(f"cannot resolve {words[0]} ({error}): write the full path") from None
 
 
 def _changed(sampling: Sampling, name: str, value: str) -> Sampling:
@@ -351,9 +350,9 @@ def _changed(sampling: Sampling, name: str, value: str) -> Sampling:
     if name == "seed" and value in ("", "none"):
         return replace(sampling, seed=None)
     if name not in names:
-        raise SupraError(f"there is no setting {name}: choose from {', '.join(names)}, stop")
+        raise SupraError(f"unknown setting {name}: use one of {', '.join(names)}, stop")
     try:
         number: Any = int(value) if name in ("seed", "max_tokens") else float(value)
     except ValueError:
-        raise SupraError(f"{name} takes a number, not '{value}'") from None
+        raise SupraError(f"{name} must be a number, not '{value}'") from None
     return replace(sampling, **{name: number})

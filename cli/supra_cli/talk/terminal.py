@@ -24,18 +24,18 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def on_terminal() -> bool:
-    """Whether someone types; a process may have no stdin at all."""
+    """Whether stdin is a terminal; a process may have no stdin at all."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_lines(toolbar: Callable[[], str]) -> Iterator[Line]:
-    """Questions and commands until Ctrl-D or the end of stdin; ``toolbar`` stands below them."""
+    """Questions and commands until Ctrl-D or the end of stdin; ``toolbar`` is the line below."""
     together = Questions()
     return together.of(_typed(toolbar, together) if on_terminal() else _piped())
 
 
 def show(pieces: Generator[str]) -> None:
-    """An answer as it comes: as markdown on a terminal, else as it is. Ctrl-C ends it."""
+    """Print an answer as it is generated, as markdown on a terminal. Ctrl-C ends it."""
     try:
         if sys.stdout.isatty():
             _as_markdown(pieces)
@@ -43,7 +43,7 @@ def show(pieces: Generator[str]) -> None:
             for piece in pieces:
                 write_piece(piece)
     except KeyboardInterrupt:
-        # Only the answer ends: what has been said stays in the conversation.
+        # Only the answer ends; its text so far stays in the conversation.
         print(" [stopped]", end="")
     finally:
         pieces.close()
@@ -51,10 +51,10 @@ def show(pieces: Generator[str]) -> None:
 
 
 class ReadingProgress:
-    """A :class:`~supra_core.progress.Progress` that speaks up when reading takes a while."""
+    """A :class:`~supra_core.progress.Progress` that shows itself after a second."""
 
     def __init__(self) -> None:
-        # No number of tokens is above it: whatever comes first begins to be timed.
+        # Infinite, so that the first call starts the clock.
         self._done, self._began, self._shown = math.inf, 0.0, 0.0
 
     def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
@@ -86,7 +86,7 @@ def _piped() -> Iterator[str]:
     if sys.stdin is None:
         return
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # One wrong byte in a line must not end the conversation, nor a mark before the first.
+        # Neither an invalid byte nor a byte order mark ends the conversation.
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
     yield from sys.stdin
 
@@ -117,7 +117,7 @@ def _typed(toolbar: Callable[[], str], together: Questions) -> Iterator[str]:
 
 
 def _history() -> History:
-    """Lines of earlier chats, in a file that is the user's alone; in memory where none can be."""
+    """History in a file that only the user can read; in memory if it cannot be written."""
     import typer
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
