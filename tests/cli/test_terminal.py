@@ -106,7 +106,7 @@ def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
     assert [m["role"] for m in read_state(saved).messages] == ["system", "user", "assistant"]
     terminal.line(f"/save {saved}", "--force")
     terminal.line("/clear", "new conversation")
-    terminal.line(f"/read {tmp_path / 'text.txt'}", "tokens read")
+    terminal.line(f"/read {tmp_path / 'text.txt'}", r"Read .*tokens")
     terminal.line(f"/load {saved}", "1 turn, ")
     terminal.line("/undo", "Removed: Hello")
     terminal.line("/undo", "no turn to undo")
