@@ -115,7 +115,7 @@ def test_where_the_answer_begins(
         (ASKED[:1], {"continue_final_message": True}, "continue_final_message needs"),
         ((say("assistant", None),), {}, "messages.0.content: must be text"),
         ((say("user", None, tool_calls=[]),), {}, "messages.0.content: must be text"),
-        ((say("user", "x", prefix=True),), {}, "messages.0.prefix: is not known"),
+        ((say("user", "x", prefix=True),), {}, "messages.0.prefix: is unknown"),
     ],
 )  # fmt: skip
 def test_what_contradicts_itself(

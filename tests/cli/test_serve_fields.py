@@ -168,7 +168,7 @@ def test_what_is_not_done_is_refused_by_name(client: Client, route: Route, name:
 def test_what_is_not_known_is_refused_by_name(client: Client, route: Route, name: str) -> None:
     answer = client.ask(route, **{name: 1})
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == f"{name} is not known here: leave it out"
+    assert answer.json()["error"]["message"] == f"{name} is unknown: omit it"
     assert client.ask(route, **{name: None}).status_code == 200
 
 

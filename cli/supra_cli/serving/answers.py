@@ -1,4 +1,4 @@
-"""Answers as OpenAI's interface writes them, whole or chunk by chunk."""
+"""Responses in OpenAI's form, whole or as stream chunks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Heard = Followed | Piece | Finished
 
 @dataclass
 class Answers:
-    """A request's answers, ``each`` prompt's one after the other, in the interface's words.
+    """The answers of a request: ``each`` answers for each of ``prompts``.
 
-    ``top``: the likeliest tokens that are told with each, None: nothing is told. ``echoes``: the
-    prompts, where they are to stand before their answers.
+    ``top``: number of top log-probabilities, None for no log-probabilities. ``echoes``: the
+    prompts, if they are repeated before their answers.
     """
 
     chat: bool
@@ -48,7 +48,7 @@ class Answers:
         return self.prompts * self.each
 
     def hear(self, index: int, event: Heard) -> None:
-        """Take in what happened to answer ``index``."""
+        """Record an event of answer ``index``."""
         if isinstance(event, Piece):
             self.texts[index] = self.texts.get(index, "") + event.text
             self._likelihoods.setdefault(index, []).extend(event.likelihoods)
@@ -58,7 +58,7 @@ class Answers:
             self._followed[index // self.each] = event.likelihoods
 
     def whole(self) -> dict[str, Any]:
-        """The body of an answer in one piece."""
+        """The body of a response that is not streamed."""
         choices = []
         for index in range(self.count):
             text, finish = self.texts.get(index, ""), self.ends[index].finish
@@ -74,7 +74,7 @@ class Answers:
         return {**self._head(kind), "choices": choices, "usage": self.usage()}
 
     def opening(self) -> list[dict[str, Any]]:
-        """The first chunks of a stream: who speaks, or the prompts if they are told alone."""
+        """The first chunks of a stream: the role, or echoed prompts without log-probabilities."""
         if self.chat:
             delta = {"role": "assistant", "content": ""}
             return [self._chunk(index, {"delta": delta}) for index in range(self.count)]
@@ -83,7 +83,7 @@ class Answers:
         return [self._chunk(index, {"text": self._echoed(index)}) for index in range(self.count)]
 
     def chunks(self, index: int, event: Heard) -> list[dict[str, Any]]:
-        """An event in a stream."""
+        """The stream chunks of an event."""
         if isinstance(event, Followed):
             logprobs = self._prompt_logprobs(index)
             echoed = {"text": self._echoed(index)}
@@ -95,11 +95,11 @@ class Answers:
         return [self._chunk(index, said, None, self._logprobs(index, event.likelihoods))]
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk, for those who asked for it."""
+        """The last chunk, with ``include_usage``."""
         return {**self._head(self._kind), "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens; a prompt counts once, however many answers it has."""
+        """Token counts; a prompt counts once for all its answers."""
         firsts = [self.ends[index] for index in range(0, self.count, self.each)]
         prompt = sum(end.prompt_tokens for end in firsts)
         known = sum(end.known_tokens for end in firsts)
@@ -119,7 +119,7 @@ class Answers:
         return in_text(self._followed[prompt], self._name, self.echoes[prompt].places())
 
     def _logprobs(self, index: int, found: Sequence[Likelihood]) -> dict[str, Any] | None:
-        """Of an answer's next tokens."""
+        """Log-probabilities of an answer's next tokens."""
         if self.top is None:
             return None
         if self.chat:

@@ -1,4 +1,4 @@
-"""The routes of OpenAI's interface on Starlette."""
+"""The HTTP routes of OpenAI's interface, on Starlette."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def build(service: Service) -> Starlette:
             Route("/v1/completions", routes.guarded(routes.complete), methods=["POST"]),
         ],
         exception_handlers={HTTPException: _no_route},
-        # Errors as well are for pages to read.
+        # The outermost layer, so that web pages can read errors as well.
         middleware=[*_pages(service.origins), Middleware(_Door, service.hosts)],
     )
 
 
 class _Door:
-    """Turns requests away whose headers say enough."""
+    """Refuses requests by their headers, before anything is read."""
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
         self._app, self._hosts = app, hosts
@@ -63,7 +63,7 @@ class _Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if wrong := self._refused(Headers(scope=scope)):
-            # What follows is not read: where it ends may be said in two ways.
+            # The body is not read: its length may be ambiguous.
             await _error(wrong, {"Connection": "close"})(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -73,16 +73,16 @@ class _Door:
             return ApiError(400, "Content-Length and Transfer-Encoding contradict each other")
         host = _host(headers)
         if self._hosts is not None and host not in self._hosts:
-            # A page elsewhere may have its own name point here.
+            # DNS rebinding: a foreign page may let its own name point here.
             return ApiError(403, f"this server does not answer for {host}")
         return None
 
 
 def _pages(origins: Sequence[str]) -> list[Middleware]:
-    """What lets pages of ``origins`` use the service from a browser."""
+    """Middleware that lets web pages of ``origins`` use the service."""
     if not origins:
         return []
-    # A key is a header that pages set themselves: no cookie is ever of use.
+    # Keys are headers that pages set themselves; cookies are never used.
     cors = Middleware(
         CORSMiddleware,
         allow_origins=list(origins),
@@ -100,7 +100,7 @@ class Routes:
         self.service = service
 
     def guarded(self, endpoint: Endpoint) -> Endpoint:
-        """The endpoint for those who may use it, its errors as OpenAI writes them."""
+        """The endpoint with authentication, and with errors in OpenAI's form."""
 
         async def answer(request: Request) -> Response:
             seldom = self.service.seldom
@@ -108,11 +108,11 @@ class Routes:
                 request.state.client = self._client(request)
                 return await endpoint(request)
             except ClientDisconnect:
-                seldom.log("left", "a client left before its answer")
+                seldom.log("left", "a client disconnected before its answer")
                 return Response(status_code=499)
             except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
                 raise
-            # A panic of native code is no Exception.
+            # A panic of native code is not an Exception.
             except BaseException as error:
                 told = _told(error, seldom)
                 line = f"{request.method} {request.url.path}: {told.status}, {told}"
@@ -122,7 +122,7 @@ class Routes:
         return answer
 
     async def health(self, request: Request) -> Response:
-        """That the model is there, and how many requests it has; 503 when it has ended."""
+        """Whether the model runs, and how many requests it has; 503 when it has ended."""
         scheduler = self.service.scheduler
         if broken := scheduler.broken:
             return _error(failure(broken))
@@ -147,7 +147,7 @@ class Routes:
         system = any(message.role in ("system", "developer") for message in asked.messages)
         if context.messages and system:
             raise ApiError(
-                400, "a context has its own system message: leave out yours", param="messages"
+                400, "a context has its own system message: omit yours", param="messages"
             )
         how = asked.rendering()
         answers = self._answers(asked, 1)
@@ -160,7 +160,9 @@ class Routes:
         """``POST /v1/completions``."""
         asked = await self._asked(CompletionRequest, request)
         if self.service.context(asked.model).messages:
-            raise ApiError(400, "a context is for chat completions: name the model", param="model")
+            raise ApiError(
+                400, "a context is for chat completions: use the model's own name", param="model"
+            )
         self.service.check_answers(len(asked.prompts) * asked.n)
         answers = self._answers(asked, len(asked.prompts))
         with self.service.scheduler.take(request.state.client, answers.count) as places:
@@ -174,7 +176,7 @@ class Routes:
             return await self._answered(request, asked, prompts, answers, places, True)
 
     async def _in_turn(self, request: Request, work: Callable[[], T]) -> T:
-        """Work on a request that takes as long as it is large."""
+        """Work whose duration grows with the size of the request."""
         client, size = request.state.client, request.state.size
         done = await self.service.in_turn(client, size, request.is_disconnected, work)
         if done is None:
@@ -202,7 +204,7 @@ class Routes:
         owner = self.service.owner(asked, client)
 
         def of_its_own(index: int) -> Sampling:
-            # Answers to one prompt differ, and are the same the next time.
+            # Answers to one prompt differ from each other, but not from run to run.
             seed = sampling.seed
             return sampling if seed is None else replace(sampling, seed=(seed + index) % 2**32)
 
@@ -215,7 +217,7 @@ class Routes:
                 continues=continues,
                 ends=frozenset(asked.stop_token_ids or ()),
                 top=asked.top,
-                # Once for all answers to a prompt.
+                # Once a prompt.
                 followed=bool(answers.echoes) and asked.top is not None and index % asked.n == 0,
                 silent=asked.silent,
                 client=client,
@@ -231,21 +233,21 @@ class Routes:
         return _Streamed(exchange, _stream(exchange, answers, usage, self.service.seldom))
 
     def _client(self, request: Request) -> str:
-        """Who asks, by the key or else by the address; ApiError 401 without a key of ours."""
+        """The client: its key, else its address; ApiError 401 for a wrong or missing key."""
         keys = self.service.keys
         if not keys:
             return request.client.host if request.client else ""
         # Headers are bytes, and so may a key be.
         header = request.headers.get("authorization", "").encode("latin-1")
         scheme, _, given = header.partition(b" ")
-        # All are looked at, whichever it is: the time tells nothing.
+        # All are compared, so that the time reveals nothing.
         same = [secrets.compare_digest(given.strip(), os.fsencode(key)) for key in keys]
         if scheme.lower() != b"bearer" or not any(same):
             raise ApiError(401, "the API key is wrong or missing", code="invalid_api_key")
         return f"key {same.index(True)}"
 
     async def _asked(self, kind: type[R], request: Request) -> R:
-        """The request in the body."""
+        """The validated request in the body."""
         with self.service.receiving(request.state.client) as received:
             body = await self._body(request, received)
             request.state.size = len(body)
@@ -254,7 +256,7 @@ class Routes:
     async def _body(self, request: Request, received: Callable[[int], None]) -> bytes:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
-            # What a page of another origin may send unasked has other types.
+            # Web pages of other origins can send only other types without permission.
             raise ApiError(415, "send JSON with the header Content-Type: application/json")
         most = self.service.limits.body_bytes
         body = bytearray()
@@ -262,7 +264,7 @@ class Routes:
             body += part
             received(len(part))
             if len(body) > most:
-                raise ApiError(413, f"the request is longer than {most:,} bytes: shorten it")
+                raise ApiError(413, f"the request exceeds {most:,} bytes: shorten it")
         return bytes(body)
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -270,7 +272,7 @@ class Routes:
 
 
 class _Streamed(StreamingResponse):
-    """An exchange as events, which ends with them, though they may never have begun."""
+    """An exchange as server-sent events; it ends with the response, even before its first event."""
 
     def __init__(self, exchange: Exchange, events: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-cache"}
@@ -278,7 +280,7 @@ class _Streamed(StreamingResponse):
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them."""
+        """Send the response."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -286,7 +288,7 @@ class _Streamed(StreamingResponse):
 
 
 def _host(headers: Headers) -> str | None:
-    """What the client calls this server, without the port."""
+    """The host in the request, without the port."""
     try:
         return urlsplit("//" + headers.get("host", "")).hostname
     except ValueError:
@@ -296,7 +298,7 @@ def _host(headers: Headers) -> str | None:
 async def _stream(
     exchange: Exchange, answers: Answers, usage: bool, seldom: Seldom
 ) -> AsyncIterator[str]:
-    """Server-sent events: chunks as JSON, progress in comments, which keep a connection alive."""
+    """Server-sent events: chunks as JSON, progress as comments, which keep a connection alive."""
     for chunk in answers.opening():
         yield _event(chunk)
     async with aclosing(exchange.events()) as events:
@@ -309,7 +311,7 @@ async def _stream(
             else:
                 answers.hear(index, event)
                 chunks = partial(answers.chunks, index, event)
-                # A prompt's tokens may be many.
+                # A prompt may have many tokens.
                 followed = isinstance(event, Followed)
                 for chunk in await run_in_threadpool(chunks) if followed else chunks():
                     yield _event(chunk)
@@ -320,7 +322,7 @@ async def _stream(
 
 
 async def _until_gone(request: Request, exchange: Exchange, answers: Answers) -> None:
-    """Hear every answer out, or stop when the client has left."""
+    """Collect every answer, or stop when the client disconnects."""
     collecting = asyncio.create_task(_collect(exchange, answers))
     leaving = asyncio.create_task(_gone(request))
     try:
@@ -359,7 +361,7 @@ def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONRes
 
 
 def _told(error: BaseException, seldom: Seldom) -> ApiError:
-    """The error for the client; one that is not of its making goes to the log whole."""
+    """The error for the client; an internal one goes to the log with its traceback."""
     told = failure(error)
     if told.status == 500:
         seldom.failure(error)
@@ -369,7 +371,7 @@ def _told(error: BaseException, seldom: Seldom) -> ApiError:
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    # Those of 405 say what is allowed.
+    # Those of 405 state the allowed methods.
     return _error(ApiError(error.status_code, message), error.headers)
 
 
@@ -379,6 +381,6 @@ def _log(answers: Answers) -> None:
     read = max((end.read_seconds for end in answers.ends.values()), default=0.0)
     known = usage["prompt_tokens_details"]["cached_tokens"]
     log(
-        f"{answers.model}: prompt {usage['prompt_tokens']:,} tokens, {known:,} of them known, "
+        f"{answers.model}: prompt {usage['prompt_tokens']:,} tokens, {known:,} of them cached, "
         f"in {read:.1f} s; answer {usage['completion_tokens']:,} in {spoken:.1f} s"
     )

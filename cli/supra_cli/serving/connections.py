@@ -1,4 +1,4 @@
-"""Connections: how many there may be, and how long a client may take to say what it wants."""
+"""Connections: how many may be open, and how long a client may take."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Files that a process has open beside connections, and connections that are taken at once.
+# Open files besides connections, and connections accepted at once.
 _OTHER_FILES, BACKLOG = 128, 64
-# Connections at a time, where the system lets a process have as many files.
+# Connections at a time, if the system allows a process as many files.
 _MOST = 512
 
 
@@ -21,9 +21,9 @@ _MOST = 512
 class Doors:
     """The connections of a server, the oldest first, and their limits.
 
-    ``most`` at a time, ``own`` of them from one address. Seconds: from the connection, or from the
-    answer before, until the ``headers`` are there; then until the ``body`` is; and for the client
-    to take what was written.
+    ``most`` at a time, at most ``own`` of them from one address. Time limits in seconds: for the
+    ``headers`` (since the connection or the previous answer), for the ``body`` after them, and for
+    the client to read what was ``written``.
     """
 
     most: int
@@ -34,9 +34,9 @@ class Doors:
     open: dict[Connection, None] = field(default_factory=dict)
 
     def admit(self, new: Connection) -> bool:
-        """Whether there is room; a client that has not yet asked for anything gives way.
+        """Whether there is room; an idle connection is closed to make some.
 
-        So connections that ask for nothing push out each other alone.
+        So idle connections can only displace each other.
         """
         own = [one for one in self.open if one.address == new.address]
         if len(self.open) < self.most and len(own) < self.own:
@@ -49,27 +49,27 @@ class Doors:
 
 
 def doors(body_bytes: int, *, one_address: bool) -> Doors:
-    """As many as the system allows; ``one_address``: everybody comes from the same."""
+    """As many as the system allows; ``one_address``: all clients have the same address."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST + BACKLOG + _OTHER_FILES
     if soft < wanted:
-        # macOS has 256 for a start.
+        # The default on macOS is 256.
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(16, min(_MOST, soft - BACKLOG - _OTHER_FILES))
-    # The slowest line has 64 KiB/s.
+    # For a line of 64 KiB/s.
     seconds = 30 + body_bytes / 2**16
     return Doors(most, most if one_address else most // 4, body=seconds)
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with deadlines: it waits for headers, bodies and readers as long as they take."""
+    """uvicorn's connection with deadlines for headers, bodies and readers."""
 
     doors: Doors
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there."""
+        """A client has connected."""
         super().connection_made(transport)
         self.address = self.client[0] if self.client else ""
         self.timer: asyncio.TimerHandle | None = None
@@ -83,7 +83,7 @@ class Connection(H11Protocol):
         self._wait_for(h11.IDLE, self.doors.headers)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has gone."""
+        """The client has disconnected."""
         self.doors.open.pop(self, None)
         self._stop_waiting()
         self.resume_writing()
@@ -91,39 +91,39 @@ class Connection(H11Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the client has yet to send the rest of a request, or a next one."""
+        """Whether it waits for the rest of a request, or for the next one."""
         return self.timer is not None
 
     def give_up(self) -> None:
-        """Close it at once, and forget it."""
+        """Close it at once."""
         self.doors.open.pop(self, None)
         self._stop_waiting()
         self.transport.abort()
 
     def handle_events(self) -> None:
-        """More of a request, or the next one."""
+        """Data has arrived."""
         super().handle_events()
         self._look()
 
     def on_response_complete(self) -> None:
-        """The answer is written: the next request may come, or the rest of the last."""
+        """The answer is written."""
         super().on_response_complete()
         self._look()
 
     def pause_writing(self) -> None:
-        """The client takes nothing for the time being."""
+        """The client does not read at the moment."""
         super().pause_writing()
         self._writing = self.loop.call_later(self.doors.written, self.give_up)
 
     def resume_writing(self) -> None:
-        """It takes something again."""
+        """The client reads again."""
         super().resume_writing()
         if self._writing is not None:
             self._writing.cancel()
             self._writing = None
 
     def _look(self) -> None:
-        """Begin to wait for what the client has to send now; a byte now and then is none of it."""
+        """Start the timer for what the client must send next; single bytes do not restart it."""
         state = self.conn.their_state
         if state is h11.IDLE:
             self._wait_for(state, self.doors.headers)
@@ -148,7 +148,7 @@ class Connection(H11Protocol):
 
 
 _BODY = (
-    b'{"error": {"message": "this server has no more connections: try again later", '
+    b'{"error": {"message": "too many connections: try again later", '
     b'"type": "server_error", "param": null, "code": null}}'
 )
 _FULL = b"".join(

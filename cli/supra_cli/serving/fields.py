@@ -1,7 +1,7 @@
 """What is done with each field of a request that clients of OpenAI, llama.cpp and vLLM send.
 
-A field that would change the answer, and is not done, is refused by its name, and so is one that is
-not known. docs/cli.md has the same table.
+A field that would change the answer but is not supported is refused by name, and so is an unknown
+one. docs/cli.md has the same table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BOTH = (
     "repetition_penalty", "repeat_penalty", "seed", "stop", "stop_token_ids", "n", "stream",
     "stream_options", "logprobs", "user", "prompt_cache_key", "cache_salt",
 )  # fmt: skip
-# What has an effect, by the route.
+# Supported fields, by route.
 DONE: Mapping[Route, frozenset[str]] = {
     "chat": frozenset(
         (*_BOTH, "messages", "top_logprobs", "chat_template_kwargs", "add_generation_prompt",
@@ -24,10 +24,10 @@ DONE: Mapping[Route, frozenset[str]] = {
     ),
     "completions": frozenset((*_BOTH, "prompt", "echo")),
 }  # fmt: skip
-# Other names of some of them, llama.cpp's.
+# llama.cpp's names of some of them.
 ALIASES = {"repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
-# What no answer depends on: what is kept of the request, how fast the answer comes, figures
-# beside it, and what counts only together with a field that is refused.
+# Fields without influence on the answer: storage, speed, extra figures, and settings of fields
+# that are refused.
 IGNORED = frozenset((
     "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_options",
     "prompt_cache_retention", "request_id", "priority", "prediction",
@@ -39,7 +39,7 @@ IGNORED = frozenset((
     "adaptive_decay", "length_penalty", "grammar_lazy", "grammar_triggers", "preserved_tokens",
     "guided_decoding_backend", "guided_whitespace_pattern", "spaces_between_special_tokens",
 ))  # fmt: skip
-# What is refused, unless it has one of the values with which it changes nothing.
+# Refused, unless the field has one of these neutral values.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"), "parse_tool_calls": (False,), "web_search_options": (),
@@ -63,7 +63,7 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (), "documents": ([],), "mm_processor_kwargs": ({},), "image_data": ([],),
     "prompt_embeds": (), "kv_transfer_params": ({},), "vllm_xargs": ({},),
 }  # fmt: skip
-# The same of what the other route does, or what means another thing there.
+# The same, for fields of the other route or with another meaning there.
 REFUSED_HERE: Mapping[Route, Mapping[str, tuple[Any, ...]]] = {
     "chat": {"prompt": (), "echo": (False,), "add_special_tokens": (False,)},
     "completions": {
@@ -71,33 +71,33 @@ REFUSED_HERE: Mapping[Route, Mapping[str, tuple[Any, ...]]] = {
         "add_generation_prompt": (), "continue_final_message": (), "add_special_tokens": (True,),
     },
 }  # fmt: skip
-# What a template gets from elsewhere than chat_template_kwargs.
+# Template variables that chat_template_kwargs may not set.
 VARIABLES = frozenset((
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
     "chat_template", "tokenize", "strftime_now", "bos_token", "eos_token",
 ))  # fmt: skip
-# Why some are not done, where there is more to say than that.
+# Explanations for some refusals.
 _REASONS = {
-    "reasoning_effort": "chat_template_kwargs takes what the model's template asks for",
-    "tools": "calls of tools are not read from answers",
+    "reasoning_effort": "pass what the model's template needs in chat_template_kwargs",
+    "tools": "tool calls are not parsed from answers",
     "messages": "they are for /v1/chat/completions",
     "prompt": "it is for /v1/completions",
 }
 
 
 def problem(route: Route, name: str, value: Any) -> str | None:
-    """Why the field is refused, None if it is not; ``value`` is not null."""
+    """Why the field is refused, or None; ``value`` is not null."""
     if name in DONE[route] or name in IGNORED:
         return None
     neutral = {**REFUSED, **REFUSED_HERE[route]}.get(name)
     if neutral is None:
-        return f"{name} is not known here: leave it out"
+        return f"{name} is unknown: omit it"
     if any(_is_same(value, other) for other in neutral):
         return None
     reason = f" ({_REASONS[name]})" if name in _REASONS else ""
-    return f"{name} is not supported{reason}: leave it out"
+    return f"{name} is not supported{reason}: omit it"
 
 
 def _is_same(value: Any, other: Any) -> bool:
-    """As JSON has it: there, true is not 1."""
+    """Equality in JSON, where true is not 1."""
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)

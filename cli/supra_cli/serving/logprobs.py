@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens as OpenAI's interface writes them: one form for each route."""
+"""Log-probabilities in OpenAI's two forms: one for chats, one for completions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from supra_core.runtime.likelihood import Likelihood
 from supra_core.runtime.token_texts import UNKNOWN, Decode, Places
 
-# What stands for all that is less likely: JSON has no infinity.
+# The smallest one: JSON has no infinity.
 _LEAST = -9999.0
 
 Name = Callable[[int], str]
 
 
 def names(decode: Decode) -> Name:
-    """Token -> its text, as it is in the middle of a text."""
+    """A function from a token to its text inside a text."""
     return lru_cache(maxsize=2**16)(lambda token: decode([token]))
 
 
@@ -25,7 +25,7 @@ def in_chat(found: Sequence[Likelihood], name: Name) -> dict[str, Any]:
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
         text = name(token)
-        # Tokens may be parts of a character, which have no text of their own.
+        # A part of a character has no text of its own.
         coded = None if UNKNOWN in text else list(text.encode())
         return {"token": text, "logprob": _written(logprob), "bytes": coded}
 
@@ -37,7 +37,7 @@ def in_chat(found: Sequence[Likelihood], name: Name) -> dict[str, Any]:
 
 
 def in_text(found: Sequence[Likelihood], name: Name, places: Sequence[int]) -> dict[str, Any]:
-    """``logprobs`` of a completion's choice; ``places``: the character where each token begins."""
+    """``logprobs`` of a completion's choice; ``places``: the offset of each token."""
     return {
         "tokens": [name(one.token) for one in found],
         "token_logprobs": [_written(one.logprob) for one in found],
@@ -47,23 +47,23 @@ def in_text(found: Sequence[Likelihood], name: Name, places: Sequence[int]) -> d
 
 
 class Echo:
-    """A prompt that stands before its answers; ``text`` None: it was given as ``ids``."""
+    """A prompt repeated before its answers; ``text`` None: it was given as ``ids``."""
 
     def __init__(self, text: str | None, ids: Sequence[int], decode: Decode) -> None:
         self._ids, self._decode = ids, decode
         self.text = decode(ids) if text is None else text
 
     def places(self) -> list[int]:
-        """The character where each of its tokens begins."""
+        """The offset in characters of each of its tokens."""
         places = Places(self._decode)
         found = [places.take(token) for token in self._ids]
-        # What a tokenizer puts before a text, as a BOS, is not in it.
+        # Tokens that the tokenizer adds, such as BOS, are not in the text.
         before = len(places.rest()) - len(self.text)
         return [max(0, place - before) for place in found]
 
 
 def _likeliest(one: Likelihood, name: Name) -> dict[str, Any] | None:
-    """By text, of which the likeliest counts where several tokens have the same."""
+    """Top log-probabilities by text; of tokens with the same text the likeliest counts."""
     if one.logprob is None:
         return None
     top: dict[str, Any] = {}

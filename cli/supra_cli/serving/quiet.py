@@ -1,4 +1,4 @@
-"""A log that clients cannot fill: of lines of one kind, a few a minute."""
+"""A log that clients cannot flood: a few lines of each kind a minute."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from supra_cli.shared.output import log, log_failure
 
-# Lines of one kind in a minute, and kinds that are told apart.
+# Lines of one kind a minute, and kinds that are counted separately.
 _MOST, _KINDS = 10, 100
 
 
 class Seldom:
-    """Tells which lines are shown."""
+    """Limits lines of one kind."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -36,7 +36,7 @@ class Seldom:
             self._told[kind] = self._told.get(kind, 0) + 1
             shown = self._told[kind] <= _MOST
         if left_out:
-            log(f"{left_out:,} more lines like those before were left out")
+            log(f"{left_out:,} more lines like these were omitted")
         return shown
 
     def log(self, kind: str, line: str) -> None:
@@ -50,11 +50,11 @@ class Seldom:
             log_failure(error)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """As a filter of a logger; records of one format are of one kind."""
+        """A logger's filter; records with one format are one kind."""
         return self.shows(str(record.msg))
 
     def heard(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What an event loop calls with an error that is nobody's, such as that of a connection."""
+        """The event loop's handler of errors outside requests, such as those of connections."""
         error = context.get("exception")
         what = f"{context.get('message')}" + (f" ({error})" if error else "")
         self.log(f"loop {type(error).__name__}", f"connections: {what}")

@@ -1,7 +1,7 @@
-"""What clients send and get, as OpenAI's interface has it.
+"""Requests and errors of OpenAI's interface, validated.
 
-https://platform.openai.com/docs/api-reference/chat and .../completions. What is done with each
-field is in supra_cli.serving.fields.
+https://platform.openai.com/docs/api-reference/chat and .../completions. supra_cli.serving.fields
+says what is done with each field.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from supra_core.runtime.engine import Message
 from supra_core.runtime.sampling import Sampling
 from supra_core.text import Rendering
 
-# An answer's tokens when the client names no number.
+# max_tokens of requests that have none.
 USUAL_TOKENS = 512
-# Strings that end an answer, and characters of one: all are looked for at every token.
+# Stop strings, and characters of one: all are searched at every token.
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
-# Likeliest tokens told with each of an answer's: OpenAI's numbers.
+# Limits of top log-probabilities: OpenAI's.
 _MOST_TOP = {"chat": 20, "completions": 5}
 
 
 class ApiError(Exception):
-    """An answer that is an error: HTTP status, message, and OpenAI's names for it."""
+    """An error for the client: HTTP status, message, and OpenAI's fields."""
 
     def __init__(
         self,
@@ -57,27 +57,27 @@ class ApiError(Exception):
 
 
 class _Strict(BaseModel):
-    # JSON has types of its own: "12" is no number.
+    # JSON has its own types: "12" is not a number.
     model_config = ConfigDict(strict=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _given(cls, data: Any) -> Any:
-        """What is null is not there."""
+        """null counts as absent."""
         if not isinstance(data, dict):
             return data
         return {name: value for name, value in data.items() if value is not None}
 
 
 class TextPart(_Strict):
-    """A part of a message; there is text only."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Function(_Strict):
-    """A function that was called; ``arguments`` are a JSON object, as text or as it is."""
+    """A called function; ``arguments``: a JSON object, possibly as text."""
 
     name: str
     arguments: str | dict[str, Any] = "{}"
@@ -97,20 +97,20 @@ class Function(_Strict):
 
 
 class ToolCall(_Strict):
-    """A call of a tool in an earlier answer."""
+    """A tool call in an earlier answer."""
 
     id: str | None = None
     type: Literal["function"] = "function"
     function: Function
-    # Where it stood in a stream.
+    # Its index in a stream.
     index: int | None = None
 
 
 class ChatMessage(_Strict):
     """One message; ``developer`` is the newer name of ``system``.
 
-    ``content`` may be absent beside ``tool_calls`` only. ``annotations`` are links that OpenAI's
-    answers have.
+    ``content`` may be absent only next to ``tool_calls``. ``annotations``: links in OpenAI's
+    answers.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -129,28 +129,28 @@ class ChatMessage(_Strict):
             return content
         if content is None and info.data.get("tool_calls"):
             return content
-        raise ValueError("must be text, or parts of type text, of which there is at least one")
+        raise ValueError("must be text, or a non-empty list of parts of type text")
 
     @property
     def uses_tools(self) -> bool:
-        """Whether it calls a tool, or is what a tool says."""
+        """Whether it is a tool call or a tool's result."""
         return self.role == "tool" or bool(self.tool_calls)
 
     def plain(self) -> Message:
-        """As a chat template takes it."""
+        """The message as chat templates expect it."""
         told = self.model_dump(exclude_none=True, exclude={"annotations"})
         told["role"] = "system" if self.role == "developer" else self.role
         if not isinstance(self.content, str | None):
             told["content"] = "\n".join(part.text for part in self.content)
-        # A template may ask for it in any message.
+        # Templates may read it in any message.
         told.setdefault("content", None)
         return told
 
 
 class StreamOptions(_Strict):
-    """``include_usage``: the numbers of tokens come in a last chunk.
+    """``include_usage``: token counts follow in a last chunk.
 
-    ``include_obfuscation`` has a stream padded, which changes nothing of it.
+    ``include_obfuscation`` (padding of the stream) is accepted and has no effect.
     """
 
     include_usage: bool = False
@@ -161,7 +161,7 @@ class StreamOptions(_Strict):
 class _Request(_Strict):
     route: ClassVar[Route]
     model: str | None = None
-    # -1: as many as the server allows.
+    # -1: the server's limit.
     max_tokens: Annotated[int, Field(ge=-1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None
     temperature: float | None = None
@@ -184,7 +184,7 @@ class _Request(_Strict):
         texts = stop if isinstance(stop, list) else [stop or ""]
         if len(texts) > _MOST_STOPS or any(len(text) > _LONGEST_STOP for text in texts):
             raise ValueError(
-                f"may be {_MOST_STOPS} texts of {_LONGEST_STOP:,} characters: give fewer or "
+                f"may have {_MOST_STOPS} texts of {_LONGEST_STOP:,} characters: use fewer or "
                 "shorter ones"
             )
         return stop
@@ -211,27 +211,27 @@ class _Request(_Strict):
         return done
 
     def owner(self, client: str) -> str:
-        """For whom the states are kept that the request leaves: for none who names another."""
+        """The owner of the states that the request leaves."""
         return json.dumps([client, self.user, self.prompt_cache_key, self.cache_salt])
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Strings that end the answer."""
+        """The stop strings."""
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in texts if text)
 
     @property
     def top(self) -> int | None:
-        """Likeliest tokens that are told with each; None: nothing is told of any."""
+        """Number of top log-probabilities; None: no log-probabilities."""
         raise NotImplementedError
 
     @property
     def silent(self) -> bool:
-        """Whether the prompt is only read."""
+        """Whether the prompt is only processed, without an answer."""
         return self._tokens == 0
 
     def sampling(self, usual: Sampling, most_tokens: int) -> Sampling:
-        """The server's own where the request names none; ApiError when out of range."""
+        """The request's settings over the server's; ApiError for values out of range."""
         names = ("temperature", "top_p", "min_p", "repetition_penalty")
         named = {name: getattr(self, name) for name in names}
         given = {name: value for name, value in named.items() if value is not None}
@@ -242,12 +242,12 @@ class _Request(_Strict):
         try:
             return replace(usual, **given, max_tokens=max(tokens, 1))
         except SupraError as error:
-            # It begins with the setting that is out of range.
+            # The message begins with the name of the setting.
             raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from None
 
     @property
     def _tokens(self) -> int | None:
-        """The most that the answer may have, by the newer name or the older."""
+        """The limit of the answer, by its newer or older name."""
         newer = self.max_completion_tokens
         return self.max_tokens if newer is None else newer
 
@@ -267,45 +267,45 @@ class ChatRequest(_Request):
     @classmethod
     def _says_something(cls, tokens: int | None) -> int | None:
         if tokens == 0:
-            raise ValueError("must be at least 1, or -1 for as many as this server allows")
+            raise ValueError("must be at least 1, or -1 for the server's limit")
         return tokens
 
     @field_validator("chat_template_kwargs")
     @classmethod
     def _are_variables(cls, variables: dict[str, Any]) -> dict[str, Any]:
         if taken := VARIABLES & variables.keys():
-            raise ValueError(f"{min(taken)} is the template's own or a field's: leave it out")
+            raise ValueError(f"{min(taken)} is set by the server or another field: omit it")
         return variables
 
     @property
     def top(self) -> int | None:
-        """As the interface has it, of no tokens without ``logprobs``."""
+        """``top_logprobs``, which needs ``logprobs``."""
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return self.top_logprobs if self.logprobs else None
 
     def rendering(self) -> Rendering:
-        """How the template is to render the messages; ApiError for what contradicts itself.
+        """How the template renders the messages; ApiError for contradicting fields.
 
-        An answer at their end is gone on from, unless the request says that another one begins.
+        A last message of the assistant is continued, unless the request asks for a new answer.
         """
         last, header = self.messages[-1], self.add_generation_prompt
         continues = self.continue_final_message
         if continues and header:
             raise ApiError(
-                400, "add_generation_prompt and continue_final_message contradict each other: give "
+                400, "add_generation_prompt and continue_final_message contradict each other: use "
                 "one of them", param="continue_final_message",
             )  # fmt: skip
         if continues and last.role != "assistant":
             raise ApiError(
                 400, "continue_final_message needs a last message of the assistant: add one, or "
-                "leave it out", param="continue_final_message",
+                "omit the field", param="continue_final_message",
             )  # fmt: skip
         if continues is None:
             continues = last.role == "assistant" and not header
         if continues and last.tool_calls:
             raise ApiError(
-                400, "the messages end with calls of tools: add what the tools say",
+                400, "the messages end with tool calls: add the tools' results",
                 param="messages",
             )  # fmt: skip
         return Rendering(
@@ -316,7 +316,7 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    """``POST /v1/completions``: texts, or token ids, to go on from."""
+    """``POST /v1/completions``: texts or token ids to continue."""
 
     route: ClassVar[Route] = "completions"
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -326,13 +326,13 @@ class CompletionRequest(_Request):
     @field_validator("logprobs", mode="before")
     @classmethod
     def _number(cls, count: Any) -> Any:
-        # As chat completions say that there are to be none.
+        # false, as in chat completions, means none.
         return None if count is False else count
 
     @field_validator("prompt", mode="before")
     @classmethod
     def _is_prompt(cls, prompt: Any) -> Any:
-        # In words of its own: those of a union are its first member's.
+        # Checked here, because pydantic reports only the first member of a union.
         parts = prompt if isinstance(prompt, list) else []
         several = [part for part in parts if isinstance(part, list) and part]
         lists_of_ids = len(several) == len(parts) and all(_all_of(ids, int) for ids in several)
@@ -340,7 +340,9 @@ class CompletionRequest(_Request):
             parts and (_all_of(parts, str) or _all_of(parts, int) or lists_of_ids)
         ):
             return prompt
-        raise ValueError("must be a text, texts, token ids, or lists of token ids, and not empty")
+        raise ValueError(
+            "must be a text, a list of texts, token ids, or a list of token ids, and not empty"
+        )
 
     @property
     def top(self) -> int | None:
@@ -349,7 +351,7 @@ class CompletionRequest(_Request):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several."""
+        """All prompts of the request."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -369,21 +371,21 @@ R = TypeVar("R", bound=_Request)
 
 
 def parsed(kind: type[R], body: bytes) -> R:
-    """The request in ``body``; :class:`ApiError` 400 that names the field when it is none."""
+    """The request in ``body``; :class:`ApiError` 400, with the field, if it is invalid."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
-        # Of a union the member that fits further, e.g. parts instead of a text.
+        # The error deepest inside: of the union's member that fits best.
         first = max(problems, key=lambda found: len(found["loc"]))
         field = ".".join(str(part) for part in first["loc"] if not _is_type(part))
         where = f"{field}: " if field else ""
         problem = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            problem = "is not known here: leave it out"
+            problem = "is unknown: omit it"
         raise ApiError(400, f"{where}{problem}", param=field or None) from None
 
 
 def _is_type(part: int | str) -> bool:
-    """Whether pydantic put it there to tell the members of a union apart."""
+    """Whether pydantic added it to name a member of a union."""
     return isinstance(part, str) and (part in {"str", "int", "TextPart"} or "[" in part)

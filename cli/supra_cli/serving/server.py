@@ -1,4 +1,4 @@
-"""Binding an address, loading the model, and serving until interrupted."""
+"""Bind an address, load the model, and serve until interrupted."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from supra_core.sources.source import open_source
 from supra_core.text.worker import trim
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-# Seconds that clients have to read the ends of their answers, once the server is told to end.
+# Seconds for clients to read the ends of their answers after the server is stopped.
 _GRACE = 3
-# Tenths of seconds after which memory of long requests goes back.
+# Tenths of a second after which memory of long requests is given back.
 _TRIM = 30
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to serve, where, and how much of it. ``contexts``: state files by name."""
+    """What to serve, where, and within which limits. ``contexts``: state files by name."""
 
     model: str
     backend: str | None
@@ -60,17 +60,17 @@ class Settings:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only this machine can reach it."""
         return self.host in _LOOPBACK
 
 
 def serve(settings: Settings) -> None:
-    """Serve until Ctrl-C or SIGTERM; SupraError when model, context or address will not do.
+    """Serve until Ctrl-C or SIGTERM; SupraError for a bad model, context or address.
 
     :class:`~supra_core.runtime.scheduler.Broken` when the model's thread ends by itself.
     """
     for path in settings.contexts.values():
-        # Before the model is loaded, which takes longer.
+        # Checked before the model is loaded, which takes longer.
         read_state(path)
     with _bound(settings.host, settings.port) as listening:
         contexts: dict[str, Context] = {}
@@ -78,7 +78,7 @@ def serve(settings: Settings) -> None:
             partial(_loaded, settings, contexts),
             parallel=settings.parallel,
             waiting=settings.waiting,
-            # Whoever uses one key, or one machine, is one client.
+            # With one key, or on one machine, there is one client.
             compete=len(settings.keys) > 1 or not (settings.keys or settings.loopback),
             release=release_thread,
         )
@@ -95,7 +95,7 @@ def _service(
     settings: Settings, scheduler: Scheduler, engine: Engine, contexts: Mapping[str, Context]
 ) -> Service:
     if not settings.loopback and not settings.keys:
-        log("anyone who reaches this address may use the model: --api-key asks for a key")
+        log("anyone who can reach this address may use the model: require a key with --api-key")
     return Service(
         scheduler,
         engine,
@@ -132,40 +132,40 @@ def _serve(service: Service, listening: socket.socket) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Every answer ends, with the step under way, before the connections do."""
+    """Ends every answer, after the current step, before it closes connections."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service, self._scheduler = service, service.scheduler
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         asyncio.get_running_loop().set_exception_handler(self._service.seldom.heard)
         await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end, which it does when there is no model any more."""
+        """Whether to stop; it also stops when the model's thread has ended."""
         if counter % _TRIM == 0 and self._service.had_long:
             self._service.had_long = False
             await asyncio.to_thread(trim)
         return await super().on_tick(counter) or self._scheduler.ended
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """At Ctrl-C or SIGTERM; another one cannot shorten a step, but the time after it."""
+        """On Ctrl-C or SIGTERM; a second one shortens the wait after the current step."""
         self._scheduler.stop()
         if not self.should_exit or self._scheduler.ended:
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """The model's thread first: it delivers to this loop, and may not be cut off in a step."""
+        """Stop the model's thread first: it delivers to this loop, and must finish its step."""
         if not self._scheduler.ended:
-            log("stopping, when the step under way has ended")
+            log("stopping after the current step")
         await asyncio.to_thread(self._scheduler.close)
         await super().shutdown(sockets)
 
 
 class _Quiet:
-    """An application of which uvicorn shows no traceback where it was itself that gave it up."""
+    """An application without uvicorn's traceback for tasks that uvicorn cancelled itself."""
 
     def __init__(self, app: Starlette) -> None:
         self._app = app
@@ -177,7 +177,7 @@ class _Quiet:
 
 
 def _loaded(settings: Settings, contexts: dict[str, Context]) -> tuple[Engine, Prefixes]:
-    """The model and the states kept for it; fills in ``contexts``, whose states are among them."""
+    """The engine and its cached states; fills ``contexts``, whose states are among them."""
     speaker = load_speaker(
         settings.model, settings.backend, settings.dtype, parse_markers=settings.parse_markers
     )
@@ -193,9 +193,9 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    # TypeError for a name that no host has.
+    # TypeError for an invalid host name.
     except (OSError, OverflowError, TypeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SupraError(
-            f"cannot listen at {host}:{port} ({reason}): give another --host or --port"
+            f"cannot listen on {host}:{port} ({reason}): use another --host or --port"
         ) from None

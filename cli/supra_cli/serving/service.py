@@ -1,4 +1,4 @@
-"""A served model: its names, its limits, and requests turned into jobs and their events."""
+"""A served model: names, limits, and how requests become jobs and events."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from supra_core.text.worker import LONG
 Listener = Callable[[Event], None]
 T = TypeVar("T")
 
-# Characters of a text that are tokenised at once where it may have too many tokens, and tokens
-# that a cut adds to them.
+# Characters to tokenise at a time where a text may have too many tokens, and the tokens that a cut
+# can add.
 _SLICE, _CUT = 50_000, 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Tokens a prompt may have, tokens an answer may have, and bytes of a request's body."""
+    """Upper limits of prompts and answers in tokens, and of request bodies in bytes."""
 
     prompt_tokens: int
     answer_tokens: int
@@ -54,18 +54,18 @@ class Limits:
 
     @property
     def own_bytes(self) -> int:
-        """Of bodies that one client sends at a time."""
+        """Limit of all bodies that one client sends at a time."""
         return 16 * self.body_bytes
 
     @property
     def all_bytes(self) -> int:
-        """Of bodies that all clients send at a time."""
+        """Limit of all bodies at a time."""
         return 4 * self.own_bytes
 
 
 @dataclass(frozen=True)
 class Context:
-    """What stands before a request's messages, and the time that its template was told."""
+    """Messages before a request's own, and the time that the chat template was given."""
 
     messages: tuple[Message, ...] = ()
     began: datetime | None = None
@@ -73,10 +73,10 @@ class Context:
 
 @dataclass
 class Service:
-    """``contexts``: transcripts whose states are kept, by the name that stands after a colon.
+    """``contexts``: transcripts with cached states, by the name after the colon.
 
-    ``keys``: each is a client of its own; without any, each address is. ``shared``: they use each
-    other's states, and so can tell what others' prompts begin with.
+    ``keys``: each is a client; without keys, each address is. ``shared``: clients reuse each
+    other's states, and so can tell how other prompts begin.
     """
 
     scheduler: Scheduler
@@ -88,13 +88,13 @@ class Service:
     contexts: Mapping[str, Context] = field(default_factory=dict)
     keys: Sequence[str] = ()
     shared: bool = False
-    # Hosts that a browser may have been told to reach it by; None: any.
+    # Host names that requests may use; None: any.
     hosts: frozenset[str] | None = None
-    # Pages of these may use it from a browser; *: of any.
+    # Web origins that may use it; *: any.
     origins: tuple[str, ...] = ()
     started: int = field(default_factory=lambda: int(time.time()))
     seldom: Seldom = field(default_factory=Seldom)
-    # Whether a request came since this was set back whose memory may go back.
+    # Whether a long request has left memory to give back to the system.
     had_long: bool = False
     _received: Counter[str] = field(default_factory=Counter)
 
@@ -103,17 +103,17 @@ class Service:
 
     @property
     def models(self) -> list[str]:
-        """What a request may name: the model, and the model with each of its contexts."""
+        """Names for requests: the model, and the model with each context."""
         return [self.name, *(f"{self.name}:{context}" for context in self.contexts)]
 
     def context(self, model: str | None) -> Context:
-        """What stands before a request's messages; :class:`ApiError` 404 for an unknown model."""
+        """The context of a model name; :class:`ApiError` 404 for an unknown one."""
         if model is None or model == self.name:
             return Context()
         if model not in self.models:
             raise ApiError(
                 404,
-                f"there is no model '{model}' here: use {' or '.join(self.models)}",
+                f"there is no model '{model}': use {' or '.join(self.models)}",
                 param="model",
                 code="model_not_found",
             )
@@ -131,7 +131,7 @@ class Service:
 
     @contextmanager
     def receiving(self, client: str) -> Iterator[Callable[[int], None]]:
-        """What is told of bytes of a body that came; ApiError 429 when clients send too much."""
+        """Counts received bytes of a body; ApiError 429 when clients send too much at a time."""
         held = 0
 
         def take(count: int) -> None:
@@ -156,9 +156,9 @@ class Service:
     async def in_turn(
         self, client: str, size: int, is_gone: Callable[[], Awaitable[bool]], work: Callable[[], T]
     ) -> T | None:
-        """What ``work`` gives, which takes as long as the request's ``size`` in characters.
+        """The result of ``work`` in another thread, one request of a client at a time.
 
-        In a thread of its own, one request of a client at a time. None where the client left.
+        ``size``: of the request, in characters, by which it is queued. None if the client left.
         """
         lane = self._short if size <= LONG else self._long
         try:
@@ -167,7 +167,7 @@ class Service:
             self.had_long |= size > LONG
 
     def owner(self, asked: ChatRequest | CompletionRequest, client: str) -> str:
-        """For whom the states that a request leaves are kept."""
+        """The owner of the states that a request leaves."""
         return "" if self.shared else asked.owner(client)
 
     def rendered(
@@ -214,7 +214,7 @@ class Service:
             )
 
     def _check_long(self, text: str) -> None:
-        """Refuse a text of too many tokens when so many of it were found, and read no more."""
+        """Refuse a text as soon as it has too many tokens, without tokenising the rest."""
         if len(text) <= max(_SLICE, self.limits.prompt_tokens):
             return
         count = 0
@@ -225,7 +225,7 @@ class Service:
 
 
 class Lane:
-    """A thread for work that takes long, in which clients take turns."""
+    """A thread for long work, in which clients take turns."""
 
     def __init__(self, name: str) -> None:
         self._thread = ThreadPoolExecutor(1, name)
@@ -234,7 +234,7 @@ class Lane:
     async def turn(
         self, client: str, is_gone: Callable[[], Awaitable[bool]], work: Callable[[], T]
     ) -> T | None:
-        """What ``work`` gives when it is the client's turn; None where the client left."""
+        """The result of ``work``, in the client's turn; None if the client left."""
         lock = self._turns.get(client) or self._turns.setdefault(client, asyncio.Lock())
         async with lock:
             if await is_gone():
@@ -243,7 +243,7 @@ class Lane:
 
 
 class Exchange:
-    """A request's jobs and what happens to them; leaving it cancels what still runs."""
+    """The jobs of a request and their events; leaving it cancels running jobs."""
 
     def __init__(self, places: Places, jobs: Sequence[Callable[[Listener], Job]]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -259,7 +259,7 @@ class Exchange:
             self._jobs.append(job)
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
-        """Each with the index of its job, until all have ended."""
+        """Events with the index of their job, until all jobs have ended."""
         left = len(self._jobs)
         try:
             while left:
@@ -270,13 +270,13 @@ class Exchange:
             self.cancel()
 
     def cancel(self) -> None:
-        """Nobody listens any more."""
+        """Cancel all jobs."""
         for job in self._jobs:
             job.cancel()
 
     def _listener(self, index: int) -> Listener:
         def listen(event: Event) -> None:
-            # The loop is gone first where something broke the server.
+            # After a crash of the server, the loop may be closed already.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
@@ -286,9 +286,9 @@ class Exchange:
 def _with_tools(
     told: Sequence[Message], render: Callable[[Sequence[Message]], list[int]]
 ) -> list[int]:
-    """What ``render`` makes of messages with tools; ApiError where the template has none.
+    """Token ids of messages with tools; ApiError if the chat template does not show tools.
 
-    Some templates want the arguments of a call as text.
+    Some templates expect the arguments of a call as text.
     """
     try:
         try:
@@ -296,7 +296,7 @@ def _with_tools(
         except SupraError:
             told = [_changed(message, _as_text) for message in told]
             ids = render(told)
-        # A template that does not know of tools may just leave them out.
+        # A template without tools may silently drop them.
         calls = [_changed(message, _renamed) for message in told]
         results = [
             {**message, "content": message["content"] + "x"}
@@ -309,7 +309,7 @@ def _with_tools(
         raise ApiError(400, f"messages with tools: {error}", param="messages") from None
     if lost:
         raise ApiError(
-            400, "the model's chat template leaves tools out: send messages without tools",
+            400, "the model's chat template drops tools: send messages without tools",
             param="messages",
         )  # fmt: skip
     return ids
@@ -324,7 +324,7 @@ def _renamed(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(message: Message, change: Callable[[Any], Any]) -> Message:
-    """The message with other functions in its calls."""
+    """The message with its functions changed."""
     if not message.get("tool_calls"):
         return message
     calls = [{**call, "function": change(call["function"])} for call in message["tool_calls"]]
@@ -332,7 +332,7 @@ def _changed(message: Message, change: Callable[[Any], Any]) -> Message:
 
 
 def failure(error: BaseException) -> ApiError:
-    """What a client is told of an error: all of it only when it is one of its own making."""
+    """The error as the client gets it; the text of internal errors goes to the log only."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):
@@ -341,4 +341,4 @@ def failure(error: BaseException) -> ApiError:
         return ApiError(503, str(error), kind="server_error")
     if isinstance(error, SupraError):
         return ApiError(400, str(error))
-    return ApiError(500, "the server failed at this request: see its log", kind="server_error")
+    return ApiError(500, "the server failed on this request: see its log", kind="server_error")
