@@ -13,7 +13,6 @@ Three presets:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -21,30 +20,29 @@ from typing import Literal, get_args
 import numpy as np
 
 from supra_core.errors import SpecError
-from supra_core.model.decay import slopes
-from supra_core.model.layout import layer_prefix, mixer_shapes, tensor_shapes
-from supra_core.model.spec import (
+from supra_core.mixers import Mixer
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import (
     Decay,
     FeatureMap,
     GroupNorm,
     Identity,
     LearnedDecay,
     LightningDecay,
-    LinearAttention,
-    ModelSpec,
     NoDecay,
     Normaliser,
     Projection,
     RetnetDecay,
-    SoftmaxAttention,
     SumNormaliser,
 )
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.layout import layer_prefix, tensor_shapes
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 
 Preset = Literal["paper", "windowed", "pure"]
 
 DEFAULT_WINDOW = 128
-_INITIAL_LOG_SINK = -3.0
 FeatureMapName = Literal["relu", "signed_relu", "signed_softmax", "none"]
 DecayName = Literal["lightning", "retnet", "none", "learned"]
 OutputNormName = Literal["group_norm", "sum", "sum_sink"]
@@ -96,10 +94,10 @@ def linearize(
     """
     linear, new = linear_spec(spec, options), dict(tensors)
     for index, layer in enumerate(linear.layers):
-        if isinstance(layer.mixer, LinearAttention):
-            prefix = layer_prefix(index) + "self_attn."
-            for name, array in initial_tensors(spec, layer.mixer, options.seed + index).items():
-                new[prefix + name] = LazyTensor.of(array)
+        generator = np.random.default_rng(options.seed + index)
+        for name, shape in layer.mixer.new_tensors(spec).items():
+            array = layer.mixer.initial(name, shape, spec, generator).astype(np.float32)
+            new[f"{layer_prefix(index)}self_attn.{name}"] = LazyTensor.of(array)
     return linear, {name: new[name] for name in tensor_shapes(linear)}
 
 
@@ -125,7 +123,7 @@ def linear_spec(spec: ModelSpec, options: LinearizeOptions) -> ModelSpec:
             f"--keep-softmax names all {layers} layers, and nothing would be linear: leave at "
             "least one out"
         )
-    theirs = [m for m in (layer.mixer for layer in spec.layers) if isinstance(m, SoftmaxAttention)]
+    theirs = [layer.mixer for layer in spec.layers]
     mixers = [m if i in kept else _in_place_of(m, mixer) for i, m in enumerate(theirs)]
     plain = all(theirs[i] == SoftmaxAttention() for i in range(layers) if i not in kept)
     provenance = replace(
@@ -134,11 +132,11 @@ def linear_spec(spec: ModelSpec, options: LinearizeOptions) -> ModelSpec:
     return replace(spec.with_mixers(mixers), provenance=provenance)
 
 
-def _in_place_of(theirs: SoftmaxAttention, mixer: LinearAttention) -> LinearAttention:
+def _in_place_of(theirs: Mixer, mixer: LinearAttention) -> LinearAttention:
     """``mixer`` with the rotation that the transformer's layer has."""
-    if theirs.rope == "none":
-        return replace(mixer, rope="none")
-    return replace(mixer, rotary=theirs.rope)
+    if theirs.rotary == "none":
+        return replace(mixer, rope_position="none")
+    return replace(mixer, rotary=theirs.rotary)
 
 
 def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:
@@ -147,7 +145,6 @@ def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:
     heads = spec.num_attention_heads
     activation = options.feature_map or ("relu" if paper else "signed_softmax")
     norm_name = options.output_norm or ("group_norm" if paper else "sum_sink")
-    grouped = isinstance(_NORMALISERS[norm_name], GroupNorm)
     scope: Literal["all_heads", "per_head"] = "all_heads" if paper else "per_head"
     shared = paper and heads == spec.num_key_value_heads
     feature_map = FeatureMap(
@@ -161,56 +158,13 @@ def linear_mixer(spec: ModelSpec, options: LinearizeOptions) -> LinearAttention:
     return LinearAttention(
         feature_map=feature_map,
         # Between: as the transformer rotates, and W still folds into q_proj and k_proj.
-        rope=options.rope or ("after" if grouped else "between"),
+        rope_position=options.rope or ("after" if norm_name == "group_norm" else "between"),
         decay=_DECAYS[options.decay or ("lightning" if paper else "learned")],
         normaliser=_NORMALISERS[norm_name],
         key_scale=feature_map.output_size**-0.5 if published_scale else 1.0,
         gain=options.gain or ("none" if paper else "per_head"),
         window=_window(options, norm_name),
     )
-
-
-def initial_tensors(
-    spec: ModelSpec, mixer: LinearAttention, seed: int
-) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-    """What a linear mixer has and the transformer's has not, by name under ``self_attn.``."""
-    softmax = mixer_shapes(spec, SoftmaxAttention())
-    generator = np.random.default_rng(seed)
-    tensors = {}
-    for name, shape in mixer_shapes(spec, mixer).items():
-        if name not in softmax:
-            array = _initial(name, shape, spec, mixer, generator)
-            tensors[name] = array.astype(np.float32)
-    return tensors
-
-
-def _initial(
-    name: str,
-    shape: tuple[int, ...],
-    spec: ModelSpec,
-    mixer: LinearAttention,
-    generator: np.random.Generator,
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    projection = mixer.feature_map.projection
-    if name == "log_slope":
-        return np.log(slopes(LightningDecay(), spec.num_attention_heads))
-    if name == "log_far_gain":
-        return np.zeros(shape)
-    if name == "log_sink":
-        return np.full(shape, _INITIAL_LOG_SINK)
-    if name == "gain":
-        return np.ones(shape)
-    if name in ("q_norm.weight", "k_norm.weight"):
-        return np.full(shape, 1.0 - spec.norm.weight_offset)
-    assert isinstance(projection, Projection)
-    if projection.scope == "per_head":
-        if name.endswith("bias"):
-            return np.zeros(shape)
-        return np.broadcast_to(np.eye(shape[1], shape[2]), shape).copy()
-    # torch's default for a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), bias included.
-    heads = spec.num_attention_heads if name.startswith("q_") else spec.num_key_value_heads
-    bound = 1.0 / math.sqrt(heads * spec.head_dim)
-    return generator.uniform(-bound, bound, size=shape)
 
 
 def _window(options: LinearizeOptions, norm_name: OutputNormName) -> int | None:

@@ -29,7 +29,8 @@ from supra_core.families import (
     smollm3,
 )
 from supra_core.families.shared.tensors import inverse, renamed
-from supra_core.model.spec import LongropeScaling, ModelSpec, SoftmaxAttention
+from supra_core.mixers.positions import LongropeScaling
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 
 Translate = Callable[[ModelSpec, TensorSource], dict[str, LazyTensor]]
@@ -140,8 +141,7 @@ def needs_bos(spec: ModelSpec) -> bool:
 def family_of(spec: ModelSpec) -> Family:
     """The family a plain transformer came from, or the one of Llama's shape that fits."""
     windowed = any(
-        isinstance(layer.mixer, SoftmaxAttention) and layer.mixer.window is not None
-        for layer in spec.layers
+        not layer.mixer.converted and layer.mixer.window is not None for layer in spec.layers
     )
     family = spec.provenance.family
     if family not in FAMILIES or (windowed and family == llama.MODEL_TYPE):

@@ -24,7 +24,8 @@ from supra_core.families.shared.layer_kinds import (
     sliding_layers,
     windows,
 )
-from supra_core.model.spec import ModelSpec, SoftmaxAttention
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "gemma2"
 NEEDS_BOS = True

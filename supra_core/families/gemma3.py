@@ -31,7 +31,9 @@ from supra_core.families.shared.layer_kinds import (
 )
 from supra_core.families.shared.rope import rotary, rotary_of
 from supra_core.families.shared.tensors import QUERY_KEY_NORM as NORM_NAMES
-from supra_core.model.spec import ModelSpec, RotaryEmbedding, SoftmaxAttention
+from supra_core.mixers.positions import RotaryEmbedding
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "gemma3_text"
 NEEDS_BOS = True
@@ -59,7 +61,7 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         key_value_heads=4,
         max_positions=_MAX_POSITIONS,
         mixers=[
-            SoftmaxAttention(window, rope="local" if slides else "global")
+            SoftmaxAttention(window, rotary="local" if slides else "global")
             for window, slides in zip(windows(fields, sliding), sliding, strict=True)
         ],
         rope=rope,
@@ -101,7 +103,7 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
     """The Gemma 3 text config of ``spec``."""
     states = {ATTENTION_SCALE, LOCAL_ROPE, LOGITS_SOFTCAP, NORM_BOTH, QUERY_KEY_NORM}
     config = gemma_config(spec, MODEL_TYPE, "Gemma3ForCausalLM", states)
-    if any((m.window is not None) != (m.rope == "local") for m in softmax_mixers(spec)):
+    if any((m.window is not None) != (m.rotary == "local") for m in softmax_mixers(spec)):
         raise SpecError(f"other layers than sliding ones with local rope cannot be {MODEL_TYPE}")
     local = spec.local_rope or RotaryEmbedding(_LOCAL_BASE)
     if local.scaling is not None:

@@ -9,7 +9,8 @@ from supra_core.errors import SpecError
 from supra_core.families.shared.common import config_from_spec, spec_from_fields
 from supra_core.families.shared.features import EMBEDDING_SCALE, GELU, NORM_OFFSET
 from supra_core.families.shared.fields import Fields
-from supra_core.model.spec import ModelSpec, SoftmaxAttention
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import ModelSpec
 
 # transformers' name, and what released files call the same.
 GELU_NAMES = ("gelu_pytorch_tanh",)

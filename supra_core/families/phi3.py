@@ -13,7 +13,8 @@ from supra_core.families.shared.common import (
 from supra_core.families.shared.features import PARTIAL_ROPE
 from supra_core.families.shared.fields import Fields
 from supra_core.families.shared.tensors import fused, parts, split_name
-from supra_core.model.spec import LongropeScaling, ModelSpec
+from supra_core.mixers.positions import LongropeScaling
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 
 MODEL_TYPE = "phi3"

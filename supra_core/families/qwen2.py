@@ -7,7 +7,8 @@ from typing import Any
 from supra_core.families.shared.common import config_from_spec, spec_from_fields
 from supra_core.families.shared.fields import Fields
 from supra_core.families.shared.layer_kinds import switched_config, switched_windows
-from supra_core.model.spec import ModelSpec, SoftmaxAttention
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "qwen2"
 

@@ -9,7 +9,8 @@ from supra_core.families.shared.features import QUERY_KEY_NORM
 from supra_core.families.shared.fields import Fields
 from supra_core.families.shared.layer_kinds import switched_config, switched_windows
 from supra_core.families.shared.tensors import QUERY_KEY_NORM as NORM_NAMES
-from supra_core.model.spec import ModelSpec, SoftmaxAttention
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "qwen3"
 MODULES = NORM_NAMES

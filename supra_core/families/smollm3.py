@@ -15,7 +15,8 @@ from supra_core.families.shared.layer_kinds import (
     softmax_mixers,
     windows,
 )
-from supra_core.model.spec import ModelSpec, SoftmaxAttention
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "smollm3"
 
@@ -28,7 +29,7 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     sliding = sliding_layers(fields, lambda index: used and not rotated[index])
     refuse_unused(fields, sliding, used)
     mixers = [
-        SoftmaxAttention(window, rope="global" if rotates else "none")
+        SoftmaxAttention(window, rotary="global" if rotates else "none")
         for window, rotates in zip(windows(fields, sliding), rotated, strict=True)
     ]
     return spec_from_fields(
@@ -72,7 +73,7 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         **config,
         "attention_bias": spec.attention_bias == "qkvo",
         "mlp_bias": spec.mlp_bias,
-        "no_rope_layers": [int(mixer.rope != "none") for mixer in softmax_mixers(spec)],
+        "no_rope_layers": [int(mixer.rotary != "none") for mixer in softmax_mixers(spec)],
         "use_sliding_window": window is not None,
         "sliding_window": window,
         "layer_types": layer_types(spec),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from supra_core.model.spec import LinearAttention, LongropeScaling, ModelSpec, SoftmaxAttention
+from supra_core.mixers.positions import LongropeScaling
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import ModelSpec
 
 
 def original_spec(spec: ModelSpec) -> ModelSpec:
@@ -11,7 +13,7 @@ def original_spec(spec: ModelSpec) -> ModelSpec:
     mixers = [layer.mixer for layer in spec.layers]
     return spec.with_mixers(
         [
-            mixer if isinstance(mixer, SoftmaxAttention) else theirs
+            theirs if mixer.converted else mixer
             for mixer, theirs in zip(mixers, replaced, strict=True)
         ]
     )
@@ -19,7 +21,7 @@ def original_spec(spec: ModelSpec) -> ModelSpec:
 
 def left_out(spec: ModelSpec) -> tuple[str, ...]:
     """What the transformer's layers had and the linear ones cannot, one sentence each."""
-    linear = [i for i, layer in enumerate(spec.layers) if isinstance(layer.mixer, LinearAttention)]
+    linear = [i for i, layer in enumerate(spec.layers) if layer.mixer.converted]
     sentences = []
     if linear and spec.attention_softcap is not None:
         sentences.append(

@@ -9,20 +9,20 @@ import pytest
 
 from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.errors import SpecError
-from supra_core.model.decay import lightning_slopes, slopes
-from supra_core.model.layout import parameter_count, tensor_shapes
-from supra_core.model.reference import ReferenceModel
-from supra_core.model.spec import (
+from supra_core.mixers.decay import lightning_slopes, slopes
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import (
     GroupNorm,
-    LayerSpec,
     LearnedDecay,
     LightningDecay,
-    LinearAttention,
     Projection,
     RetnetDecay,
-    SoftmaxAttention,
     SumNormaliser,
 )
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.layout import parameter_count, tensor_shapes
+from supra_core.model.reference import ReferenceModel
+from supra_core.model.spec import LayerSpec
 from tests.tiny_models import SPECS, lazy_weights
 
 TRANSFORMER = replace(SPECS["transformer"], attention_bias="none")
@@ -36,7 +36,7 @@ def test_paper_is_the_published_model() -> None:
     assert isinstance(mixer, LinearAttention)
     assert mixer.feature_map.activation == "relu"
     assert mixer.feature_map.projection == Projection("all_heads", shared=False, bias=True)
-    assert mixer.rope == "after"
+    assert mixer.rope_position == "after"
     assert mixer.decay == LightningDecay()
     assert mixer.normaliser == GroupNorm(1e-5)
     assert mixer.key_scale == 10**-0.5
@@ -165,5 +165,5 @@ def test_single_choices_of_the_mixer() -> None:
     linear, tensors = linearize(spec, lazy_weights(spec), options)
     mixer = linear.layers[0].mixer
     assert isinstance(mixer, LinearAttention)
-    assert (mixer.rope, mixer.gain, mixer.decay.kind) == ("before", "none", "none")
+    assert (mixer.rope_position, mixer.gain, mixer.decay.kind) == ("before", "none", "none")
     assert not [name for name in tensors if name.endswith((".gain", "feature.bias", "log_slope"))]

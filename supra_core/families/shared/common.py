@@ -10,14 +10,10 @@ from supra_core.families.shared.features import later_features
 from supra_core.families.shared.fields import Fields, layer_count
 from supra_core.families.shared.layer_kinds import check_layer_types
 from supra_core.families.shared.rope import SCALINGS, rotary, scaling_config
-from supra_core.model.spec import (
-    LayerSpec,
-    ModelSpec,
-    Norm,
-    Provenance,
-    RotaryEmbedding,
-    SoftmaxAttention,
-)
+from supra_core.mixers.parts import Norm
+from supra_core.mixers.positions import RotaryEmbedding
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import LayerSpec, ModelSpec, Provenance
 
 
 def spec_from_fields(
@@ -154,9 +150,7 @@ def refuse_windows(
 
 def uniform_window(spec: ModelSpec, family: str) -> int | None:
     """The window all layers have in common."""
-    windows = {
-        layer.mixer.window for layer in spec.layers if isinstance(layer.mixer, SoftmaxAttention)
-    }
+    windows = {layer.mixer.window for layer in spec.layers if not layer.mixer.converted}
     if len(windows) > 1:
         raise SpecError(f"layers with different windows cannot be written as {family}")
     return next(iter(windows), None)

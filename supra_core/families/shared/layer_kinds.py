@@ -7,7 +7,8 @@ from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.shared.fields import Fields, layer_count
-from supra_core.model.spec import ModelSpec, SoftmaxAttention
+from supra_core.mixers import Mixer
+from supra_core.model.spec import ModelSpec
 
 # What transformers assumes where a config says nothing.
 _DEFAULT_WINDOW = 4096
@@ -98,6 +99,6 @@ def switched_config(spec: ModelSpec, family: str) -> dict[str, Any]:
     }
 
 
-def softmax_mixers(spec: ModelSpec) -> list[SoftmaxAttention]:
+def softmax_mixers(spec: ModelSpec) -> list[Mixer]:
     """The mixers of a plain transformer."""
-    return [m for m in (layer.mixer for layer in spec.layers) if isinstance(m, SoftmaxAttention)]
+    return [layer.mixer for layer in spec.layers if not layer.mixer.converted]

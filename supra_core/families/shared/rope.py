@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from supra_core.families.shared.fields import Fields
-from supra_core.model.spec import (
+from supra_core.mixers.positions import (
     LinearScaling,
     Llama3Scaling,
     LongropeScaling,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.model.spec import Decay, LearnedDecay, LightningDecay, NoDecay, RetnetDecay
+from supra_core.mixers.parts import Decay, LearnedDecay, LightningDecay, NoDecay, RetnetDecay
 
 Float64 = npt.NDArray[np.float64]
 

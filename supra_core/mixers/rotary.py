@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.model.spec import (
+from supra_core.mixers.positions import (
     LinearScaling,
     Llama3Scaling,
     LongropeScaling,
