@@ -6,8 +6,8 @@ what it wants to know; it never asks which kind it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,19 @@ class ModelFields(Protocol):
     def group_size(self) -> int: ...
     @property
     def query_scale(self) -> float: ...
+
+
+class Given(NamedTuple):
+    """What a mixer's definition is given beside its input, for one sequence.
+
+    ``positions`` (T,); ``memory`` is empty at the beginning of a sequence.
+    """
+
+    model: ModelFields
+    weights: Weights
+    positions: Int64
+    memory: Memory
+    form: Form
 
 
 class MixerKind:
@@ -213,41 +226,20 @@ class MixerKind:
 
     # --- the definition ---------------------------------------------------------------------
 
-    def reference(
-        self,
-        model: ModelFields,
-        weights: Weights,
-        x: Float64,
-        positions: Int64,
-        memory: Memory,
-        form: Form,
-    ) -> tuple[Float64, Memory]:
-        """x (T, D) -> (T, D) and the layer's new memory; ``memory`` is empty at the beginning."""
+    def reference(self, given: Given, x: Float64) -> tuple[Float64, Memory]:
+        """x (T, D) -> (T, D) and the layer's new memory."""
+        model, K = given.model, given.model.num_key_value_heads
         q, k, v = (
-            linear(weights, f"{name}_proj", x).reshape(len(x), heads, -1)
-            for name, heads in (
-                ("q", model.num_attention_heads),
-                ("k", model.num_key_value_heads),
-                ("v", model.num_key_value_heads),
-            )
+            linear(given.weights, f"{name}_proj", x).reshape(len(x), heads, -1)
+            for name, heads in (("q", model.num_attention_heads), ("k", K), ("v", K))
         )
         if not self.folded:
-            q, k = (_projection_norm(model, weights, name, z) for name, z in (("q", q), ("k", k)))
+            q, k = (_projection_norm(given, name, z) for name, z in (("q", q), ("k", k)))
             q = q * model.query_scale
-        out, memory = self.attend(model, weights, q, k, v, positions, memory, form)
-        return linear(weights, "o_proj", out.reshape(len(x), -1)), memory
+        out, memory = self.attend(given, q, k, v)
+        return linear(given.weights, "o_proj", out.reshape(len(x), -1)), memory
 
-    def attend(
-        self,
-        model: ModelFields,
-        weights: Weights,
-        q: Float64,
-        k: Float64,
-        v: Float64,
-        positions: Int64,
-        memory: Memory,
-        form: Form,
-    ) -> tuple[Float64, Memory]:
+    def attend(self, given: Given, q: Float64, k: Float64, v: Float64) -> tuple[Float64, Memory]:
         """q (T, H, .), k (T, K, .), v (T, K, Dv) -> (T, H, Dv) and the new memory."""
         raise NotImplementedError
 
@@ -257,25 +249,23 @@ def projections(
 ) -> dict[str, Shape]:
     """The tensors that every mixer has. ``size``: channels of a query head, if not head_dim;
     ``query_bias``: whether q_proj and k_proj have biases, if not as the model says."""
-    return dict(_projections(model, size or model.head_dim, query_bias))
-
-
-def _projections(
-    model: ModelFields, size: int, query_bias: bool | None
-) -> Iterator[tuple[str, Shape]]:
     D, H, K = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
-    bias = model.attention_bias != "none"
-    for name, heads, width in (("q", H, size), ("k", K, size), ("v", K, model.value_head_dim)):
-        yield f"{name}_proj.weight", (heads * width, D)
-        if bias if name == "v" or query_bias is None else query_bias:
-            yield f"{name}_proj.bias", (heads * width,)
-    yield "o_proj.weight", (D, H * model.value_head_dim)
+    size, bias = size or model.head_dim, model.attention_bias != "none"
+    query_bias = bias if query_bias is None else query_bias
+    rows = {"q": H * size, "k": K * size, "v": K * model.value_head_dim}
+    found: dict[str, Shape] = {}
+    for name, has_bias in (("q", query_bias), ("k", query_bias), ("v", bias)):
+        found[f"{name}_proj.weight"] = (rows[name], D)
+        if has_bias:
+            found[f"{name}_proj.bias"] = (rows[name],)
+    found["o_proj.weight"] = (D, H * model.value_head_dim)
     if model.attention_bias == "qkvo":
-        yield "o_proj.bias", (D,)
-    if model.query_key_norm != "none":
-        for name, heads in (("q", H), ("k", K)):
+        found["o_proj.bias"] = (D,)
+    for name, heads in (("q", H), ("k", K)):
+        if model.query_key_norm != "none":
             shared = model.query_key_norm == "per_head"
-            yield f"{name}_proj_norm.weight", ((1 if shared else heads) * model.head_dim,)
+            found[f"{name}_proj_norm.weight"] = ((1 if shared else heads) * model.head_dim,)
+    return found
 
 
 def linear(weights: Weights, name: str, x: Float64) -> Float64:
@@ -284,14 +274,13 @@ def linear(weights: Weights, name: str, x: Float64) -> Float64:
     return out + weights[name + ".bias"] if name + ".bias" in weights else out
 
 
-def _projection_norm(model: ModelFields, weights: Weights, name: str, z: Float64) -> Float64:
+def _projection_norm(given: Given, name: str, z: Float64) -> Float64:
     """The norm of queries or keys (T, heads, d) behind their projection."""
-    if model.query_key_norm == "none":
+    if given.model.query_key_norm == "none":
         return z
-    weight = weights[f"{name}_proj_norm.weight"]
-    if model.query_key_norm == "per_head":
-        return model.norm.normalised(z, weight)
-    return model.norm.normalised(z.reshape(len(z), -1), weight).reshape(z.shape)
+    weight = given.weights[f"{name}_proj_norm.weight"]
+    together = z.reshape(len(z), -1) if given.model.query_key_norm == "all_heads" else z
+    return given.model.norm.normalised(together, weight).reshape(z.shape)
 
 
 def repeated(x: Float64, heads: int) -> Float64:

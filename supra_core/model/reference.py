@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.mixers.base import Float64, Form, Int64, Memory, softcapped
+from supra_core.mixers.base import Float64, Form, Given, Int64, Memory, softcapped
 from supra_core.mixers.parts import softmax
 from supra_core.model.layout import layer_prefix
 from supra_core.model.spec import ModelSpec
@@ -157,7 +157,7 @@ class ReferenceModel:
         """x (T, D) -> (T, D) and the layer's memory."""
         mixer, prefix = self.spec.layers[index].mixer, layer_prefix(index) + "self_attn."
         weights = {name: self._weight(prefix + name) for name in mixer.tensors(self.spec)}
-        return mixer.reference(self.spec, weights, x, positions, memory, form)
+        return mixer.reference(Given(self.spec, weights, positions, memory, form), x)
 
     def _linear(self, name: str, x: Float64) -> Float64:
         out = x @ self._weight(name + ".weight").T
