@@ -76,7 +76,7 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     try:
         spec = ModelSpec.from_dict({**stated, "layers": _layers(fields)})
     except SpecError as error:
-        raise (error if str(error).startswith(where) else fields.error(str(error))) from None
+        raise fields.located(error) from None
     _check_repeated(fields, spec)
     return spec
 

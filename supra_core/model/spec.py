@@ -177,8 +177,8 @@ class ModelSpec:
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
         self._check_experts()
-        for index, layer in enumerate(self.layers):
-            layer.mixer.check(self, f"layer {index}: ")
+        for index, mixer in enumerate(self.mixers):
+            mixer.check(self, f"layer {index}: ")
 
     def _check_experts(self) -> None:
         sparse = sum(layer.feed_forward == "experts" for layer in self.layers)
@@ -197,6 +197,11 @@ class ModelSpec:
         return len(self.layers)
 
     @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The layers' mixers, in order."""
+        return tuple(layer.mixer for layer in self.layers)
+
+    @property
     def group_size(self) -> int:
         """Query heads to one key/value head, H / K."""
         return self.num_attention_heads // self.num_key_value_heads
@@ -209,7 +214,7 @@ class ModelSpec:
     @property
     def is_transformer(self) -> bool:
         """Whether every layer has a transformer's own mixer."""
-        return not any(layer.mixer.converted for layer in self.layers)
+        return not any(mixer.converted for mixer in self.mixers)
 
     def with_mixers(self, mixers: Sequence[Mixer]) -> ModelSpec:
         """The same model with other mixers, one for each layer."""

@@ -24,9 +24,17 @@ class Fields:
         """An error about this config, to be raised by the caller."""
         return SpecError(f"{self.where}: {message}")
 
+    def located(self, error: SpecError) -> SpecError:
+        """The same error, which names this config's file."""
+        return error if str(error).startswith(self.where) else self.error(str(error))
+
     def has(self, *names: str) -> bool:
         """Whether any of the names is stated and not null."""
         return any(self.values.get(name) is not None for name in names)
+
+    def stated(self, name: str, *, by_default: bool) -> bool:
+        """Whether a field that may be null has a value; ``by_default``: whether absent ones do."""
+        return self.has(name) or (by_default and name not in self.values)
 
     def integer(self, *names: str, default: int | None = None) -> int:
         """The first of ``names`` that is stated, a positive integer."""
