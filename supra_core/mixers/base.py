@@ -1,7 +1,7 @@
-"""What every kind of mixer answers, and what it reads of the model that it stands in.
+"""What every kind of mixer answers, and what it reads of its model.
 
-A kind is a frozen dataclass: its fields are its entry in config.json. Code outside this room asks
-what it wants to know; it never asks which kind it has.
+A kind is a frozen dataclass whose fields are its entry in config.json. Code outside this room asks
+a mixer what it needs to know; it never asks which kind it is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Form = Literal["parallel", "recurrent"]
 # Of the reference: a mixer's weights by name under ``self_attn.``, and one sequence's memory.
 Weights = Mapping[str, Float64]
 Memory = dict[str, Float64]
-# A mixer's tensor by its name there, None for what it has not.
+# A mixer's tensor by its name under ``self_attn.``, None where it has no such tensor.
 Weight = Callable[[str], Float64 | None]
 
 STATE_ITEMSIZE = 4
@@ -63,7 +63,7 @@ class ModelFields(Protocol):
 
 
 class Given(NamedTuple):
-    """What a mixer's definition is given beside its input, for one sequence.
+    """What a mixer's definition takes besides its input, for one sequence.
 
     ``positions`` (T,); ``memory`` is empty at the beginning of a sequence.
     """
@@ -78,14 +78,13 @@ class Given(NamedTuple):
 class MixerKind:
     """The base of all kinds. ``rotary`` names the rotation of the model that a mixer uses.
 
-    ``converted``: conversion made it; a transformer's own mixers are not.
-    ``float32_tensors``: its tensors that are float32 whatever the model's type.
-    ``format_version``: the version of the format that brought the kind, and ``later_fields`` those
-    of fields that came after it; such a field is written only where it says something.
+    ``window``: how many of the last tokens get softmax weights; None: there is no window.
+    ``converted``: whether conversion makes it; False for a transformer's own mixers.
     ``presets``: the conversions that make it. ``can_calibrate``: whether its ``o_proj`` and new
-    tensors can be fitted to the transformer's mixer. ``caps_scores``: whether it caps scores as
-    the model's ``attention_softcap`` says.
-    ``window``: how many of the last tokens it treats in a way of their own; None: no window.
+    tensors can be fitted to the transformer's mixer. ``caps_scores``: whether it caps scores by
+    the model's ``attention_softcap``. ``float32_tensors``: its tensors that are always float32.
+    ``format_version``: the version of the format that introduced the kind. ``later_fields``: fields
+    added later, with their versions; they are written only where they differ from the default.
     """
 
     converted: ClassVar[bool] = True
@@ -107,11 +106,11 @@ class MixerKind:
 
     @classmethod
     def chosen(cls, model: ModelFields, choices: Choices) -> Self:
-        """The mixer of one of the ``presets`` and what differs from it."""
+        """The mixer of the preset ``choices.preset``, with the other choices applied."""
         raise NotImplementedError
 
     def rotating(self, rotary: Literal["global", "local", "none"]) -> Self:
-        """The mixer with the rotation that the transformer's layer has."""
+        """The same mixer with the rotation of the transformer's layer that it replaces."""
         raise NotImplementedError
 
     @property
@@ -126,12 +125,12 @@ class MixerKind:
 
     @property
     def holds_all(self) -> bool:
-        """Whether its memory tells of every earlier token."""
+        """Whether its memory reflects every earlier token."""
         return True
 
     @property
     def fills_at(self) -> int | None:
-        """The context that fills its cache, to which every token adds before; None: no such."""
+        """The context at which its cache is full; None if it has none, or it grows for ever."""
         return None
 
     @property
@@ -181,18 +180,18 @@ class MixerKind:
         return projections(model)
 
     def new_tensors(self, model: ModelFields) -> dict[str, Shape]:
-        """Those that the transformer's mixer has not."""
+        """The tensors that the transformer's mixer lacks."""
         theirs = projections(model)
         return {n: shape for n, shape in self.tensors(model).items() if n not in theirs}
 
     def initial(
         self, name: str, shape: Shape, model: ModelFields, generator: np.random.Generator
     ) -> Float64:
-        """What a new tensor is before calibration and training."""
+        """The values of a new tensor before calibration and training."""
         raise NotImplementedError
 
     def can_fold(self, model: ModelFields) -> bool:
-        """Whether q_proj and k_proj can take the feature map up without any change of function."""
+        """Whether q_proj and k_proj can absorb the feature map exactly."""
         return False
 
     def folded_form(self, model: ModelFields) -> Self:
@@ -200,12 +199,12 @@ class MixerKind:
         raise NotImplementedError
 
     def fold(self, name: str, model: ModelFields, weight: Weight) -> Float64:
-        """A tensor of q_proj or k_proj of the folded form, from this mixer's tensors."""
+        """A tensor of the folded form's q_proj or k_proj, computed from this mixer's tensors."""
         raise NotImplementedError
 
     @property
     def joins_window(self) -> bool:
-        """Whether it joins a window with a state, so that each can be had alone."""
+        """Whether it joins a window with a state, each of which can stand alone."""
         return False
 
     def without_window(self, model: ModelFields, weight: Weight) -> tuple[Self, dict[str, Float64]]:
@@ -213,14 +212,16 @@ class MixerKind:
         raise NotImplementedError
 
     def window_alone(self, model: ModelFields, weight: Weight) -> tuple[Self, dict[str, Float64]]:
-        """The mixer of which only the window counts, and the tensors that change."""
+        """The mixer whose state has no weight, and the tensors that change."""
         raise NotImplementedError
 
     # --- memory -----------------------------------------------------------------------------
 
     def state_bytes(self, model: ModelFields, itemsize: int, context: int | None = None) -> int:
-        """Bytes of a sequence's memory after ``context`` tokens, of which caches take some in
-        ``itemsize`` bytes an element; None: the most that does not grow with the context.
+        """Bytes of a sequence's memory after ``context`` tokens.
+
+        None: the most that does not grow with the context. ``itemsize``: bytes an element of
+        cached keys and values.
         """
         raise NotImplementedError
 

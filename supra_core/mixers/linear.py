@@ -1,4 +1,4 @@
-"""Linear attention: a state of fixed size, and what stands around it.
+"""Linear attention: its spec, what it answers, and its definition.
 
 The operator, for one head with decay gamma in (0, 1]::
 
