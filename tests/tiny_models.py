@@ -8,31 +8,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.model.layout import tensor_shapes
-from supra_core.model.reference import ReferenceModel
-from supra_core.model.spec import (
-    Experts,
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import (
     FeatureMap,
     Folded,
     GroupNorm,
     Identity,
-    LayerSpec,
     LearnedDecay,
     LightningDecay,
-    LinearAttention,
-    LinearScaling,
-    Llama3Scaling,
-    LongropeScaling,
-    ModelSpec,
     NoDecay,
     Norm,
     Projection,
     RetnetDecay,
-    RotaryEmbedding,
-    SoftmaxAttention,
     SumNormaliser,
+)
+from supra_core.mixers.positions import (
+    LinearScaling,
+    Llama3Scaling,
+    LongropeScaling,
+    RotaryEmbedding,
     YarnScaling,
 )
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.layout import tensor_shapes
+from supra_core.model.reference import ReferenceModel
+from supra_core.model.spec import Experts, LayerSpec, ModelSpec
 from supra_core.tensors import LazyTensor
 
 Weights = dict[str, npt.NDArray[np.float32]]
@@ -90,7 +90,8 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "between": _model(
         replace(
-            HEDGEHOG, rope="between", feature_map=FeatureMap("relu", 6, Projection("per_head"))
+            HEDGEHOG, rope_position="between",
+            feature_map=FeatureMap("relu", 6, Projection("per_head")),
         ),
         rope=RotaryEmbedding(scaling=LinearScaling(4.0)), attention_bias="qkv",
     ),
@@ -100,8 +101,8 @@ SPECS: dict[str, ModelSpec] = {
         rope=RotaryEmbedding(500000.0, "interleaved", Llama3Scaling(8.0, 1.0, 4.0, 32)),
     ),
     "yarn": _model(
-        replace(HEDGEHOG, rope="before"), WINDOWED, SoftmaxAttention(7),
-        replace(WINDOWED, rope="between"),
+        replace(HEDGEHOG, rope_position="before"), WINDOWED, SoftmaxAttention(7),
+        replace(WINDOWED, rope_position="between"),
         rope=RotaryEmbedding(1000.0, "half", YarnScaling(4.0, 64, 1.3, 16.0, 2.0, truncate=False)),
     ),
     "longrope": _model(
@@ -112,7 +113,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "windowed": _model(WINDOWED, LONG_WINDOW),
     "windowed_between": _model(
-        replace(WINDOWED, rope="between"), replace(LONG_WINDOW, rope="none")
+        replace(WINDOWED, rope_position="between"), replace(LONG_WINDOW, rope_position="none")
     ),
     "sink": _model(replace(HEDGEHOG, normaliser=SumNormaliser(sink=True)), HEDGEHOG),
     "windowed_sink": _model(
@@ -121,7 +122,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     # What other families than Llama have, together: Gemma's, then OLMo 2's, Phi's and SmolLM3's.
     "sandwich": _model(
-        SoftmaxAttention(7, rope="local"), replace(WINDOWED, rotary="local"),
+        SoftmaxAttention(7, rotary="local"), replace(WINDOWED, rotary="local"),
         SoftmaxAttention(), replace(PAPER, rotary="local"),
         norm=Norm("rms_norm", 1e-5, weight_offset=1.0), block_norm="both",
         hidden_act="gelu_pytorch_tanh", query_key_norm="per_head", attention_scale=0.4,
@@ -129,8 +130,8 @@ SPECS: dict[str, ModelSpec] = {
         local_rope=RotaryEmbedding(100.0), tie_word_embeddings=True,
     ),
     "norms_after": _model(
-        SoftmaxAttention(rope="none"), SoftmaxAttention(7), replace(HEDGEHOG, rope="none"),
-        replace(HEDGEHOG, rope="before"),
+        SoftmaxAttention(rotary="none"), SoftmaxAttention(7),
+        replace(HEDGEHOG, rope_position="none"), replace(HEDGEHOG, rope_position="before"),
         block_norm="after", query_key_norm="all_heads", residual_scale=0.5, logits_divisor=2.0,
         rope=RotaryEmbedding(fraction=0.4), attention_bias="qkv",
     ),

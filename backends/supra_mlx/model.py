@@ -17,21 +17,20 @@ from mlx_lm.models.base import BaseModelArgs, create_ssm_mask, scaled_dot_produc
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from supra_core.artifact.config import config_to_spec
-from supra_core.model.decay import slopes
-from supra_core.model.layout import FLOAT32_SUFFIXES, mixer_shapes
-from supra_core.model.spec import (
+from supra_core.mixers import Mixer
+from supra_core.mixers.decay import slopes
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import (
     FeatureMap,
-    Folded,
     GroupNorm,
-    LayerSpec,
     LearnedDecay,
-    LinearAttention,
-    ModelSpec,
     Norm,
     Projection,
-    SoftmaxAttention,
     SumNormaliser,
 )
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.layout import FLOAT32_SUFFIXES
+from supra_core.model.spec import LayerSpec, ModelSpec
 from supra_mlx.feed_forward import ROUTER, feed_forward, stacked
 from supra_mlx.ops import linear_attention
 from supra_mlx.rotary import Rotary, Rotate, unrotated
@@ -116,9 +115,9 @@ def _capped_attention(
 class _Projections(nn.Module):
     """q, k, v and o, and what a family puts behind them."""
 
-    def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> None:
+    def __init__(self, spec: ModelSpec, mixer: Mixer) -> None:
         super().__init__()
-        shapes = mixer_shapes(spec, mixer)
+        shapes = mixer.tensors(spec)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             out, into = shapes[f"{name}.weight"]
             setattr(self, name, nn.Linear(into, out, bias=f"{name}.bias" in shapes))
@@ -127,10 +126,7 @@ class _Projections(nn.Module):
                 setattr(self, name, _norm(spec, shapes[f"{name}.weight"][0]))
         self._heads, self._kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         self._norms_heads = spec.query_key_norm == "per_head"
-        folded = isinstance(mixer, LinearAttention) and isinstance(
-            mixer.feature_map.projection, Folded
-        )
-        self._query_scale = 1.0 if folded else spec.query_scale
+        self._query_scale = 1.0 if mixer.folded else spec.query_scale
 
     def _queries_keys_values(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """(B, T, D) -> (B, T, H, ·), (B, T, K, ·), (B, T, K, Dv)."""
@@ -152,7 +148,7 @@ class SoftmaxMixer(_Projections):
     def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention) -> None:
         super().__init__(spec, mixer)
         self._scale = spec.head_dim**-0.5
-        self._window, self._rope = mixer.window, mixer.rope
+        self._window, self._rope = mixer.window, mixer.rotary
         self._softcap = spec.attention_softcap
 
     def __call__(self, x: mx.array, cache: Any, context: _Context) -> mx.array:
@@ -190,7 +186,7 @@ class LinearMixer(_Projections):
 
     def __init__(self, spec: ModelSpec, mixer: LinearAttention) -> None:
         super().__init__(spec, mixer)
-        shapes = mixer_shapes(spec, mixer)
+        shapes = mixer.tensors(spec)
         for name in ("q_feature", "k_feature"):
             if f"{name}.weight" in shapes:
                 setattr(self, name, _feature_projection(shapes, name, mixer.feature_map))
@@ -216,7 +212,7 @@ class LinearMixer(_Projections):
         z_q, z_k, phi_q, phi_k = z[:, :, :H], z[:, :, H:], phi[:, :, :H], phi[:, :, H:]
         if mixer.qk_norm:
             phi_q, phi_k, v = self._qk_norm(phi_q, phi_k, v)
-        if mixer.rope == "after":
+        if mixer.rope_position == "after":
             phi_q, phi_k = rotate(phi_q), rotate(phi_k)
         if mixer.key_scale != 1.0:
             phi_k = phi_k * mixer.key_scale
@@ -250,7 +246,7 @@ class LinearMixer(_Projections):
 
         Together they take half the operations, of which a decode step has too many.
         """
-        phi, rope = self._mixer.feature_map, self._mixer.rope
+        phi, rope = self._mixer.feature_map, self._mixer.rope_position
         if rope == "before":
             q, k = rotate(q), rotate(k)
         if isinstance(phi.projection, Projection):
@@ -298,6 +294,7 @@ class Block(nn.Module):
         if isinstance(mixer, LinearAttention):
             self.self_attn = LinearMixer(spec, mixer)
         else:
+            assert isinstance(mixer, SoftmaxAttention)
             self.self_attn = SoftmaxMixer(spec, mixer)
         self.mlp = feed_forward(spec, layer)
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from supra_core.model.rotary import inverse_frequencies
-from supra_core.model.spec import RotaryEmbedding
+from supra_core.mixers.positions import RotaryEmbedding
+from supra_core.mixers.rotary import inverse_frequencies
 
 Rotate = Callable[[mx.array], mx.array]
 

@@ -36,7 +36,7 @@ from supra_core.model.layout import (
     tensor_shapes,
 )
 from supra_core.model.original import left_out
-from supra_core.model.spec import LinearAttention, ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import DTYPES, LazyTensor, TensorSource, dtype_named
 from supra_core.visible import visible
 
@@ -91,7 +91,7 @@ def replaced_by_calibrating(spec: ModelSpec) -> list[str]:
     return [
         f"{layer_prefix(index)}self_attn.o_proj.weight"
         for index, layer in enumerate(spec.layers)
-        if isinstance(layer.mixer, LinearAttention)
+        if layer.mixer.can_calibrate
     ]
 
 

@@ -16,24 +16,8 @@ from pathlib import Path
 from supra_core.errors import SupraError
 
 NAME = "supra_model.py"
-# Each uses names of those before it only.
-MODULES = (
-    "supra_core.artifact.plain_schema",
-    "supra_core.errors",
-    "supra_core.model.spec",
-    "supra_core.families.shared.fields",
-    "supra_core.artifact.config",
-    "supra_core.model.decay",
-    "supra_core.model.rotary",
-    "supra_core.model.layout",
-    "supra_mlx.rotary",
-    "supra_mlx.metal",
-    "supra_mlx.ops",
-    "supra_mlx.window",
-    "supra_mlx.feed_forward",
-    "supra_mlx.model",
-)
-_OURS = ("supra_core", "supra_mlx", "pydantic")
+_ROOT, _PYDANTIC = "supra_mlx.model", "supra_core.artifact.plain_schema"
+_OURS = ("supra_core", "supra_mlx", "supra_torch")
 _HEAD = '''"""The model of this folder, for mlx-lm: mlx_lm.generate --model . --trust-remote-code
 
 Written by supra from its own modules (Apache-2.0); to change it, change those.
@@ -56,10 +40,43 @@ sys.modules[__name__] = _module
 @cache
 def text() -> str:
     """The file's content; the same for every model, which config.json describes."""
-    parts = [_HEAD]
-    for module in MODULES:
-        parts.append(f"\n# --- {module} ---\n\n{_body(_source(module))}")
-    return "\n".join(parts)
+    return joined(_HEAD, [_PYDANTIC, *modules_of(_ROOT)])
+
+
+def joined(head: str, modules: list[str]) -> str:
+    """The code of modules one after the other, behind ``head``."""
+    parts = [f"\n# --- {module} ---\n\n{_body(_source(module))}" for module in modules]
+    return "\n".join([head, *parts])
+
+
+def modules_of(*roots: str) -> list[str]:
+    """The modules of ours that ``roots`` need, themselves included, each after those it imports."""
+    found: dict[str, None] = {}
+
+    def add(module: str) -> None:
+        for imported in _imports(module):
+            if imported not in found:
+                add(imported)
+        found[module] = None
+
+    for root in roots:
+        add(root)
+    return list(found)
+
+
+def _imports(module: str) -> list[str]:
+    """The modules of ours that a module imports at its top, in order."""
+    imported = []
+    for node in ast.parse(_source(module)).body:
+        if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                imported.append(inner if _path(inner) else str(node.module))
+    return imported
+
+
+def _is_ours(module: str | None) -> bool:
+    return (module or "").split(".")[0] in _OURS
 
 
 def _body(source: str) -> str:
@@ -73,13 +90,23 @@ def _body(source: str) -> str:
 
 def _left_out(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
-        return (node.module or "").split(".")[0] in (*_OURS, "__future__")
+        outside = (node.module or "").split(".")[0] in ("pydantic", "__future__")
+        return outside or _is_ours(node.module)
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _source(module: str) -> str:
+    path = _path(module)
+    assert path is not None, module
+    return path.read_text("utf-8")
+
+
+def _path(module: str) -> Path | None:
+    """Where a module is, which may be a package; None if there is no such."""
     package, *rest = module.split(".")
-    return installed_folder(package).joinpath(*rest).with_suffix(".py").read_text("utf-8")
+    place = installed_folder(package).joinpath(*rest)
+    paths = (place.with_suffix(".py"), place / "__init__.py")
+    return next((path for path in paths if path.is_file()), None)
 
 
 def installed_folder(package: str) -> Path:

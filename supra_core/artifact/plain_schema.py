@@ -21,7 +21,7 @@ class ValidationError(ValueError):
 
     def errors(self) -> list[dict[str, Any]]:
         """As pydantic lists them."""
-        return [{"loc": (), "msg": str(self)}]
+        return [{"type": "", "loc": (), "msg": str(self)}]
 
 
 def ConfigDict(**settings: Any) -> dict[str, Any]:
@@ -29,8 +29,12 @@ def ConfigDict(**settings: Any) -> dict[str, Any]:
     return settings
 
 
-def Field(**settings: Any) -> None:
-    """A union's discriminator, which is always the field ``kind``."""
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A union's discriminator, which is always the field ``kind``; or what files call a field."""
+
+    discriminator: str | None = None
+    alias: str | None = None
 
 
 def dataclass(*, frozen: bool, config: Any) -> Callable[[type[T]], type[T]]:
@@ -44,7 +48,7 @@ class TypeAdapter(Generic[T]):
     def __init__(self, kind: type[T]) -> None:
         self._build = _builder(kind)
 
-    def validate_json(self, text: str) -> T:
+    def validate_json(self, text: str, **how: bool) -> T:
         """The object that JSON describes; ValidationError when it describes none."""
         try:
             return self._build(json.loads(text))  # type: ignore[no-any-return]
@@ -65,9 +69,23 @@ def _builder(kind: Any) -> Callable[[Any], Any]:
     if not dataclasses.is_dataclass(kind):
         return lambda value: value
     hints = typing.get_type_hints(kind, include_extras=True)
-    builders = {field.name: _builder(hints[field.name]) for field in dataclasses.fields(kind)}
+    builders = {
+        _file_name(field.name, hints[field.name]): (field.name, _builder(hints[field.name]))
+        for field in dataclasses.fields(kind)
+    }
     make: Any = kind
-    return lambda value: make(**{name: builders[name](entry) for name, entry in value.items()})
+
+    def built(value: dict[str, Any]) -> Any:
+        made = ((builders[name], entry) for name, entry in value.items())
+        return make(**{own: build(entry) for (own, build), entry in made})
+
+    return built
+
+
+def _file_name(name: str, hint: Any) -> str:
+    """What files call a field."""
+    aliases = (getattr(note, "alias", None) for note in getattr(hint, "__metadata__", ()))
+    return next(filter(None, aliases), name)
 
 
 def _one_of(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
@@ -76,9 +94,14 @@ def _one_of(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
     if len(others) == 1:
         build = _builder(others[0])
         return lambda value: None if value is None else build(value)
-    builders = {}
-    for kind in others:
-        if dataclasses.is_dataclass(kind):
-            builders[next(f.default for f in dataclasses.fields(kind) if f.name == "kind")] = kind
-    made = {name: _builder(kind) for name, kind in builders.items()}
-    return lambda value: None if value is None else made[value["kind"]](value)
+    made = {kind.kind: _builder(kind) for kind in others if hasattr(kind, "kind")}
+
+    def chosen(value: Any) -> Any:
+        if value is None:
+            return None
+        if value["kind"] not in made:
+            known = ", ".join(made)
+            raise ValidationError(f"kind '{value['kind']}' is unknown: use one of {known}")
+        return made[value["kind"]](value)
+
+    return chosen

@@ -18,8 +18,9 @@ from supra_core.errors import SupraError
 from supra_core.formats.atomic import check_replaceable
 from supra_core.formats.finite import Watch, first_not_finite
 from supra_core.formats.mlx_quantized import Packed
+from supra_core.mixers.positions import LongropeScaling, RopeFactors
 from supra_core.model.original import left_out
-from supra_core.model.spec import LongropeScaling, ModelSpec, RopeFactors
+from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress, silent
 from supra_core.sources.source import WRITERS, Source, open_source
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named

@@ -29,7 +29,8 @@ from supra_core.families import (
     smollm3,
 )
 from supra_core.families.shared.tensors import inverse, renamed
-from supra_core.model.spec import LongropeScaling, ModelSpec, SoftmaxAttention
+from supra_core.mixers.positions import LongropeScaling
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource
 
 Translate = Callable[[ModelSpec, TensorSource], dict[str, LazyTensor]]
@@ -73,22 +74,10 @@ def _family(module: Any) -> Family:
 FAMILIES: dict[str, Family] = {
     module.MODEL_TYPE: _family(module)
     for module in (
-        gemma,
-        gemma2,
-        gemma3,
-        granite,
-        llama,
-        mistral,
-        mixtral,
-        olmo2,
-        phi3,
-        qwen2,
-        qwen3,
-        qwen3_moe,
-        smollm3,
+        gemma, gemma2, gemma3, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3,
+        qwen3_moe, smollm3,
     )
-}
-
+}  # fmt: skip
 
 # Models that hold a family of ours as their text part.
 _WITH_IMAGES = {"gemma3": gemma3.MODEL_TYPE}
@@ -139,10 +128,7 @@ def needs_bos(spec: ModelSpec) -> bool:
 
 def family_of(spec: ModelSpec) -> Family:
     """The family a plain transformer came from, or the one of Llama's shape that fits."""
-    windowed = any(
-        isinstance(layer.mixer, SoftmaxAttention) and layer.mixer.window is not None
-        for layer in spec.layers
-    )
+    windowed = any(not mixer.converted and mixer.window is not None for mixer in spec.mixers)
     family = spec.provenance.family
     if family not in FAMILIES or (windowed and family == llama.MODEL_TYPE):
         family = mistral.MODEL_TYPE if windowed else llama.MODEL_TYPE

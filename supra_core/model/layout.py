@@ -11,24 +11,14 @@ from collections.abc import Iterator, Mapping
 from math import prod
 
 from supra_core.errors import LayoutError
-from supra_core.model.spec import (
-    Experts,
-    Folded,
-    LayerSpec,
-    LearnedDecay,
-    LinearAttention,
-    ModelSpec,
-    Projection,
-    SoftmaxAttention,
-    SumNormaliser,
-)
-
-Shape = tuple[int, ...]
+from supra_core.mixers import FLOAT32_TENSORS
+from supra_core.mixers.base import Shape
+from supra_core.model.spec import Experts, LayerSpec, ModelSpec
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
 # Read and written in float32 whatever the model's type: small, and their rounding is not.
-FLOAT32_SUFFIXES = ("self_attn.log_slope", "self_attn.log_far_gain", "self_attn.log_sink")
+FLOAT32_SUFFIXES = tuple(f"self_attn.{name}" for name in FLOAT32_TENSORS)
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
@@ -39,11 +29,6 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
 def layer_prefix(index: int) -> str:
     """What the names of layer ``index`` begin with, the dot included."""
     return f"model.layers.{index}."
-
-
-def mixer_shapes(spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> dict[str, Shape]:
-    """The tensors of one mixer, named relative to ``self_attn.``."""
-    return dict(_mixer_tensors(spec, mixer))
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -114,7 +99,7 @@ def _tensors(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
         prefix = layer_prefix(index)
         if spec.block_norm != "after":
             yield prefix + "input_layernorm.weight", (D,)
-        for name, shape in _mixer_tensors(spec, layer.mixer):
+        for name, shape in layer.mixer.tensors(spec).items():
             yield f"{prefix}self_attn.{name}", shape
         if spec.block_norm != "before":
             yield prefix + "mixer_output_norm.weight", (D,)
@@ -150,57 +135,3 @@ def _gated_tensors(
         yield f"{prefix}{name}.weight", (rows, columns)
         if bias:
             yield f"{prefix}{name}.bias", (rows,)
-
-
-def _mixer_tensors(
-    spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention
-) -> Iterator[tuple[str, Shape]]:
-    D, H, K = spec.hidden_size, spec.num_attention_heads, spec.num_key_value_heads
-    size, bias = spec.head_dim, spec.attention_bias != "none"
-    qk_bias = bias
-    if isinstance(mixer, LinearAttention) and isinstance(mixer.feature_map.projection, Folded):
-        size = mixer.feature_map.size
-        qk_bias = mixer.feature_map.projection.bias
-    for name, heads, width, has_bias in (
-        ("q_proj", H, size, qk_bias),
-        ("k_proj", K, size, qk_bias),
-        ("v_proj", K, spec.value_head_dim, bias),
-    ):
-        yield f"{name}.weight", (heads * width, D)
-        if has_bias:
-            yield f"{name}.bias", (heads * width,)
-    yield "o_proj.weight", (D, H * spec.value_head_dim)
-    if spec.attention_bias == "qkvo":
-        yield "o_proj.bias", (D,)
-    for name, heads in (("q_proj_norm", H), ("k_proj_norm", K)):
-        if spec.query_key_norm != "none":
-            shared = spec.query_key_norm == "per_head"
-            yield f"{name}.weight", (spec.head_dim if shared else heads * spec.head_dim,)
-    if isinstance(mixer, LinearAttention):
-        yield from _linear_tensors(spec, mixer)
-
-
-def _linear_tensors(spec: ModelSpec, mixer: LinearAttention) -> Iterator[tuple[str, Shape]]:
-    H, K, d = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
-    phi = mixer.feature_map
-    if isinstance(phi.projection, Projection):
-        maps = [("q_feature", H)] if phi.projection.shared else [("q_feature", H), ("k_feature", K)]
-        for name, heads in maps:
-            if phi.projection.scope == "all_heads":
-                weight, bias = (heads * phi.size, heads * d), (heads * phi.size,)
-            else:
-                weight, bias = (heads, phi.size, d), (heads, phi.size)  # type: ignore[assignment]
-            yield f"{name}.weight", weight
-            if phi.projection.bias:
-                yield f"{name}.bias", bias
-    if mixer.qk_norm:
-        yield "q_norm.weight", (H * phi.output_size,)
-        yield "k_norm.weight", (H * phi.output_size,)
-    if isinstance(mixer.decay, LearnedDecay):
-        yield "log_slope", (H,)
-    if mixer.gain != "none":
-        yield "gain", (H,) if mixer.gain == "per_head" else (H, spec.value_head_dim)
-    if mixer.window is not None:
-        yield "log_far_gain", (H,)
-    if isinstance(mixer.normaliser, SumNormaliser) and mixer.normaliser.sink:
-        yield "log_sink", (H,)

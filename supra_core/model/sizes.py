@@ -7,15 +7,55 @@ and values are counted in ``cache_itemsize`` bytes an element, 2 for the usual 1
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
+from supra_core.mixers import Mixer
+from supra_core.mixers.base import CACHE_ITEMSIZE, kv_bytes_per_token
 from supra_core.model.layout import active_parameter_count, parameter_count
 from supra_core.model.original import original_spec
-from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention, SumNormaliser
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import TensorSource
 
-STATE_ITEMSIZE = 4
-CACHE_ITEMSIZE = 2
+
+@dataclass(frozen=True)
+class SequenceMemory:
+    """A sequence's state and caches, in bytes, by its context.
+
+    ``unkept``: how many of the tokens that fill a cache a backend drops before the next comes.
+    """
+
+    spec: ModelSpec
+    cache_itemsize: int
+    unkept: int = 0
+
+    def __call__(self, context: int) -> int:
+        """The bytes after ``context`` tokens."""
+        return sum(
+            mixer.state_bytes(self.spec, self.cache_itemsize, min(context, most))
+            for mixer, most in self._mixers(unlimited=context)
+        )
+
+    @property
+    def fixed(self) -> int:
+        """The most that does not grow with the context: states, and caches that are full."""
+        return sum(
+            mixer.state_bytes(self.spec, self.cache_itemsize, most)
+            for mixer, most in self._mixers(unlimited=0)
+        )
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The contexts at which a layer's cache is full."""
+        found = (mixer.fills_at for mixer in self.spec.mixers)
+        return tuple(window for window in found if window is not None)
+
+    def _mixers(self, unlimited: int) -> Iterator[tuple[Mixer, int]]:
+        """Each mixer, and the context after which its memory is the same."""
+        for mixer in self.spec.mixers:
+            full = mixer.fills_at
+            yield mixer, unlimited if full is None else full - self.unkept
 
 
 @dataclass(frozen=True)
@@ -23,11 +63,11 @@ class Sizes:
     """``active_parameters``: those that a token goes through, which differ with experts alone.
 
     ``state_bytes`` is the most that is fixed: recurrent states, and windows that are full;
-    ``growing_bytes_per_token`` is what softmax layers without a window add. ``sliding_windows``:
-    those of softmax layers, in tokens, each of which takes ``layer_kv_bytes_per_token`` a token.
+    ``growing_bytes_per_token`` is what layers add that keep every token.
 
     ``kv_bytes_per_token``: the transformer's with the same heads, for a token that all its layers
-    hold; ``transformer_windows``: those of its layers that hold the last tokens only.
+    hold, and ``layer_kv_bytes_per_token`` for one of them; ``transformer_windows``: those of its
+    layers that hold the last tokens only.
     ``break_even_tokens``: the context from which on the model's memory is never the greater one;
     None if there is none, or no layer is another than the transformer's.
     ``step_weight_bytes``: what a decode step reads of the weights, and
@@ -39,21 +79,14 @@ class Sizes:
     weight_bytes: int
     state_bytes: int
     growing_bytes_per_token: int
-    sliding_windows: tuple[int, ...]
     layer_kv_bytes_per_token: int
     kv_bytes_per_token: int
     transformer_windows: tuple[int, ...]
     break_even_tokens: int | None
     step_weight_bytes: int
     transformer_step_weight_bytes: int
-
-    def memory_bytes(self, context: int) -> int:
-        """State and caches after ``context`` tokens.
-
-        A sliding window holds no more tokens than there were. The window of a linear layer is
-        there whole from the first one, as every backend allocates it.
-        """
-        return self._recurrent_bytes + self._cached_bytes(context)
+    memory_bytes: SequenceMemory
+    transformer_memory_bytes: SequenceMemory
 
     def step_bytes(self, context: int) -> int:
         """What the next token moves after ``context``: weights read, state read and written.
@@ -61,126 +94,77 @@ class Sizes:
         A device whose decode is bound by memory yields bandwidth over this tokens a second at
         most. The one key and value that a cache gains are left out.
         """
-        return self.step_weight_bytes + 2 * self._recurrent_bytes + self._cached_bytes(context)
+        written = self.memory_bytes(0)
+        return self.step_weight_bytes + self.memory_bytes(context) + written
 
     def transformer_step_bytes(self, context: int) -> int:
         """The transformer's :meth:`step_bytes`, whose state is its KV cache, read once."""
         return self.transformer_step_weight_bytes + self.transformer_memory_bytes(context)
 
-    def transformer_memory_bytes(self, context: int) -> int:
-        """The transformer's KV cache after ``context`` tokens."""
-        dropped = sum(max(context - window, 0) for window in self.transformer_windows)
-        return context * self.kv_bytes_per_token - dropped * self.layer_kv_bytes_per_token
-
-    @property
-    def _recurrent_bytes(self) -> int:
-        """What linear layers keep."""
-        return self.state_bytes - self.layer_kv_bytes_per_token * sum(self.sliding_windows)
-
-    def _cached_bytes(self, context: int) -> int:
-        """Keys and values of softmax layers after ``context`` tokens."""
-        held = sum(min(window, context) for window in self.sliding_windows)
-        return held * self.layer_kv_bytes_per_token + context * self.growing_bytes_per_token
-
 
 def measure(
-    spec: ModelSpec, tensors: TensorSource, *, cache_itemsize: int = CACHE_ITEMSIZE
+    spec: ModelSpec,
+    tensors: TensorSource,
+    *,
+    cache_itemsize: int = CACHE_ITEMSIZE,
+    unkept: int = 0,
 ) -> Sizes:
-    """The sizes of a model with these weights."""
+    """The sizes of a model with these weights; ``unkept`` as in :class:`SequenceMemory`."""
     weights = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-    return of_spec(spec, weights, cache_itemsize=cache_itemsize)
+    return of_spec(spec, weights, cache_itemsize=cache_itemsize, unkept=unkept)
 
 
-def of_spec(spec: ModelSpec, weight_bytes: int, *, cache_itemsize: int = CACHE_ITEMSIZE) -> Sizes:
+def of_spec(
+    spec: ModelSpec, weight_bytes: int, *, cache_itemsize: int = CACHE_ITEMSIZE, unkept: int = 0
+) -> Sizes:
     """The sizes of a model whose weights take so many bytes."""
-    state = sum(mixer_state_bytes(spec, layer.mixer, cache_itemsize) for layer in spec.layers)
+    transformer, parameters = original_spec(spec), parameter_count(spec)
     per_layer = kv_bytes_per_token(spec, cache_itemsize)
-    growing = per_layer * sum(mixer.window is None for mixer in _mixers(spec))
-    sliding = _windows(spec)
-    parameters = parameter_count(spec)
-    transformer = original_spec(spec)
+    memory = SequenceMemory(spec, cache_itemsize, unkept)
+    theirs = SequenceMemory(transformer, cache_itemsize)
     # Of an embedding that is no output head as well, a step reads one row.
     unread = 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size
     itemsize = weight_bytes / parameters
     active = active_parameter_count(spec)
+    full = max(memory.windows, default=0)
     return Sizes(
         parameters=parameters,
         active_parameters=active,
         weight_bytes=weight_bytes,
-        state_bytes=state,
-        growing_bytes_per_token=growing,
-        sliding_windows=sliding,
+        state_bytes=memory.fixed,
+        growing_bytes_per_token=memory(full + 1) - memory(full),
         layer_kv_bytes_per_token=per_layer,
         kv_bytes_per_token=per_layer * spec.num_hidden_layers,
-        transformer_windows=_windows(transformer),
-        break_even_tokens=_break_even(
-            spec, transformer, state - per_layer * sum(sliding), per_layer
-        ),
+        transformer_windows=theirs.windows,
+        break_even_tokens=_break_even(SequenceMemory(spec, cache_itemsize), theirs),
         step_weight_bytes=round((active - unread) * itemsize),
         transformer_step_weight_bytes=round(
             (active_parameter_count(transformer) - unread) * itemsize
         ),
+        memory_bytes=memory,
+        transformer_memory_bytes=theirs,
     )
 
 
-def _mixers(spec: ModelSpec) -> list[SoftmaxAttention]:
-    """The softmax layers', in order: of a transformer all."""
-    mixers = [layer.mixer for layer in spec.layers]
-    return [mixer for mixer in mixers if isinstance(mixer, SoftmaxAttention)]
+def _break_even(ours: SequenceMemory, theirs: SequenceMemory) -> int | None:
+    """The context from which on ``ours`` is never more than ``theirs``; None if it stays more.
 
-
-def _windows(spec: ModelSpec) -> tuple[int, ...]:
-    """Those of the softmax layers that have one."""
-    return tuple(mixer.window for mixer in _mixers(spec) if mixer.window is not None)
-
-
-def _break_even(spec: ModelSpec, transformer: ModelSpec, fixed: int, per_layer: int) -> int | None:
-    """From which context on the ``fixed`` bytes of the linear layers are no more than what the
-    transformer caches in their place, ``per_layer`` bytes a token and layer; None if always more.
-
-    After n tokens a window holds min(window, n), so that the cache is the least of some sums: the
-    shortest windows counted as full and the others as growing, for every number of the shortest.
-    All of these have to reach ``fixed``, and the last one to do so decides.
+    Between the contexts at which caches are full the difference is linear.
     """
-    theirs = [
-        mixer
-        for layer, mixer in zip(spec.layers, _mixers(transformer), strict=True)
-        if isinstance(layer.mixer, LinearAttention)
-    ]
-    windows = sorted(mixer.window for mixer in theirs if mixer.window is not None)
-    found = []
-    for full in range(len(windows) + 1):
-        growing = len(theirs) - full
-        missing = fixed - per_layer * sum(windows[:full])
-        if growing:
-            found.append(_quotient(missing, per_layer * growing))
-        elif missing > 0:
-            return None
-    return max(found, default=None)
+    if ours.spec.layers == theirs.spec.layers:
+        return None
 
+    def excess(context: int) -> int:
+        return ours(context) - theirs(context)
 
-def _quotient(dividend: int, divisor: int) -> int:
-    """Rounded up."""
-    return -(-dividend // divisor)
-
-
-def kv_bytes_per_token(spec: ModelSpec, cache_itemsize: int = CACHE_ITEMSIZE) -> int:
-    """What one softmax layer caches for one token: a key and a value for each key/value head."""
-    return spec.num_key_value_heads * (spec.head_dim + spec.value_head_dim) * cache_itemsize
-
-
-def mixer_state_bytes(
-    spec: ModelSpec,
-    mixer: SoftmaxAttention | LinearAttention,
-    cache_itemsize: int = CACHE_ITEMSIZE,
-) -> int:
-    """The fixed memory of one layer: recurrent state, and the buffer of a window."""
-    if isinstance(mixer, SoftmaxAttention):
-        return (mixer.window or 0) * kv_bytes_per_token(spec, cache_itemsize)
-    features, window = mixer.feature_map.output_size, 0
-    if mixer.window is not None:
-        # A key leaves the window as features, which are kept beside it.
-        channels = mixer.feature_map.size + spec.value_head_dim + features
-        window = mixer.window * spec.num_key_value_heads * channels * cache_itemsize
-    columns = spec.value_head_dim + isinstance(mixer.normaliser, SumNormaliser)
-    return window + spec.num_attention_heads * features * columns * STATE_ITEMSIZE
+    points = sorted({0, *ours.windows, *theirs.windows})
+    last = points[-1]
+    # As far as the last slope has to reach: it changes by whole bytes a token.
+    points.append(last + max(excess(last), 0) + 1)
+    if excess(points[-1]) > 0 or excess(last + 1) > excess(last):
+        return None
+    for first, second in reversed(list(pairwise(points))):
+        before, after = excess(first), excess(second)
+        if before > 0:
+            return first - (-before * (second - first) // (before - after))
+    return 0

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import SupraError
-from supra_core.model.reference import softmax
+from supra_core.mixers.parts import softmax
 from supra_core.runtime.backend import Backend, check_ids
 from supra_core.runtime.likelihood import NoNumbers
 

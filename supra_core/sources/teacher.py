@@ -10,7 +10,7 @@ from supra_core.errors import SupraError
 from supra_core.formats.jsonfile import read_object
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.original import original_spec
-from supra_core.model.spec import Folded, LinearAttention, ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_core.sources.source import RUN_FILE, Source, is_cached, open_source
 from supra_core.tensors import TensorSource
 
@@ -37,11 +37,7 @@ def find_teacher(model: str | Path) -> str | None:
 def holds_original(model: Source) -> bool:
     """Whether the model is freshly converted: the transformer's own weights are still there."""
     spec = model.spec
-    mixers = [layer.mixer for layer in spec.layers]
-    folded = any(
-        isinstance(mixer, LinearAttention) and isinstance(mixer.feature_map.projection, Folded)
-        for mixer in mixers
-    )
+    folded = any(mixer.folded for mixer in spec.mixers)
     if spec.provenance.calibration_tokens and not model.originals:
         return False
     return not folded and not spec.provenance.trained_tokens and bool(spec.provenance.recipe)

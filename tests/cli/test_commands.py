@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from supra_cli.main import app
 from supra_core.artifact import folder as artifact
-from supra_core.model.spec import SoftmaxAttention
+from supra_core.mixers.softmax import SoftmaxAttention
 from supra_core.sources.source import WRITERS, open_source
 from supra_core.tensors import LazyTensor
 from tests.tiny_models import SPECS, lazy_weights

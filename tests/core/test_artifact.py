@@ -15,27 +15,18 @@ from supra_core.artifact import folder as artifact
 from supra_core.artifact.config import config_to_spec, spec_to_config
 from supra_core.errors import FormatError, LayoutError, SpecError, SupraError
 from supra_core.formats import safetensors
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import FeatureMap, Identity, LearnedDecay, Norm, SumNormaliser
+from supra_core.mixers.positions import Llama3Scaling, RotaryEmbedding
+from supra_core.mixers.softmax import SoftmaxAttention
 from supra_core.model.layout import tensor_shapes
-from supra_core.model.spec import (
-    FeatureMap,
-    Identity,
-    LayerSpec,
-    LearnedDecay,
-    LinearAttention,
-    Llama3Scaling,
-    ModelSpec,
-    Norm,
-    Provenance,
-    RotaryEmbedding,
-    SoftmaxAttention,
-    SumNormaliser,
-)
+from supra_core.model.spec import LayerSpec, ModelSpec, Provenance
 from supra_core.tensors import LazyTensor
 from tests.tiny_models import SPECS, lazy_weights
 
 LINEAR = LinearAttention(
     feature_map=FeatureMap("signed_softmax", 8, Identity()),
-    rope="before",
+    rope_position="before",
     decay=LearnedDecay(),
     normaliser=SumNormaliser(),
     gain="per_head",

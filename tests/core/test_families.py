@@ -10,18 +10,16 @@ import pytest
 
 from supra_core import families
 from supra_core.errors import SpecError
-from supra_core.model.rotary import inverse_frequencies
-from supra_core.model.spec import (
-    LayerSpec,
+from supra_core.mixers.parts import Norm
+from supra_core.mixers.positions import (
     LinearScaling,
     Llama3Scaling,
     LongropeScaling,
-    ModelSpec,
-    Norm,
-    Provenance,
     RotaryEmbedding,
-    SoftmaxAttention,
 )
+from supra_core.mixers.rotary import inverse_frequencies
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import LayerSpec, ModelSpec, Provenance
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

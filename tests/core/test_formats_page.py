@@ -22,24 +22,23 @@ from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.errors import SpecError
 from supra_core.formats.assets import ASSET_NAMES
 from supra_core.formats.mlx_quantized import read_packed, unpacked
-from supra_core.model.layout import tensor_shapes
-from supra_core.model.reference import ReferenceModel
-from supra_core.model.spec import (
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import (
     FeatureMap,
     Folded,
     GroupNorm,
     Identity,
-    LayerSpec,
     LearnedDecay,
     LightningDecay,
-    LinearAttention,
-    ModelSpec,
     NoDecay,
     Projection,
     RetnetDecay,
-    SoftmaxAttention,
     SumNormaliser,
 )
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.layout import tensor_shapes
+from supra_core.model.reference import ReferenceModel
+from supra_core.model.spec import LayerSpec, ModelSpec
 from supra_core.runtime.state_file import Owner, SavedState, write_state
 from supra_core.tensors import LazyTensor
 from tests.core.independent_reader import Model
@@ -147,8 +146,8 @@ def test_a_sample_of_all_combinations(tmp_path: Path) -> None:
 
 def _choices(mixer: LinearAttention) -> tuple[object, ...]:
     return (
-        mixer.feature_map, mixer.rope, mixer.decay, mixer.normaliser, mixer.qk_norm, mixer.gain,
-        f"window {mixer.window}",
+        mixer.feature_map, mixer.rope_position, mixer.decay, mixer.normaliser,
+        mixer.qk_norm, mixer.gain, f"window {mixer.window}",
     )  # fmt: skip
 
 

@@ -16,9 +16,10 @@ from supra_core.artifact import folder as artifact
 from supra_core.errors import SupraError
 from supra_core.formats.gguf import reader as gguf
 from supra_core.formats.safetensors import write_file
+from supra_core.mixers.positions import LinearScaling, Llama3Scaling, RotaryEmbedding
+from supra_core.mixers.rotary import inverse_frequencies
+from supra_core.mixers.softmax import SoftmaxAttention
 from supra_core.model.layout import tensor_shapes
-from supra_core.model.rotary import inverse_frequencies
-from supra_core.model.spec import LinearScaling, Llama3Scaling, RotaryEmbedding, SoftmaxAttention
 from supra_core.sources.source import WRITERS, open_source
 
 library = pytest.importorskip("gguf")

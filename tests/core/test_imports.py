@@ -30,8 +30,8 @@ ANYWHERE = {
 }
 # Package -> its rooms, and the files at its top: each imports only those before it.
 ROOMS = {
-    "supra_core": "visible errors progress tensors model families formats hub text data artifact "
-    "sources runtime conversion measure",
+    "supra_core": "visible errors progress tensors mixers model families formats hub text data "
+    "artifact sources runtime conversion measure",
     "backends/supra_torch": "devices precision ops recipes model inference calibration "
     "distributed run_folder uptrain benchmark plan",
     "cli/supra_cli": "launch shared synthesis demo report_card serving talk commands main __main__",

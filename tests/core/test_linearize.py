@@ -9,20 +9,20 @@ import pytest
 
 from supra_core.conversion.linearize import LinearizeOptions, linearize
 from supra_core.errors import SpecError
-from supra_core.model.decay import lightning_slopes, slopes
-from supra_core.model.layout import parameter_count, tensor_shapes
-from supra_core.model.reference import ReferenceModel
-from supra_core.model.spec import (
+from supra_core.mixers.decay import lightning_slopes, slopes
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import (
     GroupNorm,
-    LayerSpec,
     LearnedDecay,
     LightningDecay,
-    LinearAttention,
     Projection,
     RetnetDecay,
-    SoftmaxAttention,
     SumNormaliser,
 )
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.layout import parameter_count, tensor_shapes
+from supra_core.model.reference import ReferenceModel
+from supra_core.model.spec import LayerSpec
 from tests.tiny_models import SPECS, lazy_weights
 
 TRANSFORMER = replace(SPECS["transformer"], attention_bias="none")
@@ -36,7 +36,7 @@ def test_paper_is_the_published_model() -> None:
     assert isinstance(mixer, LinearAttention)
     assert mixer.feature_map.activation == "relu"
     assert mixer.feature_map.projection == Projection("all_heads", shared=False, bias=True)
-    assert mixer.rope == "after"
+    assert mixer.rope_position == "after"
     assert mixer.decay == LightningDecay()
     assert mixer.normaliser == GroupNorm(1e-5)
     assert mixer.key_scale == 10**-0.5
@@ -105,13 +105,13 @@ def test_kept_layers_stay_softmax() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "--window must be at least 1 token, not 0"),
+        ({"window": 0}, "window must be at least 1 token, not 0"),
         ({"preset": "paper", "window": 8}, "a window needs the sum normaliser"),
         ({"output_norm": "group_norm", "window": 8}, "a window needs the sum normaliser"),
         ({"preset": "paper", "output_norm": "sum", "feature_map": "none"}, "never negative"),
-        ({"keep_softmax": (2,)}, "--keep-softmax names layer 2"),
-        ({"keep_softmax": (0, 1)}, "--keep-softmax names all 2 layers"),
-        ({"feature_map": "sigmoid"}, "--feature-map 'sigmoid' is unknown"),
+        ({"keep_softmax": (2,)}, "keep_softmax names layer 2"),
+        ({"keep_softmax": (0, 1)}, "keep_softmax names all 2 layers"),
+        ({"feature_map": "sigmoid"}, "feature_map 'sigmoid' is unknown"),
     ],
 )
 def test_impossible_choices_are_refused(options: dict[str, object], message: str) -> None:
@@ -165,5 +165,5 @@ def test_single_choices_of_the_mixer() -> None:
     linear, tensors = linearize(spec, lazy_weights(spec), options)
     mixer = linear.layers[0].mixer
     assert isinstance(mixer, LinearAttention)
-    assert (mixer.rope, mixer.gain, mixer.decay.kind) == ("before", "none", "none")
+    assert (mixer.rope_position, mixer.gain, mixer.decay.kind) == ("before", "none", "none")
     assert not [name for name in tensors if name.endswith((".gain", "feature.bias", "log_slope"))]

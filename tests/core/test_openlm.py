@@ -15,22 +15,19 @@ from supra_core.formats import safetensors
 from supra_core.formats.openlm import checkpoint as openlm
 from supra_core.formats.openlm.config import config_to_spec, is_config, spec_to_config
 from supra_core.formats.openlm.tensors import published_tensors
-from supra_core.model.layout import tensor_shapes
-from supra_core.model.spec import (
-    Experts,
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import (
     FeatureMap,
     GroupNorm,
     LightningDecay,
-    LinearAttention,
-    LinearScaling,
-    Llama3Scaling,
-    ModelSpec,
     NoDecay,
     Projection,
     RetnetDecay,
-    RotaryEmbedding,
-    SoftmaxAttention,
 )
+from supra_core.mixers.positions import LinearScaling, Llama3Scaling, RotaryEmbedding
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.layout import tensor_shapes
+from supra_core.model.spec import Experts, ModelSpec
 from supra_core.tensors import LazyTensor
 from tests.tiny_models import with_experts
 
@@ -123,13 +120,13 @@ def test_what_the_fields_mean() -> None:
     mixer = _mixer()
     assert mixer.feature_map == FeatureMap("relu", 8, Projection("all_heads", shared=False))
     assert _mixer(n_heads_kv=None).feature_map.projection == Projection("all_heads", shared=True)
-    assert (mixer.rope, mixer.key_scale, mixer.qk_norm) == ("after", 8**-0.5, False)
+    assert (mixer.rope_position, mixer.key_scale, mixer.qk_norm) == ("after", 8**-0.5, False)
     assert mixer.normaliser == GroupNorm(1e-5)
     assert mixer.decay == LightningDecay()
     assert _mixer(decay_start=2).decay == LightningDecay(2.0)
     assert _mixer(use_retnet_slopes=True).decay == RetnetDecay()
     assert _mixer(use_decay=False, use_retnet_slopes=True).decay == NoDecay()
-    assert _mixer(positional_embedding_type="none", qk_head_dim=6).rope == "none"
+    assert _mixer(positional_embedding_type="none", qk_head_dim=6).rope_position == "none"
     assert _spec(positional_embedding_type="llama_rotary").rope.pairing == "interleaved"
     assert _spec(rotary_base_frequency=1000000, rotary_scale=2.0).rope == RotaryEmbedding(
         1e6, scaling=LinearScaling(2.0)
@@ -240,7 +237,7 @@ def test_what_the_layout_cannot_express() -> None:
         "a sliding window": [SoftmaxAttention(4)] * 2,
         "another feature map": [replace(mixer, feature_map=replace(phi, activation="signed_relu"))]
         * 2,
-        "rope between": [replace(mixer, rope="between")] * 2,
+        "rope between": [replace(mixer, rope_position="between")] * 2,
         "another output norm": [replace(mixer, normaliser=GroupNorm(1e-6))] * 2,
         "another key scale": [replace(mixer, key_scale=1.0)] * 2,
         "a gain": [replace(mixer, gain="per_head")] * 2,

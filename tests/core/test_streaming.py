@@ -20,8 +20,9 @@ from supra_core.formats import huggingface
 from supra_core.formats.atomic import flush_to_disk
 from supra_core.formats.openlm.config import config_to_spec
 from supra_core.formats.openlm.tensors import published_tensors
+from supra_core.mixers.softmax import SoftmaxAttention
 from supra_core.model.layout import parameter_count, tensor_shapes
-from supra_core.model.spec import LayerSpec, ModelSpec, SoftmaxAttention
+from supra_core.model.spec import LayerSpec, ModelSpec
 from supra_core.sources.source import open_source
 from supra_core.tensors import BFLOAT16, LazyTensor
 from tests.core.test_openlm import CONFIG

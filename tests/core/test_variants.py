@@ -9,10 +9,11 @@ import pytest
 
 from supra_core.conversion.variants import is_windowed, window_alone, without_window
 from supra_core.errors import SpecError
-from supra_core.model import reference as definition
+from supra_core.mixers import linear as definition
+from supra_core.mixers.linear import LinearAttention
 from supra_core.model.layout import check_tensors
 from supra_core.model.reference import ReferenceModel
-from supra_core.model.spec import LinearAttention, ModelSpec
+from supra_core.model.spec import ModelSpec
 from tests.tiny_models import SPECS, lazy_weights
 
 WINDOWED = ["windowed", "windowed_between", "windowed_sink", "hybrid"]
@@ -46,7 +47,7 @@ def _dense(near: bool) -> Any:
 
 def _expected(spec: ModelSpec, near: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
     with monkeypatch.context() as patched:
-        patched.setattr(definition, "windowed_attention", _dense(near))
+        patched.setattr(definition, "exact_windowed_attention", _dense(near))
         return ReferenceModel(spec, lazy_weights(spec)).logits(IDS)
 
 

@@ -15,19 +15,13 @@ from hypothesis import strategies as st
 from supra_core.errors import FormatError, SupraError
 from supra_core.measure.perplexity import losses_of, perplexity
 from supra_core.measure.verify import candidates, compare, random_ids, read_ids, verify
+from supra_core.mixers.base import kv_bytes_per_token
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import FeatureMap, LearnedDecay, Projection, SumNormaliser
+from supra_core.mixers.softmax import SoftmaxAttention
 from supra_core.model.layout import parameter_count
-from supra_core.model.sizes import kv_bytes_per_token, measure
-from supra_core.model.spec import (
-    Experts,
-    FeatureMap,
-    LayerSpec,
-    LearnedDecay,
-    LinearAttention,
-    ModelSpec,
-    Projection,
-    SoftmaxAttention,
-    SumNormaliser,
-)
+from supra_core.model.sizes import measure
+from supra_core.model.spec import Experts, LayerSpec, ModelSpec
 from supra_core.runtime.sampling import Sampling, generate, penalised, sample
 from supra_core.text import EncodedText
 from tests.tiny_models import lazy_weights, with_experts

@@ -23,17 +23,11 @@ from supra_core.families import config_to_spec
 from supra_core.families import spec_to_config as plain_config
 from supra_core.formats import huggingface, safetensors
 from supra_core.formats.openlm import checkpoint as openlm
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import FeatureMap, GroupNorm, LightningDecay, Projection
+from supra_core.mixers.softmax import SoftmaxAttention
 from supra_core.model.layout import tensor_shapes
-from supra_core.model.spec import (
-    FeatureMap,
-    GroupNorm,
-    LayerSpec,
-    LightningDecay,
-    LinearAttention,
-    ModelSpec,
-    Projection,
-    SoftmaxAttention,
-)
+from supra_core.model.spec import LayerSpec, ModelSpec
 from supra_core.runtime.state_file import Owner, SavedState, read_state, write_state
 from supra_core.tensors import LazyTensor
 from tests.fuzz import corpora, requests, resumed, texts

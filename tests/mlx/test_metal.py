@@ -13,7 +13,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from supra_core.model import reference  # noqa: E402
+from supra_core.mixers import linear as reference  # noqa: E402
 from supra_mlx import metal, ops, selftest  # noqa: E402
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -105,7 +105,7 @@ def test_the_kernel_is_the_reference(shape: tuple[int, ...], masked: bool, tmp_p
     before = rng.normal(size=(B, H, Dk, Dv)).astype(np.float32)
     mask = rng.random((B, T)) < 0.6 if masked else None
     out, after = emulated(tmp_path, q, k, v, decay, before, mask=mask)
-    expected, last = reference.linear_attention(
+    expected, last = reference.exact_linear_attention(
         q, k, v, decay, initial_state=before, mask=mask, form="recurrent"
     )
     valid = np.ones((B, T), dtype=bool) if mask is None else mask
@@ -144,7 +144,7 @@ def test_a_step_uses_it_when_it_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def recurrence(q: Any, k: Any, v: Any, decay: Any, state: Any, mask: Any) -> Any:
         seen.append(q.shape)
-        out, after = reference.linear_attention(
+        out, after = reference.exact_linear_attention(
             *(np.array(x) for x in (q, k, v, decay)), initial_state=np.array(state),
             mask=None if mask is None else np.array(mask), form="recurrent",
         )  # fmt: skip

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import (  # noqa: E402
 )
 
 from supra_core.errors import LayoutError  # noqa: E402
-from supra_core.model.spec import RotaryEmbedding  # noqa: E402
+from supra_core.mixers.positions import RotaryEmbedding  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_mlx.rotary import Rotary  # noqa: E402
@@ -167,7 +167,7 @@ def test_wrong_tensors_are_listed() -> None:
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
 def test_rotation_is_exact_at_any_position(pairing: Any) -> None:
-    from supra_core.model import rotary
+    from supra_core.mixers import rotary
 
     rope = RotaryEmbedding(pairing=pairing)
     positions = np.array([[0, 1, 4095, 10**6, 2**31 - 1]])

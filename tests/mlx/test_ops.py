@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 mx = pytest.importorskip("mlx.core")
 
-from supra_core.model import reference  # noqa: E402
+from supra_core.mixers import linear as reference  # noqa: E402
 from supra_mlx import ops  # noqa: E402
 from supra_mlx.window import in_order, windowed_attention  # noqa: E402
 
@@ -66,14 +66,14 @@ def test_linear_attention_is_the_reference(
         shape = (B, H, Dk, Dv + (normaliser == "sum"))
         state = np.abs(np.random.default_rng(seed + 2).normal(size=shape)).astype(np.float32)
     sink = np.exp(np.random.default_rng(seed).normal(size=H)) if sinks and normaliser else None
-    expected, final = reference.linear_attention(
+    expected, final = reference.exact_linear_attention(
         q, k, v, gamma, initial_state=state, mask=mask, normaliser=normaliser, sink=sink
     )
     out, after = ops.linear_attention(
         *map(mx.array, (q, k, v, gamma)),
         initial_state=_mlx(state), mask=_mlx(mask), normaliser=normaliser, sink=_mlx(sink),
     )  # fmt: skip
-    size, final_size = reference.linear_attention(
+    size, final_size = reference.exact_linear_attention(
         q, k, np.abs(v), gamma, initial_state=state, mask=mask, normaliser=normaliser
     )
     assert out.shape == (B, T, H, Dv)
@@ -85,7 +85,7 @@ def test_linear_attention_is_the_reference(
 @pytest.mark.parametrize("normaliser", [None, "sum"])
 def test_a_thousand_tokens_cut_in_two(normaliser: Literal["sum"] | None) -> None:
     q, k, v, gamma = _inputs(3, 1, 1000, 3, 1, 6, 5)
-    expected, final = reference.linear_attention(q, k, v, gamma, normaliser=normaliser)
+    expected, final = reference.exact_linear_attention(q, k, v, gamma, normaliser=normaliser)
     parts, state = [], None
     for piece in (slice(0, 1), slice(1, 334), slice(334, 1000)):
         out, state = ops.linear_attention(
@@ -102,7 +102,9 @@ def test_a_thousand_tokens_cut_in_two(normaliser: Literal["sum"] | None) -> None
 def test_any_decay_stays_finite(gamma: float) -> None:
     q, k, v, _ = _inputs(4, 1, 200, 2, 2, 4, 4)
     decay = np.full(2, gamma, dtype=np.float32)
-    expected, _ = reference.linear_attention(q, k, v, np.maximum(decay, 1e-38), form="recurrent")
+    expected, _ = reference.exact_linear_attention(
+        q, k, v, np.maximum(decay, 1e-38), form="recurrent"
+    )
     out, state = ops.linear_attention(*map(mx.array, (q, k, v, decay)))
     assert np.isfinite(np.array(state)).all()
     np.testing.assert_allclose(out, expected, rtol=0, atol=_ROUNDINGS * np.abs(expected).max())
@@ -165,7 +167,7 @@ def test_windowed_attention_is_the_reference(
         valid = np.ones(T, dtype=bool) if mask is None else mask[row]
         if not valid.any():
             continue
-        expected, last = reference.windowed_attention(
+        expected, last = reference.exact_windowed_attention(
             *(x[row, valid].astype(np.float64) for x in (q, k, v, phi_q, phi_k)),
             gamma.astype(np.float64), np.exp(log_gain.astype(np.float64)), window, {},
             None if log_sink is None else np.exp(log_sink.astype(np.float64)),

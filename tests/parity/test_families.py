@@ -16,9 +16,10 @@ from supra_core.conversion.convert import convert, with_factors  # noqa: E402
 from supra_core.conversion.fold import fold  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.errors import SpecError, SupraError  # noqa: E402
+from supra_core.mixers.positions import RotaryEmbedding  # noqa: E402
 from supra_core.model.original import original_spec  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
-from supra_core.model.spec import ModelSpec, RotaryEmbedding  # noqa: E402
+from supra_core.model.spec import ModelSpec  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import Source, open_source  # noqa: E402
 from supra_core.tensors import LazyTensor, TensorSource  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-from supra_core.model import decay as decays  # noqa: E402
+from supra_core.mixers import decay as decays  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_mlx import backend, stock_backend  # noqa: E402

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from safetensors.numpy import load_file  # noqa: E402
 
 from supra_core.formats.openlm.tensors import published_tensors  # noqa: E402
-from supra_core.model import decay as decays  # noqa: E402
+from supra_core.mixers import decay as decays  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from supra_core.model.spec import SoftmaxAttention
+from supra_core.mixers.softmax import SoftmaxAttention
 from supra_core.tensors import LazyTensor
 from supra_torch.distributed.processes import Processes, mesh_over
 from supra_torch.distributed.sharding import load_model, synchronise

@@ -22,7 +22,8 @@ from supra_core.conversion.linearize import (  # noqa: E402
     linearize,
 )
 from supra_core.errors import SpecError, SupraError  # noqa: E402
-from supra_core.model.spec import ModelSpec, SoftmaxAttention  # noqa: E402
+from supra_core.mixers.softmax import SoftmaxAttention  # noqa: E402
+from supra_core.model.spec import ModelSpec  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_core.text import read_text  # noqa: E402

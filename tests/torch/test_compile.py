@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 
 from torch._dynamo.utils import counters  # noqa: E402
 
-from supra_core.model.spec import LayerSpec, ModelSpec, SoftmaxAttention  # noqa: E402
+from supra_core.mixers.softmax import SoftmaxAttention  # noqa: E402
+from supra_core.model.spec import LayerSpec, ModelSpec  # noqa: E402
 from supra_torch.model import lora  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 from supra_torch.uptrain.step.batches import Batch  # noqa: E402

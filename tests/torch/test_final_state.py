@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from supra_core.model import reference  # noqa: E402
+from supra_core.mixers import linear as reference  # noqa: E402
 from supra_torch.ops import final_state as module  # noqa: E402
 from supra_torch.ops.dense import linear_attention_dense  # noqa: E402
 from supra_torch.ops.final_state import final_state  # noqa: E402
@@ -40,7 +40,7 @@ def test_it_is_the_references(
     counted = _counted(B, T, begins)
     with patch.dict(module.AT_ONCE, cpu=at_once * 1000):
         found = final_state(x.k, x.v, x.slope, counted, normalise)
-    _, expected = reference.linear_attention(
+    _, expected = reference.exact_linear_attention(
         *(z.detach().numpy() for z in (x.q, x.k, x.v, torch.exp(-x.slope))),
         mask=counted.numpy(), normaliser="sum" if normalise else None,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from supra_core.model import reference  # noqa: E402
+from supra_core.mixers import linear as reference  # noqa: E402
 from supra_torch.ops import linear_attention, linear_kl_divergence  # noqa: E402
 
 # Relative to the largest value: sums of T products, each rounded at 2^-24, the errors of random
@@ -72,7 +72,7 @@ def test_operator_is_the_reference(
     initial = state if started else None
     mask = np.random.default_rng(seed).random((B, T)) > 0.3 if masked else None
     sink = np.exp(np.random.default_rng(seed).normal(size=K * G)) if sinks and normaliser else None
-    expected, final = reference.linear_attention(
+    expected, final = reference.exact_linear_attention(
         q, k, v, decay, initial_state=initial, mask=mask, normaliser=normaliser, sink=sink
     )
     output, found = linear_attention(
@@ -92,7 +92,7 @@ def test_the_references_own_forms_agree(normaliser: Literal["sum"] | None) -> No
     q, k, v, decay, state = _inputs(1, 2, 50, 3, 3, 10, 6, int(normaliser == "sum"))
     mask = np.random.default_rng(0).random((2, 50)) > 0.4
     both = [
-        reference.linear_attention(
+        reference.exact_linear_attention(
             q, k, v, decay, initial_state=state, mask=mask, normaliser=normaliser, form=form
         )
         for form in ("recurrent", "parallel")
@@ -139,7 +139,7 @@ def test_fast_decay_over_a_long_chunk_stays_finite() -> None:
 
 def test_bfloat16_keeps_a_float32_state() -> None:
     q, k, v, decay, _ = _inputs(5, 1, 200, 2, 2, 16, 16, 1)
-    expected, _ = reference.linear_attention(q, k, v, decay, normaliser="sum")
+    expected, _ = reference.exact_linear_attention(q, k, v, decay, normaliser="sum")
     inputs = (_tensor(x).bfloat16() for x in (q, k, v))
     output, state = linear_attention(*inputs, torch.from_numpy(decay), normaliser="sum")
     assert output.dtype == torch.bfloat16

@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supra_core.model import rotary  # noqa: E402
-from supra_core.model.spec import RotaryEmbedding  # noqa: E402
+from supra_core.mixers import rotary  # noqa: E402
+from supra_core.mixers.positions import RotaryEmbedding  # noqa: E402
 from supra_torch.ops import rotate  # noqa: E402
 
 

@@ -14,8 +14,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from supra_core.formats import huggingface  # noqa: E402
+from supra_core.mixers.parts import Norm  # noqa: E402
+from supra_core.mixers.softmax import SoftmaxAttention  # noqa: E402
 from supra_core.model import layout  # noqa: E402
-from supra_core.model.spec import LayerSpec, ModelSpec, Norm, SoftmaxAttention  # noqa: E402
+from supra_core.model.spec import LayerSpec, ModelSpec  # noqa: E402
 from supra_core.tensors import LazyTensor  # noqa: E402
 from tests.torch.uptraining import environment  # noqa: E402
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from supra_core.model.spec import LearnedDecay, LinearAttention, Projection, SumNormaliser
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import LearnedDecay, Projection, SumNormaliser
 from supra_core.progress import Progress, silent
 from supra_torch.model.layers import Positions, activate
 from supra_torch.model.mixers import LinearMixer, SoftmaxMixer
@@ -109,7 +110,10 @@ def _searchable(mixer: LinearAttention, theirs: SoftmaxMixer) -> bool:
         isinstance(phi.projection, Projection)
         and phi.projection.scope == "per_head"
         and not phi.projection.shared
-        and (mixer.rope in ("before", "between") or mixer.rope == theirs.rope == "none")
+        and (
+            mixer.rope_position in ("before", "between")
+            or mixer.rope_position == theirs.rope == "none"
+        )
         and isinstance(mixer.decay, LearnedDecay)
         and isinstance(normaliser, SumNormaliser)
         and mixer.gain != "none"

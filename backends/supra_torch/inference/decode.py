@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from supra_core.model.spec import LinearAttention, ModelSpec
+from supra_core.mixers.linear import LinearAttention
+from supra_core.model.spec import ModelSpec
 from supra_torch.model.mixers import LayerState, OwnedLayerState
 from supra_torch.model.model import ModelState, SupraModel
 

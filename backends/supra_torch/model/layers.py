@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supra_core.model.spec import Norm, Projection
+from supra_core.mixers.parts import Norm, Projection
 from supra_torch.model.context_parallel import Before, Part
 from supra_torch.ops import document_numbers, rotate
 from supra_torch.ops.rms_norm import rms_norm

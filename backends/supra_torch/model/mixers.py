@@ -11,17 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supra_core.model import decay as decays
-from supra_core.model.spec import (
-    Folded,
-    GroupNorm,
-    LearnedDecay,
-    LinearAttention,
-    ModelSpec,
-    Projection,
-    SoftmaxAttention,
-    SumNormaliser,
-)
+from supra_core.mixers import decay as decays
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import Folded, GroupNorm, LearnedDecay, Projection, SumNormaliser
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import ModelSpec
 from supra_torch.model.context_parallel import Before
 from supra_torch.model.layers import Exact, FeatureProjection, NormLayer, Positions, activate
 from supra_torch.model.visibility import Seen, seen_keys
@@ -107,7 +101,7 @@ class SoftmaxMixer(Mixer):
 
     def __init__(self, spec: ModelSpec, mixer: SoftmaxAttention) -> None:
         super().__init__(spec, spec.head_dim, spec.attention_bias != "none")
-        self.window, self.rope = mixer.window, mixer.rope
+        self.window, self.rope = mixer.window, mixer.rotary
         self.softcap = spec.attention_softcap
 
     def rotated(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -408,7 +402,7 @@ class LinearMixer(Mixer):
             k = k.repeat_interleave(self.heads // k.shape[2], dim=2)
             q = self.q_norm(q.flatten(-2)).view(q.shape)
             k = self.k_norm(k.flatten(-2)).view(k.shape)
-        if self.mixer.rope == "after":
+        if self.mixer.rope_position == "after":
             q, k = (positions.rotate(z, self.mixer.rotary) for z in (q, k))
         return q, self._scaled(k)
 
@@ -416,7 +410,7 @@ class LinearMixer(Mixer):
         """What the activation receives: q (B, T, H, size), k (B, T, K, size)."""
         if self.q_feature is None:
             q, k = self.queries_and_keys(x)
-        elif self.mixer.rope == "before":
+        elif self.mixer.rope_position == "before":
             q, k = (positions.rotate(z, self.mixer.rotary) for z in self.queries_and_keys(x))
             return self.q_feature(q), (self.k_feature or self.q_feature)(k)
         elif self.projects_plainly:
@@ -425,7 +419,7 @@ class LinearMixer(Mixer):
         else:
             q, k = self.queries_and_keys(x)
             q, k = self.q_feature(q), (self.k_feature or self.q_feature)(k)
-        if self.mixer.rope in ("before", "between"):
+        if self.mixer.rope_position in ("before", "between"):
             q, k = (positions.rotate(z, self.mixer.rotary) for z in (q, k))
         return q, k
 

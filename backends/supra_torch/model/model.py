@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from supra_core.mixers.rotary import inverse_frequencies
+from supra_core.mixers.softmax import SoftmaxAttention
 from supra_core.model import layout
-from supra_core.model.rotary import inverse_frequencies
-from supra_core.model.spec import LayerSpec, LinearAttention, ModelSpec, SoftmaxAttention
+from supra_core.model.spec import LayerSpec, ModelSpec
 from supra_core.tensors import BFLOAT16, LazyTensor
 from supra_torch.model.context_parallel import Part
 from supra_torch.model.feed_forward import feed_forward
@@ -52,7 +53,7 @@ class Layer(nn.Module):
         self.self_attn: SoftmaxMixer | LinearMixer = (
             SoftmaxMixer(spec, mixer)
             if isinstance(mixer, SoftmaxAttention)
-            else LinearMixer(spec, mixer)
+            else LinearMixer(spec, mixer)  # type: ignore[arg-type]
         )
         self.mixer_output_norm = norm(after)
         self.post_attention_layernorm = norm(before)
@@ -115,9 +116,9 @@ def _frequencies(spec: ModelSpec) -> dict[str, Exact]:
     """The frequencies of each width that any layer rotates; local ones' names begin so."""
     found = {}
     for mixer in (layer.mixer for layer in spec.layers):
-        width, rope = spec.rotated_width(mixer), spec.rope_of(mixer)
+        width, rope = mixer.rotated_width(spec), mixer.rope_of(spec)
         if width is not None:
-            local = (mixer.rotary if isinstance(mixer, LinearAttention) else mixer.rope) == "local"
+            local = mixer.rotary == "local"
             name = f"{_LOCAL}{width}" if local else str(width)
             found[name] = Exact(inverse_frequencies(rope, width))
     return dict(sorted(found.items()))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from supra_core.errors import SupraError
-from supra_core.model.spec import LinearAttention
+from supra_core.mixers.linear import LinearAttention
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Ids, check_ids
 from supra_torch.model.model import SupraModel

@@ -14,7 +14,7 @@ CONTEXTS = (0, 2_048, 16_384, 65_536)
 
 if TYPE_CHECKING:
     from supra_core.model.sizes import Sizes
-    from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention
+    from supra_core.model.spec import ModelSpec
     from supra_core.sources.source import Source
 
 
@@ -66,12 +66,11 @@ def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
 
 def _show(source: Source, sizes: Sizes) -> None:
     from supra_cli.shared.output import bytes_text, cache_text, print_table
-    from supra_core.model.spec import LinearAttention
 
     spec = source.spec
     if sizes.break_even_tokens is not None:
         break_even = f"{sizes.break_even_tokens:,} tokens"
-    elif any(isinstance(layer.mixer, LinearAttention) for layer in spec.layers):
+    elif not spec.is_transformer:
         break_even = "never: the transformer's windows hold less"
     else:
         break_even = "never: every layer keeps a KV cache"
@@ -132,19 +131,6 @@ def _layer_rows(source: Source) -> list[tuple[str, str]]:
     for index in range(1, len(layers) + 1):
         if index == len(layers) or layers[index].mixer != layers[first].mixer:
             name = f"layer {first}" if index - first == 1 else f"layers {first}-{index - 1}"
-            rows.append((name, _describe(layers[first].mixer)))
+            rows.append((name, layers[first].mixer.describe(source.spec)))
             first = index
     return rows
-
-
-def _describe(mixer: LinearAttention | SoftmaxAttention) -> str:
-    from supra_core.model.spec import SoftmaxAttention
-
-    window = "" if mixer.window is None else f", window {mixer.window}"
-    if isinstance(mixer, SoftmaxAttention):
-        return "softmax attention" + window
-    phi = mixer.feature_map
-    return (
-        f"linear attention: {phi.activation} ({phi.projection.kind}, {phi.output_size} features), "
-        f"decay {mixer.decay.kind}, {mixer.normaliser.kind}, rope {mixer.rope}{window}"
-    )

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -113,18 +113,9 @@ def _sizes(source: Source, backend: str, dtype: str | None) -> Sizes:
     until the next token comes.
     """
     itemsize = dtype_named(dtype or source.dtype).itemsize
-    sizes = measure(source.spec, source.tensors, cache_itemsize=itemsize)
-    return _without_the_next(sizes) if backend == "torch" else sizes
-
-
-def _without_the_next(sizes: Sizes) -> Sizes:
-    """Of a sliding window, torch keeps what the next token sees beside itself: one token less."""
-    windows = sizes.sliding_windows
-    return replace(
-        sizes,
-        sliding_windows=tuple(window - 1 for window in windows),
-        state_bytes=sizes.state_bytes - len(windows) * sizes.layer_kv_bytes_per_token,
-    )
+    # Of a sliding window, torch keeps what the next token sees beside itself: one token less.
+    unkept = int(backend == "torch")
+    return measure(source.spec, source.tensors, cache_itemsize=itemsize, unkept=unkept)
 
 
 def _owner(source: Source, backend: str, dtype: str) -> Owner:

@@ -21,9 +21,10 @@ from supra_core.formats.gguf.header import Stored
 from supra_core.formats.gguf.parts import read_parts
 from supra_core.formats.gguf.tokenizer import tokenizer_assets, tokenizer_notes
 from supra_core.formats.mapping import mapped, read_range
+from supra_core.mixers.positions import Llama3Scaling, RotaryEmbedding
+from supra_core.mixers.rotary import inverse_frequencies
 from supra_core.model.layout import check_tensors
-from supra_core.model.rotary import inverse_frequencies
-from supra_core.model.spec import Llama3Scaling, ModelSpec, RotaryEmbedding
+from supra_core.model.spec import ModelSpec
 from supra_core.tensors import BFLOAT16, Array, LazyTensor
 
 _LLAMA = "llama"  # Mistral's files state it too.

@@ -5,29 +5,27 @@ The training code and the hub form name some fields differently, e.g. ``hidden_d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.shared.features import later_features
 from supra_core.families.shared.fields import Fields, layer_count
-from supra_core.model.spec import (
+from supra_core.mixers import Mixer
+from supra_core.mixers.linear import LinearAttention
+from supra_core.mixers.parts import (
     Decay,
     FeatureMap,
     GroupNorm,
-    LayerSpec,
     LightningDecay,
-    LinearAttention,
-    LinearScaling,
-    ModelSpec,
     NoDecay,
     Norm,
     Projection,
-    Provenance,
     RetnetDecay,
-    RotaryEmbedding,
-    SoftmaxAttention,
 )
+from supra_core.mixers.positions import LinearScaling, RotaryEmbedding
+from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.model.spec import LayerSpec, ModelSpec, Provenance
 
 _NORMS = {
     "rms_norm": "rms_norm",
@@ -64,7 +62,7 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         raise fields.error(f"the norm '{norm}' is not supported: known are {', '.join(_NORMS)}")
     size = fields.integer("qk_head_dim", default=hidden // heads)
     mixer = _mixer(fields, size, shared=key_value_heads == heads)
-    linear = isinstance(mixer, LinearAttention)
+    linear = mixer.converted
     vocabulary = fields.integer("vocab_size")
     mistral = linear and vocabulary == _MISTRAL_VOCABULARY
     bos, eos = fields.token("bos_token_id"), fields.tokens("eos_token_id")
@@ -113,12 +111,12 @@ def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "post_embed_norm": spec.embedding_norm,
         "weight_tying": spec.tie_word_embeddings,
-        "qk_norm": isinstance(mixer, LinearAttention) and mixer.qk_norm,
+        "qk_norm": False,
         "v_head_dim": spec.value_head_dim,
         "model_norm": _norm_name(spec.norm),
         "norm_eps": spec.norm.eps,
         "ffn_type": "swiglu",
-        **_rotary_config(spec, mixer),
+        **_rotary_config(spec),
         **_mixer_config(spec, mixer),
     }
     if spec.attention_bias != "none":
@@ -147,7 +145,7 @@ def _ffn_width(hidden: int) -> int:
     return 256 * ((int(8 * hidden / 3) + 255) // 256)
 
 
-def _mixer(fields: Fields, size: int, shared: bool) -> SoftmaxAttention | LinearAttention:
+def _mixer(fields: Fields, size: int, shared: bool) -> Mixer:
     name = fields.text("attn_name", default="auto")
     qk_norm = fields.flag("apply_qk_norm", "qk_norm", default=False)
     positions = fields.text("positional_embedding_type", default="rotary")
@@ -169,7 +167,7 @@ def _mixer(fields: Fields, size: int, shared: bool) -> SoftmaxAttention | Linear
         )
     return LinearAttention(
         feature_map=FeatureMap("relu", size, Projection("all_heads", shared=shared, bias=True)),
-        rope="none" if positions == "none" else "after",
+        rope_position="none" if positions == "none" else "after",
         decay=_decay(fields),
         normaliser=GroupNorm(_GROUP_NORM_EPS),
         key_scale=size**-0.5,
@@ -199,12 +197,9 @@ def _norm_name(norm: Norm) -> str:
     return "rms_norm" if norm.kind == "rms_norm" else "gain_only_lp_layer_norm"
 
 
-def _rotary_config(spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> dict[str, Any]:
+def _rotary_config(spec: ModelSpec) -> dict[str, Any]:
     names = {pairing: name for name, pairing in _PAIRINGS.items()}
-    positions = names[spec.rope.pairing]
-    if isinstance(mixer, LinearAttention) and mixer.rope == "none":
-        positions = "none"
-    config: dict[str, Any] = {"positional_embedding_type": positions}
+    config: dict[str, Any] = {"positional_embedding_type": names[spec.rope.pairing]}
     if spec.rope.base != 10000.0:
         whole = spec.rope.base.is_integer()
         config["rotary_base_frequency"] = int(spec.rope.base) if whole else spec.rope.base
@@ -215,23 +210,41 @@ def _rotary_config(spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -
     return config
 
 
-def _mixer_config(spec: ModelSpec, mixer: SoftmaxAttention | LinearAttention) -> dict[str, Any]:
+def _mixer_config(spec: ModelSpec, mixer: Mixer) -> dict[str, Any]:
     if spec.head_dim * spec.num_attention_heads != spec.hidden_size:
         raise _inexpressible("heads that do not divide the hidden size")
-    if isinstance(mixer, SoftmaxAttention):
-        if mixer.window is not None:
-            raise _inexpressible("a sliding window")
-        return {"qk_head_dim": spec.head_dim, "attn_name": "torch_attn"}
-    size = mixer.feature_map.size
+    if type(mixer) not in _MIXER_CONFIGS:
+        raise _inexpressible(f"the mixer {mixer.kind}")
+    return _MIXER_CONFIGS[type(mixer)](spec, mixer)
+
+
+def _softmax_config(spec: ModelSpec, mixer: SoftmaxAttention) -> dict[str, Any]:
+    if mixer.window is not None:
+        raise _inexpressible("a sliding window")
+    return {"qk_head_dim": spec.head_dim, "attn_name": "torch_attn"}
+
+
+def _linear_config(spec: ModelSpec, mixer: LinearAttention) -> dict[str, Any]:
     _refuse_inexpressible(spec, mixer)
-    decay = mixer.decay
     return {
-        "qk_head_dim": size,
+        "qk_head_dim": mixer.feature_map.size,
         "attn_name": "linear_attn",
-        "use_decay": not isinstance(decay, NoDecay),
-        "use_retnet_slopes": isinstance(decay, RetnetDecay),
-        "decay_start": decay.start if isinstance(decay, LightningDecay) else None,
+        "qk_norm": mixer.qk_norm,
+        **({"positional_embedding_type": "none"} if mixer.rope_position == "none" else {}),
+        **_DECAYS[mixer.decay.kind],
+        "decay_start": getattr(mixer.decay, "start", None),
     }
+
+
+_MIXER_CONFIGS: dict[type, Callable[[ModelSpec, Any], dict[str, Any]]] = {
+    SoftmaxAttention: _softmax_config,
+    LinearAttention: _linear_config,
+}
+_DECAYS = {
+    "none": {"use_decay": False, "use_retnet_slopes": False},
+    "lightning": {"use_decay": True, "use_retnet_slopes": False},
+    "retnet": {"use_decay": True, "use_retnet_slopes": True},
+}
 
 
 def _refuse_inexpressible(spec: ModelSpec, mixer: LinearAttention) -> None:
@@ -240,13 +253,11 @@ def _refuse_inexpressible(spec: ModelSpec, mixer: LinearAttention) -> None:
     published = FeatureMap("relu", size, Projection("all_heads", shared=equal_heads, bias=True))
     problems = {
         "another feature map than the published one": mixer.feature_map != published,
-        f"rope {mixer.rope} the feature map": mixer.rope not in ("after", "none"),
+        f"rope {mixer.rope_position} the feature map": mixer.rope_position not in ("after", "none"),
         "rope over features of another size than head_dim": (
-            mixer.rope == "after" and size != spec.head_dim
+            mixer.rope_position == "after" and size != spec.head_dim
         ),
-        f"{mixer.decay.kind} decay": not isinstance(
-            mixer.decay, NoDecay | LightningDecay | RetnetDecay
-        ),
+        f"{mixer.decay.kind} decay": not _DECAYS.get(mixer.decay.kind),
         "another output norm than GroupNorm(1e-5)": mixer.normaliser != GroupNorm(_GROUP_NORM_EPS),
         "another key scale than Dk^-1/2": mixer.key_scale != size**-0.5,
         "a gain": mixer.gain != "none",

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from math import prod
 
+from supra_core.mixers.linear import LinearAttention
 from supra_core.model import layout
 from supra_core.model.original import original_spec
-from supra_core.model.spec import LinearAttention, ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_torch.recipes.config import Stage
 from supra_torch.uptrain.step.stages import learning_rates
 
@@ -50,7 +51,7 @@ def _linear_mixers(spec: ModelSpec) -> tuple[int, int]:
     read = others = 0
     for layer in spec.layers:
         if isinstance(layer.mixer, LinearAttention):
-            for name, shape in layout.mixer_shapes(spec, layer.mixer).items():
+            for name, shape in layer.mixer.tensors(spec).items():
                 if name.split(".")[0] in _READ_THE_INPUT:
                     read += prod(shape)
                 else:

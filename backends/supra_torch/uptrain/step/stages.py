@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supra_core.errors import SupraError
+from supra_core.mixers.linear import LinearAttention
 from supra_core.model import layout
-from supra_core.model.spec import LinearAttention, ModelSpec, SoftmaxAttention
+from supra_core.model.spec import ModelSpec
 from supra_torch.distributed.sharding import gathered
 from supra_torch.model.context_parallel import Part
 from supra_torch.model.layers import Positions, for_products
@@ -297,10 +298,8 @@ def _in_linear_mixer(spec: ModelSpec, name: str) -> bool:
 
 def _new_names(spec: ModelSpec) -> set[str]:
     """Names of the tensors that linearizing added."""
-    kept = layout.mixer_shapes(spec, SoftmaxAttention())
     return {
         f"{layout.layer_prefix(index)}self_attn.{name}"
         for index, layer in enumerate(spec.layers)
-        for name in layout.mixer_shapes(spec, layer.mixer)
-        if name not in kept
+        for name in layer.mixer.new_tensors(spec)
     }
