@@ -145,7 +145,7 @@ def test_products_are_taken_in_the_type_of_autocast(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A softmax is float32 under autocast; on a GPU its products would miss the fast kernel."""
-    from supra_torch.model.mixers import softmax
+    from supra_torch.model.mixers import linear
     from supra_torch.ops import linear_attention
 
     seen: list[Any] = []
@@ -154,7 +154,7 @@ def test_products_are_taken_in_the_type_of_autocast(
         seen.extend((q.dtype, k.dtype, v.dtype))
         return linear_attention(q, k, v, *others, **named)
 
-    monkeypatch.setattr(mixers, "linear_attention", recorded)
+    monkeypatch.setattr(linear, "linear_attention", recorded)
     spec = SPECS[name]
     model = build(spec, lazy_weights(spec), dtype=torch.float32)
     ids = torch.zeros(1, 20, dtype=torch.long)

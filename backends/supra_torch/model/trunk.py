@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from supra_core.mixers.rotary import inverse_frequencies
 from supra_core.model.spec import LayerSpec, ModelSpec
 from supra_torch.model.feed_forward import feed_forward
-from supra_torch.model.layers import Exact, NormLayer, Positions, for_products
+from supra_torch.model.layers import Exact, NormLayer, Positions, exact, for_products
 from supra_torch.model.mixers import mixer_module
 from supra_torch.model.mixers.base import LayerState
 from supra_torch.ops.linear_attention import document_numbers
@@ -197,12 +197,14 @@ class Computation:
         for name, theta in self.frequencies.items():
             assert isinstance(theta, Exact)
             # float64: a float32 angle is off by 4e-3 at position 65,536.
-            angles = steps.double()[..., None, None] * theta.values
+            places = exact(steps)
+            angles = places[..., None, None] * theta.values.to(places.device)
             local = name.startswith(_LOCAL)
             rope = self.spec.local_rope if local and self.spec.local_rope else self.spec.rope
             cos, sin = rope.magnitude * angles.cos(), rope.magnitude * angles.sin()
             of = local_tables if local else tables
-            of[int(name.removeprefix(_LOCAL))] = (cos.float(), sin.float())
+            pair = cos.float().to(steps.device), sin.float().to(steps.device)
+            of[int(name.removeprefix(_LOCAL))] = pair
         return tables, local_tables
 
     def last(self, h: Tensor) -> Tensor:
