@@ -7,12 +7,13 @@ from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.shared.fields import Fields
+from supra_core.mixers import KINDS
 from supra_core.model.spec import MOST_LAYERS, ModelSpec, format_version
 
 MODEL_TYPE = "supra"
 ARCHITECTURE = "SupraForCausalLM"
 # What needs nothing of a later version is written as version 1, which older readers know.
-FORMAT_VERSION = 4
+FORMAT_VERSION = max(4, *(kind.format_version for kind in KINDS))
 
 # Characters of JSON that a mixer may take, which stands once for each of its layers in the spec.
 _MIXER_LENGTH = 4000

@@ -23,5 +23,8 @@ if TYPE_CHECKING:
 else:
     Mixer = Annotated[reduce(or_, KINDS), Field(discriminator="kind")]
 
+# The kind that each preset of a conversion makes.
+PRESETS = {preset: kind for kind in KINDS for preset in kind.presets}
+
 # Read and written in float32 whatever the model's type: small, and their rounding is not.
 FLOAT32_TENSORS = tuple(name for kind in KINDS for name in kind.float32_tensors)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from supra_core.mixers.checks import require
+from supra_core.mixers.choices import Choices
 from supra_core.mixers.parts import Norm
 from supra_core.mixers.positions import LongropeScaling, RotaryEmbedding
 
@@ -68,6 +69,9 @@ class MixerKind:
     ``float32_tensors``: its tensors that are float32 whatever the model's type.
     ``format_version``: the version of the format that brought the kind, and ``later_fields`` those
     of fields that came after it; such a field is written only where it says something.
+    ``presets``: the conversions that make it. ``can_calibrate``: whether its ``o_proj`` and new
+    tensors can be fitted to the transformer's mixer. ``caps_scores``: whether it caps scores as
+    the model's ``attention_softcap`` says.
     ``window``: how many of the last tokens it treats in a way of their own; None: no window.
     """
 
@@ -75,6 +79,9 @@ class MixerKind:
     float32_tensors: ClassVar[tuple[str, ...]] = ()
     format_version: ClassVar[int] = 1
     later_fields: ClassVar[dict[str, int]] = {}
+    presets: ClassVar[tuple[str, ...]] = ()
+    can_calibrate: ClassVar[bool] = False
+    caps_scores: ClassVar[bool] = False
 
     if TYPE_CHECKING:
 
@@ -85,6 +92,15 @@ class MixerKind:
         @property
         def rotary(self) -> Literal["global", "local", "none"]: ...
 
+    @classmethod
+    def chosen(cls, model: ModelFields, choices: Choices) -> Self:
+        """The mixer of one of the ``presets`` and what differs from it."""
+        raise NotImplementedError
+
+    def rotating(self, rotary: Literal["global", "local", "none"]) -> Self:
+        """The mixer with the rotation that the transformer's layer has."""
+        raise NotImplementedError
+
     @property
     def layer_type(self) -> str:
         """The layer's type as the ecosystem writes it in ``layer_types``."""
@@ -94,6 +110,11 @@ class MixerKind:
     def memory_grows(self) -> bool:
         """Whether every token adds to the memory of a sequence."""
         return False
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether its memory tells of every earlier token."""
+        return True
 
     @property
     def fills_at(self) -> int | None:

@@ -37,6 +37,7 @@ class SoftmaxAttention(MixerKind):
     rotary: Annotated[Literal["global", "local", "none"], Field(alias="rope")] = "global"
     kind: Literal["softmax_attention"] = "softmax_attention"
     converted: ClassVar[bool] = False
+    caps_scores: ClassVar[bool] = True
     later_fields: ClassVar[dict[str, int]] = {"rotary": 2}
 
     def __post_init__(self) -> None:
@@ -48,6 +49,10 @@ class SoftmaxAttention(MixerKind):
 
     @property
     def memory_grows(self) -> bool:
+        return self.window is None
+
+    @property
+    def holds_all(self) -> bool:
         return self.window is None
 
     @property

@@ -229,7 +229,11 @@ class ModelSpec:
             first = error.errors()[0]
             # A union's tag appears in pydantic's path; only real keys help the reader.
             place = ".".join(str(part) for part in first["loc"])
-            raise SpecError(f"field {place or 'config'}: {first['msg'].lower()}") from None
+            said = first["msg"].lower()
+            if first["type"] == "union_tag_invalid":
+                known = first["ctx"]["expected_tags"].replace("'", "")
+                said = f"kind '{first['ctx']['tag']}' is unknown: use one of {known}"
+            raise SpecError(f"field {place or 'config'}: {said}") from None
 
 
 _ADAPTER: TypeAdapter[ModelSpec] = TypeAdapter(ModelSpec)
