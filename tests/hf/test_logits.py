@@ -84,7 +84,9 @@ def test_long_sequences(tmp_path: Path) -> None:
     module = sys.modules[type(model).__module__]
     ids = _ids(reference(spec), 1, 700)
     expected = logits(model, ids)
-    module.SEGMENT = 128
+    for name in ("SEGMENT_ROWS", "SEGMENT_ROWS_2"):
+        rows = getattr(module, name)
+        setattr(module, name, dict.fromkeys(rows, 128) if isinstance(rows, dict) else 128)
     close(logits(model, ids), expected, 1e-5)
     close(in_pieces(model, ids, [300, 301]), expected, 1e-5)
 
@@ -179,8 +181,7 @@ def test_nothing_of_ours_is_needed(tmp_path: Path) -> None:
 
 def test_supra_never_runs_them(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", SPECS["paper"])
-    for name in transformers_files.texts():
-        (folder / name).write_text("raise SystemExit('run')")
+    (folder / transformers_files.NAME).write_text("raise SystemExit('run')")
     assert artifact.read(folder).spec == SPECS["paper"]
 
 
@@ -189,8 +190,7 @@ def test_old_folders_are_read(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]
     (folder / "config.json").write_text(json.dumps(config))
-    for name in transformers_files.texts():
-        (folder / name).unlink()
+    (folder / transformers_files.NAME).unlink()
     assert artifact.read(folder).spec == SPECS["windowed"]
 
 

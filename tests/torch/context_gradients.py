@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from supra_torch.distributed.processes import part_of_rows
-from supra_torch.model.mixers import softmax
 from supra_torch.model.context_parallel import Part
+from supra_torch.model.mixers import softmax
 from supra_torch.model.model import SupraModel, build
 from supra_torch.uptrain.step.batches import Batch
 from supra_torch.uptrain.step.stages import gradients, next_token_loss

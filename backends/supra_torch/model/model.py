@@ -128,7 +128,7 @@ def build_layer(
 ) -> Layer:
     """One layer of the model alone, with its weights, as :func:`build` would make it."""
     with torch.device("meta"):
-        layer = Layer(spec, spec.layers[index])
+        layer = Layer(spec, index)
     prefix, weights = layout.layer_prefix(index), {}
     for name in layer.state_dict():
         keep = name.endswith(layout.FLOAT32_SUFFIXES)

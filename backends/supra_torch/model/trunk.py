@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from supra_core.mixers.rotary import inverse_frequencies
-from supra_core.model.spec import LayerSpec, ModelSpec
+from supra_core.model.spec import ModelSpec
 from supra_torch.model.feed_forward import feed_forward
 from supra_torch.model.layers import Exact, NormLayer, Positions, exact, for_products
 from supra_torch.model.mixers import mixer_module
@@ -38,8 +38,9 @@ class ModelState:
 class Layer(nn.Module):
     """A residual block; without ``remember`` the mixer's new state is dropped."""
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
+        layer = spec.layers[index]
         before, after = spec.block_norm != "after", spec.block_norm != "before"
 
         def norm(present: bool) -> NormLayer | None:
@@ -119,11 +120,11 @@ def frequencies(spec: ModelSpec) -> dict[str, Exact]:
 class Trunk(nn.Module):
     """Embedding, layers and the last norm; the level that names begin with ``model.``."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: type[Layer] = Layer) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.embed_norm = NormLayer(spec.hidden_size, spec.norm) if spec.embedding_norm else None
-        self.layers = nn.ModuleList(Layer(spec, layer) for layer in spec.layers)
+        self.layers = nn.ModuleList(layer(spec, index) for index in range(spec.num_hidden_layers))
         self.norm = NormLayer(spec.hidden_size, spec.norm)
 
 
