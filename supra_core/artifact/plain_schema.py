@@ -27,7 +27,7 @@ class ValidationError(ValueError):
 
     def errors(self) -> list[dict[str, Any]]:
         """As pydantic lists them."""
-        return [{"loc": self.loc, "msg": str(self)}]
+        return [{"loc": self.loc, "msg": str(self), "type": "value_error"}]
 
 
 def ConfigDict(**settings: Any) -> dict[str, Any]:
