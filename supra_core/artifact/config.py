@@ -80,7 +80,7 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         spec = ModelSpec.from_dict({**stated, "layers": _layers(fields)})
     except SpecError as error:
         message = _LAYER.sub(lambda at: f"mixers.{config['layer_mixers'][int(at[1])]}", str(error))
-        raise (error if message.startswith(where) else fields.error(message)) from None
+        raise fields.located(SpecError(message)) from None
     _check_repeated(fields, spec)
     return spec
 

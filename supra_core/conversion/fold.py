@@ -23,7 +23,7 @@ from supra_core.tensors import LazyTensor, TensorSource
 
 def can_fold(spec: ModelSpec) -> bool:
     """Whether some layer's feature map can be folded exactly."""
-    return any(layer.mixer.can_fold(spec) for layer in spec.layers)
+    return any(mixer.can_fold(spec) for mixer in spec.mixers)
 
 
 def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec, TensorSource]:
@@ -41,7 +41,7 @@ def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec,
             "nothing can be folded: a feature map folds where no rotation stands between it and "
             "q_proj (rope between or after), and only once; leave out --fold"
         )
-    mixers, new = [layer.mixer for layer in spec.layers], dict(tensors)
+    mixers, new = list(spec.mixers), dict(tensors)
     for index, mixer in enumerate(mixers):
         if mixer.can_fold(spec):
             mixers[index], prefix = mixer.folded_form(spec), layer_prefix(index) + "self_attn."

@@ -46,10 +46,10 @@ def linearize(
     Raises SpecError when the source is no transformer or a choice is impossible.
     """
     linear, new = linear_spec(spec, options), dict(tensors)
-    for index, layer in enumerate(linear.layers):
+    for index, mixer in enumerate(linear.mixers):
         generator = np.random.default_rng(options.seed + index)
-        for name, shape in layer.mixer.new_tensors(spec).items():
-            array = layer.mixer.initial(name, shape, spec, generator).astype(np.float32)
+        for name, shape in mixer.new_tensors(spec).items():
+            array = mixer.initial(name, shape, spec, generator).astype(np.float32)
             new[f"{layer_prefix(index)}self_attn.{name}"] = LazyTensor.of(array)
     return linear, {name: new[name] for name in tensor_shapes(linear)}
 
@@ -75,12 +75,10 @@ def linear_spec(spec: ModelSpec, options: LinearizeOptions) -> ModelSpec:
             "one"
         )
     mixer = PRESETS[options.preset].chosen(spec, options)
-    theirs = [layer.mixer for layer in spec.layers]
-    mixers = [
-        own if index in kept else mixer.rotating(own.rotary) for index, own in enumerate(theirs)
-    ]
-    plain = all(theirs[i] == SoftmaxAttention() for i in range(layers) if i not in kept)
+    own = spec.mixers
+    mixers = [m if i in kept else mixer.rotating(m.rotary) for i, m in enumerate(own)]
+    plain = all(own[i] == SoftmaxAttention() for i in range(layers) if i not in kept)
     provenance = replace(
-        spec.provenance, recipe=options.preset, replaced_mixers=() if plain else tuple(theirs)
+        spec.provenance, recipe=options.preset, replaced_mixers=() if plain else own
     )
     return replace(spec.with_mixers(mixers), provenance=provenance)

@@ -1,7 +1,7 @@
-"""The kinds of mixers, a file each. A new kind is a file here and an entry in ``KINDS``.
+"""The kinds of mixers, one file each. A new kind is a file here and an entry in ``KINDS``.
 
-``Mixer`` is any of them: to a type checker what all answer, and when a spec is read the union that
-tells them apart by ``kind`` and refuses others.
+``Mixer`` stands for any of them. A type checker sees what all kinds answer; a reader of a spec
+sees the union, which tells kinds apart by ``kind`` and refuses unknown ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linear attention: a state of fixed size, and what stands around it.
+"""Linear attention: its spec, what it answers, and its definition.
 
 The operator, for one head with decay gamma in (0, 1]::
 
@@ -24,6 +24,7 @@ from supra_core.mixers.base import (
     STATE_ITEMSIZE,
     Float64,
     Form,
+    Given,
     Int64,
     Memory,
     MixerKind,
@@ -332,17 +333,8 @@ class LinearAttention(MixerKind):
         columns = model.value_head_dim + self.summed
         return window + model.num_attention_heads * features * columns * STATE_ITEMSIZE
 
-    def attend(
-        self,
-        model: ModelFields,
-        weights: Weights,
-        q: Float64,
-        k: Float64,
-        v: Float64,
-        positions: Int64,
-        memory: Memory,
-        form: Form,
-    ) -> tuple[Float64, Memory]:
+    def attend(self, given: Given, q: Float64, k: Float64, v: Float64) -> tuple[Float64, Memory]:
+        model, weights, positions, memory, form = given
         rope = self.rope_of(model)
         z_q, z_k = (
             self._projected(weights, z, positions, rope, name)

@@ -9,16 +9,15 @@ from supra_core.model.spec import ModelSpec
 
 def original_spec(spec: ModelSpec) -> ModelSpec:
     """The transformer's spec: its own mixers in the place of converted ones."""
-    mixers = [layer.mixer for layer in spec.layers]
-    theirs = spec.provenance.replaced_mixers or (SoftmaxAttention(),) * len(mixers)
-    pairs = zip(mixers, theirs, strict=True)
+    theirs = spec.provenance.replaced_mixers or (SoftmaxAttention(),) * spec.num_hidden_layers
+    pairs = zip(spec.mixers, theirs, strict=True)
     return spec.with_mixers([own if mixer.converted else mixer for mixer, own in pairs])
 
 
 def left_out(spec: ModelSpec) -> tuple[str, ...]:
     """What the transformer's layers had and the converted ones cannot, one sentence each."""
-    layers = zip(spec.layers, original_spec(spec).layers, strict=True)
-    pairs = [(ours.mixer, own.mixer) for ours, own in layers if ours.mixer.converted]
+    both = zip(spec.mixers, original_spec(spec).mixers, strict=True)
+    pairs = [(ours, own) for ours, own in both if ours.converted]
     uncapped = [ours for ours, _ in pairs if not ours.caps_scores]
     sliding = [own.window for ours, own in pairs if ours.holds_all and not own.holds_all]
     forgetful = [ours for ours, own in pairs if own.holds_all and not ours.holds_all]
