@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from supra_core.errors import SpecError
@@ -18,8 +19,10 @@ FORMAT_VERSION = max(4, *(kind.format_version for kind in KINDS))
 # Characters of JSON that a mixer may take, which stands once for each of its layers in the spec.
 _MIXER_LENGTH = 4000
 
+# Where an error about the spec stands: the file has a table of mixers in the layers' place.
+_LAYER = re.compile(r"(?<=^field )layers\.(\d+)\.mixer")
 # The spec's fields as config.json states them; ``layers`` is stored as a table instead.
-_SPEC_FIELDS = tuple(name for name in ModelSpec.__dataclass_fields__ if name != "layers")
+SPEC_FIELDS = tuple(name for name in ModelSpec.__dataclass_fields__ if name != "layers")
 
 
 def spec_to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
@@ -71,12 +74,13 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         )
     if fields.text("hidden_act", default="silu") not in ("silu", "gelu_pytorch_tanh"):
         raise fields.error("field hidden_act must be silu or gelu_pytorch_tanh")
-    stated = {name: config[name] for name in _SPEC_FIELDS if name in config}
+    stated = {name: config[name] for name in SPEC_FIELDS if name in config}
     stated["eos_token_id"] = list(fields.tokens("eos_token_id"))
     try:
         spec = ModelSpec.from_dict({**stated, "layers": _layers(fields)})
     except SpecError as error:
-        raise fields.located(error) from None
+        message = _LAYER.sub(lambda at: f"mixers.{config['layer_mixers'][int(at[1])]}", str(error))
+        raise fields.located(SpecError(message)) from None
     _check_repeated(fields, spec)
     return spec
 

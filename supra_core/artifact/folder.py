@@ -161,7 +161,7 @@ def write_without_weights(
     if packed is not None:
         config["quantization"] = packed.config()
     write_object(folder / CONFIG, config)
-    files = {mlx_file.NAME: mlx_file.text(), **transformers_files.texts()}
+    files = {file.NAME: file.text() for file in (mlx_file, transformers_files)}
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     card = model_card(spec, dtype, quantised=packed is not None)

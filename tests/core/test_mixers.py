@@ -15,6 +15,7 @@ import pytest
 
 from supra_core.artifact import mlx_file
 from supra_core.artifact.config import FORMAT_VERSION, config_to_spec, spec_to_config
+from supra_core.artifact.modules import joined, modules_of
 from supra_core.errors import SpecError
 from supra_core.mixers import KINDS, PRESETS
 from supra_core.model.layout import tensor_shapes
@@ -86,9 +87,8 @@ def test_the_search_finds_branches(code: str) -> None:
 @cache
 def _read_plainly() -> Callable[[dict[str, Any], str], ModelSpec]:
     """What reads a config in the file for stock mlx-lm, where pydantic is absent."""
-    modules = mlx_file.modules_of("supra_core.artifact.config")
     namespace: dict[str, Any] = {"__name__": "plain"}
-    exec(mlx_file.joined(mlx_file._HEAD, [mlx_file._PYDANTIC, *modules]), namespace)
+    exec(joined(mlx_file._HEAD, "supra_core.artifact.config"), namespace)
     return namespace["config_to_spec"]  # type: ignore[no-any-return]
 
 
@@ -126,7 +126,7 @@ def test_files_have_one_name_for_a_field(file_name: str, wrong: str) -> None:
 
 def test_every_kind_is_registered_and_in_the_stock_file() -> None:
     files = {path.stem for path in (ROOT / "supra_core/mixers").glob("*.py")}
-    found = {name.rsplit(".", 1)[1] for name in mlx_file.modules_of("supra_mlx.model")}
+    found = {name.rsplit(".", 1)[1] for name in modules_of("supra_mlx.model")}
     assert files - {"__init__"} <= found
     assert len({kind.kind for kind in KINDS}) == len(KINDS)
     assert set(PRESETS) >= {"paper", "windowed", "pure"}

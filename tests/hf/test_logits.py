@@ -84,7 +84,9 @@ def test_long_sequences(tmp_path: Path) -> None:
     module = sys.modules[type(model).__module__]
     ids = _ids(reference(spec), 1, 700)
     expected = logits(model, ids)
-    module.SEGMENT = 128
+    for name in ("SEGMENT_ROWS", "SEGMENT_ROWS_2"):
+        rows = getattr(module, name)
+        setattr(module, name, dict.fromkeys(rows, 128) if isinstance(rows, dict) else 128)
     close(logits(model, ids), expected, 1e-5)
     close(in_pieces(model, ids, [300, 301]), expected, 1e-5)
 
@@ -179,8 +181,7 @@ def test_nothing_of_ours_is_needed(tmp_path: Path) -> None:
 
 def test_supra_never_runs_them(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", SPECS["paper"])
-    for name in transformers_files.texts():
-        (folder / name).write_text("raise SystemExit('run')")
+    (folder / transformers_files.NAME).write_text("raise SystemExit('run')")
     assert artifact.read(folder).spec == SPECS["paper"]
 
 
@@ -189,8 +190,7 @@ def test_old_folders_are_read(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]
     (folder / "config.json").write_text(json.dumps(config))
-    for name in transformers_files.texts():
-        (folder / name).unlink()
+    (folder / transformers_files.NAME).unlink()
     assert artifact.read(folder).spec == SPECS["windowed"]
 
 
@@ -207,40 +207,42 @@ _LONGROPE = {
     "original_max_position_embeddings": 8,
 }  # fmt: skip
 REFUSED = [
-    ("format_version", 5, "field format_version is 5, but configuration_supra.py reads up to 4"),
+    ("format_version", 5, "field format_version is 5, but this supra reads up to 4"),
     ("quantization", {"bits": 4}, "packed for MLX"),
-    ("hidden_act", "relu", "field config.hidden_act is 'relu', which modeling_supra.py does not"),
-    ("block_norm", "around", "field config.block_norm is 'around'"),
-    ("norm", {"kind": "batch_norm"}, "field norm.kind is 'batch_norm'"),
-    ("norm", {"bias": True}, "field norm.bias is unknown"),
-    ("rope", {"scaling": {"kind": "ntk", "factor": 2.0}}, "field rope.scaling.kind is 'ntk'"),
-    ("rope", {"scaling": {"kind": "yarn", "factor": 2.0}}, "original_max_position_embeddings is m"),
-    ("rope.scaling", _LONGROPE, "longrope as many as it has factors for, not 10 of 10"),
-    ("rope.scaling", {**_LONGROPE, "factors": "both"}, "field rope.scaling.factors is 'both'"),
-    ("rope.scaling", {**_LONGROPE, "long_factor": []}, "rope.scaling.long_factor is \\[\\]"),
-    ("mixers.0.kind", "delta_rule", "field mixers.0.kind is 'delta_rule'"),
-    ("mixers.0.decay", {"kind": "data"}, "field mixers.0.decay.kind is 'data'"),
-    ("mixers.0.beta", 1.0, "field mixers.0.beta is unknown to configuration_supra.py"),
-    ("mixers.0.feature_map.activation", "exp", "field mixers.0.feature_map.activation is 'exp'"),
-    ("mixers.0.normaliser", {"kind": "none"}, "field mixers.0.normaliser.kind is 'none'"),
-    ("mixers.0.rotary", "local", "layer 0: field local_rope is missing"),
+    ("hidden_act", "relu", "field hidden_act must be silu or gelu_pytorch_tanh"),
+    ("block_norm", "around", "field block_norm: must be 'before' or .* not 'around'"),
+    ("norm", {"kind": "batch_norm"}, "field norm.kind: must be .* not 'batch_norm'"),
+    ("norm", {"bias": True}, "field norm.bias: is unknown"),
+    ("rope", {"scaling": {"kind": "ntk", "factor": 2.0}}, "field rope.scaling: kind 'ntk' is unk"),
+    ("rope", {"scaling": {"kind": "yarn", "factor": 2.0}}, "original_max_position_embeddings: is m"),
+    ("rope.scaling", _LONGROPE, "longrope has factors for 2 channels, but 10 rotate"),
+    ("rope.scaling", {**_LONGROPE, "factors": "both"}, "field rope.scaling.factors: must be .*both"),
+    ("rope.scaling", {**_LONGROPE, "long_factor": []}, "as many factors in short_factor as in lo"),
+    ("rope.base", "10", "field rope.base: must be a finite number, not '10'"),
+    ("mixers.0.kind", "delta_rule", "field mixers.0: kind 'delta_rule' is unknown: use one of sof"),
+    ("mixers.0.decay", {"kind": "data"}, "field mixers.0.decay: kind 'data' is unknown"),
+    ("mixers.0.beta", 1.0, "field mixers.0.beta: is unknown"),
+    ("mixers.0.window", True, "field mixers.0.window: must be an integer, not true"),
+    ("mixers.0.feature_map.activation", "exp", "field mixers.0.feature_map.activation: must be 're"),
+    ("mixers.0.normaliser", {"kind": "none"}, "field mixers.0.normaliser: kind 'none' is unknown"),
+    ("mixers.0.rotary", "local", "layer 0: local rope needs the field local_rope"),
     ("mixers.0.rope", "after", "the sum normaliser needs weights that are never negative"),
     ("layer_mixers", [0, 7], "field layer_mixers holds 7"),
     ("layer_types", ["full_attention"], "contradicts layer_mixers"),
     ("num_attention_heads", 5, "must be a multiple of num_key_value_heads"),
-    ("vocab_size", None, "field config.vocab_size is None"),
+    ("vocab_size", None, "field vocab_size: must be an integer, not none"),
 ]
 
 
 REFUSED_EXPERTS = [
-    ("experts.per_token", 6, "field experts.per_token is 6, more than the 5 experts"),
-    ("experts.count", 0, "field experts.count is 0"),
-    ("experts.capacity", 2, "field experts.capacity is unknown"),
-    ("experts", {"count": 5, "per_token": 2}, "field experts.intermediate_size is missing"),
+    ("experts.per_token", 6, "a token cannot go through 6 of 5 experts"),
+    ("experts.count", 0, "experts.count must be positive"),
+    ("experts.capacity", 2, "field experts.capacity: is unknown"),
+    ("experts", {"count": 5, "per_token": 2}, "field experts.intermediate_size: is missing"),
     ("experts", None, "layers with experts and the field experts need each other"),
     ("layer_feed_forwards", None, "layers with experts and the field experts need each other"),
     ("layer_feed_forwards", ["experts"], "for each of 3 layers"),
-    ("layer_feed_forwards", ["experts", "none", "dense"], "must be dense or experts"),
+    ("layer_feed_forwards", ["experts", "none", "dense"], "must be 'dense' or 'experts'"),
 ]
 
 

@@ -50,7 +50,7 @@ def test_torch_logits(folder: Path, form: Form, stored: str) -> None:
 
 def test_torch_logits_in_the_dense_form(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = partial(linear_attention, implementation="reference")
-    monkeypatch.setattr("supra_torch.model.mixers.linear_attention", dense)
+    monkeypatch.setattr("supra_torch.model.mixers.linear.linear_attention", dense)
     ids = np.load(folder / "input_ids.npy")
     expected = np.load(folder / "logits.npy")
     np.testing.assert_allclose(backend.load(folder).logits(ids), expected, rtol=0, atol=LOGITS)

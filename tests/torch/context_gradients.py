@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from supra_torch.distributed.processes import part_of_rows
-from supra_torch.model import mixers
 from supra_torch.model.context_parallel import Part
+from supra_torch.model.mixers import softmax
 from supra_torch.model.model import SupraModel, build
 from supra_torch.uptrain.step.batches import Batch
 from supra_torch.uptrain.step.stages import gradients, next_token_loss
@@ -90,7 +90,7 @@ def main() -> None:
     rank, size = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     # As in rows that are longer.
-    mixers._QUERIES = 17
+    softmax._QUERIES = 17
     store = dist.FileStore(sys.argv[3], size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     found = []

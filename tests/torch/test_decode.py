@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.inference.decode import Decoder, Decoders, has_fixed_state  # noqa: E402
-from supra_torch.model.model import ModelState, SupraModel, build  # noqa: E402
+from supra_torch.model.model import SupraModel, build  # noqa: E402
+from supra_torch.model.trunk import ModelState  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
 
 FIXED = [name for name, spec in SPECS.items() if has_fixed_state(spec)]

@@ -19,7 +19,7 @@ from supra_torch.model.context_parallel import Part  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 from supra_torch.ops.dense import linear_attention_dense  # noqa: E402
 from supra_torch.ops.losses import _chunk  # noqa: E402
-from supra_torch.ops.step import linear_attention_step_with_sums  # noqa: E402
+from supra_torch.ops.step import StepInputs, linear_attention_step_with_sums  # noqa: E402
 from supra_torch.uptrain.step.batches import Batch  # noqa: E402
 from supra_torch.uptrain.step.stages import gradients  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
@@ -74,13 +74,12 @@ def test_the_step_kernel_is_the_definition(shape: Any, normalise: bool, dtype: A
     torch.manual_seed(0)
     q, k, v, slope, state, mask = inputs(*shape, normalise, True, dtype)
     assert mask is not None
-    expected = linear_attention_step_with_sums(
-        q.double(), k.double(), v.double(), slope.double(), state.double(), normalise, mask=mask
-    )
+    exact_inputs = (x.double() for x in (q, k, v, slope, state))
+    expected = linear_attention_step_with_sums(StepInputs(*exact_inputs, normalise, mask))
+    on_gpu = (x.cuda() for x in (q, k, v, slope, state))
     found = linear_attention_step_with_sums(
-        q.cuda(), k.cuda(), v.cuda(), slope.cuda(), state.cuda(), normalise, mask=mask.cuda(),
-        implementation="triton",
-    )  # fmt: skip
+        StepInputs(*on_gpu, normalise, mask.cuda()), implementation="triton"
+    )
     # Sums of Dk float32 products; a bfloat16 output is rounded once, to eight binary digits.
     for ours, theirs in zip(found, expected, strict=True):
         rounded = 2.0**-8 if ours.dtype == torch.bfloat16 else 0.0

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from supra_core.errors import LayoutError  # noqa: E402
 from supra_core.runtime.backend import Form  # noqa: E402
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
-from supra_torch.model import mixers  # noqa: E402
+from supra_torch.model.mixers import softmax  # noqa: E402
 from supra_torch.model.model import build, lazy_tensors  # noqa: E402
 from tests.tiny_models import SPECS, lazy_weights, random_weights, reference  # noqa: E402
 
@@ -66,7 +66,7 @@ def test_some_queries_at_a_time(name: str, kind: str, monkeypatch: pytest.Monkey
         mask = np.random.default_rng(2).random((2, 75)) > 0.4
     given = None if kind == "whole" else mask
     expected = backend.logits(ids, mask=given)
-    monkeypatch.setattr(mixers, "_QUERIES", 17)
+    monkeypatch.setattr(softmax, "_QUERIES", 17)
     for form in ("parallel", "recurrent"):
         found = backend.logits(ids, mask=given, form=form)
         np.testing.assert_allclose(found[mask], expected[mask], rtol=0, atol=TOLERANCE)
@@ -145,7 +145,7 @@ def test_products_are_taken_in_the_type_of_autocast(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A softmax is float32 under autocast; on a GPU its products would miss the fast kernel."""
-    from supra_torch.model import mixers
+    from supra_torch.model.mixers import linear
     from supra_torch.ops import linear_attention
 
     seen: list[Any] = []
@@ -154,7 +154,7 @@ def test_products_are_taken_in_the_type_of_autocast(
         seen.extend((q.dtype, k.dtype, v.dtype))
         return linear_attention(q, k, v, *others, **named)
 
-    monkeypatch.setattr(mixers, "linear_attention", recorded)
+    monkeypatch.setattr(linear, "linear_attention", recorded)
     spec = SPECS[name]
     model = build(spec, lazy_weights(spec), dtype=torch.float32)
     ids = torch.zeros(1, 20, dtype=torch.long)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from supra_core.mixers import rotary  # noqa: E402
 from supra_core.mixers.positions import RotaryEmbedding  # noqa: E402
-from supra_torch.ops import rotate  # noqa: E402
+from supra_torch.ops import rotated  # noqa: E402
 
 
 def _tables(positions: Any, channels: int) -> tuple[Any, Any]:
@@ -29,7 +29,7 @@ def test_it_is_the_definition(pairing: Any, rows: int) -> None:
     expected = rotary.rotate(x, positions, RotaryEmbedding(pairing=pairing))
     tables = _tables(torch.from_numpy(positions), 6)
     for dtype, rounding in ((torch.float32, 2**-22), (torch.bfloat16, 2**-7)):
-        found = rotate(torch.from_numpy(x).to(dtype), *tables, pairing == "half")
+        found = rotated(torch.from_numpy(x).to(dtype), *tables, pairing == "half")
         assert found.dtype == dtype
         # A few roundings of values up to 4 or so: of x, of two products and their sum.
         assert np.abs(found.float().numpy() - expected).max() <= rounding * np.abs(x).max()
@@ -40,9 +40,9 @@ def test_its_gradient_is_the_rotation_back(half: bool) -> None:
     x = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     cos, sin = _tables(torch.arange(5)[None], 4)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    rotate(x, cos, sin, half).backward(upstream)
+    rotated(x, cos, sin, half).backward(upstream)
     # A rotation keeps scalar products: <R x, u> = <x, R^T u>.
     torch.testing.assert_close(
-        (x * x.grad).sum(), (rotate(x, cos, sin, half) * upstream).sum(), rtol=1e-5, atol=1e-5
+        (x * x.grad).sum(), (rotated(x, cos, sin, half) * upstream).sum(), rtol=1e-5, atol=1e-5
     )
-    torch.testing.assert_close(rotate(x.grad, cos, sin, half), upstream, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotated(x.grad, cos, sin, half), upstream, rtol=1e-5, atol=1e-5)

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 
 from supra_core.mixers import linear as reference  # noqa: E402
 from supra_torch.ops.step import (  # noqa: E402
+    StepInputs,
     linear_attention_step,
     linear_attention_step_,
     linear_attention_step_with_sums,
@@ -81,10 +82,11 @@ def test_steps_are_the_reference(
     for t in range(T):
         row = None if mask is None else torch.from_numpy(mask[:, t])
         given_state = now
+        heads = (torch.from_numpy(x[:, t]).float() for x in (q, k, v))
         output, now = step(
-            *(torch.from_numpy(x[:, t]).float() for x in (q, k, v)), slope, now, normalise,
-            mask=row, sink=None if sink is None else torch.from_numpy(sink).float(),
-        )  # fmt: skip
+            StepInputs(*heads, slope, now, normalise, row),
+            sink=None if sink is None else torch.from_numpy(sink).float(),
+        )
         assert (now is given_state) == in_place
         outputs.append(output)
     found, valid = torch.stack(outputs, dim=1), slice(None) if mask is None else mask
@@ -102,7 +104,7 @@ def test_slow_decay_is_not_rounded_away() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         v = torch.rand(1, 1, 1, generator=generator)
-        _, state = linear_attention_step(q, k, v, slope, state, False)
+        _, state = linear_attention_step(StepInputs(q, k, v, slope, state, False))
         exact = exact * torch.exp(-slope.double()) + v.double()
     # A random walk of 4000 roundings at 2^-24, three times over.
     assert ((state - exact).abs() / exact).item() <= 3 * steps**0.5 * 2.0**-24
@@ -114,7 +116,7 @@ def test_gradients_pass() -> None:
         for shape in ((2, 4, 3), (2, 2, 3), (2, 2, 5), (4,), (2, 4, 3, 6))
     ]
     assert torch.autograd.gradcheck(
-        lambda *given: linear_attention_step_with_sums(*given, True), inputs
+        lambda *given: linear_attention_step_with_sums(StepInputs(*given, True)), inputs
     )
 
 
@@ -122,17 +124,17 @@ def test_bad_input_is_named() -> None:
     q, k, v = torch.ones(1, 4, 3), torch.ones(1, 2, 3), torch.ones(1, 2, 5)
     slope, state = torch.zeros(4), torch.zeros(1, 4, 3, 5)
     with pytest.raises(ValueError, match="do not fit together"):
-        linear_attention_step(q, k[..., :2], v, slope, state, False)
+        linear_attention_step(StepInputs(q, k[..., :2], v, slope, state, False))
     with pytest.raises(ValueError, match="state must have shape"):
-        linear_attention_step(q, k, v, slope, state, True)
+        linear_attention_step(StepInputs(q, k, v, slope, state, True))
     with pytest.raises(ValueError, match="slope must have shape"):
-        linear_attention_step(q, k, v, slope[:2], state, False)
+        linear_attention_step(StepInputs(q, k, v, slope[:2], state, False))
     with pytest.raises(ValueError, match="mask must be"):
-        linear_attention_step(q, k, v, slope, state, False, mask=torch.ones(1))
+        linear_attention_step(StepInputs(q, k, v, slope, state, False, mask=torch.ones(1)))
     with pytest.raises(ValueError, match="cannot run"):
-        linear_attention_step(q, k, v, slope, state, False, implementation="triton")
+        linear_attention_step(StepInputs(q, k, v, slope, state, False), implementation="triton")
     with pytest.raises(ValueError, match="unknown implementation"):
-        linear_attention_step(q, k, v, slope, state, False, implementation="quick")  # type: ignore[arg-type]
+        linear_attention_step(StepInputs(q, k, v, slope, state, False), implementation="quick")  # type: ignore[arg-type]
 
 
 @needs_triton

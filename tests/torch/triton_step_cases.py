@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from supra_torch.ops import step
+from supra_torch.ops import kernels, step
 
 # Relative to the largest value. An output sums Dk products, the errors of random sign:
 # sqrt(256) 2^-24 = 1e-6; a state's element is rounded three times; float16 rounds outputs at 2^-11.
@@ -27,10 +27,10 @@ def main() -> None:
         torch.manual_seed(seed)
         q, k, v, slope, state, mask = inputs(*shape, normalise, masked, dtype)
         exact = step.linear_attention_step_with_sums(
-            q.double(), k.double(), v.double(), slope.double(), state.double(), normalise, mask=mask
+            step.StepInputs(*(x.double() for x in (q, k, v, slope, state)), normalise, mask)
         )
         found = step.linear_attention_step_with_sums(
-            q, k, v, slope, state, normalise, mask=mask, implementation="triton"
+            step.StepInputs(q, k, v, slope, state, normalise, mask), implementation="triton"
         )
         assert found[0].dtype == dtype
         for name, ours, theirs in zip(("output", "sums", "state"), found, exact, strict=True):
@@ -38,7 +38,7 @@ def main() -> None:
             check(ours, theirs, TOLERANCE + rounded, f"{name} of {shape} {normalise} {dtype}")
         overwritten = state.clone()
         output, same = step.linear_attention_step_(
-            q, k, v, slope, overwritten, normalise, mask=mask, implementation="triton"
+            step.StepInputs(q, k, v, slope, overwritten, normalise, mask), implementation="triton"
         )
         assert same is overwritten
         assert torch.equal(output, found[0])
@@ -70,24 +70,26 @@ def check(found: torch.Tensor, exact: torch.Tensor, tolerance: float, what: str)
     assert math.isfinite(error) and error <= tolerance, f"{what}: {error:.1e} > {tolerance:.1e}"
 
 
+def _by_kernel(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return step.linear_attention_step(step.StepInputs(*tensors, True), implementation="triton")
+
+
 def check_strides() -> None:
     """Views of one projection, channels apart or together, give what copies give."""
     q, k, v, slope, state, _ = inputs(2, 2, 2, 12, 12, True, False, torch.float32)
     joint = torch.cat([q, k, v], dim=1)
     views = (joint[:, :4], joint[:, 4:6], joint[:, 6:])
     apart = tuple(x.mT.contiguous().mT for x in (q, k, v))
-    expected, _ = step.linear_attention_step(q, k, v, slope, state, True, implementation="triton")
+    expected, _ = _by_kernel(q, k, v, slope, state)
     for given in (views, apart):
-        found, _ = step.linear_attention_step(*given, slope, state, True, implementation="triton")
+        found, _ = _by_kernel(*given, slope, state)
         assert torch.equal(found, expected)
 
 
 def check_nothing_written() -> None:
     """q . z = 0 gives an output of 0, not NaN."""
     q, k, v, slope, state, _ = inputs(1, 1, 1, 8, 8, True, False, torch.float32)
-    output, _ = step.linear_attention_step(
-        q, torch.zeros_like(k), v, slope, torch.zeros_like(state), True, implementation="triton"
-    )
+    output, _ = _by_kernel(q, torch.zeros_like(k), v, slope, torch.zeros_like(state))
     assert torch.equal(output, torch.zeros_like(output))
 
 
@@ -95,15 +97,12 @@ def check_operators() -> None:
     """What torch.compile relies on: schema, fake implementation, mutation."""
     for normalise in (False, True):
         q, k, v, slope, state, mask = inputs(2, 2, 2, 12, 10, normalise, normalise, torch.float16)
-        for operator in (step._triton_step, step._triton_step_):
-            torch.library.opcheck(operator, (q, k, v, slope, state, mask, normalise))
+        for operator in (kernels.step_kernel, kernels.step_kernel_):
+            torch.library.opcheck(operator, (q, k, v, slope, state, normalise, mask))
     q, k, v, slope, state, _ = inputs(2, 2, 2, 12, 10, True, False, torch.float32)
-    compiled = torch.compile(step.linear_attention_step, fullgraph=True, backend="eager")
-    for ours, theirs in zip(
-        compiled(q, k, v, slope, state, True, implementation="triton"),
-        step.linear_attention_step(q, k, v, slope, state, True, implementation="triton"),
-        strict=True,
-    ):
+    compiled = torch.compile(_by_kernel, fullgraph=True, backend="eager")
+    given = (q, k, v, slope, state)
+    for ours, theirs in zip(compiled(*given), _by_kernel(*given), strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -20,7 +20,8 @@ from supra_core.model.layout import idle_parameter_count
 from supra_torch.benchmark.timing import copy_bandwidth, environment, median_seconds
 from supra_torch.inference.backend import load
 from supra_torch.inference.decode import Decoder, captures, has_fixed_state
-from supra_torch.model.model import ModelState, SupraModel
+from supra_torch.model.model import SupraModel
+from supra_torch.model.trunk import ModelState
 
 _PROMPT_TOKENS = 16
 _CHECKED_STEPS = 8

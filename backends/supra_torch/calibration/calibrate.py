@@ -17,16 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from supra_core.mixers.linear import LinearAttention
-from supra_core.mixers.parts import LearnedDecay, Projection, SumNormaliser
 from supra_core.progress import Progress, silent
 from supra_torch.model.layers import Positions, activate
-from supra_torch.model.mixers import LinearMixer, SoftmaxMixer
-from supra_torch.model.model import Layer, SupraModel
+from supra_torch.model.mixers.base import MixerModule
+from supra_torch.model.mixers.linear import LinearMixer
+from supra_torch.model.mixers.softmax import SoftmaxMixer
+from supra_torch.model.model import SupraModel
+from supra_torch.model.trunk import Layer
 
 _FIRST = 8
 # Sequences, and queries of each, that the heads are fitted on.
@@ -87,15 +90,17 @@ def calibrate_layers(
     for index, (ours, theirs) in enumerate(pairs):
         inputs = [theirs.mixer_input(h) for h in hidden]
         targets = [theirs.self_attn(x, positions, None, None)[0] for x in inputs]
-        if isinstance(ours.self_attn, LinearMixer):
-            assert isinstance(theirs.self_attn, SoftmaxMixer)
-            before = _error(ours.self_attn, inputs, targets, positions)
-            if _searchable(ours.self_attn.mixer, theirs.self_attn):
-                some = torch.cat(inputs)[:_SEQUENCES]
-                _fit_heads(ours.self_attn, theirs.self_attn, some, positions)
+        mixer = ours.self_attn
+        if mixer.mixer.converted:
+            before = _error(mixer, inputs, targets, positions)
+            if mixer.can_search(theirs.self_attn):
+                some, teacher_mixer = torch.cat(inputs)[:_SEQUENCES], theirs.self_attn
+                _fit_heads(
+                    cast(LinearMixer, mixer), cast(SoftmaxMixer, teacher_mixer), some, positions
+                )
             if outputs:
-                _fit_output(ours.self_attn, inputs, targets, positions)
-            after = _error(ours.self_attn, inputs, targets, positions)
+                _fit_output(mixer, inputs, targets, positions)
+            after = _error(mixer, inputs, targets, positions)
             fits.append(LayerFit(index, before, after))
         hidden = [theirs.add_mixed(h, y) for h, y in zip(hidden, targets, strict=True)]
         hidden = [h + theirs.feed_forward(h) for h in hidden]
@@ -103,25 +108,8 @@ def calibrate_layers(
     return fits
 
 
-def _searchable(mixer: LinearAttention, theirs: SoftmaxMixer) -> bool:
-    """Whether the heads have what the search sets, and the teacher's queries and keys."""
-    phi, normaliser = mixer.feature_map, mixer.normaliser
-    return (
-        isinstance(phi.projection, Projection)
-        and phi.projection.scope == "per_head"
-        and not phi.projection.shared
-        and (
-            mixer.rope_position in ("before", "between")
-            or mixer.rope_position == theirs.rope == "none"
-        )
-        and isinstance(mixer.decay, LearnedDecay)
-        and isinstance(normaliser, SumNormaliser)
-        and mixer.gain != "none"
-    )
-
-
 def _error(
-    mixer: LinearMixer, inputs: list[Tensor], targets: list[Tensor], positions: Positions
+    mixer: MixerModule, inputs: list[Tensor], targets: list[Tensor], positions: Positions
 ) -> float:
     """The mixer's squared error over the teacher's square."""
     wrong = total = 0.0
@@ -254,9 +242,8 @@ def _search(
 
 def _weightings(mixer: LinearAttention) -> Iterator[tuple[float, float | None]]:
     """Candidates for the logarithms of the far gain and of the sink."""
-    assert isinstance(mixer.normaliser, SumNormaliser)
     for log_far_gain in (0.0,) if mixer.window is None else _LOG_FAR_GAINS:
-        for log_sink in _LOG_SINKS if mixer.normaliser.sink else (None,):
+        for log_sink in _LOG_SINKS if mixer.sink else (None,):
             yield log_far_gain, log_sink
 
 
@@ -275,7 +262,7 @@ def _near(window: int | None, seen: _Attention) -> tuple[Tensor, Tensor]:
 
 
 def _fit_output(
-    mixer: LinearMixer, inputs: list[Tensor], targets: list[Tensor], positions: Positions
+    mixer: MixerModule, inputs: list[Tensor], targets: list[Tensor], positions: Positions
 ) -> None:
     """o_proj: min over W of |W o - y|^2 + ridge |W - W_0|^2, o the heads' outputs."""
     fitted, held = _moments(mixer, inputs, targets, positions)
@@ -295,7 +282,7 @@ class _Moments:
 
 
 def _moments(
-    mixer: LinearMixer, inputs: list[Tensor], targets: list[Tensor], positions: Positions
+    mixer: MixerModule, inputs: list[Tensor], targets: list[Tensor], positions: Positions
 ) -> tuple[_Moments, _Moments]:
     """Of three parts in four of the sequences, and of the rest."""
     weight = mixer.o_proj.weight.double()

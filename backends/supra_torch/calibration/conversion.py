@@ -16,7 +16,8 @@ from supra_core.progress import Progress, silent
 from supra_core.sources.source import Source
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_torch.calibration.calibrate import LayerFit, calibrate_layers
-from supra_torch.model.model import Layer, SupraModel, build_layer, to_torch
+from supra_torch.model.model import SupraModel, build_layer, to_torch
+from supra_torch.model.trunk import Layer
 from supra_torch.precision import autocast, product_type, resolved_precision
 
 DEFAULT_TOKENS = 16_384

@@ -29,7 +29,8 @@ from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor
 from supra_torch.distributed.processes import Processes
 from supra_torch.model import lora
-from supra_torch.model.model import Layer, SupraModel, numbers, to_torch
+from supra_torch.model.model import SupraModel, numbers, to_torch
+from supra_torch.model.trunk import Layer
 from supra_torch.precision import product_type
 from supra_torch.recipes.config import Stage, UptrainConfig
 

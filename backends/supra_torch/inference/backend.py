@@ -18,7 +18,8 @@ from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources.source import Source, open_source
 from supra_core.tensors import dtype_named
 from supra_torch.inference.decode import Decoders, captures
-from supra_torch.model.model import ModelState, SupraModel, build
+from supra_torch.model.model import SupraModel, build
+from supra_torch.model.trunk import ModelState
 
 
 class TorchBackend:

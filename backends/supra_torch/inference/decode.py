@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from supra_core.mixers.linear import LinearAttention
 from supra_core.model.spec import ModelSpec
-from supra_torch.model.mixers import LayerState, OwnedLayerState
-from supra_torch.model.model import ModelState, SupraModel
+from supra_torch.model.mixers.base import LayerState, OwnedLayerState, has_fixed_size
+from supra_torch.model.model import SupraModel
+from supra_torch.model.trunk import ModelState
 
 # What torch's allocator aligns to; any type may begin there.
 _ALIGNMENT = 512
@@ -27,8 +27,8 @@ _WARMUP_STEPS = 3
 
 
 def has_fixed_state(spec: ModelSpec) -> bool:
-    """Whether every layer's state keeps its size: softmax layers cache keys and values."""
-    return all(isinstance(layer.mixer, LinearAttention) for layer in spec.layers)
+    """Whether the state of every layer has one size from the first token on."""
+    return all(has_fixed_size(layer.mixer) for layer in spec.layers)
 
 
 def captures(spec: ModelSpec, device: torch.device) -> bool:

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra_torch.model.layers import Positions
-from supra_torch.model.mixers import LayerState, SoftmaxMixer
-from supra_torch.model.model import Layer, ModelState, SupraModel
+from supra_torch.model.model import SupraModel
+from supra_torch.model.trunk import Layer, ModelState
 
 
 class LockstepDecoder:
@@ -27,10 +26,10 @@ class LockstepDecoder:
         self.model, self.rows, self.length = model, rows, length
         self.position = len(prefix)
         hidden, state = model.hidden(prefix[None])
-        self._roomy = [layer.mixer.kind == "softmax_attention" for layer in model.spec.layers]
+        self._mixers = [layer.self_attn for layer in model.model.layers]
         self._layers = [
-            _with_room(layer, self.position, rows, length) if roomy else _repeated(layer, rows)
-            for roomy, layer in zip(self._roomy, state.layers, strict=True)
+            mixer.with_room(layer, rows, self.position, length)
+            for mixer, layer in zip(self._mixers, state.layers, strict=True)
         ]
         self.logits = self._head(hidden[:, -1]).expand(rows, -1)
 
@@ -45,11 +44,9 @@ class LockstepDecoder:
         h = model.embed(ids)
         for index, layer in enumerate(model.model.layers):
             assert isinstance(layer, Layer)
-            x, state = layer.mixer_input(h), self._layers[index]
-            if isinstance(layer.self_attn, SoftmaxMixer):
-                mixed = self._attend(layer.self_attn, x, positions, state)
-            else:
-                mixed, self._layers[index] = layer.self_attn(x, positions, state, None)
+            mixed, self._layers[index] = layer.self_attn.step_in_room(
+                layer.mixer_input(h), positions, self._layers[index], self.position
+            )
             h = layer.add_mixed(h, mixed)
             h = h + layer.feed_forward(h)
         self.position += 1
@@ -60,31 +57,8 @@ class LockstepDecoder:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, (m,) indices in ascending order."""
         self.rows, self.logits = len(rows), self.logits[rows]
-        for index, state in enumerate(self._layers):
-            if not self._roomy[index]:
-                self._layers[index] = {name: tensor[rows] for name, tensor in state.items()}
-                continue
-            for name, tensor in state.items():
-                # In place, a row after the other: none is read after it is written.
-                for place, row in enumerate(rows.tolist()):
-                    if place != row:
-                        tensor[place, :, : self.position] = tensor[row, :, : self.position]
-                state[name] = tensor[: self.rows]
-
-    def _attend(
-        self, mixer: SoftmaxMixer, x: Tensor, positions: Positions, state: LayerState
-    ) -> Tensor:
-        """The mixer's output (n, 1, D) for x (n, 1, D), whose keys and values are kept."""
-        q, k = (z[:, 0] for z in mixer.rotated(x, positions))
-        v = mixer.values(x)[:, 0]
-        place, keys, values = self.position, state["keys"], state["values"]
-        keys[:, :, place], values[:, :, place] = k, v
-        first = 0 if mixer.window is None else max(0, place + 1 - mixer.window)
-        seen = slice(first, place + 1)
-        # The queries of a group stand beside each other, where attention has its sequence.
-        grouped = q.unflatten(1, (keys.shape[1], -1))
-        out = mixer.attend(grouped, keys[:, :, seen], values[:, :, seen], None, causal=False)
-        return mixer.o_proj(out.flatten(1))[:, None]
+        pairs = zip(self._mixers, self._layers, strict=True)
+        self._layers = [mixer.keep_rows(state, rows, self.position) for mixer, state in pairs]
 
     def _head(self, hidden: Tensor) -> Tensor:
         weight = self.model.head_weight.to(hidden.dtype)
@@ -92,18 +66,3 @@ class LockstepDecoder:
             return self.model.capped(F.linear(hidden, weight))
         # The same product, for which a CPU takes three quarters of the time in this order.
         return self.model.capped(torch.mm(weight, hidden.t()).t().contiguous())
-
-
-def _with_room(state: LayerState, prefix_length: int, rows: int, length: int) -> LayerState:
-    """Keys and values (1, T, K, d) of the end of a prefix as (rows, K, length, d)."""
-    roomy = {}
-    for name in ("keys", "values"):
-        prefix = state[name].transpose(1, 2)
-        room = prefix.new_empty(rows, prefix.shape[1], length, prefix.shape[3])
-        room[:, :, prefix_length - prefix.shape[2] : prefix_length] = prefix
-        roomy[name] = room
-    return roomy
-
-
-def _repeated(state: LayerState, rows: int) -> LayerState:
-    return {name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in state.items()}

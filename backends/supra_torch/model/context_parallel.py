@@ -38,6 +38,16 @@ class Part:
         own = tokens // self.count
         return slice(self.number * own, (self.number + 1) * own)
 
+    def before(self, places: Tensor, documents: Tensor | None, rows: int) -> Before:
+        """From the positions (B or 1, T) and the documents (B, T) of whole rows."""
+        T, device = places.shape[1], places.device
+        reached = (torch.arange(self.count, device=device) < self.number)[:, None].expand(-1, rows)
+        if documents is not None:
+            own, length = self.of(T), T // self.count
+            ends = documents[:, length - 1 :: length] == documents[:, own.start, None]
+            reached = reached & ends.T
+        return Before(self, reached, places.expand(rows, -1), documents)
+
     def exchange(self, x: Tensor) -> Tensor:
         """x (count, ...), something for every part -> what every part has for this one."""
         return self._exchanged(x, None, None).view(x.shape)
@@ -98,17 +108,6 @@ class Before:
     reached: Tensor
     places: Tensor
     documents: Tensor | None
-
-    @staticmethod
-    def of(part: Part, places: Tensor, documents: Tensor | None, rows: int) -> Before:
-        """From the positions (B or 1, T) and the documents (B, T) of whole rows."""
-        T, device = places.shape[1], places.device
-        reached = (torch.arange(part.count, device=device) < part.number)[:, None].expand(-1, rows)
-        if documents is not None:
-            own, length = part.of(T), T // part.count
-            ends = documents[:, length - 1 :: length] == documents[:, own.start, None]
-            reached = reached & ends.T
-        return Before(part, reached, places.expand(rows, -1), documents)
 
     def state(
         self, k: Tensor, v: Tensor, slope: Tensor, counted: Tensor | None, normalise: bool

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supra_core.model.spec import LayerSpec, ModelSpec
-from supra_torch.ops import target
+from supra_torch.ops.target import is_planned
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -77,7 +77,7 @@ class MixtureOfExperts(nn.Module):
     def _loads(self, chosen: Tensor) -> list[int]:
         """How many tokens each expert gets; where nothing is computed, all get alike."""
         count = len(self.experts)
-        if target.is_planned():
+        if is_planned():
             share, rest = divmod(chosen.numel(), count)
             return [share + (index < rest) for index in range(count)]
         loads: list[int] = chosen.flatten().bincount(minlength=count).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supra_core.mixers.parts import Norm, Projection
-from supra_torch.model.context_parallel import Before, Part
-from supra_torch.ops import document_numbers, rotate
+from supra_torch.ops.linear_attention import document_numbers
 from supra_torch.ops.rms_norm import rms_norm
+from supra_torch.ops.rotation import rotated
+
+if TYPE_CHECKING:
+    from supra_torch.model.context_parallel import Before, Part
 
 
 class Exact(nn.Module):
@@ -26,10 +30,15 @@ class Exact(nn.Module):
         self.values: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Exact:
-        before = self.values
-        super()._apply(fn, recurse)
-        self.values = before.to(self.values.device)
+        device = fn(torch.empty(0, dtype=torch.float32, device=self.values.device)).device
+        # Metal has no float64.
+        self.values = self.values.to("cpu" if device.type == "mps" else device)
         return self
+
+
+def exact(x: Tensor) -> Tensor:
+    """x in float64, on the CPU if its device has no such type."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class Positions:
     def shared(self, part: Part, rows: int, borders: Tensor | None) -> Positions:
         """Those of one of several processes' part of every row; ``borders`` as :meth:`part`'s."""
         own = self.part(part.of(self.positions.shape[1]), borders)
-        return replace(own, before=Before.of(part, self.positions, self.documents, rows))
+        return replace(own, before=part.before(self.positions, self.documents, rows))
 
     def rotate(self, x: Tensor, rope: str = "global") -> Tensor:
         """x (B, T, heads, channels) rotated in float32, returned in its own type.
@@ -106,11 +115,10 @@ class Positions:
             return x
         tables = self.local_tables if rope == "local" else self.tables
         cos, sin = tables[x.shape[-1]]
-        rotated = 2 * cos.shape[-1]
-        if rotated == x.shape[-1]:
-            return rotate(x, cos, sin, self.pairing == "half")
-        turned = rotate(x[..., :rotated], cos, sin, self.pairing == "half")
-        return torch.cat([turned, x[..., rotated:]], dim=-1)
+        width, half = 2 * cos.shape[-1], self.pairing == "half"
+        if width == x.shape[-1]:
+            return rotated(x, cos, sin, half)
+        return torch.cat([rotated(x[..., :width], cos, sin, half), x[..., width:]], dim=-1)
 
 
 def _borders_within(cu_seqlens: Tensor, T: int, start: int, length: int, rows: int) -> Tensor:

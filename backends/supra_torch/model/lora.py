@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from supra_core.model import layout
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor
-from supra_torch.model.mixers import Mixer
+from supra_torch.model.mixers.base import MixerModule
 from supra_torch.model.model import SupraModel
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -123,6 +123,6 @@ def merged(model: SupraModel) -> dict[str, Tensor]:
 
 def _projections(model: SupraModel) -> Iterator[nn.Linear]:
     for module in model.modules():
-        if isinstance(module, Mixer):
+        if isinstance(module, MixerModule):
             for name in _TARGETS:
                 yield getattr(module, name)

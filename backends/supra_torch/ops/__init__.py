@@ -2,7 +2,7 @@
 
 from supra_torch.ops.linear_attention import document_numbers, linear_attention
 from supra_torch.ops.losses import linear_cross_entropy, linear_kl_divergence
-from supra_torch.ops.rotation import rotate
+from supra_torch.ops.rotation import rotated
 from supra_torch.ops.windowed_attention import WindowState, windowed_attention
 
 __all__ = [
@@ -11,6 +11,6 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "linear_kl_divergence",
-    "rotate",
+    "rotated",
     "windowed_attention",
 ]

@@ -10,7 +10,6 @@ fused kernel, for GPUs. All three obey one contract, :class:`Operator`.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Literal, Protocol
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from supra_torch.ops.chunked import linear_attention_chunked
 from supra_torch.ops.dense import linear_attention_dense, with_sink
+from supra_torch.ops.kernels import scan_kernel
 from supra_torch.ops.target import kind
 
 Implementation = Literal["auto", "reference", "chunked", "triton"]
@@ -97,7 +97,7 @@ def linear_attention_with_sums(
     check_shapes(q, k, v, decay, initial_state, mask, cu_seqlens, normalise)
     operator = _implementation(implementation, q, k, v)
     # The logarithm in decay's own type: near gamma = 1 float32 has few digits left.
-    slope = -torch.log(decay).float()
+    slope = -torch.log(decay).float().to(q.device)
     # Autocast would turn the float32 sums into bfloat16.
     with torch.autocast(q.device.type, enabled=False):
         return operator(
@@ -123,23 +123,12 @@ def _implementation(name: Implementation, q: Tensor, k: Tensor, v: Tensor) -> Op
         return linear_attention_chunked
     if name not in ("auto", "triton"):
         raise ValueError(f"unknown implementation '{name}': use auto, reference, chunked or triton")
-    reason = _triton_refuses(q, k, v)
-    if reason is None:
-        from supra_torch.ops.triton_linear_attention import linear_attention_triton
-
-        return linear_attention_triton
+    kernel = scan_kernel(q, k, v)
+    if not isinstance(kernel, str):
+        return kernel
     if name == "auto":
         return linear_attention_chunked
-    raise ValueError(f"{reason}: use implementation='chunked'")
-
-
-def _triton_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the Triton kernel cannot serve, or None. Triton is looked for on a GPU only."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    from supra_torch.ops.triton_linear_attention import unsupported
-
-    return unsupported(q, k, v)
+    raise ValueError(f"{kernel}: use implementation='chunked'")
 
 
 def check_shapes(

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
     """x (B, T, heads, channels) rotated in float32, returned in its own type.
 
     cos and sin (B or 1, T, 1, channels / 2) float32; ``half`` pairs channel i with
     i + channels / 2, else 2 i with 2 i + 1. Gradients reach x only.
     """
-    rotated: Tensor = _Rotate.apply(x, cos, sin, half)
-    return rotated
+    turned: Tensor = _Rotate.apply(x, cos, sin, half)
+    return turned
 
 
 class _Rotate(torch.autograd.Function):
@@ -23,7 +23,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
-        return _rotated(x, cos, sin, half)
+        return _turned(x, cos, sin, half)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -33,10 +33,10 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, -sin, ctx.half), None, None, None
+        return _turned(grads[0], cos, -sin, ctx.half), None, None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
     exact = x.float()
     first, second = exact.chunk(2, -1) if half else exact.unflatten(-1, (-1, 2)).unbind(-1)
     turned = (

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from supra_core.errors import SupraError
-from supra_core.mixers.linear import LinearAttention
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Ids, check_ids
 from supra_torch.model.model import SupraModel
@@ -58,7 +57,7 @@ def layer_errors(
     return [
         LayerError(index, float(difference[index] / max(scale[index], 1e-12)))
         for index, layer in enumerate(student.spec.layers)
-        if isinstance(layer.mixer, LinearAttention)
+        if layer.mixer.converted
     ]
 
 

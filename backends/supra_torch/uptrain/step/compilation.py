@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from supra_torch.model.feed_forward import MixtureOfExperts
-from supra_torch.model.mixers import SoftmaxMixer
-from supra_torch.model.model import Layer, SupraModel
+from supra_torch.model.model import SupraModel
+from supra_torch.model.trunk import Layer
 from supra_torch.recipes.config import StageKind
 
 # The compiler's own limit is 8, beyond which it computes eagerly.
@@ -70,7 +70,7 @@ def _called(kind: StageKind, model: SupraModel, segments: bool) -> Iterator[nn.M
         # An expert gets other numbers of tokens in every batch, softmax more keys in every segment,
         # each number a compilation of its own.
         experts = isinstance(layer.mlp, MixtureOfExperts)
-        grows = segments and isinstance(layer.self_attn, SoftmaxMixer)
+        grows = segments and not layer.self_attn.fixed_memory
         if not (experts or grows or kind == "transfer"):
             yield layer
             continue

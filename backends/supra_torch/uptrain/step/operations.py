@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from math import prod
 
-from supra_core.mixers.linear import LinearAttention
 from supra_core.model import layout
 from supra_core.model.original import original_spec
 from supra_core.model.spec import ModelSpec
@@ -50,7 +49,7 @@ def _linear_mixers(spec: ModelSpec) -> tuple[int, int]:
     """Weights of the linear mixers: those that read the layer's input, and the others."""
     read = others = 0
     for layer in spec.layers:
-        if isinstance(layer.mixer, LinearAttention):
+        if layer.mixer.converted:
             for name, shape in layer.mixer.tensors(spec).items():
                 if name.split(".")[0] in _READ_THE_INPUT:
                     read += prod(shape)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from supra_torch.model.mixers import LayerState
+from supra_torch.model.mixers.base import LayerState
 
 States = Sequence[LayerState]
 """What is passed on from segment to segment: a mixer's state each."""

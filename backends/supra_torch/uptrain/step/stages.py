@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supra_core.errors import SupraError
-from supra_core.mixers.linear import LinearAttention
 from supra_core.model import layout
 from supra_core.model.spec import ModelSpec
 from supra_torch.distributed.sharding import gathered
 from supra_torch.model.context_parallel import Part
 from supra_torch.model.layers import Positions, for_products
 from supra_torch.model.lora import is_adapter
-from supra_torch.model.model import Layer, ModelState, SupraModel
+from supra_torch.model.model import SupraModel
+from supra_torch.model.trunk import Layer, ModelState
 from supra_torch.ops import linear_cross_entropy, linear_kl_divergence
 from supra_torch.ops.losses import IGNORED
 from supra_torch.recipes.config import ModelPart, Stage, StageKind
@@ -292,7 +292,7 @@ def _in_linear_mixer(spec: ModelSpec, name: str) -> bool:
     return any(
         name.startswith(layout.layer_prefix(index) + "self_attn.")
         for index, layer in enumerate(spec.layers)
-        if isinstance(layer.mixer, LinearAttention)
+        if layer.mixer.converted
     )
 
 
