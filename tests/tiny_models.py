@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from supra_core.mixers import Mixer
 from supra_core.mixers.linear import LinearAttention
 from supra_core.mixers.parts import (
     FeatureMap,
@@ -30,6 +31,7 @@ from supra_core.mixers.positions import (
     YarnScaling,
 )
 from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.mixers.window import WindowAttention
 from supra_core.model.layout import tensor_shapes
 from supra_core.model.reference import ReferenceModel
 from supra_core.model.spec import Experts, LayerSpec, ModelSpec
@@ -57,7 +59,7 @@ WINDOWED = replace(HEDGEHOG, window=5)
 LONG_WINDOW = replace(WINDOWED, window=70)
 
 
-def _model(*mixers: SoftmaxAttention | LinearAttention, **fields: Any) -> ModelSpec:
+def _model(*mixers: Mixer, **fields: Any) -> ModelSpec:
     return replace(_BASE, layers=tuple(LayerSpec(mixer) for mixer in mixers), **fields)
 
 
@@ -114,6 +116,11 @@ SPECS: dict[str, ModelSpec] = {
     "windowed": _model(WINDOWED, LONG_WINDOW),
     "windowed_between": _model(
         replace(WINDOWED, rope_position="between"), replace(LONG_WINDOW, rope_position="none")
+    ),
+    "window": _model(WindowAttention(5, 2), WindowAttention(9, 0), WindowAttention(70, 3)),
+    "window_hybrid": _model(
+        WindowAttention(4, 1, rotary="none"), WINDOWED, WindowAttention(6, 4), SoftmaxAttention(),
+        query_key_norm="per_head", attention_softcap=3.0,
     ),
     "sink": _model(replace(HEDGEHOG, normaliser=SumNormaliser(sink=True)), HEDGEHOG),
     "windowed_sink": _model(

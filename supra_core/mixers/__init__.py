@@ -15,8 +15,9 @@ from pydantic import Field
 from supra_core.mixers.base import MixerKind
 from supra_core.mixers.linear import LinearAttention
 from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.mixers.window import WindowAttention
 
-KINDS: tuple[type[MixerKind], ...] = (SoftmaxAttention, LinearAttention)
+KINDS: tuple[type[MixerKind], ...] = (SoftmaxAttention, LinearAttention, WindowAttention)
 
 if TYPE_CHECKING:
     Mixer = MixerKind

@@ -6,13 +6,16 @@ from supra_core.errors import SpecError
 from supra_core.mixers.base import MixerKind, ModelFields
 from supra_core.mixers.linear import LinearAttention
 from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.mixers.window import WindowAttention
 from supra_torch.model.mixers.base import MixerModule
 from supra_torch.model.mixers.linear import LinearMixer
 from supra_torch.model.mixers.softmax import SoftmaxMixer
+from supra_torch.model.mixers.window import WindowMixer
 
 MODULES: dict[type[MixerKind], type[MixerModule]] = {
     SoftmaxAttention: SoftmaxMixer,
     LinearAttention: LinearMixer,
+    WindowAttention: WindowMixer,
 }
 
 
