@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from supra_core.artifact.mlx_file import installed_folder
+from supra_core.artifact.joined import installed_folder
 
 CONFIGURATION, MODELING = "configuration_supra.py", "modeling_supra.py"
 AUTO_MAP = {
