@@ -91,13 +91,14 @@ class MLXEngine(TokenizedEngine):
 
     def arrays(self, state: Caches) -> StateArrays:
         """As :func:`layer_arrays` names them."""
-        return layer_arrays(state)
+        return layer_arrays(self.model, state)
 
     def restored(self, arrays: StateArrays) -> Caches:
         """The inverse of :meth:`arrays`; FormatError when an array is missing."""
         state = self.fresh()
         try:
-            fill(state if arrays else [], arrays)
+            if arrays:
+                fill(self.model, state, arrays)
         except KeyError as error:
             raise FormatError(
                 f"the state has no array {error.args[0]!r}: it is another model's"

@@ -17,8 +17,8 @@ from mlx_lm.models.base import create_ssm_mask  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.runtime.likelihood import likelihood  # noqa: E402
 from supra_core.runtime.sampling import Sampling  # noqa: E402
-from supra_mlx import model  # noqa: E402
 from supra_mlx.engine import MLXEngine  # noqa: E402
+from supra_mlx.mixers import base  # noqa: E402
 from tests.mlx.chat import load_model, write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
 
@@ -112,7 +112,7 @@ def test_a_fresh_state_costs_the_others_no_padding(
         masks.append(create_ssm_mask(*arguments))
         return masks[-1]
 
-    monkeypatch.setattr(model, "create_ssm_mask", noted)
+    monkeypatch.setattr(base, "create_ssm_mask", noted)
     batch, said = engine.batch(4), {}
     sampling = Sampling(max_tokens=6)
     keys = [batch.add(PROMPTS[2][-1:], begun(engine, PROMPTS[2]), sampling)]
