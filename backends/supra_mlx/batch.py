@@ -42,7 +42,7 @@ class MLXBatch:
             stream=mx.default_stream(mx.default_device()),
         )
         self._texts: dict[int, Callable[[int], str]] = {}
-        # How many likeliest tokens are told with each, of the sequences that ask for it.
+        # By sequence: how many likeliest tokens to report with each token.
         self._tops: dict[int, int] = {}
         self._ended: dict[int, list[Any]] = {}
 
@@ -57,7 +57,7 @@ class MLXBatch:
     ) -> int:
         """The caches in ``state`` are copied: they stay as they are."""
         if not len(ids):
-            raise SupraError("the prompt is empty: give at least one token to go on from")
+            raise SupraError("the prompt is empty: give at least one token")
         processors = []
         if sampling.repetition_penalty != 1.0:
             processors.append(
@@ -77,9 +77,9 @@ class MLXBatch:
         return int(key)
 
     def step(self) -> list[StepOutput]:
-        """A token of each sequence that was there at the step before; the end is one of them."""
+        """A token of each sequence that was in the step before, an end of text included."""
         _, responses = self._generator.next()
-        spoken = []
+        outputs = []
         for response in responses:
             key, token = response.uid, int(response.token)
             broken = token == NO_TOKEN
@@ -90,9 +90,9 @@ class MLXBatch:
                 self._ended[key] = _owned(response.prompt_cache, self._model)
                 self._forget(key)
             error = NoNumbers() if broken else None
-            said = None if broken else token
-            spoken.append(StepOutput(key, said, text, response.finish_reason, likely, error))
-        return spoken
+            new = None if broken else token
+            outputs.append(StepOutput(key, new, text, response.finish_reason, likely, error))
+        return outputs
 
     def take(self, key: int) -> list[Any]:
         """KeyError when there is no such sequence."""
