@@ -15,10 +15,10 @@ from typing import Any
 from supra_cli.shared import pythondocs
 from supra_cli.shared.backends import default_for_evaluation, require
 from supra_cli.shared.output import bytes_text, log, print_table, say
-from supra_core.conversion.linearize import DEFAULT_WINDOW
 from supra_core.data.documents import refuse_records
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
+from supra_core.mixers.linear import DEFAULT_WINDOW
 from supra_core.model.layout import parameter_count
 from supra_core.progress import Progress
 from supra_core.sources.source import open_source

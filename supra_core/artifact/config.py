@@ -7,12 +7,13 @@ from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.shared.fields import Fields
+from supra_core.mixers import KINDS
 from supra_core.model.spec import MOST_LAYERS, ModelSpec, format_version
 
 MODEL_TYPE = "supra"
 ARCHITECTURE = "SupraForCausalLM"
 # What needs nothing of a later version is written as version 1, which older readers know.
-FORMAT_VERSION = 4
+FORMAT_VERSION = max(4, *(kind.format_version for kind in KINDS))
 
 # Characters of JSON that a mixer may take, which stands once for each of its layers in the spec.
 _MIXER_LENGTH = 4000
@@ -75,7 +76,7 @@ def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     try:
         spec = ModelSpec.from_dict({**stated, "layers": _layers(fields)})
     except SpecError as error:
-        raise (error if str(error).startswith(where) else fields.error(str(error))) from None
+        raise fields.located(error) from None
     _check_repeated(fields, spec)
     return spec
 

@@ -91,7 +91,7 @@ def replaced_by_calibrating(spec: ModelSpec) -> list[str]:
     return [
         f"{layer_prefix(index)}self_attn.o_proj.weight"
         for index, layer in enumerate(spec.layers)
-        if layer.mixer.converted
+        if layer.mixer.can_calibrate
     ]
 
 

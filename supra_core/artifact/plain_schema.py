@@ -21,7 +21,7 @@ class ValidationError(ValueError):
 
     def errors(self) -> list[dict[str, Any]]:
         """As pydantic lists them."""
-        return [{"loc": (), "msg": str(self)}]
+        return [{"type": "", "loc": (), "msg": str(self)}]
 
 
 def ConfigDict(**settings: Any) -> dict[str, Any]:
@@ -100,7 +100,8 @@ def _one_of(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
         if value is None:
             return None
         if value["kind"] not in made:
-            raise KeyError(f"the kind {value['kind']} is none of {', '.join(made)}")
+            known = ", ".join(made)
+            raise ValidationError(f"kind '{value['kind']}' is unknown: use one of {known}")
         return made[value["kind"]](value)
 
     return chosen

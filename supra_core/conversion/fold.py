@@ -23,7 +23,7 @@ from supra_core.tensors import LazyTensor, TensorSource
 
 def can_fold(spec: ModelSpec) -> bool:
     """Whether some layer's feature map can be folded exactly."""
-    return any(layer.mixer.can_fold(spec) for layer in spec.layers)
+    return any(mixer.can_fold(spec) for mixer in spec.mixers)
 
 
 def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec, TensorSource]:
@@ -34,14 +34,14 @@ def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec,
     if spec.query_key_norm != "none":
         raise SpecError(
             "nothing can be folded: between q_proj and the feature map stands the model's norm of "
-            "queries and keys, which is no matrix; leave out --fold"
+            "queries and keys, which is not a matrix; omit `fold`"
         )
     if not can_fold(spec):
         raise SpecError(
             "nothing can be folded: a feature map folds where no rotation stands between it and "
-            "q_proj (rope between or after), and only once; leave out --fold"
+            "q_proj (rope between or after), and only once; omit `fold`"
         )
-    mixers, new = [layer.mixer for layer in spec.layers], dict(tensors)
+    mixers, new = list(spec.mixers), dict(tensors)
     for index, mixer in enumerate(mixers):
         if mixer.can_fold(spec):
             mixers[index], prefix = mixer.folded_form(spec), layer_prefix(index) + "self_attn."

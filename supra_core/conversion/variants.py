@@ -20,7 +20,7 @@ from supra_core.tensors import LazyTensor, TensorSource
 
 def is_windowed(spec: ModelSpec) -> bool:
     """Whether any layer joins a window with a state for the tokens before it."""
-    return any(layer.mixer.joins_window for layer in spec.layers)
+    return any(mixer.joins_window for mixer in spec.mixers)
 
 
 def without_window(
@@ -49,7 +49,7 @@ def _taken_apart(
     """The model with ``part`` of each mixer that joins a window with a state."""
     if not is_windowed(spec):
         raise SpecError("no layer of the model has linear attention with a window to take away")
-    mixers, new = [layer.mixer for layer in spec.layers], dict(tensors)
+    mixers, new = list(spec.mixers), dict(tensors)
     for index, mixer in enumerate(mixers):
         if mixer.joins_window:
             prefix = layer_prefix(index) + "self_attn."

@@ -74,22 +74,10 @@ def _family(module: Any) -> Family:
 FAMILIES: dict[str, Family] = {
     module.MODEL_TYPE: _family(module)
     for module in (
-        gemma,
-        gemma2,
-        gemma3,
-        granite,
-        llama,
-        mistral,
-        mixtral,
-        olmo2,
-        phi3,
-        qwen2,
-        qwen3,
-        qwen3_moe,
-        smollm3,
+        gemma, gemma2, gemma3, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3,
+        qwen3_moe, smollm3,
     )
-}
-
+}  # fmt: skip
 
 # Models that hold a family of ours as their text part.
 _WITH_IMAGES = {"gemma3": gemma3.MODEL_TYPE}
@@ -140,9 +128,7 @@ def needs_bos(spec: ModelSpec) -> bool:
 
 def family_of(spec: ModelSpec) -> Family:
     """The family a plain transformer came from, or the one of Llama's shape that fits."""
-    windowed = any(
-        not layer.mixer.converted and layer.mixer.window is not None for layer in spec.layers
-    )
+    windowed = any(not mixer.converted and mixer.window is not None for mixer in spec.mixers)
     family = spec.provenance.family
     if family not in FAMILIES or (windowed and family == llama.MODEL_TYPE):
         family = mistral.MODEL_TYPE if windowed else llama.MODEL_TYPE

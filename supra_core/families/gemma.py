@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from supra_core.families.gemma_fields import GELU_NAMES, gemma_config, gemma_spec
-from supra_core.families.shared.common import refuse_windows, uniform_mixers
+from supra_core.families.shared.common import uniform_mixers
 from supra_core.families.shared.fields import Fields
 from supra_core.model.spec import ModelSpec
 
@@ -16,7 +16,6 @@ _ACTIVATIONS = (*GELU_NAMES, "gelu")
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of a Gemma config; ``where`` names its file in errors."""
     fields = Fields(config, where)
     return gemma_spec(
         fields,
@@ -25,12 +24,9 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         names=_ACTIVATIONS,
         key_value_heads=16,
         max_positions=8192,
-        mixers=uniform_mixers(fields, None),
+        mixers=uniform_mixers(fields, None, slides=False),
     )
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The Gemma config of ``spec``."""
-    config = gemma_config(spec, MODEL_TYPE, "GemmaForCausalLM")
-    refuse_windows(spec, MODEL_TYPE)
-    return config
+    return gemma_config(spec, MODEL_TYPE, "GemmaForCausalLM")

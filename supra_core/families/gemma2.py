@@ -7,16 +7,12 @@ from typing import Any
 from supra_core.families.gemma_fields import (
     SANDWICH,
     attention_scale,
+    cap,
     gemma_config,
     gemma_spec,
     query_pre_attn_scalar,
 )
-from supra_core.families.shared.features import (
-    ATTENTION_SCALE,
-    ATTENTION_SOFTCAP,
-    LOGITS_SOFTCAP,
-    NORM_BOTH,
-)
+from supra_core.families.shared import features as has
 from supra_core.families.shared.fields import Fields
 from supra_core.families.shared.layer_kinds import (
     common_window,
@@ -33,7 +29,6 @@ MODULES = SANDWICH
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of a Gemma 2 config; ``where`` names its file in errors."""
     fields = Fields(config, where)
     sliding = sliding_layers(fields, lambda index: index % 2 == 0)
     return gemma_spec(
@@ -45,25 +40,17 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         mixers=[SoftmaxAttention(window) for window in windows(fields, sliding)],
         block_norm="both",
         attention_scale=attention_scale(fields),
-        attention_softcap=_cap(fields, "attn_logit_softcapping", 50.0),
-        logits_softcap=_cap(fields, "final_logit_softcapping", 30.0),
+        attention_softcap=cap(fields, "attn_logit_softcapping", 50.0),
+        logits_softcap=cap(fields, "final_logit_softcapping", 30.0),
     )
 
 
-def _cap(fields: Fields, name: str, default: float) -> float | None:
-    """A cap; null is none."""
-    if name in fields.values and not fields.has(name):
-        return None
-    return fields.number(name, default=default)
-
-
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The Gemma 2 config of ``spec``."""
-    states = {ATTENTION_SCALE, ATTENTION_SOFTCAP, LOGITS_SOFTCAP, NORM_BOTH}
-    config = gemma_config(spec, MODEL_TYPE, "Gemma2ForCausalLM", states)
+    states = {has.ATTENTION_SCALE, has.ATTENTION_SOFTCAP, has.LOGITS_SOFTCAP, has.NORM_BOTH}
+    config = gemma_config(spec, MODEL_TYPE, "Gemma2ForCausalLM", states=states, windows="by_layer")
     return {
         **config,
-        "sliding_window": common_window(spec, MODEL_TYPE),
+        "sliding_window": common_window(spec, MODEL_TYPE, mixed=True),
         "layer_types": layer_types(spec),
         "query_pre_attn_scalar": query_pre_attn_scalar(spec),
         "attn_logit_softcapping": spec.attention_softcap,

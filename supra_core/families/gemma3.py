@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from supra_core.errors import SpecError
 from supra_core.families.gemma_fields import (
     SANDWICH,
     attention_scale,
+    cap,
     gemma_config,
     gemma_spec,
     query_pre_attn_scalar,
 )
-from supra_core.families.shared.features import (
-    ATTENTION_SCALE,
-    LOCAL_ROPE,
-    LOGITS_SOFTCAP,
-    NORM_BOTH,
-    QUERY_KEY_NORM,
-)
+from supra_core.families.shared import features as has
 from supra_core.families.shared.fields import Fields
 from supra_core.families.shared.layer_kinds import (
     FULL,
@@ -26,7 +20,6 @@ from supra_core.families.shared.layer_kinds import (
     common_window,
     layer_types,
     sliding_layers,
-    softmax_mixers,
     windows,
 )
 from supra_core.families.shared.rope import rotary, rotary_of
@@ -44,7 +37,6 @@ _MAX_POSITIONS = 131072
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of a Gemma 3 text config; ``where`` names its file in errors."""
     fields = Fields(config, where)
     if fields.has("attn_logit_softcapping"):
         raise fields.error(
@@ -69,11 +61,7 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
         query_key_norm="per_head",
         block_norm="both",
         attention_scale=attention_scale(fields),
-        logits_softcap=(
-            fields.number("final_logit_softcapping")
-            if fields.has("final_logit_softcapping")
-            else None
-        ),
+        logits_softcap=cap(fields, "final_logit_softcapping", None),
     )
 
 
@@ -100,19 +88,14 @@ def _ropes(fields: Fields) -> tuple[RotaryEmbedding, RotaryEmbedding]:
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The Gemma 3 text config of ``spec``."""
-    states = {ATTENTION_SCALE, LOCAL_ROPE, LOGITS_SOFTCAP, NORM_BOTH, QUERY_KEY_NORM}
-    config = gemma_config(spec, MODEL_TYPE, "Gemma3ForCausalLM", states)
-    if any((m.window is not None) != (m.rotary == "local") for m in softmax_mixers(spec)):
-        raise SpecError(f"other layers than sliding ones with local rope cannot be {MODEL_TYPE}")
-    local = spec.local_rope or RotaryEmbedding(_LOCAL_BASE)
-    if local.scaling is not None:
-        raise SpecError(f"a scaled local rope cannot be written as {MODEL_TYPE}")
+    states = {has.ATTENTION_SCALE, has.LOCAL_ROPE, has.LOGITS_SOFTCAP, has.NORM_BOTH}
+    states.add(has.QUERY_KEY_NORM)
+    config = gemma_config(spec, MODEL_TYPE, "Gemma3ForCausalLM", states=states, windows="by_layer")
     kinds = layer_types(spec)
     return {
         **config,
-        "rope_local_base_freq": local.base,
-        "sliding_window": common_window(spec, MODEL_TYPE),
+        "rope_local_base_freq": spec.local_rope.base if spec.local_rope else _LOCAL_BASE,
+        "sliding_window": common_window(spec, MODEL_TYPE, mixed=True),
         # For readers that know no layer_types.
         "sliding_window_pattern": kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1,
         "layer_types": kinds,

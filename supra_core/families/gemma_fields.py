@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from supra_core.errors import SpecError
+from supra_core.families.shared import features as has
 from supra_core.families.shared.common import config_from_spec, spec_from_fields
-from supra_core.families.shared.features import EMBEDDING_SCALE, GELU, NORM_OFFSET
 from supra_core.families.shared.fields import Fields
-from supra_core.mixers.softmax import SoftmaxAttention
+from supra_core.mixers import Mixer
 from supra_core.model.spec import ModelSpec
 
 # transformers' name, and what released files call the same.
@@ -31,7 +30,7 @@ def gemma_spec(
     key_value_heads: int,
     max_positions: int,
     base: float = 10000.0,
-    mixers: Sequence[SoftmaxAttention],
+    mixers: Sequence[Mixer],
     **features: Any,
 ) -> ModelSpec:
     """The spec of a Gemma config, whose field ``activation`` has to be one of ``names``."""
@@ -48,7 +47,6 @@ def gemma_spec(
     return spec_from_fields(
         fields,
         family,
-        attention_bias="qkvo" if fields.flag("attention_bias", default=False) else "none",
         key_value_heads=key_value_heads,
         head_dim=256,
         max_positions=max_positions,
@@ -62,27 +60,12 @@ def gemma_spec(
     )
 
 
-def gemma_config(
-    spec: ModelSpec, family: str, architecture: str, states: Collection[str] = ()
-) -> dict[str, Any]:
-    """The config all Gemma families share; :class:`SpecError` if it cannot state ``spec``."""
-    config = config_from_spec(
-        spec, family, architecture, states={EMBEDDING_SCALE, GELU, NORM_OFFSET, *states}
-    )
-    fixed = {
-        "norm weights without an offset of 1": spec.norm.weight_offset != 1,
-        "another activation than GELU": spec.hidden_act != "gelu_pytorch_tanh",
-        "another scale of the embeddings": spec.embedding_scale != spec.hidden_size**0.5,
-    }
-    for problem, present in fixed.items():
-        if present:
-            raise SpecError(f"a model with {problem} cannot be written as {family}")
-    return {
-        **config,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": spec.attention_bias == "qkvo",
-    }
+def gemma_config(spec: ModelSpec, family: str, architecture: str, **how: Any) -> dict[str, Any]:
+    """The config all Gemma families share; ``how`` as :func:`config_from_spec` has it."""
+    states = {has.EMBEDDING_SCALE, has.GELU, has.NORM_OFFSET, *how.pop("states", ())}
+    config = config_from_spec(spec, family, architecture, states=states, **how)
+    activation = "gelu_pytorch_tanh"
+    return {**config, "hidden_act": activation, "hidden_activation": activation}
 
 
 def attention_scale(fields: Fields) -> float:
@@ -96,3 +79,9 @@ def query_pre_attn_scalar(spec: ModelSpec) -> float:
         return spec.head_dim
     exact = spec.attention_scale**-2
     return round(exact) if round(exact) ** -0.5 == spec.attention_scale else exact
+
+
+def cap(fields: Fields, name: str, default: float | None) -> float | None:
+    """A cap; null is none."""
+    stated = fields.stated(name, by_default=default is not None)
+    return fields.number(name, default=default) if stated else None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from supra_core.families.shared import features as has
 from supra_core.families.shared.common import (
     config_from_spec,
     spec_from_fields,
     uniform_mixers,
-    uniform_window,
 )
 from supra_core.families.shared.experts import experts_of, stated_experts
-from supra_core.families.shared.features import EXPERTS
 from supra_core.families.shared.fields import Fields
 from supra_core.families.shared.tensors import inverse, renamed
 from supra_core.model.spec import ModelSpec
@@ -25,10 +24,8 @@ _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of a Mixtral config; ``where`` names its file in errors."""
     fields = Fields(config, where)
-    window = fields.integer("sliding_window") if fields.has("sliding_window") else None
-    mixers = uniform_mixers(fields, window)
+    mixers = uniform_mixers(fields, None)
     experts = experts_of(
         fields,
         count=8,
@@ -51,17 +48,20 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The Mixtral config of ``spec``."""
     experts = stated_experts(spec, MODEL_TYPE)
     config = config_from_spec(
-        spec, MODEL_TYPE, "MixtralForCausalLM", states={EXPERTS}, biases=("none",)
+        spec,
+        MODEL_TYPE,
+        "MixtralForCausalLM",
+        states={has.EXPERTS},
+        biases=("none",),
+        windows="one",
     )
     return {
         **config,
         "intermediate_size": experts.intermediate_size,
         "num_local_experts": experts.count,
         "num_experts_per_tok": experts.per_token,
-        "sliding_window": uniform_window(spec, MODEL_TYPE),
     }
 
 

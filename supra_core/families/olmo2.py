@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from supra_core.families.shared import features as has
 from supra_core.families.shared.common import (
     config_from_spec,
-    refuse_windows,
     spec_from_fields,
     uniform_mixers,
 )
-from supra_core.families.shared.features import NORM_AFTER, QUERY_KEY_NORM
 from supra_core.families.shared.fields import Fields
 from supra_core.families.shared.tensors import QUERY_KEY_NORM as NORM_NAMES
 from supra_core.model.spec import ModelSpec
@@ -24,24 +23,19 @@ MODULES = {
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of an OLMo 2 config; ``where`` names its file in errors."""
     fields = Fields(config, where)
     return spec_from_fields(
         fields,
         MODEL_TYPE,
-        attention_bias="qkvo" if fields.flag("attention_bias", default=False) else "none",
         key_value_heads=None,
         max_positions=2048,
         eps=1e-5,
-        mixers=uniform_mixers(fields, None),
+        mixers=uniform_mixers(fields, None, slides=False),
         query_key_norm="all_heads",
         block_norm="after",
     )
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The OLMo 2 config of ``spec``."""
-    states = {NORM_AFTER, QUERY_KEY_NORM}
-    config = config_from_spec(spec, MODEL_TYPE, "Olmo2ForCausalLM", states=states)
-    refuse_windows(spec, MODEL_TYPE)
-    return {**config, "attention_bias": spec.attention_bias == "qkvo"}
+    states = {has.NORM_AFTER, has.QUERY_KEY_NORM}
+    return config_from_spec(spec, MODEL_TYPE, "Olmo2ForCausalLM", states=states)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from supra_core.families.shared import features as has
 from supra_core.families.shared.common import (
     config_from_spec,
     spec_from_fields,
     uniform_mixers,
-    uniform_window,
 )
-from supra_core.families.shared.features import PARTIAL_ROPE
 from supra_core.families.shared.fields import Fields
 from supra_core.families.shared.tensors import fused, parts, split_name
 from supra_core.mixers.positions import LongropeScaling
@@ -23,16 +22,14 @@ _ORIGINAL_POSITIONS = 4096
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of a Phi-3 config; ``where`` names its file in errors."""
     fields = Fields(config, where)
-    window = fields.integer("sliding_window") if fields.has("sliding_window") else None
     return spec_from_fields(
         fields,
         MODEL_TYPE,
         attention_bias="none",
         key_value_heads=None,
         max_positions=4096,
-        mixers=uniform_mixers(fields, window),
+        mixers=uniform_mixers(fields, None),
         eps=1e-5,
         partial_rope=True,
         original_positions=_ORIGINAL_POSITIONS,
@@ -40,14 +37,14 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The Phi-3 config of ``spec``."""
     config = config_from_spec(
         spec,
         MODEL_TYPE,
         "Phi3ForCausalLM",
-        states={PARTIAL_ROPE},
+        states={has.PARTIAL_ROPE},
         biases=("none",),
         scales=("longrope",),
+        windows="one",
     )
     scaling = spec.rope.scaling
     return {
@@ -58,7 +55,6 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
             if isinstance(scaling, LongropeScaling)
             else spec.max_position_embeddings
         ),
-        "sliding_window": uniform_window(spec, MODEL_TYPE),
     }
 
 

@@ -14,7 +14,6 @@ MODEL_TYPE = "qwen2"
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of a Qwen2 config; ``where`` names its file in errors."""
     fields = Fields(config, where)
     return spec_from_fields(
         fields,
@@ -27,6 +26,7 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The Qwen2 config of ``spec``."""
-    config = config_from_spec(spec, MODEL_TYPE, "Qwen2ForCausalLM", biases=("qkv",))
+    config = config_from_spec(
+        spec, MODEL_TYPE, "Qwen2ForCausalLM", biases=("qkv",), windows="by_layer"
+    )
     return {**config, **switched_config(spec, MODEL_TYPE)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from supra_core.families.shared import features as has
 from supra_core.families.shared.common import config_from_spec, spec_from_fields
-from supra_core.families.shared.features import QUERY_KEY_NORM
 from supra_core.families.shared.fields import Fields
 from supra_core.families.shared.layer_kinds import switched_config, switched_windows
 from supra_core.families.shared.tensors import QUERY_KEY_NORM as NORM_NAMES
@@ -17,12 +17,10 @@ MODULES = NORM_NAMES
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of a Qwen3 config; ``where`` names its file in errors."""
     fields = Fields(config, where)
     return spec_from_fields(
         fields,
         MODEL_TYPE,
-        attention_bias="qkvo" if fields.flag("attention_bias", default=False) else "none",
         key_value_heads=None if "num_key_value_heads" in config else 32,
         head_dim=128,
         max_positions=32768,
@@ -32,10 +30,10 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The Qwen3 config of ``spec``."""
-    config = config_from_spec(spec, MODEL_TYPE, "Qwen3ForCausalLM", states={QUERY_KEY_NORM})
+    config = config_from_spec(
+        spec, MODEL_TYPE, "Qwen3ForCausalLM", states={has.QUERY_KEY_NORM}, windows="by_layer"
+    )
     return {
         **config,
         **switched_config(spec, MODEL_TYPE),
-        "attention_bias": spec.attention_bias == "qkvo",
     }

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from supra_core.families.shared import features as has
 from supra_core.families.shared.common import (
     config_from_spec,
     spec_from_fields,
     uniform_mixers,
-    uniform_window,
 )
 from supra_core.families.shared.experts import experts_of, stated_experts
-from supra_core.families.shared.features import EXPERTS, QUERY_KEY_NORM
 from supra_core.families.shared.fields import Fields
+from supra_core.families.shared.layer_kinds import DEFAULT_WINDOW
 from supra_core.families.shared.tensors import QUERY_KEY_NORM as NORM_NAMES
 from supra_core.model.spec import ModelSpec
 
 MODEL_TYPE = "qwen3_moe"
 MODULES = NORM_NAMES
 
-# What transformers assumes where a config says nothing.
-_DEFAULT_WINDOW = 4096
-
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of a Qwen3-MoE config; ``where`` names its file in errors."""
     fields = Fields(config, where)
-    mixers = uniform_mixers(fields, _window(fields))
+    slides = fields.flag("use_sliding_window", default=False)
+    mixers = uniform_mixers(fields, DEFAULT_WINDOW, slides)
     dense = _dense_layers(fields, len(mixers))
     step = fields.integer("decoder_sparse_step", default=1)
     sparse = [index not in dense and (index + 1) % step == 0 for index in range(len(mixers))]
@@ -45,7 +42,6 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     return spec_from_fields(
         fields,
         MODEL_TYPE,
-        attention_bias="qkvo" if fields.flag("attention_bias", default=False) else "none",
         key_value_heads=4,
         max_positions=32768,
         mixers=mixers,
@@ -56,18 +52,13 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The Qwen3-MoE config of ``spec``."""
     experts = stated_experts(spec, MODEL_TYPE)
-    config = config_from_spec(
-        spec, MODEL_TYPE, "Qwen3MoeForCausalLM", states={QUERY_KEY_NORM, EXPERTS}
-    )
-    window = uniform_window(spec, MODEL_TYPE)
+    states = {has.QUERY_KEY_NORM, has.EXPERTS}
+    config = config_from_spec(spec, MODEL_TYPE, "Qwen3MoeForCausalLM", states=states, windows="one")
     kinds = [layer.feed_forward for layer in spec.layers]
     return {
         **config,
-        "attention_bias": spec.attention_bias == "qkvo",
-        "use_sliding_window": window is not None,
-        "sliding_window": window,
+        "use_sliding_window": config["sliding_window"] is not None,
         "num_experts": experts.count,
         "num_experts_per_tok": experts.per_token,
         "moe_intermediate_size": experts.intermediate_size,
@@ -75,15 +66,6 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [index for index, kind in enumerate(kinds) if kind == "dense"],
     }
-
-
-def _window(fields: Fields) -> int | None:
-    """That of all layers: ``sliding_window`` counts if ``use_sliding_window`` is true."""
-    used = fields.flag("use_sliding_window", default=False)
-    # null is none.
-    if not used or ("sliding_window" in fields.values and not fields.has("sliding_window")):
-        return None
-    return fields.integer("sliding_window", default=_DEFAULT_WINDOW)
 
 
 def _dense_layers(fields: Fields, layers: int) -> set[int]:

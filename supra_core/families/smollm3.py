@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from supra_core.families.shared import features as has
 from supra_core.families.shared.common import config_from_spec, spec_from_fields
-from supra_core.families.shared.features import MLP_BIAS, NO_ROPE_LAYERS
 from supra_core.families.shared.fields import Fields, layer_count
 from supra_core.families.shared.layer_kinds import (
     common_window,
     layer_types,
     refuse_unused,
     sliding_layers,
-    softmax_mixers,
     windows,
 )
 from supra_core.mixers.softmax import SoftmaxAttention
@@ -22,7 +21,6 @@ MODEL_TYPE = "smollm3"
 
 
 def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec of a SmolLM3 config; ``where`` names its file in errors."""
     fields = Fields(config, where)
     rotated = _rotated_layers(fields)
     used = fields.flag("use_sliding_window", default=False) and fields.has("sliding_window")
@@ -35,7 +33,6 @@ def to_spec(config: dict[str, Any], where: str) -> ModelSpec:
     return spec_from_fields(
         fields,
         MODEL_TYPE,
-        attention_bias="qkvo" if fields.flag("attention_bias", default=False) else "none",
         key_value_heads=None if "num_key_value_heads" in config else 4,
         max_positions=32768,
         base=2000000.0,
@@ -64,16 +61,14 @@ def _rotated_layers(fields: Fields) -> tuple[bool, ...]:
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """The SmolLM3 config of ``spec``."""
+    states = {has.MLP_BIAS, has.NO_ROPE_LAYERS}
     config = config_from_spec(
-        spec, MODEL_TYPE, "SmolLM3ForCausalLM", states={MLP_BIAS, NO_ROPE_LAYERS}
+        spec, MODEL_TYPE, "SmolLM3ForCausalLM", states=states, windows="by_layer"
     )
-    window = common_window(spec, MODEL_TYPE)
+    window = common_window(spec, MODEL_TYPE, mixed=True)
     return {
         **config,
-        "attention_bias": spec.attention_bias == "qkvo",
-        "mlp_bias": spec.mlp_bias,
-        "no_rope_layers": [int(mixer.rotary != "none") for mixer in softmax_mixers(spec)],
+        "no_rope_layers": [int(mixer.rotary != "none") for mixer in spec.mixers],
         "use_sliding_window": window is not None,
         "sliding_window": window,
         "layer_types": layer_types(spec),

@@ -1,7 +1,7 @@
-"""The kinds of mixers, a file each. A new kind is a file here and an entry in ``KINDS``.
+"""The kinds of mixers, one file each. A new kind is a file here and an entry in ``KINDS``.
 
-``Mixer`` is any of them: to a type checker what all answer, and when a spec is read the union that
-tells them apart by ``kind`` and refuses others.
+``Mixer`` stands for any of them. A type checker sees what all kinds answer; a reader of a spec
+sees the union, which tells kinds apart by ``kind`` and refuses unknown ones.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     Mixer = MixerKind
 else:
     Mixer = Annotated[reduce(or_, KINDS), Field(discriminator="kind")]
+
+# The kind that each preset of a conversion makes.
+PRESETS = {preset: kind for kind in KINDS for preset in kind.presets}
 
 # Read and written in float32 whatever the model's type: small, and their rounding is not.
 FLOAT32_TENSORS = tuple(name for kind in KINDS for name in kind.float32_tensors)

@@ -1,18 +1,19 @@
-"""What every kind of mixer answers, and what it reads of the model that it stands in.
+"""What every kind of mixer answers, and what it reads of its model.
 
-A kind is a frozen dataclass: its fields are its entry in config.json. Code outside this room asks
-what it wants to know; it never asks which kind it has.
+A kind is a frozen dataclass whose fields are its entry in config.json. Code outside this room asks
+a mixer what it needs to know; it never asks which kind it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from supra_core.mixers.checks import require
+from supra_core.mixers.choices import Choices
 from supra_core.mixers.parts import Norm
 from supra_core.mixers.positions import LongropeScaling, RotaryEmbedding
 
@@ -23,7 +24,7 @@ Form = Literal["parallel", "recurrent"]
 # Of the reference: a mixer's weights by name under ``self_attn.``, and one sequence's memory.
 Weights = Mapping[str, Float64]
 Memory = dict[str, Float64]
-# A mixer's tensor by its name there, None for what it has not.
+# A mixer's tensor by its name under ``self_attn.``, None where it has no such tensor.
 Weight = Callable[[str], Float64 | None]
 
 STATE_ITEMSIZE = 4
@@ -61,20 +62,38 @@ class ModelFields(Protocol):
     def query_scale(self) -> float: ...
 
 
+class Given(NamedTuple):
+    """What a mixer's definition takes besides its input, for one sequence.
+
+    ``positions`` (T,); ``memory`` is empty at the beginning of a sequence.
+    """
+
+    model: ModelFields
+    weights: Weights
+    positions: Int64
+    memory: Memory
+    form: Form
+
+
 class MixerKind:
     """The base of all kinds. ``rotary`` names the rotation of the model that a mixer uses.
 
-    ``converted``: conversion made it; a transformer's own mixers are not.
-    ``float32_tensors``: its tensors that are float32 whatever the model's type.
-    ``format_version``: the version of the format that brought the kind, and ``later_fields`` those
-    of fields that came after it; such a field is written only where it says something.
-    ``window``: how many of the last tokens it treats in a way of their own; None: no window.
+    ``window``: how many of the last tokens get softmax weights; None: there is no window.
+    ``converted``: whether conversion makes it; False for a transformer's own mixers.
+    ``presets``: the conversions that make it. ``can_calibrate``: whether its ``o_proj`` and new
+    tensors can be fitted to the transformer's mixer. ``caps_scores``: whether it caps scores by
+    the model's ``attention_softcap``. ``float32_tensors``: its tensors that are always float32.
+    ``format_version``: the version of the format that introduced the kind. ``later_fields``: fields
+    added later, with their versions; they are written only where they differ from the default.
     """
 
     converted: ClassVar[bool] = True
     float32_tensors: ClassVar[tuple[str, ...]] = ()
     format_version: ClassVar[int] = 1
     later_fields: ClassVar[dict[str, int]] = {}
+    presets: ClassVar[tuple[str, ...]] = ()
+    can_calibrate: ClassVar[bool] = False
+    caps_scores: ClassVar[bool] = False
 
     if TYPE_CHECKING:
 
@@ -84,6 +103,15 @@ class MixerKind:
         def window(self) -> int | None: ...
         @property
         def rotary(self) -> Literal["global", "local", "none"]: ...
+
+    @classmethod
+    def chosen(cls, model: ModelFields, choices: Choices) -> Self:
+        """The mixer of the preset ``choices.preset``, with the other choices applied."""
+        raise NotImplementedError
+
+    def rotating(self, rotary: Literal["global", "local", "none"]) -> Self:
+        """The same mixer with the rotation of the transformer's layer that it replaces."""
+        raise NotImplementedError
 
     @property
     def layer_type(self) -> str:
@@ -96,8 +124,13 @@ class MixerKind:
         return False
 
     @property
+    def holds_all(self) -> bool:
+        """Whether its memory reflects every earlier token."""
+        return True
+
+    @property
     def fills_at(self) -> int | None:
-        """The context that fills its cache, to which every token adds before; None: no such."""
+        """The context at which its cache is full; None if it has none, or it grows for ever."""
         return None
 
     @property
@@ -147,18 +180,18 @@ class MixerKind:
         return projections(model)
 
     def new_tensors(self, model: ModelFields) -> dict[str, Shape]:
-        """Those that the transformer's mixer has not."""
+        """The tensors that the transformer's mixer lacks."""
         theirs = projections(model)
         return {n: shape for n, shape in self.tensors(model).items() if n not in theirs}
 
     def initial(
         self, name: str, shape: Shape, model: ModelFields, generator: np.random.Generator
     ) -> Float64:
-        """What a new tensor is before calibration and training."""
+        """The values of a new tensor before calibration and training."""
         raise NotImplementedError
 
     def can_fold(self, model: ModelFields) -> bool:
-        """Whether q_proj and k_proj can take the feature map up without any change of function."""
+        """Whether q_proj and k_proj can absorb the feature map exactly."""
         return False
 
     def folded_form(self, model: ModelFields) -> Self:
@@ -166,12 +199,12 @@ class MixerKind:
         raise NotImplementedError
 
     def fold(self, name: str, model: ModelFields, weight: Weight) -> Float64:
-        """A tensor of q_proj or k_proj of the folded form, from this mixer's tensors."""
+        """A tensor of the folded form's q_proj or k_proj, computed from this mixer's tensors."""
         raise NotImplementedError
 
     @property
     def joins_window(self) -> bool:
-        """Whether it joins a window with a state, so that each can be had alone."""
+        """Whether it joins a window with a state, each of which can stand alone."""
         return False
 
     def without_window(self, model: ModelFields, weight: Weight) -> tuple[Self, dict[str, Float64]]:
@@ -179,54 +212,35 @@ class MixerKind:
         raise NotImplementedError
 
     def window_alone(self, model: ModelFields, weight: Weight) -> tuple[Self, dict[str, Float64]]:
-        """The mixer of which only the window counts, and the tensors that change."""
+        """The mixer whose state has no weight, and the tensors that change."""
         raise NotImplementedError
 
     # --- memory -----------------------------------------------------------------------------
 
     def state_bytes(self, model: ModelFields, itemsize: int, context: int | None = None) -> int:
-        """Bytes of a sequence's memory after ``context`` tokens, of which caches take some in
-        ``itemsize`` bytes an element; None: the most that does not grow with the context.
+        """Bytes of a sequence's memory after ``context`` tokens.
+
+        None: the most that does not grow with the context. ``itemsize``: bytes an element of
+        cached keys and values.
         """
         raise NotImplementedError
 
     # --- the definition ---------------------------------------------------------------------
 
-    def reference(
-        self,
-        model: ModelFields,
-        weights: Weights,
-        x: Float64,
-        positions: Int64,
-        memory: Memory,
-        form: Form,
-    ) -> tuple[Float64, Memory]:
-        """x (T, D) -> (T, D) and the layer's new memory; ``memory`` is empty at the beginning."""
+    def reference(self, given: Given, x: Float64) -> tuple[Float64, Memory]:
+        """x (T, D) -> (T, D) and the layer's new memory."""
+        model, K = given.model, given.model.num_key_value_heads
         q, k, v = (
-            linear(weights, f"{name}_proj", x).reshape(len(x), heads, -1)
-            for name, heads in (
-                ("q", model.num_attention_heads),
-                ("k", model.num_key_value_heads),
-                ("v", model.num_key_value_heads),
-            )
+            linear(given.weights, f"{name}_proj", x).reshape(len(x), heads, -1)
+            for name, heads in (("q", model.num_attention_heads), ("k", K), ("v", K))
         )
         if not self.folded:
-            q, k = (_projection_norm(model, weights, name, z) for name, z in (("q", q), ("k", k)))
+            q, k = (_projection_norm(given, name, z) for name, z in (("q", q), ("k", k)))
             q = q * model.query_scale
-        out, memory = self.attend(model, weights, q, k, v, positions, memory, form)
-        return linear(weights, "o_proj", out.reshape(len(x), -1)), memory
+        out, memory = self.attend(given, q, k, v)
+        return linear(given.weights, "o_proj", out.reshape(len(x), -1)), memory
 
-    def attend(
-        self,
-        model: ModelFields,
-        weights: Weights,
-        q: Float64,
-        k: Float64,
-        v: Float64,
-        positions: Int64,
-        memory: Memory,
-        form: Form,
-    ) -> tuple[Float64, Memory]:
+    def attend(self, given: Given, q: Float64, k: Float64, v: Float64) -> tuple[Float64, Memory]:
         """q (T, H, .), k (T, K, .), v (T, K, Dv) -> (T, H, Dv) and the new memory."""
         raise NotImplementedError
 
@@ -236,25 +250,23 @@ def projections(
 ) -> dict[str, Shape]:
     """The tensors that every mixer has. ``size``: channels of a query head, if not head_dim;
     ``query_bias``: whether q_proj and k_proj have biases, if not as the model says."""
-    return dict(_projections(model, size or model.head_dim, query_bias))
-
-
-def _projections(
-    model: ModelFields, size: int, query_bias: bool | None
-) -> Iterator[tuple[str, Shape]]:
     D, H, K = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
-    bias = model.attention_bias != "none"
-    for name, heads, width in (("q", H, size), ("k", K, size), ("v", K, model.value_head_dim)):
-        yield f"{name}_proj.weight", (heads * width, D)
-        if bias if name == "v" or query_bias is None else query_bias:
-            yield f"{name}_proj.bias", (heads * width,)
-    yield "o_proj.weight", (D, H * model.value_head_dim)
+    size, bias = size or model.head_dim, model.attention_bias != "none"
+    query_bias = bias if query_bias is None else query_bias
+    rows = {"q": H * size, "k": K * size, "v": K * model.value_head_dim}
+    found: dict[str, Shape] = {}
+    for name, has_bias in (("q", query_bias), ("k", query_bias), ("v", bias)):
+        found[f"{name}_proj.weight"] = (rows[name], D)
+        if has_bias:
+            found[f"{name}_proj.bias"] = (rows[name],)
+    found["o_proj.weight"] = (D, H * model.value_head_dim)
     if model.attention_bias == "qkvo":
-        yield "o_proj.bias", (D,)
-    if model.query_key_norm != "none":
-        for name, heads in (("q", H), ("k", K)):
+        found["o_proj.bias"] = (D,)
+    for name, heads in (("q", H), ("k", K)):
+        if model.query_key_norm != "none":
             shared = model.query_key_norm == "per_head"
-            yield f"{name}_proj_norm.weight", ((1 if shared else heads) * model.head_dim,)
+            found[f"{name}_proj_norm.weight"] = ((1 if shared else heads) * model.head_dim,)
+    return found
 
 
 def linear(weights: Weights, name: str, x: Float64) -> Float64:
@@ -263,14 +275,13 @@ def linear(weights: Weights, name: str, x: Float64) -> Float64:
     return out + weights[name + ".bias"] if name + ".bias" in weights else out
 
 
-def _projection_norm(model: ModelFields, weights: Weights, name: str, z: Float64) -> Float64:
+def _projection_norm(given: Given, name: str, z: Float64) -> Float64:
     """The norm of queries or keys (T, heads, d) behind their projection."""
-    if model.query_key_norm == "none":
+    if given.model.query_key_norm == "none":
         return z
-    weight = weights[f"{name}_proj_norm.weight"]
-    if model.query_key_norm == "per_head":
-        return model.norm.normalised(z, weight)
-    return model.norm.normalised(z.reshape(len(z), -1), weight).reshape(z.shape)
+    weight = given.weights[f"{name}_proj_norm.weight"]
+    together = z.reshape(len(z), -1) if given.model.query_key_norm == "all_heads" else z
+    return given.model.norm.normalised(together, weight).reshape(z.shape)
 
 
 def repeated(x: Float64, heads: int) -> Float64:

@@ -1,4 +1,4 @@
-"""What the classes of a spec check their fields with."""
+"""How the classes of a spec check their fields."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import ConfigDict
 
 from supra_core.errors import SpecError
 
-# Fields have the names of files where they are read, and their own in Python.
+# Python code may use a field's own name; files are read with by_name=False, by their names alone.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_by_name=True)
 
 # No model reaches it: without a bound, a stranger's config could make its reader allocate.

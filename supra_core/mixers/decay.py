@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.mixers.parts import Decay, LearnedDecay, LightningDecay, NoDecay, RetnetDecay
-
-Float64 = npt.NDArray[np.float64]
+from supra_core.mixers.parts import Decay, Float64, LearnedDecay, LightningDecay, RetnetDecay
 
 
 def slopes(decay: Decay, heads: int, log_slope: npt.ArrayLike | None = None) -> Float64:
@@ -15,15 +13,17 @@ def slopes(decay: Decay, heads: int, log_slope: npt.ArrayLike | None = None) -> 
 
     ``log_slope`` is the layer's tensor, needed by a learned decay only.
     """
-    if isinstance(decay, NoDecay):
-        return np.zeros(heads)
+    if isinstance(decay, LearnedDecay):
+        assert log_slope is not None
+        return np.asarray(np.exp(np.asarray(log_slope, dtype=np.float64)))
     if isinstance(decay, RetnetDecay):
         # log1p: log(1 - 2^(-5 - h)) rounds to 0 for late heads.
         return np.asarray(-np.log1p(-np.exp2(-5.0 - np.arange(heads))))
-    if isinstance(decay, LightningDecay):
-        return lightning_slopes(heads, decay.start)
-    assert isinstance(decay, LearnedDecay) and log_slope is not None
-    return np.asarray(np.exp(np.asarray(log_slope, dtype=np.float64)))
+    return (
+        lightning_slopes(heads, decay.start)
+        if isinstance(decay, LightningDecay)
+        else np.zeros(heads)
+    )
 
 
 def lightning_slopes(heads: int, start: float | None = None) -> Float64:

@@ -1,4 +1,4 @@
-"""Linear attention: a state of fixed size, and what stands around it.
+"""Linear attention: its spec, what it answers, and its definition.
 
 The operator, for one head with decay gamma in (0, 1]::
 
@@ -24,6 +24,7 @@ from supra_core.mixers.base import (
     STATE_ITEMSIZE,
     Float64,
     Form,
+    Given,
     Int64,
     Memory,
     MixerKind,
@@ -36,6 +37,7 @@ from supra_core.mixers.base import (
     window_scores,
 )
 from supra_core.mixers.checks import STRICT, require, require_window
+from supra_core.mixers.choices import Choices, DecayName, OutputNormName
 from supra_core.mixers.decay import slopes
 from supra_core.mixers.parts import (
     Decay,
@@ -45,8 +47,10 @@ from supra_core.mixers.parts import (
     Identity,
     LearnedDecay,
     LightningDecay,
+    NoDecay,
     Normaliser,
     Projection,
+    RetnetDecay,
     SumNormaliser,
 )
 from supra_core.mixers.positions import RotaryEmbedding
@@ -55,6 +59,18 @@ from supra_core.mixers.rotary import rotate
 Bool = npt.NDArray[np.bool_]
 RopePosition = Literal["none", "before", "between", "after"]
 
+DEFAULT_WINDOW = 128
+_DECAYS: dict[DecayName, Decay] = {
+    "lightning": LightningDecay(),
+    "retnet": RetnetDecay(),
+    "none": NoDecay(),
+    "learned": LearnedDecay(),
+}
+_NORMALISERS: dict[OutputNormName, Normaliser] = {
+    "group_norm": GroupNorm(),
+    "sum": SumNormaliser(),
+    "sum_sink": SumNormaliser(sink=True),
+}
 _INITIAL_LOG_SINK = -3.0
 # exp of it is 0 in every type, also relative to the smallest score that occurs; finite, since
 # the difference of two infinities would be NaN.
@@ -89,6 +105,8 @@ class LinearAttention(MixerKind):
     kind: Literal["linear_attention"] = "linear_attention"
     float32_tensors: ClassVar[tuple[str, ...]] = ("log_slope", "log_far_gain", "log_sink")
     later_fields: ClassVar[dict[str, int]] = {"rotary": 2}
+    presets: ClassVar[tuple[str, ...]] = ("paper", "windowed", "pure")
+    can_calibrate: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_window(self.window)
@@ -109,6 +127,51 @@ class LinearAttention(MixerKind):
                 "a window needs the sum normaliser, which it shares with the linear part; "
                 "choose output norm 'sum' or leave the window out"
             )
+
+    @classmethod
+    def chosen(cls, model: ModelFields, choices: Choices) -> Self:
+        """Three presets:
+
+        - ``paper``: exactly the published model (arXiv 2405.06640): relu(W z + b) over all heads,
+          W and b at random, RoPE after it, lightning decay, GroupNorm.
+        - ``windowed``: starts close to the transformer: each head's own
+          [softmax(W z), softmax(-W z)] (Hedgehog, arXiv 2402.04347) with W the identity and b
+          zero, RoPE between W and softmax, so that W folds away, a normaliser by the sum with a
+          learned sink, a learned decay, and a gain for each head that begins as 1. The last 128
+          tokens keep their softmax weights.
+        - ``pure``: ``windowed`` without that window: no softmax anywhere.
+        """
+        paper = choices.preset == "paper"
+        activation = choices.feature_map or ("relu" if paper else "signed_softmax")
+        norm = choices.output_norm or ("group_norm" if paper else "sum_sink")
+        projection = Projection(
+            "all_heads" if paper else "per_head",
+            shared=paper and model.group_size == 1,
+            bias=choices.feature_bias,
+        )
+        feature_map = FeatureMap(
+            activation, model.head_dim, Identity() if activation == "none" else projection
+        )
+        window = choices.window
+        # Only the sum normaliser can have one.
+        if window is None and choices.preset == "windowed" and norm != "group_norm":
+            window = DEFAULT_WINDOW
+        published_scale = activation in ("relu", "signed_relu", "none")
+        return cls(
+            feature_map=feature_map,
+            # Between: as the transformer rotates, and W still folds into q_proj and k_proj.
+            rope_position=choices.rope or ("after" if norm == "group_norm" else "between"),
+            decay=_DECAYS[choices.decay or ("lightning" if paper else "learned")],
+            normaliser=_NORMALISERS[norm],
+            key_scale=feature_map.output_size**-0.5 if published_scale else 1.0,
+            gain=choices.gain or ("none" if paper else "per_head"),
+            window=window,
+        )
+
+    def rotating(self, rotary: Literal["global", "local", "none"]) -> Self:
+        if rotary == "none":
+            return replace(self, rope_position="none")
+        return replace(self, rotary=rotary)
 
     @property
     def folded(self) -> bool:
@@ -270,17 +333,8 @@ class LinearAttention(MixerKind):
         columns = model.value_head_dim + self.summed
         return window + model.num_attention_heads * features * columns * STATE_ITEMSIZE
 
-    def attend(
-        self,
-        model: ModelFields,
-        weights: Weights,
-        q: Float64,
-        k: Float64,
-        v: Float64,
-        positions: Int64,
-        memory: Memory,
-        form: Form,
-    ) -> tuple[Float64, Memory]:
+    def attend(self, given: Given, q: Float64, k: Float64, v: Float64) -> tuple[Float64, Memory]:
+        model, weights, positions, memory, form = given
         rope = self.rope_of(model)
         z_q, z_k = (
             self._projected(weights, z, positions, rope, name)

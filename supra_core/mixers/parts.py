@@ -56,7 +56,7 @@ FeatureProjection = Annotated[Projection | Folded | Identity, Field(discriminato
 class FeatureMap:
     """phi(z) = activation(projection(z)).
 
-    ``size`` is what the projection yields a head. ``activation``:
+    ``size``: outputs of the projection for a head. ``activation``:
 
     - ``relu``: max(z, 0), Dk = size (published SUPRA);
     - ``signed_relu``: [max(z, 0), max(-z, 0)], Dk = 2 size;
@@ -145,9 +145,9 @@ class GroupNorm:
 class SumNormaliser:
     """Each output is divided by the sum of its weights, as in softmax attention.
 
-    ``sink``: to the sum comes exp(``self_attn.log_sink``), the weight of a token without a value,
-    so that a head may attend to nothing (arXiv 2309.17453; learned as in gpt-oss). With a window
-    it counts once tokens before the window have a weight.
+    ``sink``: adds exp(``self_attn.log_sink``) to the sum, the weight of a token without a value, so
+    that a head can attend to nothing (arXiv 2309.17453; learned as in gpt-oss). With a window it
+    counts once tokens before the window have a weight.
     """
 
     sink: bool = False

@@ -1,13 +1,22 @@
-"""Rotary position embedding as a spec states it, with its scalings."""
+"""Rotary position embedding as a spec states it, with its scalings.
+
+A scaling's ``slowed`` takes the frequencies (pairs,) and the rope's base (transformers,
+``modeling_rope_utils``).
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from supra_core.mixers.checks import STRICT, require, require_original
+
+Float64 = npt.NDArray[np.float64]
 
 RopeFactors = Literal["short", "long"]
 
@@ -21,6 +30,9 @@ class LinearScaling:
 
     def __post_init__(self) -> None:
         require(self.factor > 0, "rope scaling factor must be positive")
+
+    def slowed(self, theta: Float64, base: float) -> Float64:
+        return theta / self.factor
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -40,6 +52,15 @@ class Llama3Scaling:
             "rope scaling needs 0 < low_freq_factor < high_freq_factor",
         )
         require_original(self.original_max_position_embeddings)
+
+    def slowed(self, theta: Float64, base: float) -> Float64:
+        """Slow frequencies are divided by ``factor``, fast ones kept, and others blended."""
+        wavelength = 2 * math.pi / theta
+        smooth = (self.original_max_position_embeddings / wavelength - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
+        smooth = np.clip(smooth, 0.0, 1.0)
+        return np.asarray((1 - smooth) * theta / self.factor + smooth * theta)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -65,6 +86,22 @@ class YarnScaling:
         for name in ("factor", "attention_factor", "beta_fast", "beta_slow"):
             require(getattr(self, name) > 0, f"rope scaling {name} must be positive")
         require_original(self.original_max_position_embeddings)
+
+    def slowed(self, theta: Float64, base: float) -> Float64:
+        """Llama 3's blend, by the number of a pair."""
+        pairs, length = len(theta), self.original_max_position_embeddings
+
+        def pair_that_turns(times: float) -> float:
+            return pairs * math.log(length / (times * 2 * math.pi)) / math.log(base)
+
+        low, high = pair_that_turns(self.beta_fast), pair_that_turns(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * pairs - 1)
+        # As transformers has it, so that nothing is divided by 0.
+        width = 0.001 if low == high else high - low
+        share = np.clip((np.arange(pairs) - low) / width, 0.0, 1.0)
+        return np.asarray(share * theta / self.factor + (1 - share) * theta)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -99,6 +136,9 @@ class LongropeScaling:
         """The factors that are taken, one for each pair of channels."""
         return self.short_factor if self.factors == "short" else self.long_factor
 
+    def slowed(self, theta: Float64, base: float) -> Float64:
+        return np.asarray(theta / np.array(self.chosen))
+
 
 RopeScaling = Annotated[
     LinearScaling | Llama3Scaling | YarnScaling | LongropeScaling, Field(discriminator="kind")
@@ -130,9 +170,7 @@ class RotaryEmbedding:
     @property
     def magnitude(self) -> float:
         """What the rotated channels are multiplied by."""
-        if isinstance(self.scaling, YarnScaling | LongropeScaling):
-            return self.scaling.attention_factor
-        return 1.0
+        return float(getattr(self.scaling, "attention_factor", 1.0))
 
     def rotated(self, channels: int) -> int:
         """How many of ``channels`` rotate."""

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.mixers.positions import (
-    LinearScaling,
-    Llama3Scaling,
-    LongropeScaling,
-    RotaryEmbedding,
-    YarnScaling,
-)
-
-Float64 = npt.NDArray[np.float64]
+from supra_core.mixers.positions import Float64, RotaryEmbedding
 
 
 def inverse_frequencies(rope: RotaryEmbedding, channels: int) -> Float64:
     """Radians a position for each pair of the d ``channels`` that rotate: (d / 2,) float64.
 
-    theta_i = base^(-2 i / d), then the spec's scaling. Llama 3's scaling divides slow
-    frequencies by ``factor``, keeps fast ones and blends between; YaRN's does so by the number of
-    a pair, and LongRoPE's divides each pair's frequency by a factor of its own (transformers,
-    ``modeling_rope_utils``).
+    theta_i = base^(-2 i / d), slowed down as the spec's scaling says.
     """
     rotated = rope.rotated(channels)
     theta = rope.base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-    if isinstance(rope.scaling, LinearScaling):
-        return np.asarray(theta / rope.scaling.factor)
-    if isinstance(rope.scaling, Llama3Scaling):
-        return _llama3(theta, rope.scaling)
-    if isinstance(rope.scaling, YarnScaling):
-        return _yarn(theta, rope.scaling, rope.base)
-    if isinstance(rope.scaling, LongropeScaling):
-        return np.asarray(theta / np.array(rope.scaling.chosen))
-    return np.asarray(theta)
+    return np.asarray(theta) if rope.scaling is None else rope.scaling.slowed(theta, rope.base)
 
 
 def rotate(x: Float64, positions: npt.NDArray[np.int64], rope: RotaryEmbedding) -> Float64:
@@ -52,30 +31,3 @@ def rotate(x: Float64, positions: npt.NDArray[np.int64], rope: RotaryEmbedding) 
     out[..., first] = x[..., first] * cos - x[..., second] * sin
     out[..., second] = x[..., second] * cos + x[..., first] * sin
     return out
-
-
-def _llama3(theta: Float64, scaling: Llama3Scaling) -> Float64:
-    wavelength = 2 * math.pi / theta
-    original = scaling.original_max_position_embeddings
-    smooth = (original / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    smooth = np.clip(smooth, 0.0, 1.0)
-    return np.asarray((1 - smooth) * theta / scaling.factor + smooth * theta)
-
-
-def _yarn(theta: Float64, scaling: YarnScaling, base: float) -> Float64:
-    pairs = len(theta)
-    length = scaling.original_max_position_embeddings
-
-    def pair_that_turns(times: float) -> float:
-        return pairs * math.log(length / (times * 2 * math.pi)) / math.log(base)
-
-    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * pairs - 1)
-    # As transformers has it, so that nothing is divided by 0.
-    width = 0.001 if low == high else high - low
-    slowed = np.clip((np.arange(pairs) - low) / width, 0.0, 1.0)
-    return np.asarray(slowed * theta / scaling.factor + (1 - slowed) * theta)

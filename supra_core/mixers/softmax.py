@@ -10,12 +10,10 @@ from pydantic.dataclasses import dataclass
 
 from supra_core.mixers.base import (
     Float64,
-    Form,
-    Int64,
+    Given,
     Memory,
     MixerKind,
     ModelFields,
-    Weights,
     kv_bytes_per_token,
     repeated,
     window_scores,
@@ -37,6 +35,7 @@ class SoftmaxAttention(MixerKind):
     rotary: Annotated[Literal["global", "local", "none"], Field(alias="rope")] = "global"
     kind: Literal["softmax_attention"] = "softmax_attention"
     converted: ClassVar[bool] = False
+    caps_scores: ClassVar[bool] = True
     later_fields: ClassVar[dict[str, int]] = {"rotary": 2}
 
     def __post_init__(self) -> None:
@@ -51,6 +50,10 @@ class SoftmaxAttention(MixerKind):
         return self.window is None
 
     @property
+    def holds_all(self) -> bool:
+        return self.window is None
+
+    @property
     def fills_at(self) -> int | None:
         return self.window
 
@@ -62,20 +65,11 @@ class SoftmaxAttention(MixerKind):
         tokens = window if context is None else min(window, context)
         return tokens * kv_bytes_per_token(model, itemsize)
 
-    def attend(
-        self,
-        model: ModelFields,
-        weights: Weights,
-        q: Float64,
-        k: Float64,
-        v: Float64,
-        positions: Int64,
-        memory: Memory,
-        form: Form,
-    ) -> tuple[Float64, Memory]:
+    def attend(self, given: Given, q: Float64, k: Float64, v: Float64) -> tuple[Float64, Memory]:
         if self.rotary != "none":
-            q, k = (rotate(z, positions, self.rope_of(model)) for z in (q, k))
-        return exact_softmax_attention(q, k, v, memory, self.window, model.attention_softcap)
+            q, k = (rotate(z, given.positions, self.rope_of(given.model)) for z in (q, k))
+        cap = given.model.attention_softcap
+        return exact_softmax_attention(q, k, v, given.memory, self.window, cap)
 
 
 def exact_softmax_attention(

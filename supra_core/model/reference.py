@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from supra_core.mixers.base import Float64, Form, Int64, Memory, softcapped
+from supra_core.mixers.base import Float64, Form, Given, Int64, Memory, softcapped
 from supra_core.mixers.parts import softmax
 from supra_core.model.layout import layer_prefix
 from supra_core.model.spec import ModelSpec
@@ -99,33 +99,27 @@ class ReferenceModel:
         embedding = self._weight("model.embed_tokens.weight")
         h = embedding[ids] * spec.embedding_scale
         if spec.embedding_norm:
-            h = spec.norm.normalised(h, self._weight("model.embed_norm.weight"))
-        layers = []
+            h = self._normed("model.embed_norm", h)
+        layers, pre, post = [], spec.block_norm != "after", spec.block_norm != "before"
         for index, layer in enumerate(spec.layers):
             prefix = layer_prefix(index)
-            x = self._norm_before(prefix + "input_layernorm", h)
+            x = self._normed(prefix + "input_layernorm", h, pre)
             before = state.layers[index] if state.layers else {}
             mixed, memory = self._mixer(index, x, positions, before, form)
-            h = h + spec.residual_scale * self._norm_after(prefix + "mixer_output_norm", mixed)
-            x = self._norm_before(prefix + "post_attention_layernorm", h)
+            h = h + spec.residual_scale * self._normed(prefix + "mixer_output_norm", mixed, post)
+            x = self._normed(prefix + "post_attention_layernorm", h, pre)
             feed_forward = self._experts if layer.feed_forward == "experts" else self._gated
-            added = self._norm_after(prefix + "mlp_output_norm", feed_forward(prefix + "mlp.", x))
-            h = h + spec.residual_scale * added
+            added = feed_forward(prefix + "mlp.", x)
+            h = h + spec.residual_scale * self._normed(prefix + "mlp_output_norm", added, post)
             layers.append(memory)
-        h = spec.norm.normalised(h, self._weight("model.norm.weight"))
+        h = self._normed("model.norm", h)
         head = embedding if spec.tie_word_embeddings else self._weight("lm_head.weight")
         logits = softcapped(h @ head.T / spec.logits_divisor, spec.logits_softcap)
         return logits, SequenceState(state.tokens + len(ids), tuple(layers))
 
-    def _norm_before(self, name: str, x: Float64) -> Float64:
-        if self.spec.block_norm == "after":
-            return x
-        return self.spec.norm.normalised(x, self._weight(name + ".weight"))
-
-    def _norm_after(self, name: str, x: Float64) -> Float64:
-        if self.spec.block_norm == "before":
-            return x
-        return self.spec.norm.normalised(x, self._weight(name + ".weight"))
+    def _normed(self, name: str, x: Float64, present: bool = True) -> Float64:
+        """x (T, D) through a norm that a block may lack."""
+        return self.spec.norm.normalised(x, self._weight(name + ".weight")) if present else x
 
     def _gated(self, prefix: str, x: Float64) -> Float64:
         """A feed-forward network: down(act(gate(x)) * up(x))."""
@@ -157,7 +151,7 @@ class ReferenceModel:
         """x (T, D) -> (T, D) and the layer's memory."""
         mixer, prefix = self.spec.layers[index].mixer, layer_prefix(index) + "self_attn."
         weights = {name: self._weight(prefix + name) for name in mixer.tensors(self.spec)}
-        return mixer.reference(self.spec, weights, x, positions, memory, form)
+        return mixer.reference(Given(self.spec, weights, positions, memory, form), x)
 
     def _linear(self, name: str, x: Float64) -> Float64:
         out = x @ self._weight(name + ".weight").T

@@ -48,14 +48,14 @@ class SequenceMemory:
     @property
     def windows(self) -> tuple[int, ...]:
         """The contexts at which a layer's cache is full."""
-        found = (layer.mixer.fills_at for layer in self.spec.layers)
+        found = (mixer.fills_at for mixer in self.spec.mixers)
         return tuple(window for window in found if window is not None)
 
     def _mixers(self, unlimited: int) -> Iterator[tuple[Mixer, int]]:
         """Each mixer, and the context after which its memory is the same."""
-        for layer in self.spec.layers:
-            full = layer.mixer.fills_at
-            yield layer.mixer, unlimited if full is None else full - self.unkept
+        for mixer in self.spec.mixers:
+            full = mixer.fills_at
+            yield mixer, unlimited if full is None else full - self.unkept
 
 
 @dataclass(frozen=True)

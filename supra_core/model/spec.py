@@ -1,7 +1,7 @@
 """The model spec: an exact, backend-agnostic description that every backend obeys.
 
 A :class:`ModelSpec` holds the sizes shared by all layers and one :class:`LayerSpec` a layer,
-whose mixer is softmax attention or linear attention. A pure SUPRA model, a hybrid and the
+whose mixer is of one of the kinds in :mod:`supra_core.mixers`. A pure SUPRA model, a hybrid and the
 untouched transformer are the same type. Choices that exclude each other are separate types, so
 that an impossible model cannot be built; what depends on two fields is checked on construction
 and raises :class:`~supra_core.errors.SpecError`.
@@ -73,8 +73,8 @@ class LayerSpec:
 class Provenance:
     """Where the weights came from, for the model card.
 
-    ``calibration_tokens``: that the mixers were fitted on in closed form when it was converted.
-    ``replaced_mixers``: the transformer's, one for each layer, where any was other than plain
+    ``calibration_tokens``: how many tokens conversion fitted the mixers on, in closed form.
+    ``replaced_mixers``: the transformer's mixers, one for each layer, unless all are plain
     attention over all tokens.
     """
 
@@ -177,8 +177,8 @@ class ModelSpec:
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
         self._check_experts()
-        for index, layer in enumerate(self.layers):
-            layer.mixer.check(self, f"layer {index}: ")
+        for index, mixer in enumerate(self.mixers):
+            mixer.check(self, f"layer {index}: ")
 
     def _check_experts(self) -> None:
         sparse = sum(layer.feed_forward == "experts" for layer in self.layers)
@@ -197,6 +197,11 @@ class ModelSpec:
         return len(self.layers)
 
     @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The layers' mixers, in order."""
+        return tuple(layer.mixer for layer in self.layers)
+
+    @property
     def group_size(self) -> int:
         """Query heads to one key/value head, H / K."""
         return self.num_attention_heads // self.num_key_value_heads
@@ -209,7 +214,7 @@ class ModelSpec:
     @property
     def is_transformer(self) -> bool:
         """Whether every layer has a transformer's own mixer."""
-        return not any(layer.mixer.converted for layer in self.layers)
+        return not any(mixer.converted for mixer in self.mixers)
 
     def with_mixers(self, mixers: Sequence[Mixer]) -> ModelSpec:
         """The same model with other mixers, one for each layer."""
@@ -229,7 +234,11 @@ class ModelSpec:
             first = error.errors()[0]
             # A union's tag appears in pydantic's path; only real keys help the reader.
             place = ".".join(str(part) for part in first["loc"])
-            raise SpecError(f"field {place or 'config'}: {first['msg'].lower()}") from None
+            said = first["msg"].lower()
+            if first["type"] == "union_tag_invalid":
+                known = first["ctx"]["expected_tags"].replace("'", "")
+                said = f"kind '{first['ctx']['tag']}' is unknown: use one of {known}"
+            raise SpecError(f"field {place or 'config'}: {said}") from None
 
 
 _ADAPTER: TypeAdapter[ModelSpec] = TypeAdapter(ModelSpec)
@@ -239,13 +248,8 @@ _ADAPTER: TypeAdapter[ModelSpec] = TypeAdapter(ModelSpec)
 def _file_names(kind: type) -> dict[str, str]:
     """What a file calls the fields of a part of the spec that it calls otherwise."""
     hints = get_type_hints(kind, include_extras=True)
-    stated = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    return {
-        name: note.alias
-        for name, notes in stated.items()
-        for note in notes
-        if getattr(note, "alias", None)
-    }
+    notes = [(name, note) for name in hints for note in getattr(hints[name], "__metadata__", ())]
+    return {name: note.alias for name, note in notes if note.alias}
 
 
 def _plain(value: Any) -> Any:

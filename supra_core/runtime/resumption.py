@@ -95,7 +95,8 @@ def _reach(name: str, count: int, spec: ModelSpec | None) -> tuple[int, int]:
     """The least and the greatest length of a layer's arrays after ``count`` tokens."""
     layer, window = _layer(name), None
     if spec is not None and layer.isdecimal() and int(layer) < spec.num_hidden_layers:
-        window = spec.layers[int(layer)].mixer.window
+        mixer = spec.layers[int(layer)].mixer
+        window = mixer.fills_at or mixer.window
     if window is None:
         return count, count
     return min(count, window - 1), max(window, min(count, window + _READ_TOGETHER))

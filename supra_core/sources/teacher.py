@@ -37,7 +37,7 @@ def find_teacher(model: str | Path) -> str | None:
 def holds_original(model: Source) -> bool:
     """Whether the model is freshly converted: the transformer's own weights are still there."""
     spec = model.spec
-    folded = any(layer.mixer.folded for layer in spec.layers)
+    folded = any(mixer.folded for mixer in spec.mixers)
     if spec.provenance.calibration_tokens and not model.originals:
         return False
     return not folded and not spec.provenance.trained_tokens and bool(spec.provenance.recipe)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from supra_core import errors
-from supra_core.families.shared import fields
 from supra_core.formats import assets, jsonfile, safetensors
 from supra_core.formats.gguf import header as gguf_header
 from supra_core.formats.pickle import checkpoint as torch_pickle
 from supra_core.formats.pickle import machine as pickle_machine
 from supra_core.formats.pickle import values as torch_values
 from supra_core.formats.pickle import zip_records
+from supra_core.mixers import checks
 from supra_core.model import spec
 from supra_core.text import files, worker
 
@@ -24,7 +24,7 @@ LIMITS: dict[str, tuple[int, ...]] = {
     "config": (jsonfile.CONFIG_BYTES,),
     "index of weights": (jsonfile.INDEX_BYTES,),
     "depth of JSON": (jsonfile.DEPTH,),
-    "whole number of a config, size of a spec, token id": (fields.LARGEST,),
+    "whole number of a config, size of a spec, token id": (checks.LARGEST_SIZE,),
     "layers": (spec.MOST_LAYERS,),
     "experts in all layers": (spec.MOST_EXPERTS,),
     "safetensors header": (safetensors.HEADER_BYTES,),
@@ -80,8 +80,7 @@ def test_every_limit_is_on_the_page_and_no_other() -> None:
         ], name
 
 
-def test_one_limit_for_sizes() -> None:
-    assert fields.LARGEST == spec.LARGEST_SIZE
+def test_one_limit_for_names() -> None:
     assert gguf_header.NAME_BYTES == safetensors.NAME_LENGTH
 
 

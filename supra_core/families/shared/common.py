@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from supra_core.errors import SpecError
-from supra_core.families.shared.features import later_features
+from supra_core.families.shared.features import MLP_BIAS, later_features
 from supra_core.families.shared.fields import Fields, layer_count
-from supra_core.families.shared.layer_kinds import check_layer_types
+from supra_core.families.shared.layer_kinds import check_layer_types, common_window
 from supra_core.families.shared.rope import SCALINGS, rotary, scaling_config
+from supra_core.mixers import Mixer
 from supra_core.mixers.parts import Norm
 from supra_core.mixers.positions import RotaryEmbedding
 from supra_core.mixers.softmax import SoftmaxAttention
@@ -20,10 +21,10 @@ def spec_from_fields(
     fields: Fields,
     family: str,
     *,
-    attention_bias: Literal["none", "qkv", "qkvo"],
+    attention_bias: Literal["none", "qkv", "qkvo"] | None = None,
     key_value_heads: int | None,
     max_positions: int,
-    mixers: Sequence[SoftmaxAttention],
+    mixers: Sequence[Mixer],
     head_dim: int | None = None,
     eps: float = 1e-6,
     weight_offset: float = 0.0,
@@ -38,12 +39,12 @@ def spec_from_fields(
 ) -> ModelSpec:
     """The spec of a Llama-shaped config.
 
-    ``key_value_heads`` (None: as many as query heads), ``head_dim`` (None: the hidden size over
-    the heads), ``max_positions``, ``eps``, the rope's ``base`` and ``tied`` embeddings are what the
-    family takes where the config states nothing. ``partial_rope``: whether its rope may
-    leave channels out; ``original_positions``: the length that a scaled rope started from, where
-    the config states none beside it. ``feed_forwards``: the kind of each layer's network, None
-    where all are dense. ``features``: further fields of the spec.
+    What the family takes where the config states nothing: ``key_value_heads`` (None: as many as
+    query heads), ``head_dim`` (None: the hidden size over the heads), ``max_positions``, ``eps``,
+    the rope's ``base``, ``tied`` embeddings, and ``original_positions``, the length that a scaled
+    rope started from. ``attention_bias``: None where the field of that name states it.
+    ``partial_rope``: whether only some channels may rotate. ``feed_forwards``: the kind of each
+    layer's network, None where all are dense. ``features``: further fields of the spec.
     """
     _refuse_unsupported(fields, partial_rope, activation)
     check_layer_types(fields, [mixer.window for mixer in mixers])
@@ -55,6 +56,8 @@ def spec_from_fields(
         )
     head_dim = fields.integer("head_dim", default=head_dim or hidden // heads)
     kinds = feed_forwards or ["dense"] * len(mixers)
+    if attention_bias is None:
+        attention_bias = "qkvo" if fields.flag("attention_bias", default=False) else "none"
     try:
         return ModelSpec(
             vocab_size=fields.integer("vocab_size"),
@@ -89,11 +92,15 @@ def spec_from_fields(
             **features,
         )
     except SpecError as error:
-        raise _located(error, fields.where) from None
+        raise fields.located(error) from None
 
 
-def uniform_mixers(fields: Fields, window: int | None) -> list[SoftmaxAttention]:
-    """Every layer the same."""
+def uniform_mixers(fields: Fields, default: int | None, slides: bool = True) -> list[Mixer]:
+    """Every layer the same, with ``sliding_window`` if it ``slides``: null is none, and ``default``
+    what the family takes where the config does not state it."""
+    window = None
+    if slides and fields.stated("sliding_window", by_default=default is not None):
+        window = fields.integer("sliding_window", default=default)
     return [SoftmaxAttention(window)] * layer_count(fields, "num_hidden_layers")
 
 
@@ -105,11 +112,12 @@ def config_from_spec(
     states: Collection[str] = (),
     biases: Collection[str] = ("none", "qkvo"),
     scales: Collection[str] = SCALINGS,
+    windows: Literal["none", "one", "by_layer"] = "none",
 ) -> dict[str, Any]:
     """The config all Llama-shaped families share; :class:`SpecError` if it can't state ``spec``.
 
-    ``states``: the features and ``biases`` the family has;
-    ``scales``: the kinds of scaled rope it has.
+    ``states``: the features and ``biases`` the family has; ``scales``: the kinds of scaled rope it
+    has; ``windows``: whether ``sliding_window`` is of all layers, or the caller states windows.
     """
     _refuse_inexpressible(spec, family, states, biases)
     scaling = spec.rope.scaling
@@ -117,7 +125,19 @@ def config_from_spec(
         raise SpecError(
             f"a rope scaled by {scaling.kind} cannot be written as {family}: write it as supra"
         )
-    eos = list(spec.eos_token_id)
+    eos, optional = list(spec.eos_token_id), dict[str, Any]()
+    if "qkvo" in biases:
+        optional["attention_bias"] = spec.attention_bias == "qkvo"
+    if MLP_BIAS in states:
+        optional["mlp_bias"] = spec.mlp_bias
+    if windows != "by_layer":
+        window = common_window(spec, family)
+        if windows == "one":
+            optional["sliding_window"] = window
+        elif window is not None:
+            raise SpecError(
+                f"sliding-window attention cannot be written as {family}: write it as supra instead"
+            )
     return {
         "architectures": [architecture],
         "model_type": family,
@@ -137,23 +157,8 @@ def config_from_spec(
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": spec.pad_token_id,
+        **optional,
     }
-
-
-def refuse_windows(
-    spec: ModelSpec, family: str, instead: str = "write it as supra instead"
-) -> None:
-    """For a family without sliding windows."""
-    if uniform_window(spec, family) is not None:
-        raise SpecError(f"sliding-window attention cannot be written as {family}: {instead}")
-
-
-def uniform_window(spec: ModelSpec, family: str) -> int | None:
-    """The window all layers have in common."""
-    windows = {layer.mixer.window for layer in spec.layers if not layer.mixer.converted}
-    if len(windows) > 1:
-        raise SpecError(f"layers with different windows cannot be written as {family}")
-    return next(iter(windows), None)
 
 
 def _refuse_unsupported(fields: Fields, partial_rope: bool, activation: str) -> None:
@@ -192,8 +197,3 @@ def _refuse_inexpressible(
                 f"a model with {problem} cannot be written as a plain {family} transformer: "
                 "write it as supra instead"
             )
-
-
-def _located(error: SpecError, where: str) -> SpecError:
-    message = str(error)
-    return error if message.startswith(where) else SpecError(f"{where}: {message}")

@@ -26,8 +26,7 @@ def experts_of(
             normalise=normalise,
         )
     except SpecError as error:
-        message = str(error)
-        raise (error if message.startswith(fields.where) else fields.error(message)) from None
+        raise fields.located(error) from None
 
 
 def stated_experts(spec: ModelSpec, family: str) -> Experts:

@@ -24,7 +24,6 @@ MLP_BIAS = "biases in its feed-forward network"
 
 def later_features(spec: ModelSpec) -> set[str]:
     """Which of them the model has."""
-    mixers = [layer.mixer for layer in spec.layers]
     present = {
         QUERY_KEY_NORM: spec.query_key_norm != "none",
         NORM_AFTER: spec.block_norm == "after",
@@ -38,8 +37,8 @@ def later_features(spec: ModelSpec) -> set[str]:
         LOGITS_DIVISOR: spec.logits_divisor != 1,
         LOGITS_SOFTCAP: spec.logits_softcap is not None,
         PARTIAL_ROPE: spec.rope.fraction != 1,
-        NO_ROPE_LAYERS: any(m.rotary == "none" for m in mixers),
-        LOCAL_ROPE: any(m.rotary == "local" for m in mixers),
+        NO_ROPE_LAYERS: any(m.rotary == "none" for m in spec.mixers),
+        LOCAL_ROPE: any(m.rotary == "local" for m in spec.mixers),
         EXPERTS: spec.experts is not None,
         MLP_BIAS: spec.mlp_bias,
     }

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from supra_core.errors import SpecError
+from supra_core.mixers.checks import LARGEST_SIZE
 from supra_core.model.spec import MOST_LAYERS
-
-# The largest whole number a field may hold, which no size, count or token id reaches.
-LARGEST = 2**31 - 1
 
 
 class Fields:
@@ -24,27 +22,25 @@ class Fields:
         """An error about this config, to be raised by the caller."""
         return SpecError(f"{self.where}: {message}")
 
+    def located(self, error: SpecError) -> SpecError:
+        """The same error, which names this config's file."""
+        return error if str(error).startswith(self.where) else self.error(str(error))
+
     def has(self, *names: str) -> bool:
         """Whether any of the names is stated and not null."""
         return any(self.values.get(name) is not None for name in names)
 
+    def stated(self, name: str, *, by_default: bool) -> bool:
+        """Whether a field that may be null has a value; ``by_default``: whether absent ones do."""
+        return self.has(name) or (by_default and name not in self.values)
+
     def integer(self, *names: str, default: int | None = None) -> int:
         """The first of ``names`` that is stated, a positive integer."""
-        value = self._stated(names, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(f"field {self._name(names)} must be a positive integer, not {value!r}")
-        if value > LARGEST:
-            raise self.error(f"field {self._name(names)} must be at most {LARGEST}")
-        return value
+        return self._integer(names, default, 1, "a positive integer")
 
     def whole(self, name: str, *, default: int) -> int:
         """An integer that is at least 0."""
-        value = self._stated((name,), default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.error(f"field {name} must be an integer of at least 0, not {value!r}")
-        if value > LARGEST:
-            raise self.error(f"field {name} must be at most {LARGEST}")
-        return value
+        return self._integer((name,), default, 0, "an integer of at least 0")
 
     def number(self, *names: str, default: float | None = None) -> float:
         """The first of ``names`` that is stated, a positive number."""
@@ -83,9 +79,17 @@ class Fields:
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in listed):
             raise self.error(f"field {name} must be a token id or a list of them, not {value!r}")
-        if len(listed) > 1000 or any(entry > LARGEST for entry in listed):
-            raise self.error(f"field {name} must hold at most 1000 ids of at most {LARGEST}")
+        if len(listed) > 1000 or any(entry > LARGEST_SIZE for entry in listed):
+            raise self.error(f"field {name} must hold at most 1000 ids of at most {LARGEST_SIZE}")
         return tuple(entry for entry in listed if entry >= 0)
+
+    def _integer(self, names: tuple[str, ...], default: int | None, least: int, what: str) -> int:
+        value = self._stated(names, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.error(f"field {self._name(names)} must be {what}, not {value!r}")
+        if value > LARGEST_SIZE:
+            raise self.error(f"field {self._name(names)} must be at most {LARGEST_SIZE}")
+        return value
 
     def _stated(self, names: tuple[str, ...], default: Any) -> Any:
         for name in names:

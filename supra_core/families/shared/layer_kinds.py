@@ -7,11 +7,10 @@ from typing import Any
 
 from supra_core.errors import SpecError
 from supra_core.families.shared.fields import Fields, layer_count
-from supra_core.mixers import Mixer
 from supra_core.model.spec import ModelSpec
 
 # What transformers assumes where a config says nothing.
-_DEFAULT_WINDOW = 4096
+DEFAULT_WINDOW = 4096
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -37,15 +36,14 @@ def windows(fields: Fields, sliding: tuple[bool, ...]) -> tuple[int | None, ...]
     """The window of each layer: ``sliding_window`` where it slides."""
     if not any(sliding):
         return (None,) * len(sliding)
-    window = fields.integer("sliding_window", default=_DEFAULT_WINDOW)
+    window = fields.integer("sliding_window", default=DEFAULT_WINDOW)
     return tuple(window if slides else None for slides in sliding)
 
 
 def switched_windows(fields: Fields) -> tuple[int | None, ...]:
     """Qwen's: the layers from ``max_window_layers`` on slide if ``use_sliding_window`` is true."""
     used = fields.flag("use_sliding_window", default=False)
-    # null is none.
-    used = used and ("sliding_window" not in fields.values or fields.has("sliding_window"))
+    used = used and fields.stated("sliding_window", by_default=True)
     first = fields.whole("max_window_layers", default=28)
     sliding = sliding_layers(fields, lambda index: used and index >= first)
     refuse_unused(fields, sliding, used)
@@ -74,9 +72,9 @@ def check_layer_types(fields: Fields, windows: Sequence[int | None]) -> None:
         )
 
 
-def common_window(spec: ModelSpec, family: str) -> int | None:
-    """The window of all layers that have one."""
-    found = {m.window for m in softmax_mixers(spec) if m.window is not None}
+def common_window(spec: ModelSpec, family: str, *, mixed: bool = False) -> int | None:
+    """The window of all layers; ``mixed``: of all that have one."""
+    found = {mixer.window for mixer in spec.mixers if not mixed or mixer.window is not None}
     if len(found) > 1:
         raise SpecError(f"layers with different windows cannot be written as {family}")
     return next(iter(found), None)
@@ -84,12 +82,12 @@ def common_window(spec: ModelSpec, family: str) -> int | None:
 
 def layer_types(spec: ModelSpec) -> list[str]:
     """What ``layer_types`` has to state."""
-    return [FULL if mixer.window is None else SLIDING for mixer in softmax_mixers(spec)]
+    return [FULL if mixer.window is None else SLIDING for mixer in spec.mixers]
 
 
 def switched_config(spec: ModelSpec, family: str) -> dict[str, Any]:
     """The fields that :func:`switched_windows` reads."""
-    window, kinds = common_window(spec, family), layer_types(spec)
+    window, kinds = common_window(spec, family, mixed=True), layer_types(spec)
     return {
         "use_sliding_window": window is not None,
         "sliding_window": window,
@@ -97,8 +95,3 @@ def switched_config(spec: ModelSpec, family: str) -> dict[str, Any]:
         "max_window_layers": kinds.index(SLIDING) if SLIDING in kinds else len(kinds),
         "layer_types": kinds,
     }
-
-
-def softmax_mixers(spec: ModelSpec) -> list[Mixer]:
-    """The mixers of a plain transformer."""
-    return [layer.mixer for layer in spec.layers if not layer.mixer.converted]

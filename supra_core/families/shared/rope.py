@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from supra_core.families.shared.fields import Fields
@@ -17,7 +18,7 @@ from supra_core.mixers.positions import (
 
 SCALINGS = ("linear", "llama3", "yarn", "longrope")
 _ORIGINAL = "original_max_position_embeddings"
-_BETA_FAST, _BETA_SLOW = 32.0, 1.0
+_YARN_DEFAULTS: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 # Numbers of a config's lists; more channels has no head.
 _MOST_FACTORS = 65_536
 
@@ -91,45 +92,27 @@ def rotary_of(inner: Fields, base: float, partial: bool, fraction: float = 1.0) 
 def scaling_config(rope: RotaryEmbedding, max_positions: int) -> dict[str, Any] | None:
     """``rope_scaling`` as transformers and mlx-lm read it; what they compute from the rest and
     from ``max_positions`` is left out."""
-    scaling = rope.scaling
+    scaling, defaults = rope.scaling, dict(_YARN_DEFAULTS)
     if scaling is None:
         return None
-    if isinstance(scaling, LinearScaling):
-        return {"rope_type": "linear", "factor": scaling.factor}
-    original = {_ORIGINAL: scaling.original_max_position_embeddings}
-    if isinstance(scaling, Llama3Scaling):
-        return {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            **original,
-        }
-    start, attention = scaling.original_max_position_embeddings, scaling.attention_factor
+    stated = asdict(scaling)
+    kind = stated.pop("kind")
+    if isinstance(scaling, YarnScaling):
+        defaults["attention_factor"] = _magnitude(scaling.factor)
     if isinstance(scaling, LongropeScaling):
-        lists = (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor))
-        return {
-            "rope_type": "longrope",
-            # The older name, the one that mlx-lm's Phi-3 asks for.
-            "type": "longrope",
-            **{name: list(factors) for name, factors in lists},
-            **original,
-            **_unless(_stretched(max_positions / start, start), attention_factor=attention),
-        }
+        start = scaling.original_max_position_embeddings
+        defaults["attention_factor"] = _stretched(max_positions / start, start)
+        # The chosen factors are our own field; mlx-lm's Phi-3 asks for the older name, type.
+        del stated["factors"]
+        stated["type"] = kind
     return {
-        "rope_type": "yarn",
-        "factor": scaling.factor,
-        **original,
-        **_unless(_magnitude(scaling.factor), attention_factor=attention),
-        **_unless(_BETA_FAST, beta_fast=scaling.beta_fast),
-        **_unless(_BETA_SLOW, beta_slow=scaling.beta_slow),
-        **_unless(True, truncate=scaling.truncate),
+        "rope_type": kind,
+        **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in stated.items()
+            if value != defaults.get(name)
+        },
     }
-
-
-def _unless(default: object, **stated: object) -> dict[str, object]:
-    """One field, or none where it has its default."""
-    return {name: value for name, value in stated.items() if value != default}
 
 
 def _scaling(inner: Fields) -> RopeScaling | None:
@@ -179,9 +162,9 @@ def _yarn(inner: Fields) -> YarnScaling:
         factor=factor,
         original_max_position_embeddings=original,
         attention_factor=attention,
-        beta_fast=inner.number("beta_fast", default=_BETA_FAST),
-        beta_slow=inner.number("beta_slow", default=_BETA_SLOW),
-        truncate=inner.flag("truncate", default=True),
+        beta_fast=inner.number("beta_fast", default=_YARN_DEFAULTS["beta_fast"]),
+        beta_slow=inner.number("beta_slow", default=_YARN_DEFAULTS["beta_slow"]),
+        truncate=inner.flag("truncate", default=_YARN_DEFAULTS["truncate"]),
     )
 
 

@@ -257,7 +257,7 @@ def _refuse_inexpressible(spec: ModelSpec, mixer: LinearAttention) -> None:
         "rope over features of another size than head_dim": (
             mixer.rope_position == "after" and size != spec.head_dim
         ),
-        f"{mixer.decay.kind} decay": mixer.decay.kind not in _DECAYS,
+        f"{mixer.decay.kind} decay": not _DECAYS.get(mixer.decay.kind),
         "another output norm than GroupNorm(1e-5)": mixer.normaliser != GroupNorm(_GROUP_NORM_EPS),
         "another key scale than Dk^-1/2": mixer.key_scale != size**-0.5,
         "a gain": mixer.gain != "none",
