@@ -115,14 +115,15 @@ class MLXBackend:
         arrays: StateArrays = {"tokens": np.array([state.batch, state.tokens])}
         if state.valid is not None:
             arrays["valid"] = state.valid
-        return arrays | layer_arrays(state.caches)
+        return arrays | layer_arrays(self.model, state.caches)
 
     def state_from_arrays(self, arrays: StateArrays) -> MLXState:
         """The inverse of :meth:`state_arrays`; FormatError when an array is missing."""
         caches = self.model.make_cache(bounded=False)
         try:
             batch, tokens = (int(n) for n in arrays["tokens"])
-            fill(caches if tokens else [], arrays)
+            if tokens:
+                fill(self.model, caches, arrays)
         except KeyError as error:
             raise FormatError(
                 f"the state has no array {error.args[0]!r}: it was saved by another model or "

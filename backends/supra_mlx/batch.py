@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import ArraysCache
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_p,
@@ -43,7 +42,7 @@ class MLXBatch:
             stream=mx.default_stream(mx.default_device()),
         )
         self._texts: dict[int, Callable[[int], str]] = {}
-        # How many likeliest tokens are told with each, of the sequences that ask for it.
+        # By sequence: how many likeliest tokens to report with each token.
         self._tops: dict[int, int] = {}
         self._ended: dict[int, list[Any]] = {}
 
@@ -58,7 +57,7 @@ class MLXBatch:
     ) -> int:
         """The caches in ``state`` are copied: they stay as they are."""
         if not len(ids):
-            raise SupraError("the prompt is empty: give at least one token to go on from")
+            raise SupraError("the prompt is empty: give at least one token")
         processors = []
         if sampling.repetition_penalty != 1.0:
             processors.append(
@@ -78,9 +77,9 @@ class MLXBatch:
         return int(key)
 
     def step(self) -> list[StepOutput]:
-        """A token of each sequence that was there at the step before; the end is one of them."""
+        """A token of each sequence that was in the step before, an end of text included."""
         _, responses = self._generator.next()
-        spoken = []
+        outputs = []
         for response in responses:
             key, token = response.uid, int(response.token)
             broken = token == NO_TOKEN
@@ -88,19 +87,20 @@ class MLXBatch:
             if top is not None and not broken:
                 likely = likelihood(to_numpy(response.logprobs.astype(mx.float32)), token, top)
             if response.finish_reason:
-                self._ended[key] = _owned(response.prompt_cache)
+                self._ended[key] = _owned(response.prompt_cache, self._model)
                 self._forget(key)
             error = NoNumbers() if broken else None
-            said = None if broken else token
-            spoken.append(StepOutput(key, said, text, response.finish_reason, likely, error))
-        return spoken
+            new = None if broken else token
+            outputs.append(StepOutput(key, new, text, response.finish_reason, likely, error))
+        return outputs
 
     def take(self, key: int) -> list[Any]:
         """KeyError when there is no such sequence."""
         if key in self._ended:
             return self._ended.pop(key)
         self._forget(key)
-        return _owned(self._generator.remove([key], return_prompt_caches=True)[key][0])
+        caches = self._generator.remove([key], return_prompt_caches=True)[key][0]
+        return _owned(caches, self._model)
 
     def close(self) -> None:
         """Wait for the step that was begun ahead: a process must not end in the middle of it."""
@@ -125,36 +125,32 @@ def release_thread() -> None:
 
 
 def _written_out(state: list[Any], model: Model) -> list[Any]:
-    """The state with zeros for what linear layers leave out before the first token.
+    """The state with zeros for what caches leave out before the first token.
 
     mlx-lm would note that nothing of it is padding, for every row and step to come, and a step
     that looks for padding takes twice as long.
     """
-    if not any(_is_unwritten(cache) for cache in state):
+    layers = list(zip(model.mixers, state, strict=True))
+    lacking = [index for index, (mixer, cache) in enumerate(layers) if mixer.lacks_zeros(cache)]
+    if not lacking:
         return state
     # Only the arrays' shapes and types are read: nothing of this is computed.
     shaped = model.make_cache()
     model(mx.zeros((1, 1), dtype=mx.int32), cache=shaped)
     written = copy.deepcopy(state)
-    for cache, after in zip(written, shaped, strict=True):
-        if _is_unwritten(cache):
-            cache.cache = [mx.zeros_like(array) for array in after.cache]
+    for index in lacking:
+        model.mixers[index].write_zeros(written[index], shaped[index])
     return written
 
 
-def _is_unwritten(cache: Any) -> bool:
-    return isinstance(cache, ArraysCache) and cache.empty()
-
-
-def _owned(caches: list[Any]) -> list[Any]:
+def _owned(caches: list[Any], model: Model) -> list[Any]:
     """The caches, which mlx-lm took from a batch, with arrays of their own.
 
-    A row of a linear layer shares the whole batch's buffer, and what is not computed holds its
-    inputs: either would keep every row in memory as long as the one.
+    A row may share the whole batch's buffer, and what is not computed holds its inputs: either
+    would keep every row in memory as long as the one.
     """
-    for cache in caches:
-        if isinstance(cache, ArraysCache) and not cache.empty():
-            cache.cache = [mx.contiguous(array) for array in cache.cache]
+    for mixer, cache in zip(model.mixers, caches, strict=True):
+        mixer.own(cache)
     # The next step need not wait for the copies.
     mx.async_eval([cache.state for cache in caches if not cache.empty()])
     return caches

@@ -1,4 +1,4 @@
-"""A model in MLX that speaks, by mlx-lm's own generator."""
+"""A model in MLX that generates text, by mlx-lm's own generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import StateArrays
 from supra_core.runtime.engine import Batch
 from supra_core.runtime.likelihood import Likelihood, likelihoods
-from supra_core.runtime.sampling import Hear, Sampling
+from supra_core.runtime.sampling import OnToken, Sampling
 from supra_core.runtime.tokenized_engine import TokenizedEngine
 from supra_core.text import ModelTokenizer
 from supra_mlx.batch import MLXBatch
@@ -25,8 +25,8 @@ from supra_mlx.weights import to_numpy
 # mlx-lm's cache a layer; the arrays in it are never changed.
 Caches = list[Any]
 
-# Tokens fed at once where the logits of all of them are looked at.
-_FOLLOWED = 128
+# Tokens fed at once where all of their logits are needed.
+_SCORED = 128
 
 
 class MLXEngine(TokenizedEngine):
@@ -46,7 +46,7 @@ class MLXEngine(TokenizedEngine):
         return copy.deepcopy(state)
 
     def feed(self, ids: Sequence[int], state: Caches, progress: Progress) -> None:
-        """Show ``ids`` to ``state``, as many at a time as the generator does."""
+        """Feed ``ids`` in pieces of the generator's size."""
         for start in range(0, len(ids), PREFILL_STEP):
             part = mx.array([list(ids[start : start + PREFILL_STEP])], dtype=mx.int32)
             self.model(part, cache=state)
@@ -54,13 +54,13 @@ class MLXEngine(TokenizedEngine):
             mx.clear_cache()
             progress("read", start + part.shape[1], len(ids))
 
-    def follow(
+    def score(
         self, ids: Sequence[int], following: Sequence[int], state: Caches, top: int
     ) -> list[Likelihood]:
-        """Show ``ids`` to ``state``; how likely each token of ``following`` was after them."""
+        """How likely each of ``following`` was after ``ids``, which ``state`` is fed."""
         found = []
-        for start in range(0, len(ids), _FOLLOWED):
-            part = slice(start, start + _FOLLOWED)
+        for start in range(0, len(ids), _SCORED):
+            part = slice(start, start + _SCORED)
             logits = self.model(mx.array([list(ids[part])], dtype=mx.int32), cache=state)
             rows = to_numpy(logits[0].astype(mx.float32))
             mx.eval([cache.state for cache in state])
@@ -68,7 +68,7 @@ class MLXEngine(TokenizedEngine):
             found += likelihoods(rows, following[part], top)
         return found
 
-    def speak(
+    def generate(
         self,
         ids: Sequence[int],
         state: Caches,
@@ -76,12 +76,12 @@ class MLXEngine(TokenizedEngine):
         progress: Progress = silent,
         seen: Sequence[int] = (),
         continues: bool = False,
-        hear: Hear | None = None,
+        on_token: OnToken | None = None,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text; the end of a turn is one of them."""
         text = self.tokenizer.stream((*seen, *ids) if continues else ())
         for token in stream(
-            self.model, ids, sampling, cache=state, progress=progress, seen=seen, hear=hear
+            self.model, ids, sampling, cache=state, progress=progress, seen=seen, on_token=on_token
         ):
             yield token, text(token)
 
@@ -91,13 +91,14 @@ class MLXEngine(TokenizedEngine):
 
     def arrays(self, state: Caches) -> StateArrays:
         """As :func:`layer_arrays` names them."""
-        return layer_arrays(state)
+        return layer_arrays(self.model, state)
 
     def restored(self, arrays: StateArrays) -> Caches:
         """The inverse of :meth:`arrays`; FormatError when an array is missing."""
         state = self.fresh()
         try:
-            fill(state if arrays else [], arrays)
+            if arrays:
+                fill(self.model, state, arrays)
         except KeyError as error:
             raise FormatError(
                 f"the state has no array {error.args[0]!r}: it is another model's"

@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 from supra_core.errors import SupraError
 from supra_core.progress import Progress, silent
 from supra_core.runtime.likelihood import NoNumbers
-from supra_core.runtime.sampling import REPETITION_CONTEXT, Hear, Sampling
+from supra_core.runtime.sampling import REPETITION_CONTEXT, OnToken, Sampling
 from supra_mlx.model import Model
 from supra_mlx.weights import to_numpy
 
@@ -33,13 +33,13 @@ def stream(
     cache: list[Any] | None = None,
     progress: Progress = silent,
     seen: Sequence[int] = (),
-    hear: Hear | None = None,
+    on_token: OnToken | None = None,
 ) -> Generator[int]:
     """The tokens after ``prompt_ids``, up to and including one that ends the text.
 
     ``cache`` goes on from earlier tokens and is updated: it holds every token yielded, the last
     one included. ``progress`` hears how much of the prompt was fed; ``seen``: tokens before the
-    prompt that the repetition penalty is to know; ``hear``: is told what each was taken from.
+    prompt that the repetition penalty is to know; ``on_token``: is told what each was taken from.
     Raises SupraError when there is nothing to go on from.
     """
     if not len(prompt_ids):
@@ -61,7 +61,7 @@ def stream(
         prefill_step_size=PREFILL_STEP,
         prompt_progress_callback=lambda done, total: progress("read", done, total),
     )
-    return _until_the_end(steps, model, frozenset(model.spec.eos_token_id), hear)
+    return _until_the_end(steps, model, frozenset(model.spec.eos_token_id), on_token)
 
 
 def checked(sampler: Sampler) -> Sampler:
@@ -82,7 +82,7 @@ def _until_the_end(
     steps: Generator[tuple[int, mx.array]],
     model: Model,
     ends: Collection[int],
-    hear: Hear | None,
+    on_token: OnToken | None,
 ) -> Generator[int]:
     """As mlx-lm's ``stream_generate``, without its text: its fast detokenizers know no id beyond
     the tokenizer's, of which a padded vocabulary has some.
@@ -91,8 +91,8 @@ def _until_the_end(
         for token, logprobs in steps:
             if token == NO_TOKEN:
                 raise NoNumbers
-            if hear is not None:
-                hear(to_numpy(logprobs.astype(mx.float32)), token)
+            if on_token is not None:
+                on_token(to_numpy(logprobs.astype(mx.float32)), token)
             yield token
             if token in ends:
                 return

@@ -14,6 +14,7 @@ from supra_core.model.layout import FLOAT32_SUFFIXES, stacked_name
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import Array, LazyTensor, TensorSource, dtype_named
 from supra_mlx.feed_forward import ROUTER
+from supra_mlx.mixers import MIXERS
 from supra_mlx.model import Model, ModelArgs
 from supra_mlx.weights import to_mlx, to_numpy
 
@@ -21,7 +22,7 @@ BITS = (4, 6, 8)
 GROUP_SIZE = 64
 # Where two bits more save most for their bytes, measured one kind at a time on SmolLM2-135M:
 # docs/results/quantisation.md.
-_FINER = ("v_proj", "embed_tokens", "lm_head", "q_feature", "k_feature")
+_FINER = {"embed_tokens", "lm_head"}.union(*(mixer.finer_matrices for mixer in MIXERS.values()))
 _MORE_BITS = 2
 
 

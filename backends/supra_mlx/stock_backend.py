@@ -28,7 +28,8 @@ from supra_core.model.spec import ModelSpec
 from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays
 from supra_core.sources.source import open_source
 from supra_core.tensors import dtype_named
-from supra_mlx.caches import fill_numbered, numbered
+from supra_mlx.caches import loaded, saved
+from supra_mlx.numbered import fill_numbered, numbered
 from supra_mlx.pieces import pieces
 from supra_mlx.weights import to_mlx
 
@@ -90,8 +91,8 @@ class StockBackend:
         """Each entry of mlx-lm's cache state as ``layers.N.M``."""
         arrays: StateArrays = {"padded": np.array(state.padded)}
         for index, cache in enumerate(state.caches):
-            for entry, array in () if cache.empty() else numbered(cache):
-                arrays[f"layers.{index}.{entry}"] = array
+            for place, entry in () if cache.empty() else numbered(cache):
+                arrays[f"layers.{index}.{place}"] = saved(entry)
         return arrays
 
     def state_from_arrays(self, arrays: StateArrays) -> StockState:
@@ -104,11 +105,10 @@ class StockBackend:
         padded = bool(arrays["padded"])
         caches = self._caches([0] if padded else None)
         for index, cache in enumerate(caches):
-            names = [name for name in arrays if name.startswith(f"layers.{index}.")]
-            if names:
-                fill_numbered(
-                    cache, [arrays[f"layers.{index}.{entry}"] for entry in range(len(names))]
-                )
+            prefix = f"layers.{index}."
+            count = sum(name.startswith(prefix) for name in arrays)
+            if count:
+                fill_numbered(cache, [loaded(arrays[f"{prefix}{n}"]) for n in range(count)])
         return StockState(tuple(caches), padded)
 
     def _start(self, mask: Mask | None) -> StockState:

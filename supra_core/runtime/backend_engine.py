@@ -1,4 +1,4 @@
-"""Any backend that speaks: our own loop over prefill and decode steps."""
+"""Text generation with any backend: our own loop over prefill and decode steps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from supra_core.runtime.backend import Backend, Logits, StateArrays
 from supra_core.runtime.batch import SequentialBatch
 from supra_core.runtime.engine import Batch
 from supra_core.runtime.likelihood import Likelihood, likelihoods
-from supra_core.runtime.sampling import Hear, Sampling, continuation
+from supra_core.runtime.sampling import OnToken, Sampling, continuation
 from supra_core.runtime.tokenized_engine import TokenizedEngine
 from supra_core.text import ModelTokenizer
 
 # Tokens fed at once: a backend returns the logits of all of them.
 _PIECE = 512
-# Where these are looked at, a copy of each row's on the way.
-_FOLLOWED = 128
+# Fewer where all logits are needed: each row is copied.
+_SCORED = 128
 
 
 @dataclass
@@ -47,23 +47,23 @@ class BackendEngine(TokenizedEngine):
         return Held(state.state)
 
     def feed(self, ids: Sequence[int], state: Held, progress: Progress = silent) -> None:
-        """Show ``ids`` to ``state``."""
+        """Feed ``ids`` to ``state`` in pieces."""
         for start in range(0, len(ids), _PIECE):
             part = ids[start : start + _PIECE]
-            self._show(part, state)
+            self._fed(part, state)
             progress("read", start + len(part), len(ids))
 
-    def follow(
+    def score(
         self, ids: Sequence[int], following: Sequence[int], state: Held, top: int
     ) -> list[Likelihood]:
-        """Show ``ids`` to ``state``; how likely each token of ``following`` was after them."""
+        """How likely each of ``following`` was after ``ids``, which ``state`` is fed."""
         found = []
-        for start in range(0, len(ids), _FOLLOWED):
-            part = slice(start, start + _FOLLOWED)
-            found += likelihoods(self._show(ids[part], state)[0], following[part], top)
+        for start in range(0, len(ids), _SCORED):
+            part = slice(start, start + _SCORED)
+            found += likelihoods(self._fed(ids[part], state)[0], following[part], top)
         return found
 
-    def speak(
+    def generate(
         self,
         ids: Sequence[int],
         state: Held,
@@ -71,16 +71,16 @@ class BackendEngine(TokenizedEngine):
         progress: Progress = silent,
         seen: Sequence[int] = (),
         continues: bool = False,
-        hear: Hear | None = None,
+        on_token: OnToken | None = None,
     ) -> Generator[tuple[int, str]]:
         """Tokens after ``ids`` with their text, up to the end of the turn, which is none."""
         if not len(ids):
             raise SupraError("the prompt is empty: give at least one token to go on from")
         self.feed(ids[:-1], state, progress)
-        logits = self._show(ids[-1:], state)[0, -1]
+        logits = self._fed(ids[-1:], state)[0, -1]
         recent = (*seen, *ids)
         text = self.tokenizer.stream(recent if continues else ())
-        steps = continuation(self.model, logits, state.state, recent, sampling, hear=hear)
+        steps = continuation(self.model, logits, state.state, recent, sampling, on_token=on_token)
         for token, after in steps:
             state.state = after
             yield token, text(token)
@@ -104,6 +104,6 @@ class BackendEngine(TokenizedEngine):
                 f"the state does not fit the model ({error}): it is another model's"
             ) from None
 
-    def _show(self, ids: Sequence[int], state: Held) -> Logits:
+    def _fed(self, ids: Sequence[int], state: Held) -> Logits:
         logits, state.state = self.model.prefill(np.array([ids], dtype=np.int64), state.state)
         return logits

@@ -1,4 +1,4 @@
-"""Several sequences that one model speaks at a time."""
+"""Several sequences of one model, a step of each in turn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from supra_core.errors import SupraError
 from supra_core.progress import silent
 from supra_core.runtime.engine import Engine, Finish, StepOutput
 from supra_core.runtime.likelihood import Likelihood, Logits, likelihood
-from supra_core.runtime.sampling import Hear, Sampling
+from supra_core.runtime.sampling import OnToken, Sampling
 
 
 @dataclass
@@ -18,7 +18,7 @@ class _Sequence:
     state: Any
     pieces: Generator[tuple[int, str]]
     tokens_left: int
-    heard: list[Likelihood]
+    likelihoods: list[Likelihood]
 
 
 class SequentialBatch:
@@ -41,20 +41,20 @@ class SequentialBatch:
     ) -> int:
         """Nothing is computed before the next step."""
         key, self._next_key = self._next_key, self._next_key + 1
-        heard: list[Likelihood] = []
-        hear: Hear | None = None
+        likelihoods: list[Likelihood] = []
+        on_token: OnToken | None = None
         if top is not None:
 
-            def hear(logits: Logits, token: int) -> None:
-                heard.append(likelihood(logits, token, top))
+            def on_token(logits: Logits, token: int) -> None:
+                likelihoods.append(likelihood(logits, token, top))
 
-        pieces = self._engine.speak(ids, state, sampling, silent, seen, continues, hear)
-        self._sequences[key] = _Sequence(state, pieces, sampling.max_tokens, heard)
+        pieces = self._engine.generate(ids, state, sampling, silent, seen, continues, on_token)
+        self._sequences[key] = _Sequence(state, pieces, sampling.max_tokens, likelihoods)
         return key
 
     def step(self) -> list[StepOutput]:
         """A token of each; a sequence's last one says so."""
-        return [self._spoken(key) for key in list(self._sequences)]
+        return [self._step(key) for key in list(self._sequences)]
 
     def take(self, key: int) -> Any:
         """KeyError when there is no such sequence."""
@@ -69,7 +69,7 @@ class SequentialBatch:
         for key in list(self._sequences):
             self.take(key)
 
-    def _spoken(self, key: int) -> StepOutput:
+    def _step(self, key: int) -> StepOutput:
         sequence = self._sequences[key]
         try:
             token, text = next(sequence.pieces, (None, ""))
@@ -83,5 +83,5 @@ class SequentialBatch:
             finish = "length"
         if finish:
             self._ended[key] = self.take(key)
-        likely = sequence.heard.pop() if sequence.heard else None
+        likely = sequence.likelihoods.pop() if sequence.likelihoods else None
         return StepOutput(key, token, text, finish, likely)

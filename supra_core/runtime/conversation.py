@@ -13,15 +13,15 @@ from supra_core.progress import Progress, silent
 from supra_core.runtime.engine import Engine, Message
 from supra_core.runtime.sampling import REPETITION_CONTEXT, Sampling
 
-# Turns whose states are kept to go back to; each costs one state (64 MiB for a 7B model).
+# Turns that can be undone from a kept state; each costs one state (64 MiB for a 7B model).
 _SNAPSHOTS = 8
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A recurrent state cannot be wound back, only kept.
+    """A conversation at one moment; a recurrent state cannot be rewound, only kept.
 
-    ``began``: the time that the chat template was told, None where it is not known.
+    ``began``: the time that the chat template was told; None if it is not known.
     """
 
     messages: tuple[Message, ...]
@@ -33,19 +33,19 @@ class Snapshot:
 class Conversation:
     """Messages, the tokens the state has seen, and the state itself.
 
-    The whole transcript is rendered by the chat template every turn; what the state has seen of
-    it is not fed again. If the rendering differs from what was seen (a template may strip white
-    space, a stop string cuts what was said), the last kept state that still fits is taken up.
-    ``fed`` and ``said``: tokens of the last turn's prompt and of its answer so far. ``began``: when
-    the first token was read, which is the time that the chat template is told from then on: many
-    a template puts today's date before everything, and on another day nothing would fit.
+    The chat template renders the whole transcript every turn; only tokens that the state has not
+    seen are fed. If the rendering differs from what was seen (a template may strip white space, a
+    stop string cuts an answer), the conversation continues from the last kept state that fits.
+    ``prompt_tokens`` and ``generated_tokens`` are the last turn's so far. ``began``: when the first
+    token was fed. The template is told this time from then on, because many templates begin with
+    today's date, and on another day no state would fit.
     """
 
     messages: list[Message]
     tokens: list[int]
     state: Any
     began: datetime | None
-    fed = said = 0
+    prompt_tokens = generated_tokens = 0
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
         self.engine = engine
@@ -56,7 +56,7 @@ class Conversation:
         """Forget every turn; a system prompt, and a text that was read, stay."""
         self.messages = list(self._start.messages)
         self._snapshots: list[Snapshot] = []
-        self._take_up(self._start)
+        self._load(self._start)
 
     @property
     def turns(self) -> int:
@@ -64,14 +64,14 @@ class Conversation:
         return sum(message["role"] == "user" for message in self.messages)
 
     def snapshot(self) -> Snapshot:
-        """Where the conversation stands; it may go on."""
+        """The conversation as it is now."""
         state = self.engine.copy(self.state)
         return Snapshot(tuple(self.messages), tuple(self.tokens), state, self.began)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from there; turns before it can be taken back by feeding the rest again.
+        """Continue from a snapshot; undoing its turns feeds the remaining ones again.
 
-        Where the snapshot does not say when it began, it is now; see :meth:`fits`.
+        If the snapshot does not say when it began, it begins now; see :meth:`fits`.
         """
         if snapshot.began is None:
             snapshot = replace(snapshot, began=clock())
@@ -80,10 +80,10 @@ class Conversation:
         fresh = Snapshot(tuple(before), (), self.engine.fresh(), snapshot.began)
         self._begin(fresh if asked else snapshot)
         self.messages = list(snapshot.messages)
-        self._take_up(snapshot)
+        self._load(snapshot)
 
     def fits(self) -> bool:
-        """Whether the next turn goes on from the state, and need not feed everything again.
+        """Whether the next turn continues from the state, without feeding everything again.
 
         Raises as the engine's ``render``.
         """
@@ -98,31 +98,30 @@ class Conversation:
         return other
 
     def undo(self) -> str | None:
-        """Take the last turn back; returns its question, None when there was no turn."""
+        """Remove the last turn; returns its question, None if there was no turn."""
         if not self.turns:
             return None
         last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
         question = str(self.messages[last]["content"])
         del self.messages[last:]
         if self._snapshots:
-            self._take_up(self._snapshots.pop())
+            self._load(self._snapshots.pop())
         else:
-            # Too long ago: the next turn feeds what is left once more.
-            self._take_up(self._start)
+            # Its state is no longer kept: the next turn feeds the transcript again.
+            self._load(self._start)
         return question
 
     def read(self, text: str, progress: Progress = silent) -> int:
-        """Show the model a text once, as what the system says; returns the tokens fed.
+        """Feed a text once, as a system message, for all turns; returns the number of tokens.
 
-        Only before the first turn: ValueError later. All turns go on from its state. Raises
-        FormatError when the chat template has no place for it.
+        Raises ValueError after the first turn, FormatError if the chat template drops questions.
         """
         if self.turns:
             raise ValueError("a text is read before the first turn")
         before = [message["content"] for message in self.messages]
         system = {"role": "system", "content": "\n\n".join([*before, text])}
         began = clock()
-        # What both have in common stands before any question.
+        # Their common beginning stands before any question.
         one, other = (
             self.engine.render([system, {"role": "user", "content": question}], began)
             for question in ("a", "Which?")
@@ -147,61 +146,61 @@ class Conversation:
         stop: Sequence[str] = (),
         progress: Progress = silent,
     ) -> Generator[str]:
-        """The answer to ``text``, piece by piece, until the first of the strings ``stop``.
+        """The answer to ``text``, piece by piece, up to the first of the strings ``stop``.
 
-        What has been said when the caller stops early stays in the conversation. When nothing
-        has, the turn is taken back.
+        If the caller stops early, the answer so far stays in the conversation; if there is none
+        yet, the turn is removed.
         """
         self._snapshots.append(self.snapshot())
         del self._snapshots[:-_SNAPSHOTS]
-        self.fed = self.said = 0
+        self.prompt_tokens = self.generated_tokens = 0
         if not self.tokens:
             self.began = clock()
         self.messages.append({"role": "user", "content": text})
-        said: list[str] = []
+        answer: list[str] = []
         started = False
         try:
             ids = self._unseen(self.engine.render(self.messages, self.began))
-            self.fed = len(ids)
+            self.prompt_tokens = len(ids)
             held = HeldBack(stop)
             seen = self.tokens[-REPETITION_CONTEXT:]
-            speech = self.engine.speak(ids, self.state, sampling, progress, seen)
-            with closing(speech) as pieces:
-                for token, piece in pieces:
+            steps = self.engine.generate(ids, self.state, sampling, progress, seen)
+            with closing(steps):
+                for token, piece in steps:
                     self.tokens += [token] if started else [*ids, token]
-                    started, self.said = True, self.said + 1
-                    said.append(held.take(piece))
-                    if said[-1]:
-                        yield said[-1]
+                    started, self.generated_tokens = True, self.generated_tokens + 1
+                    answer.append(held.take(piece))
+                    if answer[-1]:
+                        yield answer[-1]
                     if held.stopped:
                         break
             if not started:
-                # An answer without a word is one, too.
+                # An empty answer is an answer, too.
                 started = True
                 self.tokens += ids
-            said.append(held.rest())
-            if said[-1]:
-                yield said[-1]
+            answer.append(held.rest())
+            if answer[-1]:
+                yield answer[-1]
         except GeneratorExit:
             raise
         except BaseException:
             # Ctrl-C may strike in the middle of a step: the state is whole only before the turn.
-            self._take_up(self._snapshots[-1])
+            self._load(self._snapshots[-1])
             raise
         finally:
             if started:
-                self.messages.append({"role": "assistant", "content": "".join(said)})
+                self.messages.append({"role": "assistant", "content": "".join(answer)})
             else:
                 self.undo()
 
     def _unseen(self, ids: list[int]) -> list[int]:
-        """What of ``ids`` the state has yet to see; takes up an earlier state if need be."""
+        """The part of ``ids`` that the state has not seen; may load an earlier state."""
         if not _fits(self.tokens, ids):
-            # Whichever state it is, what is rendered was told this time.
+            # The rendering was told this time, whichever state fits.
             began = self.began
             for snapshot in reversed([self._start, *self._snapshots]):
                 if _fits(snapshot.tokens, ids):
-                    self._take_up(snapshot)
+                    self._load(snapshot)
                     break
             else:
                 self.tokens, self.state = [], self.engine.fresh()
@@ -212,14 +211,14 @@ class Conversation:
         self._start = start
         self.clear()
 
-    def _take_up(self, snapshot: Snapshot) -> None:
+    def _load(self, snapshot: Snapshot) -> None:
         self.tokens = list(snapshot.tokens)
         self.state = self.engine.copy(snapshot.state)
         self.began = snapshot.began
 
 
 class HeldBack:
-    """Text in pieces, up to the first of some strings; what may become one is held back."""
+    """Text in pieces up to the first stop string; a possible beginning of one is held back."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.stopped = False
@@ -227,7 +226,7 @@ class HeldBack:
         self._held = ""
 
     def take(self, piece: str) -> str:
-        """What is certain to be before any of the strings, once ``piece`` has come."""
+        """The text that is now certain to stand before any stop string."""
         self._held += piece
         found = [at for at in map(self._held.find, self._strings) if at >= 0]
         self.stopped = bool(found)
@@ -236,12 +235,12 @@ class HeldBack:
         return certain
 
     def rest(self) -> str:
-        """What was held back for nothing, at the end of the text."""
+        """At the end of the text: what was held back and began no stop string."""
         held, self._held = self._held, ""
         return held
 
     def _begun(self) -> int:
-        """How long an end of the text is that begins one of the strings."""
+        """Length of the longest end of the text that begins a stop string."""
         return max(
             (
                 length

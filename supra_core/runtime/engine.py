@@ -1,4 +1,4 @@
-"""What a loaded model offers to conversations and servers: one sequence, or several at a time."""
+"""The interface of a loaded model for conversations and servers: one sequence, or a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from supra_core.errors import SupraError
 from supra_core.progress import Progress
 from supra_core.runtime.backend import StateArrays
 from supra_core.runtime.likelihood import Likelihood
-from supra_core.runtime.sampling import Hear, Sampling
+from supra_core.runtime.sampling import OnToken, Sampling
 from supra_core.text.chat_template import ANSWER, Rendering
 
 Message = dict[str, Any]
@@ -20,11 +20,11 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class StepOutput:
-    """One sequence's next token with the text that became certain; ``finish``: it was the last.
+    """A sequence's next token with the text that it completes; ``finish``: it was the last.
 
-    ``token`` None: the sequence ended without another token. ``likelihood`` is there where it was
-    asked for, and then of the token that ended the sequence as well. ``error``: why this sequence
-    cannot go on, as the others do; it is to be taken.
+    ``token`` None: the sequence ended without another token. ``likelihood``: if requested, also of
+    the token that ended the sequence. ``error``: why this sequence stops while others continue;
+    the caller has to take it.
     """
 
     key: int
@@ -36,7 +36,7 @@ class StepOutput:
 
 
 class Batch(Protocol):
-    """Sequences being spoken; each may come and go at any step."""
+    """Sequences that are generated together; each may join and leave at any step."""
 
     def add(
         self,
@@ -47,32 +47,31 @@ class Batch(Protocol):
         continues: bool = False,
         top: int | None = None,
     ) -> int:
-        """Begin a sequence after ``ids``, at least one, fed to ``state``; returns its key.
+        """Feed ``ids``, at least one, to ``state`` and generate from there; returns a key.
 
-        ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
-        ``continues``: the text goes on from theirs, and does not begin anew as an answer does.
-        ``top``: each token comes with its likelihood and that many likeliest ones.
+        ``seen`` and ``continues`` as in :meth:`Engine.generate`. ``top``: give each token's
+        likelihood and those of so many likeliest tokens.
         """
         ...
 
     def step(self) -> list[StepOutput]:
-        """The next token of every sequence that has one by now."""
+        """The next token of every sequence that has one."""
         ...
 
     def take(self, key: int) -> Any:
-        """The state after a sequence's last token; it leaves the batch, ended or not."""
+        """Remove a sequence, ended or not; returns the state after its last token."""
         ...
 
     def close(self) -> None:
-        """Leave everything that is under way."""
+        """Drop all sequences."""
         ...
 
 
 class Engine(Protocol):
-    """A loaded model that speaks.
+    """A loaded model that generates text.
 
-    Its states are changed by :meth:`feed` and :meth:`speak`; a copy shares their arrays, which
-    nothing changes.
+    :meth:`feed` and :meth:`generate` change a state; a copy shares its arrays, which nothing
+    changes.
     """
 
     backend: str
@@ -82,7 +81,7 @@ class Engine(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids as it is in the middle of a text, special tokens by their names."""
+        """The text of ids as within a longer text; special tokens by their names."""
         ...
 
     def render(
@@ -102,20 +101,20 @@ class Engine(Protocol):
         ...
 
     def copy(self, state: Any) -> Any:
-        """A state that goes its own way from here."""
+        """An independent copy of a state."""
         ...
 
     def feed(self, ids: Sequence[int], state: Any, progress: Progress) -> None:
-        """Show ``ids``, at least one, to ``state``."""
+        """Feed ``ids``, at least one, to ``state``."""
         ...
 
-    def follow(
+    def score(
         self, ids: Sequence[int], following: Sequence[int], state: Any, top: int
     ) -> list[Likelihood]:
-        """As :meth:`feed`; how likely ``following`` were, each the token after one of ``ids``."""
+        """Feed ``ids``; how likely ``following`` were, each the token after one of ``ids``."""
         ...
 
-    def speak(
+    def generate(
         self,
         ids: Sequence[int],
         state: Any,
@@ -123,18 +122,18 @@ class Engine(Protocol):
         progress: Progress,
         seen: Sequence[int] = (),
         continues: bool = False,
-        hear: Hear | None = None,
+        on_token: OnToken | None = None,
     ) -> Generator[tuple[int, str]]:
-        """Tokens after ``ids``, each with the text that became certain; the state has seen them.
+        """Tokens after ``ids``, each with the text that it completes; the state has seen them.
 
-        ``seen``: the tokens before ``ids``, as many as the repetition penalty is to know.
-        ``continues``: the text goes on from theirs, and does not begin anew as an answer does.
-        ``hear``: is told what each token was taken from.
+        ``seen``: earlier tokens, for the repetition penalty. ``continues``: the text continues
+        theirs, rather than beginning anew as an answer does. ``on_token`` is called with the
+        logits and each token.
         """
         ...
 
     def batch(self, size: int) -> Batch:
-        """Room for ``size`` sequences that are spoken at a time."""
+        """A batch that generates up to ``size`` sequences at a time."""
         ...
 
     def arrays(self, state: Any) -> StateArrays:

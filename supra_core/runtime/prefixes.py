@@ -1,4 +1,4 @@
-"""States by the tokens they have seen: what was read once is not read again."""
+"""States kept by the tokens that they have seen, so that no prefix is fed twice."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ class _Kept:
 
 
 class Prefixes:
-    """The states last used, as many as fit ``limit`` bytes; pinned ones stay beside them.
+    """The most recently used states, up to ``limit`` bytes; pinned states do not count.
 
-    ``size``: a state's bytes after so many tokens. A state is found by its owner alone, for whom it
-    was kept: what others find would tell them what its owner's texts begin with. Pinned ones are
-    everybody's.
+    ``size``: bytes of a state after so many tokens. Only its owner finds a state: a hit would tell
+    others how the owner's texts begin. Pinned states are for everybody.
     """
 
     def __init__(self, limit: int, size: Callable[[int], int]) -> None:
@@ -43,12 +42,12 @@ class Prefixes:
         return len(self._kept) + len(self._pinned)
 
     def pin(self, tokens: Sequence[int], state: Any) -> None:
-        """Keep a state for good, and for everybody."""
+        """Keep a state for good and for everybody."""
         kept = self._entry(tokens, state, "")
         self._pinned[kept.tokens.tobytes()] = kept
 
     def put(self, tokens: Sequence[int], state: Any, owner: str = "") -> None:
-        """Keep a state, and let those go that were not used for longest."""
+        """Keep a state; drop the least recently used ones."""
         kept = self._entry(tokens, state, owner)
         _, seen = kept.key
         if not seen or seen in self._pinned or kept.size > self._limit:
@@ -61,7 +60,7 @@ class Prefixes:
             self.bytes -= self._kept.popitem(last=False)[1].size
 
     def longest(self, ids: Sequence[int], owner: str = "") -> tuple[int, Any]:
-        """How many of ``ids`` some state has seen, and that state: 0 and None if there is none.
+        """The longest prefix of ``ids`` with a state, and that state; 0 and None if there is none.
 
         At least one token is left to predict from.
         """
@@ -79,9 +78,9 @@ class Prefixes:
         return len(found.tokens), found.state
 
     def shared(self, ids: Sequence[int], owner: str = "") -> int:
-        """How many first tokens ``ids`` has in common with whatever was kept for its owner.
+        """The longest prefix of ``ids`` that any text kept for the owner begins with.
 
-        A state there would serve both, and what else begins like them.
+        A state there would serve both texts.
         """
         wanted = _array(ids)
         return max((_common(kept.tokens, wanted) for kept in self._all(owner)), default=0)

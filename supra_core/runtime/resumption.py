@@ -1,7 +1,7 @@
-"""From a saved state to one that a model can go on from, once it is known to be such a one.
+"""Checks a saved state and loads it into an engine.
 
-Whatever the backend, its own state after one token and after three shows what its arrays are
-called, which of their extents are fixed, and which grow with the text.
+The model's own states after one token and after three tell the names of the arrays, which extents
+are fixed, and which grow with the text, in any backend.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from supra_core.runtime.state_file import SavedState
 
 # Tokens of the two states that are compared.
 _FEW, _MORE = 1, 3
-# A window's cache may keep what was read with its last tokens until the next one comes.
+# A window's cache may keep tokens that were fed together with its last ones.
 _READ_TOGETHER = 2048
 
 
 def restored(engine: Engine, saved: SavedState, path: Path, spec: ModelSpec | None = None) -> Any:
-    """The engine's state of a file; FormatError unless the model itself could have made it.
+    """The engine's state from a file; FormatError unless this model could have made it.
 
-    ``spec``: the model's, by which token ids, the reach of its windows and that whole numbers in
-    its state are places in the text are known.
+    ``spec``: the model's, to check token ids, the lengths of windows, and integers that are
+    positions.
     """
     try:
         _check(engine, saved, spec)
         state = engine.restored(saved.arrays)
         if saved.tokens:
-            # A step on a copy: what still does not go together shows here.
+            # A step on a copy shows whether the arrays fit together.
             engine.feed([0], engine.copy(state), silent)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
@@ -61,13 +61,13 @@ def _check(engine: Engine, saved: SavedState, spec: ModelSpec | None) -> None:
         raise FormatError(
             f"the state {said} the array {name}, unlike the model's: save the state again"
         )
-    # By layer: how far it has grown, which is one number for all of its arrays.
+    # By layer: its length so far, which all of its arrays share.
     grown: dict[str, int] = {}
     for name, array in saved.arrays.items():
         if not _is_alike(array, few[name], more[name], _reach(name, count, spec), name, grown):
             raise FormatError(
-                f"array {name} is {array.dtype} {list(array.shape)}, which is none of this model "
-                f"after {count:,} tokens: save the state again"
+                f"array {name} is {array.dtype} {list(array.shape)}, which this model does "
+                f"not have after {count:,} tokens: save the state again"
             )
         if not is_finite(array):
             raise FormatError(f"array {name} holds NaN or infinity: save the state again")
@@ -92,7 +92,7 @@ def _layer(name: str) -> str:
 
 
 def _reach(name: str, count: int, spec: ModelSpec | None) -> tuple[int, int]:
-    """How far a layer has grown after ``count`` tokens, at least and at most."""
+    """The least and the greatest length of a layer's arrays after ``count`` tokens."""
     layer, window = _layer(name), None
     if spec is not None and layer.isdecimal() and int(layer) < spec.num_hidden_layers:
         mixer = spec.layers[int(layer)].mixer
@@ -129,7 +129,7 @@ def _counts(
     more: npt.NDArray[Any],
     count: int,
 ) -> bool:
-    """Whether whole numbers are such as count tokens, or are a place among them."""
+    """Whether integers may be counts of tokens or positions among them."""
     if array.size and not (array.min() >= 0 and array.max() <= max(count, int(few.max()))):
         return False
     if few.shape != more.shape:

@@ -18,9 +18,9 @@ from supra_core.runtime.likelihood import NoNumbers
 # Tokens that the repetition penalty looks back on.
 REPETITION_CONTEXT = 64
 
-# Told the logits (V,) that a token was taken from, any penalty counted, and the token; the end of
-# a text is one, too.
-Hear = Callable[[npt.NDArray[np.float32], int], None]
+# Called with the logits (V,), after any penalty, and the token sampled from them, an end of text
+# included.
+OnToken = Callable[[npt.NDArray[np.float32], int], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def continuation(
     sampling: Sampling,
     *,
     stop: Collection[int] | None = None,
-    hear: Hear | None = None,
+    on_token: OnToken | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """As :func:`generate`, after the last ``logits`` (V,); each token with the state after it.
 
@@ -102,8 +102,8 @@ def continuation(
     for _ in range(sampling.max_tokens):
         logits = penalised(logits, recent, sampling.repetition_penalty)
         token = sample(logits, sampling, generator)
-        if hear is not None:
-            hear(logits, token)
+        if on_token is not None:
+            on_token(logits, token)
         if token in ends:
             return
         following, state = model.step(np.array([token]), state)
@@ -138,7 +138,8 @@ def penalised(
     """Logits (V,) of which those of recent tokens are less likely (CTRL, arXiv 1909.05858)."""
     if penalty == 1:
         return logits
-    said = np.unique(np.array(list(recent)))
+    repeated = np.unique(np.array(list(recent)))
     changed = logits.copy()
-    changed[said] = np.where(logits[said] < 0, logits[said] * penalty, logits[said] / penalty)
+    before = logits[repeated]
+    changed[repeated] = np.where(before < 0, before * penalty, before / penalty)
     return changed

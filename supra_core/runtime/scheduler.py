@@ -1,11 +1,11 @@
-"""Many requests to one model: prompts are read in pieces between the steps of what is spoken.
+"""Many requests to one model: prompts are read in pieces between decode steps.
 
-One thread owns the model. It reads a waiting prompt, a piece at a time, from the longest state that
-is kept of it, and after each piece everything that is being spoken gets one token. So a long prompt
-delays others by one piece, and nobody waits for an answer to end.
+One thread owns the model. It reads a waiting prompt in pieces, starting from the longest kept state
+that fits; after each piece every answer under way gets one token. So a long prompt delays others by
+one piece only.
 
-Clients take turns: each has one prompt that is read, and the next piece is the next client's. What
-one sends is read in the order in which it came.
+Clients take turns: each has one prompt being read, and the next piece is the next client's. The
+requests of one client are read in order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from supra_core.errors import SupraError
@@ -27,14 +28,14 @@ from supra_core.runtime.likelihood import Likelihood
 from supra_core.runtime.prefixes import Prefixes
 from supra_core.runtime.sampling import REPETITION_CONTEXT, Sampling
 
-# Prompt tokens between two steps of what is spoken.
+# Prompt tokens read between two decode steps.
 PIECE = 512
 
 _STOPPING = "the server is stopping: ask again later"
 
 
 class Busy(SupraError):
-    """More requests than may wait."""
+    """All places for requests are taken."""
 
 
 class Stopping(SupraError):
@@ -42,7 +43,7 @@ class Stopping(SupraError):
 
 
 class Broken(Stopping):
-    """The model's thread has ended by itself, and no answer will come."""
+    """The model's thread failed; no answer will come."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,15 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Followed:
-    """How likely each token of the prompt was after those before it."""
+class PromptLikelihoods:
+    """How likely each prompt token was after those before it."""
 
     likelihoods: tuple[Likelihood, ...]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of the answer, and how likely the tokens were that were said since the piece before."""
+    """Text of the answer, and how likely its tokens since the piece before were."""
 
     text: str
     likelihoods: tuple[Likelihood, ...] = ()
@@ -70,17 +71,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer: tokens of the prompt, those of it that were known, and tokens said.
+    """The end of an answer, with its numbers of tokens; cached ones are a part of the prompt's.
 
-    ``read_seconds`` and ``said_seconds`` are what it took, others' steps included.
+    ``prefill_seconds`` and ``decode_seconds`` include the steps of other requests.
     """
 
     finish: Finish
     prompt_tokens: int
-    known_tokens: int
-    said_tokens: int
-    read_seconds: float
-    said_seconds: float
+    cached_tokens: int
+    generated_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,18 @@ class Failed:
     error: Exception
 
 
-Event = Reading | Followed | Piece | Finished | Failed
+Event = Reading | PromptLikelihoods | Piece | Finished | Failed
 
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way; ``deliver`` is called from the model's thread and must not block.
+    """A request; ``deliver`` is called from the model's thread and must not block.
 
-    ``continues``: its text goes on from the prompt's, and does not begin anew as an answer does.
-    ``ends``: tokens that end the answer, beside the model's own. ``top``: so many likeliest tokens
-    come with the likelihood of each that is said; ``followed``: of the prompt's as well, which is
-    then read whole. ``silent``: the prompt is only read. ``client``: whose it is, for turns and
-    places; ``owner``: for whom the states are kept that its tokens leave.
+    ``continues``: the answer continues the prompt's text, rather than beginning anew. ``ends``:
+    tokens that end the answer, beside the model's own. ``top``: report each token's likelihood and
+    those of so many likeliest tokens; ``score_prompt``: also for the prompt, which is then read
+    whole. ``silent``: generate nothing. ``client``: who takes turns and places; ``owner``: who may
+    use the states that are kept.
     """
 
     ids: list[int]
@@ -111,34 +112,34 @@ class Job:
     continues: bool = False
     ends: frozenset[int] = frozenset()
     top: int | None = None
-    followed: bool = False
+    score_prompt: bool = False
     silent: bool = False
     client: str = ""
     owner: str = ""
     cancelled: bool = False
     state: Any = None
-    known: int = 0
+    cached: int = 0
     fed: int = 0
-    said: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
     likelihoods: list[Likelihood] = field(default_factory=list)
     started: float = 0.0
-    spoke: float = 0.0
+    read: float = 0.0
 
     def __post_init__(self) -> None:
         self.held = HeldBack(self.stop)
 
     def cancel(self) -> None:
-        """Nobody listens any more; the model stops at its next step."""
+        """Stop at the next step; nothing more is delivered."""
         self.cancelled = True
 
 
 class Scheduler:
-    """The thread that owns a model, which ``load`` opens in it, and the states kept.
+    """The thread that owns a model, which ``load`` opens in it, and the kept states.
 
-    At most ``parallel`` answers are spoken at a time, ``waiting`` more requests may wait. Where
-    clients ``compete``, one has half of all places at most, and of the answers half of what is an
-    equal share among those who ask at the time, at least one: what is left is for who comes next.
-    ``release`` is called in the thread before it ends, however that comes.
+    Up to ``parallel`` answers are generated at a time; ``waiting`` more requests may wait. If
+    clients ``compete``, one gets at most half of all places, and at most half of an equal share of
+    the answers but at least one; the rest stays free for the next client. ``release`` is called in
+    the thread before it ends, in every case.
     """
 
     def __init__(
@@ -153,14 +154,14 @@ class Scheduler:
         self._load, self._parallel, self._release = load, parallel, release
         self.places = parallel + waiting
         self._compete = compete
-        # Of one client.
+        # Places of one client.
         self.own_places = max(1, self.places // 2) if compete else self.places
         self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        # By client, in the order of their turns. The first of a client may have been begun.
+        # By client, in the order of turns. A client's first job may have begun.
         self._waiting: dict[str, deque[Job]] = {}
-        self._speaking: dict[int, Job] = {}
-        # Seconds of speaking so far, and those that come before a client's next piece.
-        self._spoken, self._reads_at = 0.0, dict[str, float]()
+        self._answering: dict[int, Job] = {}
+        # Seconds of decoding so far, and those due before a client's next piece.
+        self._decoded, self._reads_at = 0.0, dict[str, float]()
         self._taken: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._closing = False
@@ -185,9 +186,9 @@ class Scheduler:
         return self._engine
 
     def take(self, client: str, count: int = 1) -> Places:
-        """Places for so many jobs of a client, before anything is done for them; from any thread.
+        """Reserve places for a client's jobs, from any thread.
 
-        :class:`Busy` when they are not there, :class:`Stopping` when the end has begun.
+        Raises :class:`Busy` if too few are free, :class:`Stopping` once the scheduler stops.
         """
         with self._lock:
             self._check_going()
@@ -202,7 +203,7 @@ class Scheduler:
         return Places(self, client, count)
 
     def submit(self, job: Job) -> None:
-        """Take a place for a request, and line it up; raises as :meth:`take`."""
+        """Take a place for a request and queue it; raises as :meth:`take`."""
         with self.take(job.client) as places:
             places.submit(job)
 
@@ -213,7 +214,7 @@ class Scheduler:
 
     @property
     def broken(self) -> Broken | None:
-        """What ended the thread that was to go on, None where nothing did."""
+        """Why the thread failed; None if it did not."""
         return None if self._error is None else Broken(self._ended_by(self._error))
 
     @staticmethod
@@ -223,11 +224,11 @@ class Scheduler:
 
     @property
     def ended(self) -> bool:
-        """Whether the thread has ended, and so every answer."""
+        """Whether the thread, and so every answer, has ended."""
         return not self._thread.is_alive()
 
     def stop(self) -> None:
-        """Have every answer end with :class:`Stopping`, and the thread after them; at once."""
+        """End every answer with :class:`Stopping`, then the thread; returns at once."""
         self._closing = True
         self._incoming.put(None)
 
@@ -244,8 +245,8 @@ class Scheduler:
             if not self._taken[client]:
                 del self._taken[client]
 
-    def line_up(self, job: Job) -> None:
-        """Have a job done for which a place was taken."""
+    def enqueue(self, job: Job) -> None:
+        """Queue a job for which a place was taken."""
         with self._lock:
             self._check_going()
             self._incoming.put(job)
@@ -262,8 +263,8 @@ class Scheduler:
             self._batch: Batch = self._engine.batch(self._parallel)
             self._ready.set()
             self._work()
-        # Whoever started the thread is told, or whoever waits for an answer: a panic of native code
-        # is no Exception.
+        # Reported to whoever started the thread or waits for an answer; a panic of native code is
+        # not an Exception.
         except BaseException as error:
             self._error = error
         finally:
@@ -276,44 +277,47 @@ class Scheduler:
             self._take_in()
             self._drop_cancelled()
             self._read_on()
-            self._speak()
+            self._decode()
         self._batch.close()
 
     def _end_all(self) -> None:
         self._closing = True
-        # From here on none is lined up any more.
+        # From here on nothing is queued.
         with self._lock:
             self._take_in()
         for job in self._jobs():
-            # A client that cannot be told keeps no other from it.
+            # A client that fails must not keep others from being told.
             with suppress(Exception):
                 self._end(job, Failed(self.broken or Stopping(_STOPPING)))
 
     def _jobs(self) -> list[Job]:
-        return [*(job for jobs in self._waiting.values() for job in jobs), *self._speaking.values()]
+        return [
+            *(job for jobs in self._waiting.values() for job in jobs),
+            *self._answering.values(),
+        ]
 
     def _take_in(self) -> None:
-        """Every request that came; waits for one when there is nothing else to do."""
+        """Take new requests from the queue; wait for one if there is nothing else to do."""
         try:
             while True:
                 job = self._incoming.get(block=not self._closing and not self._jobs())
-                # None only wakes the thread.
+                # None just wakes the thread.
                 if job is not None:
                     self._waiting.setdefault(job.client, deque()).append(job)
         except queue.Empty:
             return
 
     def _drop_cancelled(self) -> None:
-        waiting = [job for jobs in self._waiting.values() for job in jobs]
+        waiting = list(chain.from_iterable(self._waiting.values()))
         for job in [job for job in waiting if job.cancelled]:
-            self._waits_no_more(job)
+            self._stop_waiting(job)
             self._leave(job)
-        for key in [key for key, job in self._speaking.items() if job.cancelled]:
+        for key in [key for key, job in self._answering.items() if job.cancelled]:
             self._batch.take(key)
-            self._leave(self._speaking.pop(key))
+            self._leave(self._answering.pop(key))
 
     def _read_on(self) -> None:
-        """One more piece of a prompt, all but its last token, which is spoken after."""
+        """Feed one more piece of a prompt; its last token is left to the batch."""
         job = self._next()
         if job is None:
             return
@@ -325,53 +329,53 @@ class Scheduler:
             self._pace(job.client, time.monotonic() - began)
             if job.fed < len(job.ids) - 1:
                 return
-            self._tell_followed(job)
+            self._deliver_scores(job)
             if job.silent:
-                self._waits_no_more(job)
-                job.spoke = time.monotonic()
+                self._stop_waiting(job)
+                job.read = time.monotonic()
                 self._end(job, _finished(job, "length"))
                 return
             seen = job.ids[max(0, job.fed - REPETITION_CONTEXT) : job.fed]
             key = self._batch.add(
                 job.ids[job.fed :], job.state, job.sampling, seen, job.continues, job.top
             )
-        # Of the one request, whatever is wrong: the others go on.
+        # Whatever fails here fails this request only.
         except Exception as error:
-            self._waits_no_more(job)
+            self._stop_waiting(job)
             self._end(job, Failed(error))
             return
-        self._waits_no_more(job)
-        job.state, job.spoke = None, time.monotonic()
-        self._speaking[key] = job
+        self._stop_waiting(job)
+        job.state, job.read = None, time.monotonic()
+        self._answering[key] = job
 
     def _next(self) -> Job | None:
-        """Whose turn it is to have a piece read."""
+        """The job whose prompt is read next, by turns."""
         if not self._waiting:
             return None
         begun = [jobs[0].client for jobs in self._waiting.values() if jobs[0].state is not None]
-        under_way = Counter([*begun, *(job.client for job in self._speaking.values())])
+        under_way = Counter([*begun, *(job.client for job in self._answering.values())])
         full, asking = under_way.total() >= self._parallel, len(self._waiting.keys() | under_way)
         own = max(1, self._parallel // (2 * asking)) if self._compete else self._parallel
         for client, jobs in self._waiting.items():
             if jobs[0].state is None and (full or under_way[client] >= own):
                 continue
-            if self._reads_at.get(client, 0.0) > self._spoken and self._others(client):
+            if self._reads_at.get(client, 0.0) > self._decoded and self._others(client):
                 continue
-            # It is the last of them the next time.
+            # Its next turn comes last.
             self._waiting[client] = self._waiting.pop(client)
             return jobs[0]
         return None
 
     def _others(self, client: str) -> int:
         """How many other clients are being answered."""
-        return len({job.client for job in self._speaking.values()} - {client})
+        return len({job.client for job in self._answering.values()} - {client})
 
     def _pace(self, client: str, seconds: float) -> None:
-        """Give each of the other clients as long as a piece took before this one's next."""
-        self._reads_at = {c: at for c, at in self._reads_at.items() if at > self._spoken}
-        self._reads_at[client] = self._spoken + seconds * self._others(client)
+        """Let other clients decode as long as the piece took, each, before this one's next."""
+        self._reads_at = {c: at for c, at in self._reads_at.items() if at > self._decoded}
+        self._reads_at[client] = self._decoded + seconds * self._others(client)
 
-    def _waits_no_more(self, job: Job) -> None:
+    def _stop_waiting(self, job: Job) -> None:
         jobs = self._waiting[job.client]
         jobs.remove(job)
         if not jobs:
@@ -379,23 +383,25 @@ class Scheduler:
 
     def _begin(self, job: Job) -> None:
         job.started = time.monotonic()
-        # A state kept does not know how likely its tokens were.
-        job.known, state = (0, None) if job.followed else self._prefixes.longest(job.ids, job.owner)
-        job.fed = job.known
+        # A kept state does not know how likely its tokens were.
+        job.cached, state = (
+            (0, None) if job.score_prompt else self._prefixes.longest(job.ids, job.owner)
+        )
+        job.fed = job.cached
         job.state = self._engine.fresh() if state is None else self._engine.copy(state)
 
     def _feed(self, job: Job) -> None:
         last = len(job.ids) - 1
-        # Where the prompt leaves what was read before, a state is worth keeping.
+        # Keep a state where the prompt departs from earlier ones.
         shared = min(self._prefixes.shared(job.ids, job.owner), last)
         ends = [end for end in (shared, last) if end > job.fed]
         if not ends:
             return
         end = min(*ends, job.fed + PIECE)
         ids = job.ids[job.fed : end]
-        if job.followed:
+        if job.score_prompt:
             following = job.ids[job.fed + 1 : end + 1]
-            job.likelihoods += self._engine.follow(ids, following, job.state, job.top or 0)
+            job.likelihoods += self._engine.score(ids, following, job.state, job.top or 0)
         else:
             self._engine.feed(ids, job.state, silent)
         job.fed = end
@@ -404,36 +410,36 @@ class Scheduler:
         job.deliver(Reading(end, len(job.ids)))
 
     @staticmethod
-    def _tell_followed(job: Job) -> None:
-        if job.followed:
-            job.deliver(Followed((Likelihood(job.ids[0], None), *job.likelihoods)))
+    def _deliver_scores(job: Job) -> None:
+        if job.score_prompt:
+            job.deliver(PromptLikelihoods((Likelihood(job.ids[0], None), *job.likelihoods)))
             job.likelihoods.clear()
 
-    def _speak(self) -> None:
-        if not self._speaking:
+    def _decode(self) -> None:
+        if not self._answering:
             return
         began = time.monotonic()
         try:
-            spoken = self._batch.step()
-        # The batch is of no more use, nor is anything in it.
+            outputs = self._batch.step()
+        # The batch and all that it holds is lost.
         except Exception as error:
             self._batch = self._engine.batch(self._parallel)
-            jobs, self._speaking = self._speaking, {}
+            jobs, self._answering = self._answering, {}
             for job in jobs.values():
                 self._end(job, Failed(error))
             return
-        self._spoken += time.monotonic() - began
-        for piece in spoken:
-            self._say(piece)
+        self._decoded += time.monotonic() - began
+        for piece in outputs:
+            self._handle(piece)
 
-    def _say(self, piece: StepOutput) -> None:
-        job, finish = self._speaking[piece.key], piece.finish
+    def _handle(self, piece: StepOutput) -> None:
+        job, finish = self._answering[piece.key], piece.finish
         if piece.error is not None:
             self._batch.take(piece.key)
-            self._end(self._speaking.pop(piece.key), Failed(piece.error))
+            self._end(self._answering.pop(piece.key), Failed(piece.error))
             return
         if piece.token is not None:
-            job.said.append(piece.token)
+            job.generated.append(piece.token)
         if piece.likelihood is not None:
             job.likelihoods.append(piece.likelihood)
         ended = piece.token in job.ends
@@ -447,8 +453,8 @@ class Scheduler:
             job.likelihoods.clear()
         if finish is None:
             return
-        del self._speaking[piece.key]
-        self._prefixes.put([*job.ids, *job.said], self._batch.take(piece.key), job.owner)
+        del self._answering[piece.key]
+        self._prefixes.put([*job.ids, *job.generated], self._batch.take(piece.key), job.owner)
         self._end(job, _finished(job, finish))
 
     def _end(self, job: Job, event: Finished | Failed) -> None:
@@ -461,14 +467,14 @@ class Scheduler:
 
 
 class Places:
-    """Places of a client; what of them has no job when they are left is given back."""
+    """Reserved places of a client; those without a job are given back at the end."""
 
     def __init__(self, scheduler: Scheduler, client: str, count: int) -> None:
         self._scheduler, self._client, self._left = scheduler, client, count
 
     def submit(self, job: Job) -> None:
-        """Line a job of the client up; :class:`Stopping` when the end has begun."""
-        self._scheduler.line_up(job)
+        """Queue a job of the client; raises :class:`Stopping` once the scheduler stops."""
+        self._scheduler.enqueue(job)
         self._left -= 1
 
     def __enter__(self) -> Places:
@@ -482,8 +488,8 @@ def _finished(job: Job, finish: Finish) -> Finished:
     return Finished(
         finish=finish,
         prompt_tokens=len(job.ids),
-        known_tokens=job.known,
-        said_tokens=len(job.said),
-        read_seconds=job.spoke - job.started,
-        said_seconds=time.monotonic() - job.spoke,
+        cached_tokens=job.cached,
+        generated_tokens=len(job.generated),
+        prefill_seconds=job.read - job.started,
+        decode_seconds=time.monotonic() - job.read,
     )

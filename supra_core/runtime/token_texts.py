@@ -1,4 +1,4 @@
-"""What single tokens say, and where they stand in the text that they make."""
+"""The text of single tokens, and where each begins in the whole text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 Decode = Callable[[Sequence[int]], str]
 
-# What stands for bytes that are no whole character, of which a character has four at most.
+# Stands for bytes that are not a whole character; a character has at most four bytes.
 UNKNOWN = "\ufffd"
 _CHARACTER = 4
 # Some tokenizers drop a space at the beginning of a text: these ids stand before every other.
@@ -43,5 +43,5 @@ class Places:
         return place
 
     def rest(self) -> str:
-        """The whole text, what is no whole character included."""
+        """The whole text, bytes of an incomplete character included."""
         return self.text + (self._decode(self._begun) if self._begun else "")

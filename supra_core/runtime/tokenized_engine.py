@@ -1,4 +1,4 @@
-"""What engines have in common that speak by a model's tokenizer: text in, tokens out, and back."""
+"""Text to tokens and back, for every engine with a tokenizer."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def expected(server: Server, folder: Path) -> Callable[..., str]:
         engine = speaker.engine
         ids = engine.render(messages)
         sampling = Sampling(max_tokens=tokens)
-        pieces = engine.speak(ids, engine.fresh(), sampling, lambda *_, **__: None)
+        pieces = engine.generate(ids, engine.fresh(), sampling, lambda *_, **__: None)
         return "".join(piece for _, piece in pieces)
 
     return answer
@@ -214,7 +214,7 @@ def test_an_answer_that_was_begun_goes_on(server: Server, folder: Path) -> None:
     ids = engine.render(messages, None, Rendering(continues=True))
     assert engine.decode(ids).endswith("Because it")
     sampling = Sampling(max_tokens=12)
-    pieces = engine.speak(ids, engine.fresh(), sampling, lambda *_, **__: None, (), True)
+    pieces = engine.generate(ids, engine.fresh(), sampling, lambda *_, **__: None, (), True)
     assert ask(client, *messages).choices[0].message.content == "".join(text for _, text in pieces)
     assert streamed(client, *messages)[0] == ask(client, *messages).choices[0].message.content
 

@@ -73,11 +73,11 @@ class Told(Echo):
         self.told.append(how)
         return super().render(messages, now, how)
 
-    def speak(
+    def generate(
         self, ids: Sequence[int], state: list[int], sampling: Sampling, *more: Any
     ) -> Generator[tuple[int, str]]:
         self.told.append(sampling)
-        return super().speak(ids, state, sampling, *more)
+        return super().generate(ids, state, sampling, *more)
 
 
 class Client(Served):

@@ -346,8 +346,8 @@ class Held(Echo):
         super().__init__()
         self.gate = threading.Event()
 
-    def speak(self, *arguments: Any, **more: Any) -> Generator[tuple[int, str]]:
-        for said in super().speak(*arguments, **more):
+    def generate(self, *arguments: Any, **more: Any) -> Generator[tuple[int, str]]:
+        for said in super().generate(*arguments, **more):
             assert self.gate.wait(60)
             yield said
 
@@ -410,12 +410,12 @@ class Broken(Echo):
             logits[7] = self._value
         return logits
 
-    def speak(
+    def generate(
         self, ids: Sequence[int], state: list[int], sampling: Sampling, *more: Any
     ) -> Generator[tuple[int, str]]:
         from supra_core.runtime.sampling import sample
 
-        for said in super().speak(ids, state, sampling, *more):
+        for said in super().generate(ids, state, sampling, *more):
             sample(self._logits(state), sampling, np.random.default_rng(0))
             yield said
 

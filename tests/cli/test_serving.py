@@ -180,8 +180,8 @@ class Slow(Echo):
         super().__init__()
         self.seconds = seconds
 
-    def speak(self, *arguments: Any, **more: Any) -> Generator[tuple[int, str]]:
-        for said in super().speak(*arguments, **more):
+    def generate(self, *arguments: Any, **more: Any) -> Generator[tuple[int, str]]:
+        for said in super().generate(*arguments, **more):
             yield said
             if self.seconds < 0:
                 raise Panic("index out of bounds")

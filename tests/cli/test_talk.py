@@ -66,7 +66,7 @@ def greedy(speaker: Speaker, conversation: Conversation, question: str) -> str:
     engine = speaker.engine
     ids = engine.render([*conversation.messages, {"role": "user", "content": question}])
     return "".join(
-        piece for _, piece in engine.speak(ids, engine.fresh(), SAMPLING, lambda *_: None)
+        piece for _, piece in engine.generate(ids, engine.fresh(), SAMPLING, lambda *_: None)
     )
 
 
@@ -76,7 +76,7 @@ def test_turns_are_those_of_a_model_that_remembers_nothing(speaker: Speaker) -> 
         expected = greedy(speaker, conversation, question)
         assert "".join(conversation.reply(question, SAMPLING)) == expected
         # A turn feeds its own tokens: end of turn, both role lines, and the text.
-        assert not turn or conversation.fed < len(question) + 30
+        assert not turn or conversation.prompt_tokens < len(question) + 30
 
 
 def test_a_saved_state_goes_on_to_the_last_bit(speaker: Speaker, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_text_is_read_before_or_with_a_question(speaker: Speaker, tmp_path: Pa
     before, after = Session(speaker, SAMPLING), Session(speaker, SAMPLING)
     talk(before, f"/read '{file}'", "Why?")
     assert before.conversation.messages[0] == {"role": "system", "content": "Some facts."}
-    assert before.conversation.fed < 40
+    assert before.conversation.prompt_tokens < 40
     talk(after, "Hello", f"/read '{file}'", "Why?", "And?")
     asked = [m["content"] for m in after.conversation.messages if m["role"] == "user"]
     assert asked == ["Hello", "Some facts.\n\nWhy?", "And?"]
@@ -285,14 +285,14 @@ def test_a_state_is_gone_on_with_on_another_day(
         seen = speaker.engine.tokenizer.decode(conversation.tokens)  # type: ignore[attr-defined]
         assert "Today: 07 Mar 2019" in seen
         assert ["".join(conversation.reply("And?", SAMPLING))] == expected
-        assert conversation.fed == session.conversation.fed < 40
+        assert conversation.prompt_tokens == session.conversation.prompt_tokens < 40
     assert "reads everything again" not in capsys.readouterr().err
     # A file from before the day was kept goes on, too, and says what that costs.
     write_state(path, replace(read_state(path), began=None), force=True)
     old = speaker.loaded(path)
     assert f"{path}: the chat template now gives another text" in capsys.readouterr().err
     assert "".join(old.reply("And?", SAMPLING))
-    assert old.fed > 60
+    assert old.prompt_tokens > 60
     assert str(datetime.now().year) in speaker.engine.tokenizer.decode(old.tokens)  # type: ignore[attr-defined]
 
 
@@ -308,7 +308,7 @@ def test_a_continuation_keeps_its_first_space(backend: str, tmp_path: Path) -> N
     texts, answers = [], []
     for seed in range(30):
         sampling = Sampling(1.0, max_tokens=2, seed=seed)
-        alone = list(engine.speak(before, engine.fresh(), sampling, silent, continues=True))
+        alone = list(engine.generate(before, engine.fresh(), sampling, silent, continues=True))
         for pairs in (alone, together(engine, before, sampling)):
             said, text = [token for token, _ in pairs], "".join(piece for _, piece in pairs)
             texts.append((text, tokenizer.decode([*before, *said]).removeprefix(prompt)))

@@ -95,7 +95,7 @@ def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
     terminal.line("/set max_tokens 6", "max_tokens 6")
     terminal.line("/system Be brief.", "new conversation")
     terminal.line("Hello", "tokens seen, ")
-    terminal.line("/stats", "1 turn; last turn: .* 6 said")
+    terminal.line("/stats", "1 turn; last turn: .* 6 generated")
     terminal.line("/branch side", "side: 1 turn")
     terminal.line("And more", "tokens seen, ")
     terminal.line("/undo", "Removed: And more")

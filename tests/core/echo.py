@@ -12,7 +12,7 @@ from supra_core.runtime.backend import StateArrays
 from supra_core.runtime.batch import SequentialBatch
 from supra_core.runtime.engine import Batch, Message
 from supra_core.runtime.likelihood import Likelihood, Logits, likelihood
-from supra_core.runtime.sampling import Hear, Sampling
+from supra_core.runtime.sampling import OnToken, Sampling
 from supra_core.text.chat_template import ANSWER, Rendering
 
 
@@ -60,7 +60,7 @@ class Echo:
         self.fed += len(ids)
         state += ids
 
-    def follow(
+    def score(
         self, ids: Sequence[int], following: Sequence[int], state: list[int], top: int
     ) -> list[Likelihood]:
         found = []
@@ -69,7 +69,7 @@ class Echo:
             found.append(likelihood(self._logits(state), after, top))
         return found
 
-    def speak(
+    def generate(
         self,
         ids: Sequence[int],
         state: list[int],
@@ -77,14 +77,14 @@ class Echo:
         progress: Progress,
         seen: Sequence[int] = (),
         continues: bool = False,
-        hear: Hear | None = None,
+        on_token: OnToken | None = None,
     ) -> Generator[tuple[int, str]]:
         self.continued.append(continues)
         self.feed(ids, state, progress)
         for _ in range(sampling.max_tokens):
             letter = chr(self._logits(state).argmax())
-            if hear is not None:
-                hear(self._logits(state), ord(letter))
+            if on_token is not None:
+                on_token(self._logits(state), ord(letter))
             state.append(ord(letter))
             yield ord(letter), letter
 

@@ -52,7 +52,10 @@ def test_a_turn_feeds_its_own_tokens() -> None:
         == len(conversation.tokens) - 18
     )
     assert conversation.state == conversation.tokens
-    assert (conversation.fed, conversation.said) == (len("</><u>three</><a>"), 6)
+    assert (conversation.prompt_tokens, conversation.generated_tokens) == (
+        len("</><u>three</><a>"),
+        6,
+    )
     assert said(Conversation(Echo(), "Be brief."), "one", "two", "three") == answers
 
 
@@ -112,8 +115,8 @@ def test_an_interrupt_in_the_middle_of_a_step() -> None:
     class Interrupted(Echo):
         armed = True
 
-        def speak(self, ids, state, *rest):  # type: ignore[no-untyped-def]
-            for number, said in enumerate(super().speak(ids, state, *rest)):
+        def generate(self, ids, state, *rest):  # type: ignore[no-untyped-def]
+            for number, said in enumerate(super().generate(ids, state, *rest)):
                 if number == 2 and self.armed:
                     state.append(ord("?"))
                     raise KeyboardInterrupt
@@ -171,7 +174,7 @@ def test_a_text_is_read_once() -> None:
     tokens = conversation.read("A long document.")
     assert engine.fed == tokens > len("A long document.")
     said(conversation, "one")
-    assert engine.fed == tokens + conversation.fed
+    assert engine.fed == tokens + conversation.prompt_tokens
     with pytest.raises(ValueError, match="before the first turn"):
         conversation.read("Another.")
     conversation.clear()
@@ -206,14 +209,14 @@ def read_by(conversation: Conversation) -> str:
 def test_a_conversation_stays_on_its_day() -> None:
     conversation = Conversation(Echo(dated=True), "Be brief.")
     said(conversation, "one", "two")
-    assert conversation.fed == len("</><u>two</><a>")
+    assert conversation.prompt_tokens == len("</><u>two</><a>")
     assert read_by(conversation).startswith("[2024-07-26]<s>Be brief.")
     other = conversation.branch()
     said(other, "three")
-    assert other.fed == len("</><u>three</><a>")
+    assert other.prompt_tokens == len("</><u>three</><a>")
     conversation.undo()
     said(conversation, "four")
-    assert conversation.fed == len("</><u>four</><a>")
+    assert conversation.prompt_tokens == len("</><u>four</><a>")
     # What begins anew begins on a day of its own.
     conversation.clear()
     said(conversation, "one")
@@ -226,7 +229,7 @@ def test_what_is_read_again_is_read_on_the_same_day() -> None:
     said(conversation, "one")
     conversation.messages[-1]["content"] = "other"
     said(conversation, "two", "three")
-    assert conversation.fed == len("</><u>three</><a>")
+    assert conversation.prompt_tokens == len("</><u>three</><a>")
     assert read_by(conversation).startswith("[2024-07-26]<u>one</><a>other</>")
 
 
@@ -254,7 +257,7 @@ def test_a_state_file_is_gone_on_with_on_another_day(tmp_path: Path) -> None:
     conversation = resumed(path, Echo(dated=True))
     assert conversation.fits()
     assert said(conversation, "three") == said(before, "three")
-    assert conversation.fed == len("</><u>three</><a>")
+    assert conversation.prompt_tokens == len("</><u>three</><a>")
     # So is a text that was read, by every conversation that begins behind it.
     reader = Conversation(Echo(dated=True))
     tokens = reader.read("A long document.")
@@ -263,10 +266,10 @@ def test_a_state_file_is_gone_on_with_on_another_day(tmp_path: Path) -> None:
         conversation = resumed(path, Echo(dated=True))
         assert conversation.fits() and len(conversation.tokens) == tokens
         said(conversation, "one")
-        assert conversation.fed < len("<u>one</><a>") + 1
+        assert conversation.prompt_tokens < len("<u>one</><a>") + 1
         conversation.clear()
         said(conversation, "two")
-        assert conversation.fed < len("<u>two</><a>") + 1
+        assert conversation.prompt_tokens < len("<u>two</><a>") + 1
 
 
 @pytest.mark.usefixtures("_a_day_each_time")
@@ -281,9 +284,9 @@ def test_a_state_file_from_before_days_were_kept(tmp_path: Path, dated: bool) ->
     # Another day has come: of a template that shows it, nothing can be used.
     assert conversation.fits() == (not dated)
     said(conversation, "two")
-    assert (conversation.fed == len("</><u>two</><a>")) == (not dated)
+    assert (conversation.prompt_tokens == len("</><u>two</><a>")) == (not dated)
     said(conversation, "three")
-    assert conversation.fed == len("</><u>three</><a>")
+    assert conversation.prompt_tokens == len("</><u>three</><a>")
     # From here on the day is known.
     write_state(path, saved(conversation), force=True)
     assert metadata(path)["format"] == "supra-state-2"

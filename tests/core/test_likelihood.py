@@ -67,7 +67,7 @@ def test_in_turns(tmp_path: Path) -> None:
     following = [*ids[1:], 7]
     whole = model.logits(np.array([ids]))[0]
     for one, other in zip(
-        engine.follow(ids, following, engine.fresh(), 2),
+        engine.score(ids, following, engine.fresh(), 2),
         likelihoods(whole, following, 2),
         strict=True,
     ):

@@ -17,7 +17,7 @@ from supra_core.errors import SupraError
 from supra_core.progress import Progress, silent
 from supra_core.runtime.likelihood import Likelihood, likelihood
 from supra_core.runtime.prefixes import Prefixes
-from supra_core.runtime.sampling import Hear, Sampling, sample
+from supra_core.runtime.sampling import OnToken, Sampling, sample
 from supra_core.runtime.scheduler import (
     PIECE,
     Broken,
@@ -25,9 +25,9 @@ from supra_core.runtime.scheduler import (
     Event,
     Failed,
     Finished,
-    Followed,
     Job,
     Piece,
+    PromptLikelihoods,
     Reading,
     Scheduler,
     Stopping,
@@ -61,7 +61,7 @@ class Client:
             if isinstance(event, Piece):
                 text += event.text
                 self.likelihoods += event.likelihoods
-            elif isinstance(event, Followed):
+            elif isinstance(event, PromptLikelihoods):
                 self.followed += event.likelihoods
             elif isinstance(event, Failed):
                 raise event.error
@@ -91,7 +91,7 @@ class Gated(Echo):
             raise RuntimeError("broken")
         super().feed(ids, state, progress)
 
-    def speak(
+    def generate(
         self,
         ids: Sequence[int],
         state: list[int],
@@ -99,9 +99,11 @@ class Gated(Echo):
         progress: Progress,
         seen: Sequence[int] = (),
         continues: bool = False,
-        hear: Hear | None = None,
+        on_token: OnToken | None = None,
     ) -> Generator[tuple[int, str]]:
-        for token, piece in super().speak(ids, state, sampling, progress, seen, continues, hear):
+        for token, piece in super().generate(
+            ids, state, sampling, progress, seen, continues, on_token
+        ):
             self.gate.acquire()
             self.order.append("say")
             yield token, piece
@@ -109,7 +111,7 @@ class Gated(Echo):
 
 def expected(text: str, count: int = 6) -> str:
     engine = Echo()
-    pieces = engine.speak(engine.encode(text), [], Sampling(max_tokens=count), silent)
+    pieces = engine.generate(engine.encode(text), [], Sampling(max_tokens=count), silent)
     return "".join(piece for _, piece in pieces)
 
 
@@ -140,7 +142,11 @@ def test_everyone_gets_the_answer_of_one_alone() -> None:
     for i, (text, client) in enumerate(zip(texts, clients, strict=True)):
         said, end = client.until_the_end()
         assert said == expected(text, 1 + i % 7)
-        assert (end.finish, end.prompt_tokens, end.said_tokens) == ("length", len(text), 1 + i % 7)
+        assert (end.finish, end.prompt_tokens, end.generated_tokens) == (
+            "length",
+            len(text),
+            1 + i % 7,
+        )
     assert scheduler.taken == 0
     scheduler.close()
 
@@ -156,14 +162,14 @@ def test_what_was_read_is_not_read_again() -> None:
 
     first, _ = ask("one question")
     # The conversation goes on after the answer, or with another answer after the question.
-    assert ask(f"one question{first} and more")[1].known_tokens == len("one question") + 6
-    assert ask("one question, changed")[1].known_tokens == len("one question") - 1
+    assert ask(f"one question{first} and more")[1].cached_tokens == len("one question") + 6
+    assert ask("one question, changed")[1].cached_tokens == len("one question") - 1
     # Two that begin alike leave a state where they part, for the third.
     ask("shared beginning: left")
     ask("shared beginning: right")
     fed = engine.fed
     said, end = ask("shared beginning: middle")
-    assert end.known_tokens == len("shared beginning: ")
+    assert end.cached_tokens == len("shared beginning: ")
     assert engine.fed - fed == len("middle")
     assert said == expected("shared beginning: middle")
     scheduler.close()
@@ -271,7 +277,7 @@ def test_a_stop_string_ends_the_answer() -> None:
     said, end = client.until_the_end()
     assert said == whole[: whole.index(whole[5:7])]
     assert end.finish == "stop"
-    assert end.said_tokens == len(said) + 2
+    assert end.generated_tokens == len(said) + 2
     scheduler.close()
 
 
@@ -282,7 +288,7 @@ def test_a_token_ends_the_answer() -> None:
     scheduler.submit(client.job)
     text, end = client.until_the_end()
     assert text == whole[: whole.index(whole[3])]
-    assert (end.finish, end.said_tokens) == ("stop", len(text) + 1)
+    assert (end.finish, end.generated_tokens) == ("stop", len(text) + 1)
     # The token that ended it is among those said.
     assert [found.token for found in client.likelihoods] == [ord(c) for c in text + whole[3]]
     scheduler.close()
@@ -294,20 +300,20 @@ def test_how_likely_every_token_was() -> None:
     text = TEXT * (PIECE // len(TEXT) + 1)
     for _ in range(2):
         # What is known does not tell how likely it was: it is read again.
-        client = Client(text, top=2, followed=True)
+        client = Client(text, top=2, score_prompt=True)
         scheduler.submit(client.job)
         said, end = client.until_the_end()
-        assert said == expected(text) and end.known_tokens == 0
+        assert said == expected(text) and end.cached_tokens == 0
         assert client.followed[0] == Likelihood(ord(text[0]), None)
         ids = [ord(c) for c in text + said]
         found = [*client.followed, *client.likelihoods]
         assert [one.token for one in found] == ids
-        assert found[1:] == Echo().follow(ids[:-1], ids[1:], [], 2)
+        assert found[1:] == Echo().score(ids[:-1], ids[1:], [], 2)
         assert all(one.logprob == one.top[0][1] for one in client.likelihoods)
     # Who does not ask is told nothing, and reads nothing again.
     client = Client(text)
     scheduler.submit(client.job)
-    assert client.until_the_end()[1].known_tokens == len(text) - 1
+    assert client.until_the_end()[1].cached_tokens == len(text) - 1
     assert not client.followed and not client.likelihoods
     scheduler.close()
 
@@ -315,10 +321,10 @@ def test_how_likely_every_token_was() -> None:
 @pytest.mark.parametrize("text", ["a", TEXT])
 def test_a_prompt_that_is_only_read(text: str) -> None:
     scheduler, _ = running(Echo())
-    client = Client(text, top=1, followed=True, silent=True)
+    client = Client(text, top=1, score_prompt=True, silent=True)
     scheduler.submit(client.job)
     said, end = client.until_the_end()
-    assert (said, end.finish, end.said_tokens) == ("", "length", 0)
+    assert (said, end.finish, end.generated_tokens) == ("", "length", 0)
     assert [one.token for one in client.followed] == [ord(c) for c in text]
     assert scheduler.taken == 0
     scheduler.close()
@@ -343,7 +349,7 @@ def test_clients_take_turns(gated: tuple[Scheduler, Gated]) -> None:
         client.until_the_end()
     pieces = [step for step in engine.order if step == f"feed {PIECE}"]
     assert len(pieces) == 3 * 2 + 1
-    assert other.job.spoke < greedy[1].job.spoke
+    assert other.job.read < greedy[1].job.read
     assert scheduler.taken == 0
     scheduler.close()
 
@@ -377,7 +383,7 @@ class Panic(BaseException):
     """As native code's, which is no Exception."""
 
 
-@pytest.mark.parametrize("where", ["feed", "speak", "put"])
+@pytest.mark.parametrize("where", ["feed", "generate", "put"])
 def test_whatever_ends_the_thread_is_told(where: str) -> None:
     engine = Gated()
     scheduler, prefixes = running(engine)
@@ -415,10 +421,10 @@ def test_a_panic_in_loading_is_raised() -> None:
 class NoNumbers(Gated):
     """Its logits are none where a text holds ``!``."""
 
-    def speak(self, ids: Sequence[int], *more: Any) -> Generator[tuple[int, str]]:  # type: ignore[override]
+    def generate(self, ids: Sequence[int], *more: Any) -> Generator[tuple[int, str]]:  # type: ignore[override]
         if ord("!") in ids:
             sample(np.array([0, math.nan, 1], dtype=np.float32), SAMPLING, np.random.default_rng(0))
-        yield from super().speak(ids, *more)
+        yield from super().generate(ids, *more)
 
 
 def test_a_text_without_numbers_is_one_requests_own() -> None:

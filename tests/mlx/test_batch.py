@@ -17,8 +17,8 @@ from mlx_lm.models.base import create_ssm_mask  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_core.runtime.likelihood import likelihood  # noqa: E402
 from supra_core.runtime.sampling import Sampling  # noqa: E402
-from supra_mlx import model  # noqa: E402
 from supra_mlx.engine import MLXEngine  # noqa: E402
+from supra_mlx.mixers import base  # noqa: E402
 from tests.mlx.chat import load_model, write_chat_model  # noqa: E402
 from tests.mlx.models import SPECS  # noqa: E402
 
@@ -32,7 +32,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def alone(engine: MLXEngine, prompt: list[int], sampling: Sampling) -> list[int]:
-    return [token for token, _ in engine.speak(prompt, engine.fresh(), sampling)]
+    return [token for token, _ in engine.generate(prompt, engine.fresh(), sampling)]
 
 
 def begun(engine: MLXEngine, prompt: list[int]) -> Any:
@@ -70,7 +70,7 @@ def test_together_as_alone_coming_and_going(engine: MLXEngine) -> None:
     for key in keys:
         assert said[key] == alone(engine, PROMPTS[key], samplings[key])
     prompt = [*PROMPTS[3], *before, 9]
-    following = [token for token, _ in engine.speak([9], state, Sampling(max_tokens=5))]
+    following = [token for token, _ in engine.generate([9], state, Sampling(max_tokens=5))]
     assert following == alone(engine, prompt, Sampling(max_tokens=5))
     with pytest.raises(KeyError):
         batch.take(left)
@@ -81,7 +81,7 @@ def test_the_state_at_the_end(engine: MLXEngine) -> None:
     key = batch.add(PROMPTS[2], engine.fresh(), Sampling(max_tokens=6))
     assert finished(batch, [key], said) == {key: "length"}
     state = batch.take(key)
-    following = [token for token, _ in engine.speak([9], state, Sampling(max_tokens=5))]
+    following = [token for token, _ in engine.generate([9], state, Sampling(max_tokens=5))]
     expected = alone(engine, [*PROMPTS[2], *said[key], 9], Sampling(max_tokens=5))
     assert following == expected
     # The batch is empty now and takes up new ones.
@@ -112,7 +112,7 @@ def test_a_fresh_state_costs_the_others_no_padding(
         masks.append(create_ssm_mask(*arguments))
         return masks[-1]
 
-    monkeypatch.setattr(model, "create_ssm_mask", noted)
+    monkeypatch.setattr(base, "create_ssm_mask", noted)
     batch, said = engine.batch(4), {}
     sampling = Sampling(max_tokens=6)
     keys = [batch.add(PROMPTS[2][-1:], begun(engine, PROMPTS[2]), sampling)]
@@ -166,16 +166,16 @@ def test_how_likely_its_tokens_were(engine: MLXEngine) -> None:
     heard: list[Any] = []
     said = [
         token
-        for token, _ in engine.speak(
+        for token, _ in engine.generate(
             prompt, engine.fresh(), sampling,
-            hear=lambda logits, token: heard.append(likelihood(logits, token, 3)),
+            on_token=lambda logits, token: heard.append(likelihood(logits, token, 3)),
         )
     ]  # fmt: skip
     ids = [*prompt, *said]
     # In several parts, as a long one is read.
     state = engine.fresh()
-    followed = engine.follow(ids[:9], ids[1:10], state, 3)
-    followed += engine.follow(ids[9:-1], ids[10:], state, 3)
+    followed = engine.score(ids[:9], ids[1:10], state, 3)
+    followed += engine.score(ids[9:-1], ids[10:], state, 3)
     for found in (told, heard):
         for one, other in zip(found, followed[-6:], strict=True):
             assert one.token == other.token
@@ -234,7 +234,7 @@ def test_a_sequence_without_numbers_ends_alone(engine: MLXEngine, sampling: Samp
     for cache in broken:
         cache.state = tree_map(without_numbers, cache.state)
     with pytest.raises(SupraError, match="not finite"):
-        list(engine.speak(bad[-1:], engine.copy(broken), sampling))
+        list(engine.generate(bad[-1:], engine.copy(broken), sampling))
     batch = engine.batch(8)
     keys = [
         batch.add(prompt[-1:], state, sampling, prompt[:-1], top=1)

@@ -119,7 +119,7 @@ def test_ids_beyond_the_tokenizer_have_no_text(tokenizer: Tokenizer, tmp_path: P
     )
     engine = MLXEngine(*load_model(folder))
     sampling = Sampling(1.0, max_tokens=60, seed=3)
-    said = list(engine.speak(PROMPT, engine.fresh(), sampling, continues=True))
+    said = list(engine.generate(PROMPT, engine.fresh(), sampling, continues=True))
     beyond = [text for token, text in said if token >= tokenizer.get_vocab_size()]
     assert beyond and not any(beyond)
     assert any(text for _, text in said)

@@ -153,7 +153,7 @@ def test_stock_chat(folder: Path) -> None:
     for question in ("Hello", "Why?"):
         # mlx-lm renders each question by itself and feeds it behind what its cache has seen.
         ids = engine.render([{"role": "user", "content": question}])
-        answer = "".join(p for _, p in engine.speak(ids, state, Sampling(max_tokens=8), silent))
+        answer = "".join(p for _, p in engine.generate(ids, state, Sampling(max_tokens=8), silent))
         assert answer.strip("\n") in said
 
 

@@ -35,7 +35,7 @@ def test_memory_is_flat(backend: str, name: str, tmp_path: Path) -> None:
         sizes.append(sum(array.nbytes for array in engine.arrays(state).values()))
     assert max(memory) <= 1.02 * memory[0], [f"{m / 2**20:.1f} MiB" for m in memory]
     assert len(set(sizes)) == 1
-    said = [token for token, _ in engine.speak([5], state, Sampling(max_tokens=20))]
+    said = [token for token, _ in engine.generate([5], state, Sampling(max_tokens=20))]
     assert said
 
 
@@ -48,7 +48,7 @@ def test_speaking_keeps_memory_flat(backend: str, tmp_path: Path) -> None:
     state, memory, said = engine.fresh(), [], 0
     while said < 8_000:
         # A turn ends where it ends; the next goes on from its state.
-        for _ in engine.speak([5], state, Sampling(1.0, max_tokens=1_000, seed=said)):
+        for _ in engine.generate([5], state, Sampling(1.0, max_tokens=1_000, seed=said)):
             said += 1
             if said % 1_000 == 0:
                 memory.append(psutil.Process().memory_info().rss)

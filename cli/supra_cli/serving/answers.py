@@ -10,10 +10,10 @@ from typing import Any
 
 from supra_cli.serving.logprobs import Echo, in_chat, in_text, names
 from supra_core.runtime.likelihood import Likelihood
-from supra_core.runtime.scheduler import Finished, Followed, Piece
+from supra_core.runtime.scheduler import Finished, Piece, PromptLikelihoods
 from supra_core.runtime.token_texts import Decode, Places
 
-Heard = Followed | Piece | Finished
+Heard = PromptLikelihoods | Piece | Finished
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Answers:
 
     def chunks(self, index: int, event: Heard) -> list[dict[str, Any]]:
         """The stream chunks of an event."""
-        if isinstance(event, Followed):
+        if isinstance(event, PromptLikelihoods):
             logprobs = self._prompt_logprobs(index)
             echoed = {"text": self._echoed(index)}
             return [self._chunk(i, echoed, None, logprobs) for i in range(index, index + self.each)]
@@ -102,8 +102,8 @@ class Answers:
         """Token counts; a prompt counts once for all its answers."""
         firsts = [self.ends[index] for index in range(0, self.count, self.each)]
         prompt = sum(end.prompt_tokens for end in firsts)
-        known = sum(end.known_tokens for end in firsts)
-        said = sum(end.said_tokens for end in self.ends.values())
+        known = sum(end.cached_tokens for end in firsts)
+        said = sum(end.generated_tokens for end in self.ends.values())
         return {
             "prompt_tokens": prompt,
             "completion_tokens": said,

@@ -31,7 +31,7 @@ from supra_cli.serving.schema import ApiError, ChatRequest, CompletionRequest, R
 from supra_cli.serving.service import Exchange, Listener, Service, failure
 from supra_cli.shared.output import log
 from supra_core.runtime.sampling import Sampling
-from supra_core.runtime.scheduler import Failed, Followed, Job, Places, Reading
+from supra_core.runtime.scheduler import Failed, Job, Places, PromptLikelihoods, Reading
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
@@ -218,7 +218,9 @@ class Routes:
                 ends=frozenset(asked.stop_token_ids or ()),
                 top=asked.top,
                 # Once a prompt.
-                followed=bool(answers.echoes) and asked.top is not None and index % asked.n == 0,
+                score_prompt=bool(answers.echoes)
+                and asked.top is not None
+                and index % asked.n == 0,
                 silent=asked.silent,
                 client=client,
                 owner=owner,
@@ -312,7 +314,7 @@ async def _stream(
                 answers.hear(index, event)
                 chunks = partial(answers.chunks, index, event)
                 # A prompt may have many tokens.
-                followed = isinstance(event, Followed)
+                followed = isinstance(event, PromptLikelihoods)
                 for chunk in await run_in_threadpool(chunks) if followed else chunks():
                     yield _event(chunk)
     if usage:
@@ -377,8 +379,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 def _log(answers: Answers) -> None:
     usage = answers.usage()
-    spoken = max((end.said_seconds for end in answers.ends.values()), default=0.0)
-    read = max((end.read_seconds for end in answers.ends.values()), default=0.0)
+    spoken = max((end.decode_seconds for end in answers.ends.values()), default=0.0)
+    read = max((end.prefill_seconds for end in answers.ends.values()), default=0.0)
     known = usage["prompt_tokens_details"]["cached_tokens"]
     log(
         f"{answers.model}: prompt {usage['prompt_tokens']:,} tokens, {known:,} of them cached, "

@@ -48,7 +48,7 @@ class Speaker:
     ) -> Iterator[str]:
         """What follows ``prompt``, fed as it stands, piece by piece, before any of ``stop``."""
         ids, held = self.engine.encode(prompt), HeldBack(stop)
-        said = self.engine.speak(ids, self.engine.fresh(), sampling, silent, continues=True)
+        said = self.engine.generate(ids, self.engine.fresh(), sampling, silent, continues=True)
         with closing(said) as pieces:
             for _, piece in pieces:
                 yield held.take(piece)

@@ -127,7 +127,7 @@ class Session:
         with closing(said) as pieces:
             for piece in pieces:
                 began = began or time.monotonic()
-                self.pace = Pace(self.conversation.said, time.monotonic() - began)
+                self.pace = Pace(self.conversation.generated_tokens, time.monotonic() - began)
                 yield piece
 
     def _begin(self, conversation: Conversation, message: str) -> None:
@@ -234,7 +234,8 @@ class Session:
 
     def stats(self, rest: str) -> None:
         """show memory, tokens and speed"""
-        turn = f"last turn: {self.conversation.fed:,} tokens fed, {self.conversation.said:,} said"
+        talk = self.conversation
+        turn = f"last turn: {talk.prompt_tokens:,} prompt, {talk.generated_tokens:,} generated"
         log(f"{self.status()}; {_turns(self.conversation)}; {turn}")
 
 

@@ -57,7 +57,7 @@ class WindowMixer(SoftmaxMixer):
             assert state is None and mask is None
             return self._shared(q, k, v, positions, positions.before), {}
         alike = state is None and mask is None and positions.documents is None
-        seen = None if alike and T <= self.reach else self._seen(B, T, positions, state, mask)
+        seen = None if alike and self.reach >= T else self._seen(B, T, positions, state, mask)
         memory = self._remember(k, v, positions, state, mask)
         if state is not None:
             k, v = (torch.cat([state[name], x], dim=1) for name, x in (("keys", k), ("values", v)))
