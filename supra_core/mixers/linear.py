@@ -383,9 +383,11 @@ class LinearAttention(MixerKind):
             z = rotate(z, positions, rope)
         if isinstance(phi.projection, Projection):
             name = "q_feature" if phi.projection.shared else name
-            z = _product(weights[f"{name}.weight"], z.reshape(len(z), -1).T, phi.size).T.reshape(
-                *z.shape[:2], phi.size
-            )
+            weight = weights[f"{name}.weight"]
+            if phi.projection.scope == "all_heads":
+                z = (z.reshape(len(z), -1) @ weight.T).reshape(*z.shape[:2], phi.size)
+            else:
+                z = np.einsum("thd,hfd->thf", z, weight)
             if phi.projection.bias:
                 z = z + weights[f"{name}.bias"].reshape(z.shape[1:])
         return rotate(z, positions, rope) if self.rope_position == "between" else z

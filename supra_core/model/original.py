@@ -44,7 +44,7 @@ def left_out(spec: ModelSpec) -> tuple[str, ...]:
     if forgetful:
         kinds = "; ".join(dict.fromkeys(mixer.describe(spec) for mixer in forgetful))
         sentences.append(
-            f"{len(forgetful)} layers do not see tokens before their window, as the transformer's "
-            f"do ({kinds})."
+            f"The transformer's layers see every token; {len(forgetful)} of this model's forget "
+            f"what leaves their window ({kinds})."
         )
     return tuple(sentences)
