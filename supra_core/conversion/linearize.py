@@ -35,7 +35,7 @@ class LinearizeOptions(Choices):
         super().__post_init__()
         require_known("preset", self.preset, tuple(PRESETS))
         if self.seed < 0:
-            raise SpecError(f"seed must be at least 0, not {self.seed}")
+            raise SpecError(f"`seed` must be at least 0, not {self.seed}")
 
 
 def linearize(
@@ -58,20 +58,20 @@ def linear_spec(spec: ModelSpec, options: LinearizeOptions) -> ModelSpec:
     """The converted model's spec; raises as :func:`linearize`."""
     if not spec.is_transformer:
         raise SpecError(
-            "the source already has linear attention: convert it as it is, or start from the "
-            "transformer"
+            "the source already has linear attention: convert it with `linearize=False`, or "
+            "start from the transformer"
         )
     layers, every = spec.num_hidden_layers, options.keep_softmax_every
     wrong = [index for index in options.keep_softmax if not 0 <= index < layers]
     if wrong:
         raise SpecError(
-            f"keep_softmax names layer {wrong[0]}, but the model has layers 0 to {layers - 1}"
+            f"`keep_softmax` names layer {wrong[0]}, but the model has layers 0 to {layers - 1}"
         )
     # The last of every N layers, so that the first ones of a model are linear.
     kept = {*options.keep_softmax, *(range(every - 1, layers, every) if every else ())}
     if len(kept) == layers:
         raise SpecError(
-            f"keep_softmax names all {layers} layers, and nothing would be linear: omit at least "
+            f"`keep_softmax` names all {layers} layers, and nothing would be linear: omit at least "
             "one"
         )
     mixer = PRESETS[options.preset].chosen(spec, options)

@@ -38,11 +38,11 @@ class Choices:
             require_known(name, getattr(self, name), get_args(known))
         if self.window is not None and self.window < 1:
             raise SpecError(
-                f"window must be at least 1 token, not {self.window}: the preset pure has none"
+                f"`window` must be at least 1 token, not {self.window}: recipe pure has none"
             )
 
 
 def require_known(name: str, value: str | None, known: tuple[str, ...]) -> None:
     """Raise SpecError that lists what is known, unless ``value`` is among it or None."""
     if value is not None and value not in known:
-        raise SpecError(f"{name} '{value}' is unknown: use one of {', '.join(known)}")
+        raise SpecError(f"`{name}` '{value}' is unknown: use one of {', '.join(known)}")

@@ -15,13 +15,9 @@ from tests.tiny_models import SPECS, lazy_weights
 torch = pytest.importorskip("torch")
 
 from supra_core.conversion.convert import convert  # noqa: E402
-from supra_core.conversion.linearize import (  # noqa: E402
-    FeatureMapName,
-    LinearizeOptions,
-    OutputNormName,
-    linearize,
-)
+from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.errors import SpecError, SupraError  # noqa: E402
+from supra_core.mixers.choices import FeatureMapName, OutputNormName  # noqa: E402
 from supra_core.mixers.softmax import SoftmaxAttention  # noqa: E402
 from supra_core.model.spec import ModelSpec  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
