@@ -143,13 +143,13 @@ def _file_name(name: str, hint: Any) -> str:
 def _one_of_kinds(kinds: tuple[Any, ...]) -> _Read:
     """Of a union: None as it is, an object by its ``kind``, anything else by the only other."""
     others = [kind for kind in kinds if kind is not type(None)]
-    made = {getattr(kind, "kind", None): _reader(kind) for kind in others}
+    made = {str(getattr(kind, "kind", "")): _reader(kind) for kind in others}
 
     def read(value: Any) -> Any:
         if value is None and len(others) < len(kinds):
             return None
         if len(others) == 1:
-            return made[getattr(others[0], "kind", None)](value)
+            return next(iter(made.values()))(value)
         if not isinstance(value, dict):
             raise ValidationError(f"must be an object, not {value!r}")
         if value.get("kind") not in made:

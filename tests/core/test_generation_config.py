@@ -132,7 +132,7 @@ def test_what_is_written_says_the_same_to_everyone(kind: str, tmp_path: Path, to
     assert (again.spec.eos_token_id, again.further_ends) == (tuple(ALL), ())
     transformers = pytest.importorskip("transformers")
     # The configuration's own, for whoever generates without the other file.
-    from supra_torch.hf.configuration_supra import SupraConfig
+    from supra_torch.hf.stock import SupraConfig
 
     config = {"hf": transformers.AutoConfig, "supra": SupraConfig}[to].from_pretrained(out)
     assert config.eos_token_id == ALL

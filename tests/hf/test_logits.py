@@ -217,13 +217,13 @@ REFUSED = [
     (
         "rope",
         {"scaling": {"kind": "yarn", "factor": 2.0}},
-        "original_max_position_embeddings: is m",
+        "max_position_embeddings: is missing",
     ),
     ("rope.scaling", _LONGROPE, "longrope has factors for 2 channels, but 10 rotate"),
     (
         "rope.scaling",
         {**_LONGROPE, "factors": "both"},
-        "field rope.scaling.factors: must be .*both",
+        "rope.scaling.factors: must be .*both",
     ),
     ("rope.scaling", {**_LONGROPE, "long_factor": []}, "as many factors in short_factor as in lo"),
     ("rope.base", "10", "field rope.base: must be a finite number, not '10'"),
@@ -234,7 +234,7 @@ REFUSED = [
     (
         "mixers.0.feature_map.activation",
         "exp",
-        "field mixers.0.feature_map.activation: must be 're",
+        "feature_map.activation: must be 'relu",
     ),
     ("mixers.0.normaliser", {"kind": "none"}, "field mixers.0.normaliser: kind 'none' is unknown"),
     ("mixers.0.rotary", "local", "layer 0: local rope needs the field local_rope"),

@@ -287,6 +287,11 @@ class SupraPreTrainedModel(PreTrainedModel):
 class SupraModel(Computation, SupraPreTrainedModel):
     """Embedding, layers and the last norm."""
 
+    embed_tokens: nn.Embedding
+    embed_norm: NormLayer | None
+    layers: nn.ModuleList
+    norm: NormLayer
+
     def __init__(self, config: SupraConfig) -> None:
         super().__init__(config)
         self.spec = spec = config.spec()

@@ -6,6 +6,8 @@ softmax layer lie in tensors of full length; a step writes one place of them and
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ class LockstepDecoder:
         self.model, self.rows, self.length = model, rows, length
         self.position = len(prefix)
         hidden, state = model.hidden(prefix[None])
-        self._mixers = [layer.self_attn for layer in model.model.layers]
+        self._mixers = [cast(Layer, layer).self_attn for layer in model.model.layers]
         self._layers = [
             mixer.with_room(layer, rows, self.position, length)
             for mixer, layer in zip(self._mixers, state.layers, strict=True)

@@ -22,6 +22,6 @@ MODULES: dict[type[MixerKind], type[MixerModule]] = {
 def mixer_module(spec: ModelFields, kind: MixerKind) -> MixerModule:
     """The module of a mixer; SpecError for a kind that this backend has no module of."""
     if type(kind) not in MODULES:
-        known = ", ".join(known.kind for known in MODULES)
+        known = ", ".join(str(known.kind) for known in MODULES)
         raise SpecError(f"the torch backend has no mixer '{kind.kind}': it knows {known}")
     return MODULES[type(kind)](spec, kind)  # type: ignore[call-arg]
