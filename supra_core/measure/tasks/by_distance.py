@@ -1,33 +1,35 @@
-"""What a model still knows of earlier tokens: associative recall and copying, by distance.
+"""What a model still knows of earlier tokens, by distance, in sequences that are generated.
 
-Both follow the synthetic tasks of the literature on linear attention (arXiv 2312.04927,
-2402.01032), with words instead of random symbols, so that a pretrained model need not be trained
-on them. A sequence begins as the tokenizer begins a text, and is fed once; at each distance the
-question is asked from a copy of the state, and the sequence goes on as if it had not been asked.
+As the synthetic tasks of the literature on linear attention (arXiv 2312.04927, 2402.01032), with
+words instead of random symbols, so that a pretrained model need not be trained on them. A sequence
+begins as the tokenizer begins a text, and is fed once; at each distance the question is asked from
+a copy of the state, and the sequence goes on as if it had not been asked.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from supra_core.errors import SupraError
 from supra_core.measure.intervals import of_share
-from supra_core.measure.probes.words import word_tokens
+from supra_core.measure.probes.words import running_text, word_tokens
+from supra_core.measure.tasks.task import Measure, Options, Record, Subject, Task
+from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Backend, Logits, check_ids
-from supra_core.text import ModelTokenizer
+from supra_core.text import ModelTokenizer, read_text
 
 Int64 = npt.NDArray[np.int64]
 
-PAIRS = 8
-COPIED_WORDS = 16
-# Of a repeated passage the first words cannot be known and only say that it is repeated.
-CUE_WORDS = 2
-_BATCH = 4
+BATCH = 4
+_SEQUENCES = 32
 
 
 @dataclass(frozen=True)
@@ -48,92 +50,135 @@ class DistanceAccuracy:
     answers: int
 
 
-def associative_recall(
-    model: Backend,
-    tokenizer: ModelTokenizer,
-    filler: Int64,
-    *,
-    distances: Sequence[int],
-    sequences: int,
-    seed: int = 0,
-    progress: Progress = silent,
-    stage: str = "recall",
-) -> list[DistanceAccuracy]:
-    """Eight lines ``key: value``, text from ``filler`` (T,), then one key again: its value?
+@dataclass(frozen=True)
+class Material:
+    """What sequences are made of, in token ids, and the rising distances that fit.
 
-    Every line is asked equally often, at every distance, so that a model that always says the
-    latest value, or the first, is right by chance alone; ``sequences`` that are no multiple of
-    eight leave the rest to some of the lines. Distances that do not fit between any key and its
-    repetition, or into the model's max_position_embeddings, are left out. Raises
-    :class:`SupraError` for tokens of ``filler`` that the model does not have.
+    ``leading``: what the tokenizer begins a text with. ``filler`` (T,): the running text.
+    ``marks``: those of :attr:`DistanceTask.marks`.
     """
-    words, _ = word_tokens(tokenizer.raw, model.spec.vocab_size)
-    colon, line = (_ids(tokenizer, text) for text in (":", "\n"))
-    leading = np.array(tokenizer.leading_ids, dtype=np.int64)
-    check_ids(np.concatenate([leading, filler, colon, line]), model.spec.vocab_size)
-    pair = 2 + len(colon) + len(line)
-    # After the asked value: its line end, the pairs after it, text, key and colon.
-    fixed = len(line) + 1 + len(colon)
-    generator = np.random.default_rng(seed)
-    room = model.spec.max_position_embeddings - len(leading)
-    kept = _fitting(distances, fixed + 1 + (PAIRS - 1) * pair, PAIRS * pair, room)
-    tallies = [_Tally(distance) for distance in kept]
-    order = generator.permutation(PAIRS)
-    for batch, count in enumerate(_batches(sequences if kept else 0, _even(sequences))):
-        progress(stage, tallies[0].answers, sequences)
-        drawn = _draw(generator, words, count, 2 * PAIRS)
-        keys, values = drawn[:, :PAIRS], drawn[:, PAIRS:]
-        asked = int(order[batch % PAIRS])
-        after = PAIRS - 1 - asked
-        prefix = _behind(leading, _pairs(keys, values, colon, line))
-        texts = _passages(generator, filler, count, kept[-1])
-        cuts = [distance - 1 - fixed - after * pair for distance in kept]
-        question = np.concatenate([keys[:, asked, None], np.tile(colon, (count, 1))], axis=1)
-        for tally, logits in zip(
-            tallies, _asked(model, prefix, texts, cuts, question), strict=True
-        ):
-            tally.add(logits[:, -1], values, np.full(count, asked))
-    progress(stage, sequences, sequences)
-    return [tally.result() for tally in tallies]
+
+    words: Int64
+    leading: Int64
+    filler: Int64
+    marks: list[Int64]
+    distances: tuple[int, ...] = ()
+
+    def draw(self, generator: np.random.Generator, rows: int, count: int) -> Int64:
+        """(rows, count) words, no word twice in a row."""
+        drawn = [generator.choice(self.words, count, replace=False) for _ in range(rows)]
+        return np.stack(drawn)
 
 
-def copying(
-    model: Backend,
-    tokenizer: ModelTokenizer,
-    filler: Int64,
-    *,
-    distances: Sequence[int],
-    sequences: int,
-    seed: int = 0,
-    progress: Progress = silent,
-    stage: str = "copying",
-) -> list[DistanceAccuracy]:
-    """Sixteen random words, text from ``filler`` (T,), then the words again: each next word?
+@dataclass(frozen=True)
+class Batch:
+    """Sequences up to their running text, (B, P), and what is asked after it, (B, Q).
 
-    The first two repeated words are given, and the last has no other left to be told from: each
-    is looked for among those that have not been repeated yet, since a model that favours what it
-    has just read would be below the chance of all sixteen. Distances as in
-    :func:`associative_recall`, as is what is raised.
+    ``taken``: tokens of every distance that are not running text. ``answers``: each a column of
+    the question, the candidates (B, n) for the token after it, and the index (B,) of the right one.
     """
-    words, _ = word_tokens(tokenizer.raw, model.spec.vocab_size)
-    leading = np.array(tokenizer.leading_ids, dtype=np.int64)
-    check_ids(np.concatenate([leading, filler]), model.spec.vocab_size)
-    generator = np.random.default_rng(seed)
-    room = model.spec.max_position_embeddings - len(leading)
-    kept = _fitting(distances, COPIED_WORDS, COPIED_WORDS, room)
-    tallies = [_Tally(distance) for distance in kept]
-    asked = range(CUE_WORDS, COPIED_WORDS - 1)
-    for count in _batches(sequences if kept else 0, _BATCH):
-        progress(stage, tallies[0].answers // len(asked), sequences)
-        passage = _draw(generator, words, count, COPIED_WORDS)
-        prefix = _behind(leading, passage)
-        texts = _passages(generator, filler, count, kept[-1])
-        cuts = [distance - COPIED_WORDS for distance in kept]
-        for tally, logits in zip(tallies, _asked(model, prefix, texts, cuts, passage), strict=True):
-            for place in asked:
-                tally.add(logits[:, place - 1], passage[:, place:], np.zeros(count, dtype=int))
-    progress(stage, sequences, sequences)
-    return [tally.result() for tally in tallies]
+
+    passage: Int64
+    question: Int64
+    taken: int
+    answers: Sequence[tuple[int, Int64, Int64]]
+
+
+class DistanceTask(Task):
+    """``marks``: texts between the words, each of which needs a token."""
+
+    reads = "nothing"
+    marks: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def span(self, material: Material) -> int:
+        """Tokens to be remembered: the shortest distance, and the room on each side of one."""
+
+    @abstractmethod
+    def batches(
+        self, generator: np.random.Generator, material: Material, sequences: int
+    ) -> Iterator[Batch]:
+        """``sequences`` of them, drawn by the generator batch by batch."""
+
+    def read(self, path: Path | None, limit: int | None = None) -> str:
+        return running_text() if path is None else read_text(path)
+
+    def prepared(self, content: str, subject: Subject, options: Options) -> Measure:
+        filler = subject.tokenizer.encode(content).ids
+        material = self.material(subject.spec, subject.tokenizer, filler, options.distances)
+        if not material.distances:
+            raise SupraError("no distance fits into the model's positions")
+        sequences = options.limit or _SEQUENCES
+
+        def measure(model: Backend, progress: Progress, stage: str) -> Record:
+            found = self.accuracies(model, material, sequences, options.seed, progress, stage)
+            return {
+                "metrics": {
+                    f"{kind}@{one.distance}": getattr(one, kind)
+                    for kind in ("among", "greedy")
+                    for one in found
+                },
+                "form": "recurrent",
+                "sequences": sequences,
+                "seed": options.seed,
+                "by_chance": found[0].by_chance,
+                "distances": [asdict(one) for one in found],
+            }
+
+        return measure
+
+    def conditions(self, record: Record) -> str:
+        answers = record["distances"][0]["answers"]
+        return (
+            f"{record['sequences']:,} sequences and {answers:,} answers at each distance in "
+            f"tokens, recurrent form, seed {record['seed']}; among: of the candidates, "
+            f"{record['by_chance']:.4f} by chance; greedy: of all tokens"
+        )
+
+    def material(
+        self, spec: ModelSpec, tokenizer: ModelTokenizer, filler: Int64, distances: Sequence[int]
+    ) -> Material:
+        """Checks that the model has all tokens; distances that do not fit are omitted.
+
+        One has to fit between a word and its repetition, and into max_position_embeddings.
+        """
+        words, _ = word_tokens(tokenizer.raw, spec.vocab_size)
+        leading = np.array(tokenizer.leading_ids, dtype=np.int64)
+        marks = [_ids(tokenizer, mark) for mark in self.marks]
+        check_ids(np.concatenate([leading, filler, *marks]), spec.vocab_size)
+        material = Material(words, leading, filler, marks)
+        span = self.span(material)
+        most = spec.max_position_embeddings - len(leading) - 2 * span
+        fitting = sorted({distance for distance in distances if span <= distance <= most})
+        return replace(material, distances=tuple(fitting))
+
+    def accuracies(
+        self, model: Backend, material: Material, sequences: int, seed: int = 0,
+        progress: Progress = silent, stage: str = "",
+    ) -> list[DistanceAccuracy]:  # fmt: skip
+        """By rising distance, each over ``sequences`` seeded sequences."""
+        generator = np.random.default_rng(seed)
+        tallies = [_Tally(distance) for distance in material.distances]
+        done = 0
+        for batch in self.batches(generator, material, sequences):
+            progress(stage, done, sequences)
+            count = len(batch.question)
+            begin = np.tile(material.leading, (count, 1))
+            prefix = np.concatenate([begin, batch.passage], axis=1)
+            texts = _passages(generator, material.filler, count, material.distances[-1])
+            cuts = [distance - batch.taken for distance in material.distances]
+            asked = _asked(model, prefix, texts, cuts, batch.question)
+            for tally, logits in zip(tallies, asked, strict=True):
+                for column, candidates, right in batch.answers:
+                    tally.add(logits[:, column], candidates, right)
+            done += count
+        progress(stage, done, sequences)
+        return [tally.result() for tally in tallies]
+
+
+def batch_sizes(total: int, size: int) -> Iterator[int]:
+    """``total`` in batches of ``size``."""
+    return (min(size, total - first) for first in range(0, total, size))
 
 
 class _Tally:
@@ -141,9 +186,8 @@ class _Tally:
 
     def __init__(self, distance: int) -> None:
         self._distance = distance
-        self._greedy = self._among = 0
+        self._greedy = self._among = self._answers = 0
         self._by_chance = 0.0
-        self.answers = 0
 
     def add(self, logits: Logits, candidates: Int64, right: Int64) -> None:
         """logits (B, V); candidates (B, n) token ids; right (B,), indices into them."""
@@ -152,19 +196,14 @@ class _Tally:
         chosen = np.take_along_axis(logits, candidates, axis=-1).argmax(axis=-1)
         self._among += int((chosen == right).sum())
         self._by_chance += len(right) / candidates.shape[1]
-        self.answers += len(right)
+        self._answers += len(right)
 
     def result(self) -> DistanceAccuracy:
-        n = self.answers
+        n = self._answers
         return DistanceAccuracy(
-            self._distance,
-            self._greedy / n,
-            of_share(self._greedy, n),
-            self._among / n,
-            of_share(self._among, n),
-            self._by_chance / n,
-            n,
-        )
+            self._distance, self._greedy / n, of_share(self._greedy, n), self._among / n,
+            of_share(self._among, n), self._by_chance / n, n,
+        )  # fmt: skip
 
 
 def _asked(
@@ -184,32 +223,6 @@ def _asked(
         yield logits
 
 
-def _pairs(keys: Int64, values: Int64, colon: Int64, line: Int64) -> Int64:
-    """(B, n) keys and values as lines ``key: value``, (B, n * tokens of a line)."""
-    B = len(keys)
-    columns = []
-    for index in range(keys.shape[1]):
-        columns += [keys[:, index, None], np.tile(colon, (B, 1))]
-        columns += [values[:, index, None], np.tile(line, (B, 1))]
-    return np.concatenate(columns, axis=1)
-
-
-def _behind(leading: Int64, rows: Int64) -> Int64:
-    """Rows (B, T) behind what the tokenizer puts in front of a text."""
-    return np.concatenate([np.tile(leading, (len(rows), 1)), rows], axis=1)
-
-
-def _fitting(distances: Sequence[int], least: int, around: int, room: int) -> list[int]:
-    """Rising distances that a sequence with ``around`` more tokens on both sides can have."""
-    most = room - 2 * around
-    return sorted({distance for distance in distances if least <= distance <= most})
-
-
-def _draw(generator: np.random.Generator, words: Int64, rows: int, count: int) -> Int64:
-    """(rows, count) words, no word twice in a row."""
-    return np.stack([generator.choice(words, count, replace=False) for _ in range(rows)])
-
-
 def _passages(generator: np.random.Generator, filler: Int64, rows: int, length: int) -> Int64:
     """(rows, length) pieces of a text, each from a random place; a short text starts again."""
     text = np.resize(filler, max(len(filler), length + 1))
@@ -217,19 +230,8 @@ def _passages(generator: np.random.Generator, filler: Int64, rows: int, length: 
     return np.stack([text[start : start + length] for start in starts])
 
 
-def _even(sequences: int) -> int:
-    """Sequences a batch, which asks one line of all its sequences, for the lines to come evenly."""
-    each = max(1, sequences // PAIRS)
-    return max(size for size in range(1, _BATCH + 1) if each % size == 0)
-
-
-def _batches(total: int, size: int) -> Iterator[int]:
-    for first in range(0, total, size):
-        yield min(size, total - first)
-
-
 def _ids(tokenizer: ModelTokenizer, text: str) -> Int64:
-    found = tokenizer.encode(text).ids.tolist()
-    if not found:
-        raise SupraError(f"the tokenizer has no token for {text!r}, which the probes need")
-    return np.array(found, dtype=np.int64)
+    found = tokenizer.encode(text).ids
+    if not len(found):
+        raise SupraError(f"the tokenizer has no token for {text!r}, which the task needs")
+    return found

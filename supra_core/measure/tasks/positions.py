@@ -4,21 +4,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from supra_core.errors import SupraError
 from supra_core.measure.intervals import around
 from supra_core.measure.perplexity import losses_of
+from supra_core.measure.tasks.perplexity import TextTask
+from supra_core.measure.tasks.task import Measure, Options, Record, Subject
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Backend, Ids, check_ids
 
 # Tokens a call: the logits of one piece are the largest array there is.
-PIECE = 1024
-FIRST_EDGE = 64
+_PIECE = 1024
+_FIRST_EDGE = 64
+# Sequences of one length are enough up to here; longer ones have curves of their own.
+_SHORT, _SHORTEST = 2_048, 16
+
+
+class Positions(TextTask):
+    """A curve for each of :func:`position_lengths`; a teacher's ends at its positions."""
+
+    name = "positions"
+
+    def prepared(self, content: str, subject: Subject, options: Options) -> Measure:
+        ids = subject.tokenizer.encode(content).ids[: options.limit]
+        lengths = position_lengths(len(ids), options.longest)
+        if not lengths:
+            raise SupraError(
+                f"positions need a text of at least {_SHORTEST} tokens: choose a longer one"
+            )
+        check_ids(ids, subject.spec.vocab_size)
+        most = None if subject.beside is None else subject.spec.max_position_embeddings
+
+        def measure(model: Backend, progress: Progress, stage: str) -> Record:
+            curves = []
+            for length in lengths:
+                rows = subject.tokenizer.rows(ids, length)[:, :most]
+                bins = by_position(model, rows, progress=progress, stage=f"{stage} to {length}")
+                curves.append(
+                    {
+                        "length": length, "measured_length": rows.shape[1], "sequences": len(rows),
+                        "bins": [asdict(found) for found in bins],
+                    }
+                )  # fmt: skip
+            metrics = {
+                f"perplexity@{one.first}-{one.stop - 1}": one.perplexity for one in bins
+            }  # of the longest sequences
+            return {"metrics": metrics, "form": "recurrent", "curves": curves}
+
+        return measure
+
+    def conditions(self, record: Record) -> str:
+        longest = record["curves"][-1]
+        return f"{longest['sequences']:,} sequences of {longest['length']:,} tokens, recurrent form"
+
+
+def position_lengths(tokens: int, longest: int) -> list[int]:
+    """The lengths to measure: a short one, and the longest power of two that the text fills."""
+    if tokens < _SHORTEST:
+        return []
+    most = min(2 ** int(math.log2(tokens)), longest)
+    return sorted({min(_SHORT, most), most})
 
 
 @dataclass(frozen=True)
@@ -38,8 +89,7 @@ class PositionBin:
 
 def bin_edges(length: int) -> list[int]:
     """1, then 64 and its doubles up to ``length``: positions are halved each time."""
-    edges = [1]
-    step = FIRST_EDGE
+    edges, step = [1], _FIRST_EDGE
     while step < length:
         edges.append(step)
         step *= 2
@@ -47,18 +97,13 @@ def bin_edges(length: int) -> list[int]:
 
 
 def by_position(
-    model: Backend,
-    ids: Ids,
-    *,
-    piece: int = PIECE,
-    progress: Progress = silent,
+    model: Backend, ids: Ids, *, piece: int = _PIECE, progress: Progress = silent,
     stage: str = "positions",
-) -> list[PositionBin]:
+) -> list[PositionBin]:  # fmt: skip
     """Perplexity in the bins of :func:`bin_edges` over sequences ids (N, T), N >= 1, T >= 2.
 
     Each sequence is fed from its beginning, ``piece`` tokens a call, through the model's state.
     """
-    check_ids(ids, model.spec.vocab_size)
     losses = []
     for row in range(len(ids)):
         progress(stage, row, len(ids))
@@ -81,10 +126,8 @@ def _losses(model: Backend, row: Ids, piece: int) -> Iterator[npt.NDArray[np.flo
         logits, state = model.prefill(part, state)
         if last is not None:
             # The token before this piece predicts its first one.
-            logits, part = (
-                np.concatenate([last, logits], axis=1),
-                row[:, start - 1 : start + piece],
-            )
+            logits = np.concatenate([last, logits], axis=1)
+            part = row[:, start - 1 : start + piece]
         yield losses_of(logits, part)[0]
         last = logits[:, -1:]
 
@@ -92,6 +135,5 @@ def _losses(model: Backend, row: Ids, piece: int) -> Iterator[npt.NDArray[np.flo
 def _bin(first: int, stop: int, losses: npt.NDArray[np.float64]) -> PositionBin:
     mean = float(losses.mean())
     error = float(losses.std(ddof=1) / math.sqrt(losses.size)) if losses.size > 1 else 0.0
-    low, high = around(mean, error)
-    perplexity, least, most = (math.exp(min(x, 700.0)) for x in (mean, low, high))
-    return PositionBin(first, stop, perplexity, least, most, losses.size)
+    perplexity, low, high = (math.exp(min(nats, 700.0)) for nats in (mean, *around(mean, error)))
+    return PositionBin(first, stop, perplexity, low, high, losses.size)
