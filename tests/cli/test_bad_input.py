@@ -150,7 +150,10 @@ def test_other_commands_refuse_too(tiny_transformer: Path, text_file: Path, tmp_
     assert "unknown" in refused("verify", model, "--form", "wonder")
     assert "cannot be read" in refused("verify", model, "--ids", tmp_path / "absent.npy")
     with_text = ("eval", model, "--data", text_file)
-    assert "wonder" in refused(*with_text, "--tasks", "wonder")
+    for asked in (with_text, ("eval", model)):
+        message = refused(*asked, "--tasks", "wonder")
+        assert "wonder is none of perplexity, lambada, multiple_choice, " in message
+    assert "--seed" in refused(*with_text, "--seed", "-1")
     assert "mixes" in refused(*with_text, "--tasks", "wonder,perplexity")
     assert "no file" in refused(*with_text, "--tasks", "perplexity,lambada")
     assert "does not name" in refused(*with_text, "--tasks", "lambada")

@@ -20,9 +20,10 @@ from supra_cli.report_card.curves import read_curve
 from supra_cli.report_card.inputs import read_inputs
 from supra_cli.report_card.parts import ABSENT
 from supra_cli.report_card.settings import ReportSettings
-from supra_cli.report_card.sides import position_lengths
 from supra_core.errors import FormatError
 from supra_core.measure.intervals import of_share
+from supra_core.measure.tasks import TASKS
+from supra_core.measure.tasks.positions import position_lengths
 from supra_core.progress import silent
 from supra_core.runtime import backend
 from tests.cli.test_bad_input import refused
@@ -289,9 +290,12 @@ def test_an_error_of_any_kind_costs_its_own_section(
 
         return fail
 
-    monkeypatch.setattr(sides, "copying", failing(RuntimeError("out of memory\nmore of it")))
+    for task, error in (
+        ("copying", RuntimeError("out of memory\nmore of it")),
+        ("lambada", IndexError("no\x1b[31m such")),
+    ):
+        monkeypatch.setattr(type(TASKS[task]), "prepared", failing(error))
     monkeypatch.setattr(sides, "speed", failing(MemoryError()))
-    monkeypatch.setattr(sides.tasks, "lambada", failing(IndexError("no\x1b[31m such")))
     monkeypatch.setattr(measure, "_variants", failing(OSError(28, "no room")))
     monkeypatch.setattr(measure, "_memory", failing(TypeError("shapes")))
     out, secret = tmp_path / "r.html", tmp_path / "seconds"
@@ -327,12 +331,14 @@ def test_a_teacher_that_cannot_be_loaded_costs_its_own_figures(
     run: Path, files: list[Path], tiny_transformer: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    load = backend.load
+
     def loaded(name: str, path: str, **given: Any) -> Any:
         if path == str(tiny_transformer):
             raise RuntimeError("out of memory")
-        return backend.load(name, path, **given)
+        return load(name, path, **given)
 
-    monkeypatch.setattr("supra_cli.report_card.sides.load", loaded)
+    monkeypatch.setattr("supra_core.runtime.backend.load", loaded)
     out = tmp_path / "r.html"
     asked = ["report", str(run), "--out", str(out), "--data", str(files[0]), "--quick"]
     done = runner.invoke(app, [*asked, "--limit", "64"])
@@ -351,7 +357,7 @@ def test_an_interruption_is_not_held_for_a_failure(
     def interrupted(*given: Any, **named: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("supra_cli.report_card.sides.perplexity", interrupted)
+    monkeypatch.setattr("supra_core.measure.tasks.perplexity.perplexity", interrupted)
     out = tmp_path / "r.html"
     done = runner.invoke(app, ["report", str(run), "--out", str(out), "--data", str(files[0])])
     assert done.exit_code != 0
@@ -366,14 +372,13 @@ def test_bad_input_is_refused_before_anything_is_measured(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("supra_core.runtime.backend.load", measured)
-    monkeypatch.setattr("supra_cli.report_card.sides.load", measured)
     out = tmp_path / "r.html"
     ask = ("report", run, "--out", out, "--data", text_file)
     assert "does not exist" in refused("report", tmp_path / "absent", "--out", out)
     assert "cannot be read" in refused(*ask, "--data", tmp_path / "absent.txt")
     assert "rename one" in refused(*ask, "--data", text_file)
     assert "absent" in refused(*ask, "--teacher", tmp_path / "absent")
-    assert "no transformer" in refused(*ask, "--teacher", run)
+    assert "not a transformer" in refused(*ask, "--teacher", run)
     assert "exclude" in refused(*ask, "--teacher", tiny_transformer, "--no-teacher")
     assert "--limit" in refused(*ask, "--limit", "3")
     assert "--seed" in refused(*ask, "--seed", "-1")
@@ -514,7 +519,7 @@ def test_prompts_longer_than_a_model_reads_are_noted(
         student = {**files[name]["student"], "cut_prompts": cut}
         changed = {**files, name: {**files[name], "student": student}}
         notes = model_sections.quality({**report[0], "quality": {"files": changed}}).notes
-        said = f"3 prompts of {name} are longer than the positions of the student"
+        said = f"{name}: 3 prompts are longer than the positions of the student"
         assert any(said in note for note in notes) == bool(cut)
 
 
@@ -530,7 +535,7 @@ def test_a_ratio_is_of_the_same_tokens(
         section = measure._quality(*found)
         assert section["files"]["a.txt"]["ratio"] == (2.0 if alike else None)
         shown = model_sections.quality({"quality": section, "model": report[0]["model"]})
-        assert any("a.txt into other tokens" in note for note in shown.notes) is not alike
+        assert any("a.txt: the teacher's tokenizer" in note for note in shown.notes) is not alike
 
 
 def test_a_teacher_with_another_tokenizer_reads_the_same_text(
@@ -551,7 +556,8 @@ def test_a_teacher_with_another_tokenizer_reads_the_same_text(
     ]
     for one in found:
         # The text alone is of interest here.
-        for name in ("positions", "recall", "copying", "permutations", "samples", "speed"):
+        monkeypatch.setattr(one, "_on_text", lambda name: {})
+        for name in ("permutations", "samples", "speed"):
             monkeypatch.setattr(one, f"_{name}", dict)
     student, theirs = (one.all()["quality"]["files"]["text.txt"] for one in found)
     assert theirs["same_tokens"] is False

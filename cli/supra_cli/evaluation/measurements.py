@@ -13,7 +13,7 @@ from supra_core.measure.tasks import Task, task_named, tasks_of
 
 @dataclass(frozen=True)
 class Measurement:
-    """One task on the content of one file, or on what it generates; ``name``: its key in results."""
+    """A task and what it reads: a file, or what it generates. ``name``: its key in the results."""
 
     name: str
     task: Task

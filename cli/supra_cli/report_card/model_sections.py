@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from supra_cli.evaluation.figures import notes
 from supra_cli.report_card import figures
 from supra_cli.report_card.parts import (
     Cell,
@@ -37,7 +38,13 @@ def quality(record: dict[str, Any]) -> Section:
     if others:
         tables.append(_tasks(others))
     form = record["model"]["form"]
-    missing = [note for file in files.values() for note in reasons(file)]
+    said = [
+        f"{note}."
+        for name, file in files.items()
+        for role in _MODELS
+        for note in notes(name, role, file[role])
+    ]
+    said += dict.fromkeys(note for file in files.values() for note in reasons(file))
     return Section(
         "quality",
         "Text and tasks",
@@ -50,48 +57,7 @@ def quality(record: dict[str, Any]) -> Section:
         "of accuracies Wilson's; a task's perplexity is of the last words only. Texts have none: "
         "their windows are no sample.",
         tuple(tables),
-        notes=(
-            *_other_tokens(texts),
-            *_beyond_positions(texts),
-            *_cut_prompts(others),
-            *dict.fromkeys(missing),
-        ),
-    )
-
-
-def _beyond_positions(files: dict[str, Any]) -> tuple[str, ...]:
-    """What is said of a transformer that reads windows longer than it was made for."""
-    found = {
-        role: side["beyond_positions"]
-        for file in files.values()
-        for role in _MODELS
-        if "beyond_positions" in (side := file[role] or {})
-    }
-    return tuple(
-        f"The {role} is a transformer of {positions:,} positions, and the windows are longer."
-        for role, positions in found.items()
-    )
-
-
-def _cut_prompts(files: dict[str, Any]) -> tuple[str, ...]:
-    """What is said of prompts that are longer than a model's positions."""
-    return tuple(
-        f"{cut:,} prompts of {name} are longer than the positions of the {role}, which did not "
-        "read their beginning."
-        for name, file in files.items()
-        for role in _MODELS
-        if (cut := (file[role] or {}).get("cut_prompts", 0))
-    )
-
-
-def _other_tokens(files: dict[str, Any]) -> tuple[str, ...]:
-    """What is said where the teacher has a tokenizer of another kind."""
-    names = [name for name, f in files.items() if not (f["teacher"] or {}).get("same_tokens", True)]
-    if not names:
-        return ()
-    return (
-        f"The teacher's tokenizer divides {', '.join(names)} into other tokens than the student's: "
-        "both read the same characters, and only bits per byte compare.",
+        notes=tuple(said),
     )
 
 

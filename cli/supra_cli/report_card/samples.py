@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from supra_cli.report_card.inputs import Side
+from supra_cli.evaluation.sides import Side
 from supra_core.measure.intervals import of_share
 from supra_core.measure.probes.loops import RULE, check_loops
 from supra_core.progress import Progress

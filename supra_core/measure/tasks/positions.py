@@ -61,7 +61,8 @@ class Positions(TextTask):
 
     def conditions(self, record: Record) -> str:
         longest = record["curves"][-1]
-        return f"{longest['sequences']:,} sequences of {longest['length']:,} tokens, recurrent form"
+        tokens, count = longest["measured_length"], longest["sequences"]
+        return f"sequences of {tokens:,} tokens ({count:,} of them), recurrent form"
 
 
 def position_lengths(tokens: int, longest: int) -> list[int]:
