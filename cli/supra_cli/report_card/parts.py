@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from supra_cli.shared.output import bytes_text
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ Row = tuple[str | Cell, ...]
 class Table:
     """The first column is text; ``columns`` name all of them."""
 
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    columns: Sequence[str]
+    rows: Sequence[Row]
     caption: str = ""
 
 
@@ -40,7 +42,17 @@ class Answer:
     """A sample: the question with its temperature, and what each model said."""
 
     question: str
-    texts: tuple[tuple[str, str, bool], ...]
+    texts: Sequence[tuple[str, str, bool]]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a section shows. ``more``: what is to be added to how its numbers were obtained."""
+
+    tables: Sequence[Table]
+    figures: Sequence[Figure] = ()
+    answers: Sequence[Answer] = ()
+    more: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,46 @@ class Section:
     key: str
     title: str
     how: str
-    tables: tuple[Table, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    answers: tuple[Answer, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    content: Content = Content(())
+    notes: Sequence[str] = ()
 
 
+# The results of those models that were measured, by role.
+Found = dict[str, dict[str, Any]]
+MODELS = ("student", "teacher")
 ABSENT = Cell("–")
+
+
+def part(key: str, title: str, name: str, how: str) -> Callable[..., Callable[..., Section]]:
+    """Makes a section of what builds the content of ``record[name]``, where it was measured.
+
+    The builder gets that part of the record, what was found by model, and the whole record.
+    """
+
+    def made(
+        build: Callable[[dict[str, Any], Found, dict[str, Any]], Content],
+    ) -> Callable[[dict[str, Any]], Section]:
+        def section(record: dict[str, Any]) -> Section:
+            whole = record[name]
+            found = found_of(whole)
+            if "not_measured" in whole or ("student" in whole and not found):
+                return Section(key, title, how, notes=reasons(whole))
+            content = build(whole, found, record)
+            return Section(key, title, f"{how} {content.more}".rstrip(), content, reasons(whole))
+
+        return section
+
+    return made
+
+
+def found_of(whole: dict[str, Any]) -> Found:
+    """The results of those models that were measured."""
+    return {role: result for role in MODELS if (result := measured(whole.get(role)))}
+
+
+def cells(found: Found, show: Callable[[dict[str, Any]], Cell]) -> Iterator[Cell]:
+    """A cell for each model, empty where it was not measured."""
+    return (show(found[role]) if role in found else ABSENT for role in MODELS)
 
 
 def number(value: float | None, digits: int = 4, unit: str = "") -> Cell:
@@ -92,8 +137,6 @@ def spread(value: float | None, low: float, high: float, digits: int = 4) -> Cel
 
 def size(value: float) -> Cell:
     """Bytes in the unit that suits them."""
-    from supra_cli.shared.output import bytes_text
-
     return Cell(bytes_text(value), (value,))
 
 
@@ -102,15 +145,15 @@ def measured(result: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if result is None or "not_measured" in result else result
 
 
-def reasons(section: dict[str, Any]) -> tuple[str, ...]:
+def reasons(section: dict[str, Any]) -> list[str]:
     """Why a figure is missing: of the whole section, or of one model."""
     if "not_measured" in section:
-        return (f"Not measured: {section['not_measured']}.",)
-    return tuple(
+        return [f"Not measured: {section['not_measured']}."]
+    return [
         f"Not measured of the {role}: {result['not_measured']}."
-        for role in ("student", "teacher")
-        if (result := section.get(role)) is not None and "not_measured" in result
-    )
+        for role in MODELS
+        if "not_measured" in (result := section.get(role) or {})
+    ]
 
 
 def _digits(value: float, digits: int) -> str:
