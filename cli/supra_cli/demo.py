@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supra_cli.evaluation.figures import memory
 from supra_cli.evaluation.measurements import measurements
 from supra_cli.evaluation.sides import measured, open_sides
 from supra_cli.shared import pythondocs
@@ -148,7 +149,11 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
         "verify", "The same tokens through torch and MLX",
         lambda: verify_model(trained, held_out, progress),
     )  # fmt: skip
-    stages.run("memory", "Memory against the KV cache", lambda: memory(trained))
+    source = open_source(trained)
+    measured_sizes = sizes.measure(source.spec, source.tensors)
+    stages.run(
+        "memory", "Memory against the KV cache", lambda: memory(measured_sizes, CONTEXTS, "model")
+    )
     stages.run("answer", "An answer through MLX", lambda: answer(trained))
     if not quiet:
         show(stages.results, trained)
@@ -300,20 +305,6 @@ def verify_model(model: Path, text: Path, progress: Progress) -> dict[str, Any] 
     }  # fmt: skip
 
 
-def memory(model: Path) -> list[dict[str, int]]:
-    """State and KV cache in bytes at several contexts."""
-    source = open_source(model)
-    found = sizes.measure(source.spec, source.tensors)
-    return [
-        {
-            "context": context,
-            "model_bytes": found.memory_bytes(context),
-            "transformer_bytes": found.transformer_memory_bytes(context),
-        }
-        for context in CONTEXTS
-    ]
-
-
 def answer(model: Path) -> dict[str, str]:
     speaker = load_speaker(str(model))
     said = Conversation(speaker.engine).reply(QUESTION, Sampling(max_tokens=_ANSWER_TOKENS))
@@ -324,12 +315,13 @@ def show(results: dict[str, Any], model: Path) -> None:
     """The tables, and what to type next."""
     teacher = results["teacher"]["perplexity"]
     named = {"the transformer": "teacher", "as converted": "before", "as uptrained": "after"}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, key in named.items():
         perplexity, bits = (results[key][metric] for metric in ("perplexity", "bits_per_byte"))
         rows.append((name, f"{perplexity:.2f}", f"{perplexity / teacher:.2f} x", f"{bits:.3f}"))
-    columns = ("", "perplexity", "transformer's", "bits/byte")
-    print_table(rows, columns=columns, title="Held-out text")
+    print_table(
+        rows, columns=("", "perplexity", "transformer's", "bits/byte"), title="Held-out text"
+    )
     rows = [
         (
             f"{row['context']:,} tokens",

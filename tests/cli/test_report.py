@@ -395,7 +395,7 @@ def test_bad_input_is_refused_before_anything_is_measured(
 def test_matplotlib_is_asked_for_in_one_sentence(
     run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("supra_cli.report_card.report.has_matplotlib", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused("report", run, "--out", tmp_path / "r.html", "--data", text_file)
     assert "supra-lm[report]" in message
 

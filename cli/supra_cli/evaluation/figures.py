@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from supra_core.measure.intervals import around, of_share
+from supra_core.model.sizes import Sizes
 
 Interval = tuple[float, float]
+
+
+def memory(sizes: Sizes, contexts: Iterable[int], model: str) -> list[dict[str, int]]:
+    """Bytes of a sequence by its tokens: of the model, under its name, and of a transformer."""
+    return [
+        {
+            "context": context,
+            f"{model}_bytes": sizes.memory_bytes(context),
+            "transformer_bytes": sizes.transformer_memory_bytes(context),
+        }
+        for context in contexts
+    ]
 
 
 def intervals(record: dict[str, Any]) -> dict[str, Interval | None]:

@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
+from supra_cli.evaluation.figures import memory
 from supra_cli.evaluation.sides import Side
 from supra_cli.report_card.inputs import Inputs, origin
 from supra_cli.report_card.settings import ReportSettings
@@ -150,19 +150,11 @@ def _variants(inputs: Inputs, tokens: int, beside: Path, progress: Progress) -> 
 
 def _memory(student: Side) -> Record:
     found = sizes.measure(student.source.spec, student.source.tensors)
-    contexts: list[dict[str, Any]] = [
-        {
-            "context": context,
-            "student_bytes": found.memory_bytes(context),
-            "transformer_bytes": found.transformer_memory_bytes(context),
-        }
-        for context in MEMORY_CONTEXTS
-    ]
     return {
         "state_bytes": found.state_bytes,
         "growing_bytes_per_token": found.growing_bytes_per_token,
         "kv_bytes_per_token": found.kv_bytes_per_token,
         "transformer_windows": list(found.transformer_windows),
         "break_even_tokens": found.break_even_tokens,
-        "contexts": contexts,
+        "contexts": memory(found, MEMORY_CONTEXTS, "student"),
     }

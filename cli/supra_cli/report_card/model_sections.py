@@ -84,7 +84,7 @@ def _tasks(files: dict[str, Any]) -> Table:
     rows: list[Row] = []
     for name, file in files.items():
         found = found_of(file)
-        some = next(iter(found.values()), {"intervals": ()})
+        some: dict[str, Any] = next(iter(found.values()), {"intervals": {}})
         for metric in some["intervals"]:
             ours = cells(found, lambda one, metric=metric: _metric(one, metric))  # type: ignore[misc]
             rows.append((f"{name}: {metric}", *ours, count(some["examples"])))

@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from supra_core.errors import SupraError
 from supra_core.measure.intervals import of_share
 from supra_core.measure.probes.words import running_text, word_tokens
-from supra_core.measure.tasks.task import Measure, Options, Record, Subject, Task
+from supra_core.measure.tasks.task import Int64, Measure, Options, Record, Subject, Task
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Backend, Logits, check_ids
 from supra_core.text import ModelTokenizer, read_text
-
-Int64 = npt.NDArray[np.int64]
 
 BATCH = 4
 _SEQUENCES = 32
@@ -158,22 +155,28 @@ class DistanceTask(Task):
     ) -> list[DistanceAccuracy]:  # fmt: skip
         """By rising distance, each over ``sequences`` seeded sequences."""
         generator = np.random.default_rng(seed)
-        tallies = [_Tally(distance) for distance in material.distances]
-        done = 0
+        distances, done = material.distances, 0
+        # Of each distance: greedy right, right among the candidates, right by chance, answers.
+        counts = np.zeros((len(distances), 4))
         for batch in self.batches(generator, material, sequences):
             progress(stage, done, sequences)
-            count = len(batch.question)
-            begin = np.tile(material.leading, (count, 1))
-            prefix = np.concatenate([begin, batch.passage], axis=1)
-            texts = _passages(generator, material.filler, count, material.distances[-1])
-            cuts = [distance - batch.taken for distance in material.distances]
-            asked = _asked(model, prefix, texts, cuts, batch.question)
-            for tally, logits in zip(tallies, asked, strict=True):
+            size = len(batch.question)
+            done += size
+            begin = np.tile(material.leading, (size, 1))
+            texts = _passages(generator, material.filler, size, distances[-1])
+            _, state = model.prefill(np.concatenate([begin, batch.passage], axis=1))
+            fed = 0
+            for row, distance in enumerate(distances):
+                cut = distance - batch.taken
+                if cut > fed:
+                    _, state = model.prefill(texts[:, fed:cut], state)
+                    fed = cut
+                logits, _ = model.prefill(batch.question, state)
                 for column, candidates, right in batch.answers:
-                    tally.add(logits[:, column], candidates, right)
-            done += count
-        progress(stage, done, sequences)
-        return [tally.result() for tally in tallies]
+                    counts[row] += _counted(logits[:, column], candidates, right)
+        progress(stage, sequences, sequences)
+        pairs = zip(distances, counts.tolist(), strict=True)
+        return [_accuracy(distance, *row) for distance, row in pairs]
 
 
 def batch_sizes(total: int, size: int) -> Iterator[int]:
@@ -181,46 +184,20 @@ def batch_sizes(total: int, size: int) -> Iterator[int]:
     return (min(size, total - first) for first in range(0, total, size))
 
 
-class _Tally:
-    """Counts of right answers at one distance."""
-
-    def __init__(self, distance: int) -> None:
-        self._distance = distance
-        self._greedy = self._among = self._answers = 0
-        self._by_chance = 0.0
-
-    def add(self, logits: Logits, candidates: Int64, right: Int64) -> None:
-        """logits (B, V); candidates (B, n) token ids; right (B,), indices into them."""
-        rows = np.arange(len(right))
-        self._greedy += int((logits.argmax(axis=-1) == candidates[rows, right]).sum())
-        chosen = np.take_along_axis(logits, candidates, axis=-1).argmax(axis=-1)
-        self._among += int((chosen == right).sum())
-        self._by_chance += len(right) / candidates.shape[1]
-        self._answers += len(right)
-
-    def result(self) -> DistanceAccuracy:
-        n = self._answers
-        return DistanceAccuracy(
-            self._distance, self._greedy / n, of_share(self._greedy, n), self._among / n,
-            of_share(self._among, n), self._by_chance / n, n,
-        )  # fmt: skip
+def _counted(logits: Logits, candidates: Int64, right: Int64) -> tuple[float, ...]:
+    """logits (B, V); candidates (B, n) token ids; right (B,), indices into them."""
+    rows = np.arange(len(right))
+    greedy = (logits.argmax(axis=-1) == candidates[rows, right]).sum()
+    among = (np.take_along_axis(logits, candidates, axis=-1).argmax(axis=-1) == right).sum()
+    return greedy, among, len(right) / candidates.shape[1], len(right)
 
 
-def _asked(
-    model: Backend, prefix: Int64, texts: Int64, cuts: Sequence[int], question: Int64
-) -> Iterator[Logits]:
-    """Logits (B, Q, V) of ``question`` (B, Q) after prefix (B, P) and texts[:, :cut], cuts rising.
-
-    A cut of 0 asks right after the prefix.
-    """
-    _, state = model.prefill(prefix)
-    done = 0
-    for cut in cuts:
-        if cut > done:
-            _, state = model.prefill(texts[:, done:cut], state)
-            done = cut
-        logits, _ = model.prefill(question, state)
-        yield logits
+def _accuracy(
+    distance: int, greedy: float, among: float, by_chance: float, answers: float
+) -> DistanceAccuracy:
+    n = int(answers)
+    shares = (greedy / n, of_share(greedy, n), among / n, of_share(among, n), by_chance / n)
+    return DistanceAccuracy(distance, *shares, n)
 
 
 def _passages(generator: np.random.Generator, filler: Int64, rows: int, length: int) -> Int64:

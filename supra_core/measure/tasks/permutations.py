@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from supra_core.errors import SupraError
 from supra_core.measure.intervals import of_share
 from supra_core.measure.scoring import encode_pair, like_lengths, padded
 from supra_core.measure.tasks.multiple_choice import Question, QuestionTask
-from supra_core.measure.tasks.task import Measure, Options, Record, Subject
+from supra_core.measure.tasks.task import Int64, Measure, Options, Record, Subject
 from supra_core.progress import Progress
 from supra_core.runtime.backend import Backend, Form, check_ids
 from supra_core.text import ModelTokenizer
@@ -26,7 +25,6 @@ from supra_core.text import ModelTokenizer
 _TEXT_FORM = "query, a line 'A. choice' for each choice, 'Answer:', a space, letter"
 _BATCH_TOKENS = 1024
 _LETTERS = string.ascii_uppercase
-Int64 = npt.NDArray[np.int64]
 # The tokens of a question, and for each letter the token that tells it from the others.
 Prompt = tuple[list[int], list[int]]
 

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress
 from supra_core.runtime.backend import Backend, Form
 from supra_core.text import EncodedText, ModelTokenizer
 
+Int64 = npt.NDArray[np.int64]
 # A result that is ready for JSON: ``metrics`` by name, and what it was measured on.
 Record = dict[str, Any]
 
