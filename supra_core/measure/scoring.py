@@ -114,7 +114,7 @@ def _row(pair: Pair, max_length: int) -> Int64:
     if len(pair.continuation) >= max_length:
         raise SupraError(
             f"a continuation of {len(pair.continuation)} tokens does not fit into {max_length}: "
-            "leave it out, or take a model with more positions"
+            "remove it, or use a model with more positions"
         )
     return np.array((pair.context + pair.continuation)[-max_length:], dtype=np.int64)
 

@@ -24,9 +24,8 @@ def command(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="perplexity, positions (text); lambada, multiple_choice, permutations (.jsonl); "
-            "copying, recall (generated); or tasks of the lm-eval harness. "
-            "Default: what the files are for."
+            help="Tasks by name, such as perplexity,copying, or tasks of the lm-eval harness; an "
+            "unknown name lists all of ours. Default: what the files are for."
         ),
     ] = None,
     limit: Annotated[

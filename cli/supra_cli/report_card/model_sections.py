@@ -54,7 +54,7 @@ def quality(record: dict[str, Any]) -> Section:
         "tokenizers. Tasks: prompts and metrics are those of the lm-eval harness; acc_norm "
         "divides log-likelihoods by characters. In brackets stands the 95 % confidence interval, "
         "of accuracies Wilson's; a task's perplexity is of the last words only. Texts have none: "
-        "their windows are no sample.",
+        "their windows are not a sample.",
         Content(tables),
         (*said, *missing),
     )
@@ -177,7 +177,7 @@ def _held_out(section: dict[str, Any]) -> Table:
     "positions",
     "Each sequence is fed from its beginning through the model's state (the teacher's: its KV "
     "cache), and the loss is averaged over the positions of a bin, whose bounds double; a "
-    "point stands at its bin's geometric middle. Whether perplexity goes on falling says "
+    "point stands at its bin's geometric middle. Whether perplexity keeps falling says "
     "whether more context is used. The teacher is measured up to its "
     "max_position_embeddings. Intervals are 95 %, from the standard error over tokens.",
 )
@@ -222,7 +222,7 @@ _VARIANTS = {
     "variants",
     "Window and linear part",
     "variants",
-    "The same weights with one part taken away, without any training for it. Without its "
+    "The same weights with one part removed, without any training for it. Without its "
     "window, every token gets the linear weight that tokens before the window have, and the "
     "sink is scaled along; with its window alone, nothing older than the window has a weight, "
     "nor has the sink. How far a part alone is from the whole says how much the model "
