@@ -89,6 +89,9 @@ def test_a_task_refuses_what_a_model_cannot_be_asked(
     else:
         with pytest.raises(SupraError, match="at least .* tokens: choose a longer one"):
             task.prepared("x", Subject(_spec(tokenizer), tokenizer), OPTIONS)
+    if task.reads == "nothing":
+        with pytest.raises(SupraError, match="no token for the text ''"):
+            task.prepared("", Subject(_spec(tokenizer), tokenizer), OPTIONS)
     with pytest.raises(SupraError, match="absent"):
         task.read(tmp_path / "absent.jsonl")
     if path is not None and task.reads == "jsonl":

@@ -65,11 +65,7 @@ def command(
     from supra_core.measure.tasks import Options
 
     start = time.monotonic()
-    for name, value, least in (("limit", limit, 2), ("length", length, 2), ("batch", batch, 1)):
-        if value is not None and value < least:
-            raise SupraError(f"--{name} must be at least {least}, not {value}")
-    if not 0 <= seed < 2**32:
-        raise SupraError(f"--seed must be from 0 to 2^32 - 1, not {seed}")
+    asked = Options(limit, length, batch, seed)
     if out is not None:
         if any(path.exists() and out.exists() and out.samefile(path) for path in data or ()):
             raise SupraError(f"--out {out} is one of the files of --data: name another one")
@@ -81,7 +77,6 @@ def command(
         model, teacher=teacher, no_teacher=no_teacher, backend=backend, form=parse_form(form),
         dtype=dtype,
     )  # fmt: skip
-    asked = Options(limit, length, batch, seed)
     # Whatever cannot be read or scored is noticed before anything is measured.
     prepared = [[side.prepared(item, asked) for item in items] for side in sides]
     record: dict[str, Any] = {"data": [str(path) for path in data or []], "teacher": None}

@@ -17,7 +17,7 @@ from supra_core.progress import Progress
 from supra_core.runtime import backend as backends
 from supra_core.runtime.backend import Backend, Form
 from supra_core.sources.source import Source, open_source
-from supra_core.sources.teacher import find_teacher
+from supra_core.sources.teacher import find_teacher, open_teacher
 from supra_core.text import ModelTokenizer
 
 
@@ -77,24 +77,18 @@ def open_sides(
         raise SupraError("--teacher and --no-teacher exclude each other: give one of them")
     name = backend or default_for_evaluation()
     backends.check_name(name)
-    first = _side(role, model, name, form, dtype, None)
+
+    def side(role: str, path: str, source: Source, form: Form, beside: Side | None = None) -> Side:
+        return Side(role, path, name, form, dtype or DTYPE, source, source.tokenizer(), beside)
+
+    first = side(role, model, open_source(model), form)
     known = None if no_teacher else teacher or find_teacher(model)
     if known is not None:
         # A teacher has no recurrent form of its own to compare with.
-        other = _side("teacher", known, name, "parallel", dtype, first)
-        if not other.source.spec.is_transformer:
-            raise SupraError(f"{known} is not a transformer: name the original with --teacher")
-        return [first, other]
+        return [first, side("teacher", known, open_teacher(known), "parallel", first)]
     if not no_teacher and not first.source.spec.is_transformer:
         log(f"no teacher of {model} is known here: name it with --teacher, or give --no-teacher")
     return [first]
-
-
-def _side(
-    role: str, path: str, backend: str, form: Form, dtype: str | None, beside: Side | None
-) -> Side:
-    source = open_source(path)
-    return Side(role, path, backend, form, dtype or DTYPE, source, source.tokenizer(), beside)
 
 
 def measured(

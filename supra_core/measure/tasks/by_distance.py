@@ -101,7 +101,7 @@ class DistanceTask(Task):
         return running_text() if path is None else read_text(path)
 
     def prepared(self, content: str, subject: Subject, options: Options) -> Measure:
-        filler = subject.tokenizer.encode(content).ids
+        filler = _ids(subject.tokenizer, content)
         material = self.material(subject.spec, subject.tokenizer, filler, options.distances)
         if not material.distances:
             raise SupraError("no distance fits into the model's positions")
@@ -210,5 +210,7 @@ def _passages(generator: np.random.Generator, filler: Int64, rows: int, length: 
 def _ids(tokenizer: ModelTokenizer, text: str) -> Int64:
     found = tokenizer.encode(text).ids
     if not len(found):
-        raise SupraError(f"the tokenizer has no token for {text!r}, which the task needs")
+        raise SupraError(
+            f"the tokenizer has no token for the text {text!r}, and the task needs one"
+        )
     return found

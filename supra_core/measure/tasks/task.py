@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from supra_core.errors import SupraError
 from supra_core.model.spec import ModelSpec
 from supra_core.progress import Progress
 from supra_core.runtime.backend import Backend, Form
@@ -22,7 +23,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What a task can be told; each uses what concerns it.
+    """What a task can be told; each uses what concerns it. SupraError for a number too small.
 
     ``limit``: tokens of a text, examples of a file, or generated sequences; None: all, or the
     task's default. ``length``: tokens in a window of text, ``batch``: windows computed together.
@@ -35,6 +36,12 @@ class Options:
     seed: int = 0
     distances: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
     longest: int = 8_192
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 2), ("length", 2), ("batch", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SupraError(f"{name} must be at least {least}, not {value}")
 
 
 @dataclass(frozen=True)
