@@ -18,10 +18,12 @@ from supra_cli.report_card.parts import (
     cells,
     count,
     found_of,
+    grouped,
     number,
     part,
     reasons,
     share,
+    some,
     spread,
 )
 
@@ -84,10 +86,9 @@ def _tasks(files: dict[str, Any]) -> Table:
     rows: list[Row] = []
     for name, file in files.items():
         found = found_of(file)
-        some: dict[str, Any] = next(iter(found.values()), {"intervals": {}})
-        for metric in some["intervals"]:
-            ours = cells(found, lambda one, metric=metric: _metric(one, metric))  # type: ignore[misc]
-            rows.append((f"{name}: {metric}", *ours, count(some["examples"])))
+        for metric in some(found)["intervals"] if found else ():
+            ours = cells(found, lambda one: _metric(one, metric))  # noqa: B023
+            rows.append((f"{name}: {metric}", *ours, count(some(found)["examples"])))
     return Table(("task and metric", *MODELS, "examples"), rows, "Tasks")
 
 
@@ -183,29 +184,30 @@ def _held_out(section: dict[str, Any]) -> Table:
 )
 def positions(section: dict[str, Any], found: Found, record: dict[str, Any]) -> Content:
     """Perplexity by position."""
-    some = next(iter(found.values()))
+    first = some(found)
     trained = record["training"].get("sequence_length")
     return Content(
-        [_position_table(curve, found) for curve in some["curves"]],
+        [_position_table(curve, found) for curve in first["curves"]],
         [Figure(figures.positions(section, trained), "Bars show 95 % intervals.")],
-        more=f"Text: {some['text']}.",
+        more=f"Text: {first['text']}.",
     )
 
 
 def _position_table(curve: dict[str, Any], found: Found) -> Table:
     """All models' bins, by their bounds, in sequences as long as those of ``curve``."""
-    bins: dict[tuple[int, int], Found] = {}
-    for role, result in found.items():
-        for other in result["curves"]:
-            for one in other["bins"] if other["length"] == curve["length"] else ():
-                bins.setdefault((one["first"], one["stop"]), {})[role] = one
+    alike = {
+        role: other
+        for role, result in found.items()
+        for other in result["curves"]
+        if other["length"] == curve["length"]
+    }
     rows: list[Row] = [
         (
             f"{first:,} to {stop - 1:,}",
             *cells(ours, lambda one: spread(one["perplexity"], one["low"], one["high"], 3)),
-            count(next(iter(ours.values()))["tokens"]),
+            count(some(ours)["tokens"]),
         )
-        for (first, stop), ours in bins.items()
+        for (first, stop), ours in grouped(alike, "bins", "first", "stop")
     ]
     caption = f"Sequences of {curve['length']:,} tokens ({curve['sequences']} of them)"
     return Table(("positions", *MODELS, "tokens"), rows, caption)

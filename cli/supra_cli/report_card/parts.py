@@ -99,6 +99,20 @@ def found_of(whole: dict[str, Any]) -> Found:
     return {role: result for role in MODELS if (result := measured(whole.get(role)))}
 
 
+def grouped(found: Found, key: str, *names: str) -> list[tuple[tuple[int, ...], Found]]:
+    """The items of lists ``key`` by the numbers that name them, rising, each by model."""
+    groups: dict[tuple[int, ...], Found] = {}
+    for role, result in found.items():
+        for one in result[key]:
+            groups.setdefault(tuple(one[name] for name in names), {})[role] = one
+    return sorted(groups.items())
+
+
+def some(found: Found) -> dict[str, Any]:
+    """What any of the models has, the student first."""
+    return next(iter(found.values()))
+
+
 def cells(found: Found, show: Callable[[dict[str, Any]], Cell]) -> Iterator[Cell]:
     """A cell for each model, empty where it was not measured."""
     return (show(found[role]) if role in found else ABSENT for role in MODELS)
@@ -116,10 +130,8 @@ def count(value: float | None) -> Cell:
     return ABSENT if value is None else Cell(f"{value:,.0f}", (value,))
 
 
-def share(value: float | None, interval: Sequence[float] | None = None) -> Cell:
+def share(value: float, interval: Sequence[float] | None = None) -> Cell:
     """A share in percent with its interval."""
-    if value is None:
-        return ABSENT
     text = f"{100 * value:.1f} %"
     if interval is None:
         return Cell(text, (value,))
@@ -127,10 +139,8 @@ def share(value: float | None, interval: Sequence[float] | None = None) -> Cell:
     return Cell(f"{text} ({100 * low:.1f}–{100 * high:.1f})", (value, low, high))
 
 
-def spread(value: float | None, low: float, high: float, digits: int = 4) -> Cell:
+def spread(value: float, low: float, high: float, digits: int = 4) -> Cell:
     """A number with the two that bound it."""
-    if value is None:
-        return ABSENT
     shown = [_digits(x, digits) for x in (value, low, high)]
     return Cell(f"{shown[0]} ({shown[1]}–{shown[2]})", (value, low, high))
 

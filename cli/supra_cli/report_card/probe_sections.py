@@ -6,10 +6,8 @@ from typing import Any
 
 from supra_cli.report_card import figures
 from supra_cli.report_card.parts import (
-    ABSENT,
     MODELS,
     Answer,
-    Cell,
     Content,
     Figure,
     Found,
@@ -19,11 +17,13 @@ from supra_cli.report_card.parts import (
     cells,
     count,
     found_of,
+    grouped,
     measured,
     part,
     reasons,
     share,
     size,
+    some,
     spread,
 )
 
@@ -60,19 +60,15 @@ def recall(record: dict[str, Any]) -> Section:
 
 def _distance_table(found: Found, title: str) -> Table:
     by_chance = [share(result["by_chance"]) for result in found.values()][-1]
-    by_distance: dict[int, Found] = {}
-    for role, result in found.items():
-        for one in result["distances"]:
-            by_distance.setdefault(one["distance"], {})[role] = one
     rows: list[Row] = [
         (
             f"{distance:,}",
             *cells(ours, lambda one: share(one["among"], one["among_interval"])),
             by_chance,
             *cells(ours, lambda one: share(one["greedy"], one["greedy_interval"])),
-            count(next(iter(ours.values()))["answers"]),
+            count(some(ours)["answers"]),
         )
-        for distance, ours in sorted(by_distance.items())
+        for (distance,), ours in grouped(found, "distances", "distance")
     ]
     columns = (
         "distance, tokens", "among candidates, student", "teacher", "chance", "greedy, student",
@@ -94,27 +90,27 @@ def _distance_table(found: Found, title: str) -> Table:
 )
 def permutations(section: dict[str, Any], found: Found, _: dict[str, Any]) -> Content:
     """Whether a content is chosen, or a letter."""
-    some = next(iter(found.values()))
+    first = some(found)
     rows: list[Row] = [
         (
             "the same content in every order",
             *cells(found, lambda one: share(one["consistent"], one["consistent_interval"])),
-            share(some["by_chance"]),
+            share(first["by_chance"]),
         ),
         (
             "right, over all orders",
             *cells(found, lambda one: share(one["accuracy"])),
-            share(some["accuracy_by_chance"]),
+            share(first["accuracy_by_chance"]),
         ),
     ]
-    for place, letter in enumerate(some["letters"]):
+    for place, letter in enumerate(first["letters"]):
         chosen = {role: one["letters"][place] for role, one in found.items()}
         shown = cells(chosen, lambda one: share(one["chosen"]))
         rows.append((f"letter {letter['letter']} chosen", *shown, share(letter["even"])))
     return Content(
         [Table(("", *MODELS, "without preference"), rows)],
         [Figure(figures.letters(section), "Dotted: how often without preference.")],
-        more=f"{some['questions']} questions of {some['file']}, {some['orders']} prompts.",
+        more=f"{first['questions']} questions of {first['file']}, {first['orders']} prompts.",
     )
 
 
@@ -126,10 +122,10 @@ def permutations(section: dict[str, Any], found: Found, _: dict[str, Any]) -> Co
 )
 def samples(_: dict[str, Any], found: Found, __: dict[str, Any]) -> Content:
     """Answers to plain questions, and how many loop."""
-    some = next(iter(found.values()))
+    first = some(found)
     forms = "; ".join(f"{role}: {result['prompt_form']}" for role, result in found.items())
     rows: list[Row] = []
-    for place, rate in enumerate(some["rates"]):
+    for place, rate in enumerate(first["rates"]):
         ours = {role: result["rates"][place] for role, result in found.items()}
         looping = cells(ours, lambda one: share(one["looping"], one["interval"]))
         title = f"looping at temperature {rate['temperature']:g}"
@@ -137,8 +133,8 @@ def samples(_: dict[str, Any], found: Found, __: dict[str, Any]) -> Content:
     return Content(
         [Table(("", *MODELS, "answers"), rows)],
         answers=_answers(found),
-        more=f"At most {some['answer_tokens']} tokens each. Prompt: {forms}. By rule, "
-        f"{some['rule']}. Intervals are 95 % (Wilson).",
+        more=f"At most {first['answer_tokens']} tokens each. Prompt: {forms}. By rule, "
+        f"{first['rule']}. Intervals are 95 % (Wilson).",
     )
 
 
@@ -195,20 +191,10 @@ def _memory_table(memory: dict[str, Any]) -> Table:
 
 def _speed_table(found: Found) -> Table:
     """By context: a model with few positions is timed after fewer tokens than the other."""
-    by_context: dict[int, Found] = {}
-    for role, result in found.items():
-        for one in result["contexts"]:
-            by_context.setdefault(one["context"], {})[role] = one
-
-    def rate(timed: dict[str, Any], kind: str) -> Cell:
-        return spread(timed[kind], timed[f"{kind}_slowest"], timed[f"{kind}_fastest"], 3)
-
-    rows: list[Row] = [
-        (
-            f"{kind} {join} {context:,} tokens",
-            *(rate(timed[role], kind) if role in timed else ABSENT for role in MODELS),
-        )
-        for kind, join in (("prefill", "of"), ("decode", "after"))
-        for context, timed in sorted(by_context.items())
-    ]
+    rows: list[Row] = []
+    for kind, join in (("prefill", "of"), ("decode", "after")):
+        names = (kind, f"{kind}_slowest", f"{kind}_fastest")
+        for (context,), timed in grouped(found, "contexts", "context"):
+            rates = cells(timed, lambda one: spread(*(one[name] for name in names), digits=3))  # noqa: B023
+            rows.append((f"{kind} {join} {context:,} tokens", *rates))
     return Table(("tokens a second", *MODELS), rows, "Speed")

@@ -107,11 +107,7 @@ class SideMeasurement:
         return {"file": file.name, **found["metrics"], **found}
 
     def _samples(self) -> Record:
-        budget = self._budget
-        return sample(
-            self._side, self._model, budget.questions, budget.answer_tokens, self._seed,
-            self._progress,
-        )  # fmt: skip
+        return sample(self._side, self._model, self._budget, self._seed, self._progress)
 
     def _speed(self) -> Record:
         steps = self._budget.decode_steps
