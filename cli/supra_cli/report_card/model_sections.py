@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from supra_cli.evaluation.figures import notes
@@ -87,7 +88,7 @@ def _tasks(files: dict[str, Any]) -> Table:
     for name, file in files.items():
         found = found_of(file)
         for metric in some(found)["intervals"] if found else ():
-            ours = cells(found, lambda one: _metric(one, metric))  # noqa: B023
+            ours = cells(found, partial(_metric, metric=metric))
             rows.append((f"{name}: {metric}", *ours, count(some(found)["examples"])))
     return Table(("task and metric", *MODELS, "examples"), rows, "Tasks")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from supra_cli.report_card import figures
 from supra_cli.report_card.parts import (
     MODELS,
     Answer,
+    Cell,
     Content,
     Figure,
     Found,
@@ -191,10 +193,13 @@ def _memory_table(memory: dict[str, Any]) -> Table:
 
 def _speed_table(found: Found) -> Table:
     """By context: a model with few positions is timed after fewer tokens than the other."""
-    rows: list[Row] = []
-    for kind, join in (("prefill", "of"), ("decode", "after")):
-        names = (kind, f"{kind}_slowest", f"{kind}_fastest")
-        for (context,), timed in grouped(found, "contexts", "context"):
-            rates = cells(timed, lambda one: spread(*(one[name] for name in names), digits=3))  # noqa: B023
-            rows.append((f"{kind} {join} {context:,} tokens", *rates))
+
+    def rate(timed: dict[str, Any], kind: str) -> Cell:
+        return spread(timed[kind], timed[f"{kind}_slowest"], timed[f"{kind}_fastest"], 3)
+
+    rows: list[Row] = [
+        (f"{kind} {join} {context:,} tokens", *cells(timed, partial(rate, kind=kind)))
+        for kind, join in (("prefill", "of"), ("decode", "after"))
+        for (context,), timed in grouped(found, "contexts", "context")
+    ]
     return Table(("tokens a second", *MODELS), rows, "Speed")
