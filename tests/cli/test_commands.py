@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from supra_cli.main import app
 from supra_core.artifact import folder as artifact
 from supra_core.measure.tasks import TASKS
+from supra_core.measure.tasks.by_distance import Batch, DistanceTask, Material, batch_sizes
 from supra_core.model.spec import SoftmaxAttention
 from supra_core.sources.source import WRITERS, open_source
 from supra_core.tensors import LazyTensor
@@ -265,6 +266,31 @@ def test_eval_generates_what_a_task_needs(converted: Path, tiny_transformer: Pat
             assert [one["distance"] for one in record["distances"]] == sorted(
                 {int(metric.split("@")[1]) for metric in record["metrics"]}
             )
+
+
+class _Repeated(DistanceTask):
+    """One word, running text, and the word again."""
+
+    name = "repeated"
+
+    def span(self, material: Material) -> int:
+        return 1
+
+    def batches(self, generator: Any, material: Material, sequences: int) -> Any:
+        for count in batch_sizes(sequences, 2):
+            words = material.draw(generator, count, 2)
+            yield Batch(words[:, :1], words[:, :1], 1, [(0, words, np.ones(count, int))])
+
+
+def test_a_further_task_is_one_class_and_one_line(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "repeated", _Repeated())
+    arguments = ["eval", str(converted), "--tasks", "repeated", "--limit", "2", "--no-teacher"]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "among@16" in done.stdout and "repeated: 2 sequences" in done.stderr
+    assert "repeated" in runner.invoke(app, [*arguments[:3], "wonder"]).stderr
 
 
 def test_eval_says_when_no_teacher_is_known(
