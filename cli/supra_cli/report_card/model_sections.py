@@ -23,6 +23,7 @@ from supra_cli.report_card.parts import (
     number,
     part,
     reasons,
+    section_of,
     share,
     some,
     spread,
@@ -39,28 +40,16 @@ def quality(record: dict[str, Any]) -> Section:
     texts = {name: file for name, file in files.items() if file["task"] == "perplexity"}
     others = {name: file for name, file in files.items() if name not in texts}
     tables = [table(some) for table, some in ((_texts, texts), (_tasks, others)) if some]
-    form = record["model"]["form"]
     said = [
         f"{note}."
         for name, file in files.items()
         for role in MODELS
         for note in notes(name, role, file[role])
     ]
-    missing = dict.fromkeys(note for file in files.values() for note in reasons(file))
-    return Section(
-        "quality",
-        "Text and tasks",
-        f"Computed in {record['model']['dtype']}; the student in its {form} form"
-        f"{_FORMS.get(form, '')}, a teacher in its parallel form. Perplexity: each text is cut "
-        "into consecutive windows of 512 tokens that do not overlap, as it stands and without "
-        "BOS; each window predicts all its tokens but the first. Bits per byte compare across "
-        "tokenizers. Tasks: prompts and metrics are those of the lm-eval harness; acc_norm "
-        "divides log-likelihoods by characters. In brackets stands the 95 % confidence interval, "
-        "of accuracies Wilson's; a task's perplexity is of the last words only. Texts have none: "
-        "their windows are not a sample.",
-        Content(tables),
-        (*said, *missing),
-    )
+    said += (note for file in files.values() for note in reasons(file))
+    model = record["model"]
+    fields = {**model, "pieces": _FORMS.get(model["form"], "")}
+    return section_of("quality", Content(tables, fields=fields), said)
 
 
 def _texts(files: dict[str, Any]) -> Table:
@@ -100,16 +89,8 @@ def _metric(result: dict[str, Any], metric: str) -> Cell:
     return share(value, interval)
 
 
-@part(
-    "layers",
-    "Error of each layer",
-    "layer_errors",
-    "Every linear mixer receives the teacher's own input, so that errors do not add up from "
-    "layer to layer. The error is the squared difference of the two mixers' outputs over the "
-    "mean square of the teacher's: 0 is the transformer's output, 1 is as far from it as an "
-    "output of zeros. It is what the stage transfer trains on, in float32, in parallel form.",
-)
-def layer_errors(section: dict[str, Any], _: Found, __: dict[str, Any]) -> Content:
+@part("layers", "layer_errors")
+def layer_errors(section: dict[str, Any], _: Found) -> Content:
     """The transfer error of each linear layer, ten layers a row."""
     errors = {one["layer"]: one["error"] for one in section["layers"]}
     offsets = range(_LAYERS_A_ROW)
@@ -120,22 +101,11 @@ def layer_errors(section: dict[str, Any], _: Found, __: dict[str, Any]) -> Conte
     rows.append(("mean", number(section["mean"], 3), *[""] * (_LAYERS_A_ROW - 1)))
     table = Table(("layer", *map(str, offsets)), rows, "Error of each layer, ten a row")
     caption = "A bar for each linear layer; dotted: the mean."
-    return Content(
-        [table], [Figure(figures.layer_errors(section), caption)],
-        more=f"Measured on {section['sequences']} × {section['length']} tokens of "
-        f"{section['text']}.",
-    )  # fmt: skip
+    return Content([table], [Figure(figures.layer_errors(section), caption)], fields=section)
 
 
-@part(
-    "training",
-    "The uptraining run",
-    "training",
-    "From the run's own metrics.jsonl. Each stage has a loss of its own, so that stages do "
-    "not compare with each other; held-out perplexity is that of the run's held-out "
-    "sequences, in the run's precision.",
-)
-def training(section: dict[str, Any], _: Found, __: dict[str, Any]) -> Content:
+@part("training", "training")
+def training(section: dict[str, Any], _: Found) -> Content:
     """The run's curves."""
     rows: list[Row] = [
         (
@@ -155,9 +125,8 @@ def training(section: dict[str, Any], _: Found, __: dict[str, Any]) -> Content:
     beside = "" if section["teacher_perplexity"] is None else " beside the run's teacher's (dashed)"
     caption = f"The loss of each stage, and the held-out perplexity{beside}."
     means = f"Points and the losses below are means of up to {averaged} steps."
-    return Content(
-        tables, [Figure(figures.training(section), caption)], more=means if averaged > 1 else ""
-    )
+    fields = {"means": means if averaged > 1 else ""}
+    return Content(tables, [Figure(figures.training(section), caption)], fields=fields)
 
 
 def _held_out(section: dict[str, Any]) -> Table:
@@ -173,25 +142,17 @@ def _held_out(section: dict[str, Any]) -> Table:
     return Table(("held-out text of the run", "perplexity"), rows, "Held-out perplexity")
 
 
-@part(
-    "positions",
-    "Perplexity by position",
-    "positions",
-    "Each sequence is fed from its beginning through the model's state (the teacher's: its KV "
-    "cache), and the loss is averaged over the positions of a bin, whose bounds double; a "
-    "point stands at its bin's geometric middle. Whether perplexity keeps falling says "
-    "whether more context is used. The teacher is measured up to its "
-    "max_position_embeddings. Intervals are 95 %, from the standard error over tokens.",
-)
-def positions(section: dict[str, Any], found: Found, record: dict[str, Any]) -> Content:
-    """Perplexity by position."""
-    first = some(found)
+def positions(record: dict[str, Any]) -> Section:
+    """Perplexity by position, where the run's own sequences end as well."""
     trained = record["training"].get("sequence_length")
-    return Content(
-        [_position_table(curve, found) for curve in first["curves"]],
-        [Figure(figures.positions(section, trained), "Bars show 95 % intervals.")],
-        more=f"Text: {first['text']}.",
-    )
+
+    @part("positions", "positions")
+    def section(whole: dict[str, Any], found: Found) -> Content:
+        tables = [_position_table(curve, found) for curve in some(found)["curves"]]
+        drawn = Figure(figures.positions(whole, trained), "Bars show 95 % intervals.")
+        return Content(tables, [drawn], fields=some(found))
+
+    return section(record)
 
 
 def _position_table(curve: dict[str, Any], found: Found) -> Table:
@@ -221,17 +182,8 @@ _VARIANTS = {
 }
 
 
-@part(
-    "variants",
-    "Window and linear part",
-    "variants",
-    "The same weights with one part removed, without any training for it. Without its "
-    "window, every token gets the linear weight that tokens before the window have, and the "
-    "sink is scaled along; with its window alone, nothing older than the window has a weight, "
-    "nor has the sink. How far a part alone is from the whole says how much the model "
-    "lives on the other one.",
-)
-def variants(section: dict[str, Any], _: Found, __: dict[str, Any]) -> Content:
+@part("variants", "variants")
+def variants(section: dict[str, Any], _: Found) -> Content:
     """A windowed model taken apart."""
     rows: list[Row] = [
         (
@@ -244,4 +196,4 @@ def variants(section: dict[str, Any], _: Found, __: dict[str, Any]) -> Content:
         for key, label in _VARIANTS.items()
     ]
     columns = ("student", "perplexity", "ratio to the whole", "bits/byte", "tokens")
-    return Content([Table(columns, rows)], more=f"Perplexity as above, of {section['text']}.")
+    return Content([Table(columns, rows)], fields=section)

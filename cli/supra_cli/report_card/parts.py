@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 from supra_cli.shared.output import bytes_text
@@ -47,12 +49,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Content:
-    """What a section shows. ``more``: what is to be added to how its numbers were obtained."""
+    """What a section shows. ``fields``: of the record, for the text on how it was obtained."""
 
     tables: Sequence[Table]
     figures: Sequence[Figure] = ()
     answers: Sequence[Answer] = ()
-    more: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,20 @@ class Section:
     key: str
     title: str
     how: str
-    content: Content = Content(())
+    content: Content
     notes: Sequence[str] = ()
+
+
+_TEXTS = tomllib.loads(files(__package__).joinpath("templates/sections.toml").read_text("utf-8"))
+_NOTHING = Content(())
+
+
+def section_of(key: str, content: Content, notes: Iterable[str] = ()) -> Section:
+    """A section with its texts; each note appears once."""
+    texts = _TEXTS[key]
+    how = texts["how"] if content is _NOTHING else f"{texts['how']} {texts.get('more', '')}"
+    how = " ".join(how.split()).format_map(content.fields).rstrip()
+    return Section(key, texts["title"], how, content, list(dict.fromkeys(notes)))
 
 
 # The results of those models that were measured, by role.
@@ -72,24 +86,23 @@ MODELS = ("student", "teacher")
 ABSENT = Cell("–")
 
 
-def part(key: str, title: str, name: str, how: str) -> Callable[..., Callable[..., Section]]:
+Build = Callable[[dict[str, Any], Found], Content]
+
+
+def part(key: str, name: str) -> Callable[[Build], Callable[[dict[str, Any]], Section]]:
     """Makes a section of what builds the content of ``record[name]``, where it was measured.
 
-    The builder gets that part of the record, what was found by model, and the whole record.
+    The builder gets that part of the record, and what was found by model.
     """
 
-    def made(
-        build: Callable[[dict[str, Any], Found, dict[str, Any]], Content],
-    ) -> Callable[[dict[str, Any]], Section]:
-        def section(record: dict[str, Any]) -> Section:
+    def made(build: Build) -> Callable[[dict[str, Any]], Section]:
+        def built(record: dict[str, Any]) -> Section:
             whole = record[name]
             found = found_of(whole)
-            if "not_measured" in whole or ("student" in whole and not found):
-                return Section(key, title, how, notes=reasons(whole))
-            content = build(whole, found, record)
-            return Section(key, title, f"{how} {content.more}".rstrip(), content, reasons(whole))
+            absent = "not_measured" in whole or ("student" in whole and not found)
+            return section_of(key, _NOTHING if absent else build(whole, found), reasons(whole))
 
-        return section
+        return built
 
     return made
 

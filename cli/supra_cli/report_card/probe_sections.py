@@ -23,6 +23,7 @@ from supra_cli.report_card.parts import (
     measured,
     part,
     reasons,
+    section_of,
     share,
     size,
     some,
@@ -35,29 +36,15 @@ _DISTANCES = {"recall": "Recall of a value by its key", "copying": "Copying of r
 def recall(record: dict[str, Any]) -> Section:
     """Associative recall and copying by distance."""
     sections = {key: record[key] for key in _DISTANCES}
-    how = (
-        "Recall: eight lines 'key: value' of random words, then running text, then one of the "
-        "keys again: its value is right. Copying: sixteen random words, running text, then the "
-        "same words again: after two of them, each next word is right. The distance counts tokens "
-        "from a word to the place where it has to come again: a window of as many tokens just "
-        "reaches it. 'Among candidates': the right word is likelier than the other seven values, "
-        "or than the words still to be repeated; chance is the share of a blind guess. 'Greedy': "
-        "it is the likeliest of the whole vocabulary, where chance is close to 0. "
-        f"{record['settings']['sequences']} seeded sequences stand behind each distance, the same "
-        "for both models where they share a tokenizer; words are single tokens, and a sequence "
-        "begins with what the tokenizer puts in front of a text. Distances that do not fit into "
-        "the model's positions are omitted. Intervals are 95 % (Wilson), as if the answers of one "
-        "sequence did not depend on each other."
-    )
     tables = [
         _distance_table(found, _DISTANCES[key])
-        for key, section in sections.items()
-        if (found := found_of(section))
+        for key, one in sections.items()
+        if (found := found_of(one))
     ]
     caption = "Bars show 95 % intervals; dotted: chance."
     drawn = [Figure(figures.distances(**sections), caption)] if tables else []
-    notes = dict.fromkeys(note for section in sections.values() for note in reasons(section))
-    return Section("recall", "Recall by distance", how, Content(tables, drawn), list(notes))
+    notes = [note for one in sections.values() for note in reasons(one)]
+    return section_of("recall", Content(tables, drawn, fields=record["settings"]), notes)
 
 
 def _distance_table(found: Found, title: str) -> Table:
@@ -79,18 +66,8 @@ def _distance_table(found: Found, title: str) -> Table:
     return Table(columns, rows, title)
 
 
-@part(
-    "permutations",
-    "Order of the choices",
-    "permutations",
-    "Each question is asked with its choices lettered, once for each rotation of a seeded "
-    "order, so that every content stands at every letter once; the likeliest letter after "
-    "'Answer:' is the model's. Consistent: the same content in every order, which a model "
-    "that always says one letter never is. Without preference every letter is chosen as often "
-    "as the column says. Small models are close to chance here, transformers too. The "
-    "interval is 95 % (Wilson).",
-)
-def permutations(section: dict[str, Any], found: Found, _: dict[str, Any]) -> Content:
+@part("permutations", "permutations")
+def permutations(section: dict[str, Any], found: Found) -> Content:
     """Whether a content is chosen, or a letter."""
     first = some(found)
     rows: list[Row] = [
@@ -112,17 +89,12 @@ def permutations(section: dict[str, Any], found: Found, _: dict[str, Any]) -> Co
     return Content(
         [Table(("", *MODELS, "without preference"), rows)],
         [Figure(figures.letters(section), "Dotted: how often without preference.")],
-        more=f"{first['questions']} questions of {first['file']}, {first['orders']} prompts.",
+        fields=first,
     )
 
 
-@part(
-    "samples",
-    "Answers that loop",
-    "samples",
-    "Plain questions, answered greedily and at temperature 0.8 with a seed for each.",
-)
-def samples(_: dict[str, Any], found: Found, __: dict[str, Any]) -> Content:
+@part("samples", "samples")
+def samples(_: dict[str, Any], found: Found) -> Content:
     """Answers to plain questions, and how many loop."""
     first = some(found)
     forms = "; ".join(f"{role}: {result['prompt_form']}" for role, result in found.items())
@@ -135,8 +107,7 @@ def samples(_: dict[str, Any], found: Found, __: dict[str, Any]) -> Content:
     return Content(
         [Table(("", *MODELS, "answers"), rows)],
         answers=_answers(found),
-        more=f"At most {first['answer_tokens']} tokens each. Prompt: {forms}. By rule, "
-        f"{first['rule']}. Intervals are 95 % (Wilson).",
+        fields={**first, "forms": forms},
     )
 
 
@@ -157,14 +128,6 @@ def _answers(found: Found) -> list[Answer]:
 def cost(record: dict[str, Any]) -> Section:
     """Memory and speed."""
     memory, speed = record["memory"], found_of(record["speed"])
-    how = (
-        "Memory is computed from the shapes, for one sequence: the state of linear attention in "
-        "float32, keys and values of windows and caches in 16 bit. Speed is measured on this "
-        "machine, beside whatever else ran on it, on random tokens of one sequence: the median of "
-        "the repetitions, in brackets the slowest and the fastest. Prefill computes the logits of "
-        "all its tokens; decode is one step, one token. In torch a step copies a cache that grows, "
-        "which an engine made for transformers need not."
-    )
     tables, drawn = [], []
     if measured(memory):
         even = memory["break_even_tokens"]
@@ -175,7 +138,7 @@ def cost(record: dict[str, Any]) -> Section:
     if speed:
         tables.append(_speed_table(speed))
     notes = (*(() if drawn else reasons(memory)), *reasons(record["speed"]))
-    return Section("cost", "Memory and speed", how, Content(tables, drawn), notes)
+    return section_of("cost", Content(tables, drawn), notes)
 
 
 def _memory_table(memory: dict[str, Any]) -> Table:
