@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
-# Everything drawn in this colour takes the page's text colour.
+# Everything drawn in this colour takes the page's text colour; figures.mplstyle has it too.
 _INK = "#010203"
 _STUDENT = "#2f78b7"
 # Which model a line or bar is of can be told by marker, dash and hatch alone.
@@ -28,26 +29,7 @@ _BARS: dict[str, dict[str, Any]] = {
     "teacher": {"facecolor": "none", "edgecolor": _INK, "hatch": "////"},
 }
 _SIZE = (7.2, 3.4)
-_SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "hatch.linewidth": 0.7,
-    "legend.frameon": False,
-    **dict.fromkeys(
-        (
-            "text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color",
-            "grid.color", "axes.titlecolor",
-        ),
-        _INK,
-    ),
-}  # fmt: skip
+_STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 
 
 def layer_errors(section: dict[str, Any]) -> str:
@@ -199,8 +181,7 @@ def _style(name: str) -> Any:
     """The settings of one figure; ``name`` keeps the ids in its SVG its own."""
     from matplotlib import rc_context
 
-    settings: dict[Any, Any] = {**_SETTINGS, "svg.hashsalt": name}
-    return rc_context(settings)
+    return rc_context({"svg.hashsalt": name}, _STYLE)
 
 
 def _drawing(panels: int = 1) -> tuple[Drawing, list[Axes]]:
