@@ -16,6 +16,7 @@ from supra_core.formats.atomic import atomic_file, check_new_file
 from supra_core.progress import Progress, silent
 from supra_core.runtime import backend as backends
 from supra_core.runtime.backend import Form, Ids, Logits, check_ids
+from supra_core.sources.source import open_source
 
 DEFAULT_LENGTH = 128
 
@@ -166,9 +167,6 @@ def verify(
 
 def _default_tolerance(chosen: Sequence[Candidate], first: Logits, dtype: str | None) -> float:
     """The share of the coarsest type that any candidate computes in, of the first's logits."""
-    # Not above: sources stand on modules that stand on this one.
-    from supra_core.sources.source import open_source
-
     places = {candidate.path for candidate in chosen}
     types = {dtype} if dtype is not None else {open_source(place).dtype for place in places}
     return max(_SHARES[name] for name in types) * float(np.abs(first).max())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +25,16 @@ LOSSES = {
 }
 
 
-@dataclass(frozen=True)
-class StageCurve:
-    """Tokens seen and loss, each point the mean of ``steps_per_point`` steps."""
+def read_curve(run: Path) -> dict[str, Any]:
+    """What a run logged, ready for JSON; :class:`FormatError` names the line that cannot be read.
 
-    stage: str
-    loss: str
-    steps: int
-    steps_per_point: int
-    tokens: tuple[int, ...]
-    losses: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The run's own held-out perplexity after ``tokens`` tokens."""
-
-    tokens: int
-    perplexity: float
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What a run logged; ``teacher_perplexity`` None where it had no teacher."""
-
-    stages: tuple[StageCurve, ...]
-    held_out: tuple[HeldOut, ...]
-    teacher_perplexity: float | None
-    sequence_length: int | None
-
-
-def read_curve(run: Path) -> Curve:
-    """The curves of ``run``; :class:`FormatError` names the line that cannot be read."""
+    ``stages``: tokens seen and loss, each point the mean of ``steps_per_point`` steps.
+    ``held_out``: the run's own held-out perplexity after some tokens. ``teacher_perplexity``: None
+    for a run without a teacher.
+    """
     # By index: a recipe may have two stages of one kind.
     stages: dict[tuple[int, str], list[tuple[int, float]]] = {}
-    held_out: list[HeldOut] = []
+    held_out: list[dict[str, float]] = []
     teacher: float | None = None
     for place, entry in _entries(run / METRICS_FILE):
         try:
@@ -75,19 +49,20 @@ def read_curve(run: Path) -> Curve:
                 teacher = next(iter(_drawn(entry, "teacher_perplexity")), None) if stated else None
             elif "perplexity" in entry:
                 tokens = _field(entry, "tokens")
-                held_out += [HeldOut(tokens, value) for value in _drawn(entry, "perplexity")]
+                found = _drawn(entry, "perplexity")
+                held_out += [{"tokens": tokens, "perplexity": value} for value in found]
         except KeyError as error:
             raise FormatError(
                 f"{place} is not a line of an uptraining run (field {error}): remove it"
             ) from None
     config = read_object(run / RUN_FILE).get("config")
     length = config.get("sequence_length") if isinstance(config, dict) else None
-    return Curve(
-        tuple(_thinned(stage, points) for (_, stage), points in stages.items() if points),
-        tuple(held_out),
-        teacher,
-        length if isinstance(length, int) else None,
-    )
+    return {
+        "stages": [_thinned(stage, points) for (_, stage), points in stages.items() if points],
+        "held_out": held_out,
+        "teacher_perplexity": teacher,
+        "sequence_length": length if isinstance(length, int) else None,
+    }
 
 
 def _field(entry: dict[str, Any], name: str, *types: type) -> Any:
@@ -125,14 +100,14 @@ def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, entry
 
 
-def _thinned(stage: str, points: list[tuple[int, float]]) -> StageCurve:
+def _thinned(stage: str, points: list[tuple[int, float]]) -> dict[str, Any]:
     every = -(-len(points) // MOST_POINTS)
     groups = [points[start : start + every] for start in range(0, len(points), every)]
-    return StageCurve(
-        stage,
-        LOSSES.get(stage, "loss"),
-        len(points),
-        every,
-        tuple(group[-1][0] for group in groups),
-        tuple(float(np.mean([loss for _, loss in group])) for group in groups),
-    )
+    return {
+        "stage": stage,
+        "loss": LOSSES.get(stage, "loss"),
+        "steps": len(points),
+        "steps_per_point": every,
+        "tokens": [group[-1][0] for group in groups],
+        "losses": [float(np.mean([loss for _, loss in group])) for group in groups],
+    }

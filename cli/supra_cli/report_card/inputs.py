@@ -10,7 +10,7 @@ from typing import Any
 
 from supra_cli.evaluation.measurements import Measurement, refuse_repeated
 from supra_cli.evaluation.sides import Side, open_sides
-from supra_cli.report_card.curves import Curve, read_curve
+from supra_cli.report_card.curves import read_curve
 from supra_cli.report_card.settings import ReportSettings
 from supra_cli.shared import pythondocs
 from supra_core.errors import SupraError
@@ -27,7 +27,7 @@ class Inputs:
 
     sides: list[Side]
     files: list[Measurement]
-    curve: Curve | None
+    curve: dict[str, Any] | None
 
     @property
     def student(self) -> Side:

@@ -90,9 +90,9 @@ def _quality(student: Record, teacher: Record | None) -> Record:
 def _training(inputs: Inputs) -> Record:
     if inputs.curve is None:
         raise SupraError("the model was not given as an uptraining run")
-    if not inputs.curve.stages:
+    if not inputs.curve["stages"]:
         raise SupraError("the run has logged no step")
-    return asdict(inputs.curve)
+    return inputs.curve
 
 
 def _layer_errors(inputs: Inputs, tokens: int, progress: Progress) -> Record:

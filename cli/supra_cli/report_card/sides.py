@@ -23,24 +23,24 @@ from supra_core.runtime.backend import Backend
 NOT_MEASURED = "not_measured"
 
 
-def failed(error: Exception) -> Record:
-    """Why there is no figure: ours is a sentence, another error is named before its first line."""
-    if not isinstance(error, SupraError):
+def attempted(measure: Callable[[], Record]) -> Record:
+    """A record, or why there is none. What fails, in whatever way, costs its own figures alone: the
+    others may have taken hours."""
+    try:
+        return measure()
+    except SupraError as error:
+        return {NOT_MEASURED: str(error)}
+    except Exception as error:
         first = next(iter(str(error).splitlines()), "")
         # Made one of ours, so that nothing in it breaks a line or steers a terminal.
-        error = SupraError(f"{type(error).__name__}: {first}".removesuffix(": "))
-    return {NOT_MEASURED: str(error)}
+        named = SupraError(f"{type(error).__name__}: {first}".removesuffix(": "))
+        return {NOT_MEASURED: str(named)}
 
 
 def timed(measure: Callable[[], Record]) -> Record:
-    """A section with its seconds. What fails, in whatever way, costs its own section alone: the
-    others may have taken hours."""
+    """The same with its seconds."""
     start = time.monotonic()
-    try:
-        found = measure()
-    except Exception as error:
-        found = failed(error)
-    return {**found, "seconds": round(time.monotonic() - start, 1)}
+    return {**attempted(measure), "seconds": round(time.monotonic() - start, 1)}
 
 
 class SideMeasurement:
@@ -85,10 +85,9 @@ class SideMeasurement:
         return {"files": {file.name: self._file(file) for file in self._inputs.files}}
 
     def _file(self, file: Measurement) -> Record:
-        try:
-            found = self._measured(file)
-        except Exception as error:
-            return {"task": file.task.name, **failed(error)}
+        found = attempted(partial(self._measured, file))
+        if NOT_MEASURED in found:
+            return {"task": file.task.name, **found}
         return quality_record(self._side, file.task.name, found)
 
     def _measured(self, one: Measurement) -> Record:
