@@ -39,7 +39,6 @@ class Score:
 
     log_likelihood: float
     greedy: bool
-    tokens: int
 
 
 def encode_pair(tokenizer: ModelTokenizer, context: str, continuation: str) -> Pair:
@@ -86,7 +85,6 @@ def score(
             scores[index] = Score(
                 log_likelihood=-float(losses[place, ours].sum(dtype=np.float64)),
                 greedy=bool(greedy[place, ours].all()),
-                tokens=len(pairs[index].continuation),
             )
         done += len(batch)
         progress(stage, done, len(rows))

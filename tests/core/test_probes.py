@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from supra_core.measure.probes.loops import check_loops, distinct_share, repeate
 from supra_core.measure.probes.speed import speed
 from supra_core.measure.probes.words import word_tokens
 from supra_core.measure.tasks import TASKS, Options, Record, Subject
-from supra_core.measure.tasks.by_distance import DistanceAccuracy
 from supra_core.measure.tasks.copying import CUE_WORDS
 from supra_core.measure.tasks.multiple_choice import Question
 from supra_core.measure.tasks.positions import bin_edges, by_position
@@ -103,10 +103,11 @@ PROBES = ["recall", "copying"]
 def measured(
     probe: str, model: FakeBackend, tokenizer: ModelTokenizer, filler: Any = FILLER, *,
     distances: tuple[int, ...], sequences: int, seed: int = 0,
-) -> list[DistanceAccuracy]:  # fmt: skip
+) -> list[Any]:  # fmt: skip
     task: Any = TASKS[probe]
     material = task.material(model.spec, tokenizer, filler, distances)
-    return task.accuracies(model, material, sequences, seed) if material.distances else []
+    found = task.accuracies(model, material, sequences, seed) if material.distances else []
+    return [SimpleNamespace(**one) for one in found]
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -231,7 +232,8 @@ def test_words_are_whole_words_or_else_any_tokens(tokenizer: ModelTokenizer) -> 
 def test_positions_split_the_whole_loss() -> None:
     model = reference(SPECS["sink"])
     ids = np.random.default_rng(0).integers(50, size=(2, 150))
-    found = by_position(model, ids, piece=47)  # type: ignore[arg-type]
+    bins = by_position(model, ids, piece=47)  # type: ignore[arg-type]
+    found = [SimpleNamespace(**one) for one in bins]
     assert [(one.first, one.stop) for one in found] == [(1, 64), (64, 128), (128, 150)]
     assert [one.tokens for one in found] == [2 * 63, 2 * 64, 2 * 22]
     logits = model.logits(ids)[:, :-1]
@@ -361,7 +363,7 @@ def test_shares_of_a_text() -> None:
 
 def test_speed_counts_its_tokens() -> None:
     model = FakeBackend(lambda seen: _one_hot(0))
-    found = speed(model, 5, repeats=2, steps=3)
+    found = SimpleNamespace(**speed(model, 5, repeats=2, steps=3))
     assert model.fed == 5 * 3 + 1 + 3  # one prefill and one step are not counted
     assert found.decode_slowest <= found.decode <= found.decode_fastest
     assert found.prefill_slowest <= found.prefill <= found.prefill_fastest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 from supra_cli.evaluation.figures import intervals
@@ -121,7 +121,7 @@ class SideMeasurement:
             )
             for context in contexts
         ]  # fmt: skip
-        return {"contexts": [asdict(one) for one in found]}
+        return {"contexts": found}
 
 
 def quality_record(side: Side, task: str, found: Record) -> Record:

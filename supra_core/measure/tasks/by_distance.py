@@ -1,5 +1,7 @@
 """What a model still knows of earlier tokens, by distance, in sequences that are generated.
 
+A distance counts tokens from a token to the place where it has to come again.
+
 As the synthetic tasks of the literature on linear attention (arXiv 2312.04927, 2402.01032), with
 words instead of random symbols, so that a pretrained model need not be trained on them. A sequence
 begins as the tokenizer begins a text, and is fed once; at each distance the question is asked from
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,24 +29,6 @@ from supra_core.text import ModelTokenizer, read_text
 
 BATCH = 4
 _SEQUENCES = 32
-
-
-@dataclass(frozen=True)
-class DistanceAccuracy:
-    """Accuracy at one distance: tokens from a token to the place where it has to come again.
-
-    ``greedy``: the likeliest of all tokens is right. ``among``: the right one is the likeliest
-    of the words in question, ``by_chance`` for a blind guess. Both with their 95 % intervals
-    (Wilson), over ``answers`` answers.
-    """
-
-    distance: int
-    greedy: float
-    greedy_interval: tuple[float, float]
-    among: float
-    among_interval: tuple[float, float]
-    by_chance: float
-    answers: int
 
 
 @dataclass(frozen=True)
@@ -111,15 +95,15 @@ class DistanceTask(Task):
             found = self.accuracies(model, material, sequences, options.seed, progress, stage)
             return {
                 "metrics": {
-                    f"{kind}@{one.distance}": getattr(one, kind)
+                    f"{kind}@{one['distance']}": one[kind]
                     for kind in ("among", "greedy")
                     for one in found
                 },
                 "form": "recurrent",
                 "sequences": sequences,
                 "seed": options.seed,
-                "by_chance": found[0].by_chance,
-                "distances": [asdict(one) for one in found],
+                "by_chance": found[0]["by_chance"],
+                "distances": found,
             }
 
         return measure
@@ -152,8 +136,13 @@ class DistanceTask(Task):
     def accuracies(
         self, model: Backend, material: Material, sequences: int, seed: int = 0,
         progress: Progress = silent, stage: str = "",
-    ) -> list[DistanceAccuracy]:  # fmt: skip
-        """By rising distance, each over ``sequences`` seeded sequences."""
+    ) -> list[Record]:  # fmt: skip
+        """By rising distance, each over ``sequences`` seeded sequences.
+
+        ``greedy``: the likeliest of all tokens is right. ``among``: the right one is the likeliest
+        of the words in question, ``by_chance`` for a blind guess. Both with their 95 % intervals
+        (Wilson), over ``answers`` answers.
+        """
         generator = np.random.default_rng(seed)
         distances, done = material.distances, 0
         # Of each distance: greedy right, right among the candidates, right by chance, answers.
@@ -194,10 +183,13 @@ def _counted(logits: Logits, candidates: Int64, right: Int64) -> tuple[float, ..
 
 def _accuracy(
     distance: int, greedy: float, among: float, by_chance: float, answers: float
-) -> DistanceAccuracy:
+) -> Record:
     n = int(answers)
-    shares = (greedy / n, of_share(greedy, n), among / n, of_share(among, n), by_chance / n)
-    return DistanceAccuracy(distance, *shares, n)
+    return {
+        "distance": distance, "greedy": greedy / n, "greedy_interval": of_share(greedy, n),
+        "among": among / n, "among_interval": of_share(among, n), "by_chance": by_chance / n,
+        "answers": n,
+    }  # fmt: skip
 
 
 def _passages(generator: np.random.Generator, filler: Int64, rows: int, length: int) -> Int64:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -49,12 +48,13 @@ class Positions(TextTask):
                 curves.append(
                     {
                         "length": length, "measured_length": rows.shape[1], "sequences": len(rows),
-                        "bins": [asdict(found) for found in bins],
+                        "bins": bins,
                     }
                 )  # fmt: skip
+            # Those of the longest sequences.
             metrics = {
-                f"perplexity@{one.first}-{one.stop - 1}": one.perplexity for one in bins
-            }  # of the longest sequences
+                f"perplexity@{one['first']}-{one['stop'] - 1}": one["perplexity"] for one in bins
+            }
             return {"metrics": metrics, "form": "recurrent", "curves": curves}
 
         return measure
@@ -73,21 +73,6 @@ def position_lengths(tokens: int, longest: int) -> list[int]:
     return sorted({min(_SHORT, most), most})
 
 
-@dataclass(frozen=True)
-class PositionBin:
-    """Perplexity of the tokens at positions ``first`` to ``stop`` - 1, the first token being 0.
-
-    ``low`` and ``high``: 95 %, from the standard error of the mean loss over ``tokens`` tokens.
-    """
-
-    first: int
-    stop: int
-    perplexity: float
-    low: float
-    high: float
-    tokens: int
-
-
 def bin_edges(length: int) -> list[int]:
     """1, then 64 and its doubles up to ``length``: positions are halved each time."""
     edges, step = [1], _FIRST_EDGE
@@ -100,10 +85,12 @@ def bin_edges(length: int) -> list[int]:
 def by_position(
     model: Backend, ids: Ids, *, piece: int = _PIECE, progress: Progress = silent,
     stage: str = "positions",
-) -> list[PositionBin]:  # fmt: skip
+) -> list[Record]:  # fmt: skip
     """Perplexity in the bins of :func:`bin_edges` over sequences ids (N, T), N >= 1, T >= 2.
 
     Each sequence is fed from its beginning, ``piece`` tokens a call, through the model's state.
+    A bin has the tokens at positions ``first`` to ``stop`` - 1, the first token being 0. ``low``
+    and ``high``: 95 %, from the standard error of the mean loss over ``tokens`` tokens.
     """
     losses = []
     for row in range(len(ids)):
@@ -133,8 +120,11 @@ def _losses(model: Backend, row: Ids, piece: int) -> Iterator[npt.NDArray[np.flo
         last = logits[:, -1:]
 
 
-def _bin(first: int, stop: int, losses: npt.NDArray[np.float64]) -> PositionBin:
+def _bin(first: int, stop: int, losses: npt.NDArray[np.float64]) -> Record:
     mean = float(losses.mean())
     error = float(losses.std(ddof=1) / math.sqrt(losses.size)) if losses.size > 1 else 0.0
     perplexity, low, high = (math.exp(min(nats, 700.0)) for nats in (mean, *around(mean, error)))
-    return PositionBin(first, stop, perplexity, low, high, losses.size)
+    return {
+        "first": first, "stop": stop, "perplexity": perplexity, "low": low, "high": high,
+        "tokens": losses.size,
+    }  # fmt: skip
