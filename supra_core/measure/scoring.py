@@ -39,7 +39,6 @@ class Score:
 
     log_likelihood: float
     greedy: bool
-    tokens: int
 
 
 def encode_pair(tokenizer: ModelTokenizer, context: str, continuation: str) -> Pair:
@@ -86,7 +85,6 @@ def score(
             scores[index] = Score(
                 log_likelihood=-float(losses[place, ours].sum(dtype=np.float64)),
                 greedy=bool(greedy[place, ours].all()),
-                tokens=len(pairs[index].continuation),
             )
         done += len(batch)
         progress(stage, done, len(rows))
@@ -114,7 +112,7 @@ def _row(pair: Pair, max_length: int) -> Int64:
     if len(pair.continuation) >= max_length:
         raise SupraError(
             f"a continuation of {len(pair.continuation)} tokens does not fit into {max_length}: "
-            "leave it out, or take a model with more positions"
+            "remove it, or use a model with more positions"
         )
     return np.array((pair.context + pair.continuation)[-max_length:], dtype=np.int64)
 

@@ -16,6 +16,7 @@ from supra_core.formats.atomic import atomic_file, check_new_file
 from supra_core.progress import Progress, silent
 from supra_core.runtime import backend as backends
 from supra_core.runtime.backend import Form, Ids, Logits, check_ids
+from supra_core.sources.source import open_source
 
 DEFAULT_LENGTH = 128
 
@@ -33,6 +34,11 @@ class Candidate:
     backend: str
     path: Path
     form: Form
+
+    @property
+    def file(self) -> str:
+        """What its logits are saved as."""
+        return f"{self.label}.npy"
 
 
 @dataclass(frozen=True)
@@ -85,28 +91,18 @@ def candidates(
     form and the one asked for.
     """
     if not names:
-        raise SupraError("name at least one backend, as in --backend torch")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+        raise SupraError("name at least one backend")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise SupraError(f"backend {repeated[0]} is named twice: name each backend once")
-    first = names[0]
-    if len(names) > 1:
-        rest = other or path
-        return (
-            Candidate(first, first, path, form),
-            *(Candidate(name, name, rest, form) for name in names[1:]),
-        )
+    name, *more = names
+    first = Candidate(name, name, path, form)
+    if more:
+        return (first, *(Candidate(name, name, other or path, form) for name in more))
     if other is not None:
-        return (
-            Candidate(first, first, path, form),
-            Candidate(f"{first}-second", first, other, form),
-        )
+        return first, Candidate(f"{name}-second", name, other, form)
     if form != "parallel":
-        return (
-            Candidate(f"{first}-parallel", first, path, "parallel"),
-            Candidate(first, first, path, form),
-        )
-    return (Candidate(first, first, path, form),)
+        return Candidate(f"{name}-parallel", name, path, "parallel"), first
+    return (first,)
 
 
 def random_ids(vocab_size: int, length: int = DEFAULT_LENGTH, seed: int = 0) -> Ids:
@@ -152,7 +148,8 @@ def verify(
         progress(f"verify: {candidate.label}", done, len(chosen))
         logits = _logits(candidate, ids, dtype)
         if save_logits is not None:
-            _save(_file_of(candidate, save_logits), logits)
+            with atomic_file(save_logits / candidate.file) as partial, open(partial, "wb") as file:
+                np.save(file, logits)
         if first is None:
             first = logits
             if tolerance is None:
@@ -160,7 +157,7 @@ def verify(
             continue
         assert tolerance is not None
         difference = compare(first, logits)
-        # Written so that a difference that is no number fails.
+        # NaN is not within any tolerance.
         within = difference.max_abs_difference <= tolerance
         comparisons.append(Comparison(candidate, difference, within))
     progress("verify", len(chosen), len(chosen))
@@ -170,9 +167,6 @@ def verify(
 
 def _default_tolerance(chosen: Sequence[Candidate], first: Logits, dtype: str | None) -> float:
     """The share of the coarsest type that any candidate computes in, of the first's logits."""
-    # Not above: sources stand on modules that stand on this one.
-    from supra_core.sources.source import open_source
-
     places = {candidate.path for candidate in chosen}
     types = {dtype} if dtype is not None else {open_source(place).dtype for place in places}
     return max(_SHARES[name] for name in types) * float(np.abs(first).max())
@@ -182,22 +176,18 @@ def _check_request(chosen: Sequence[Candidate], tolerance: float | None, save: P
     for candidate in chosen:
         backends.check_installed(candidate.backend)
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise SupraError(f"--tolerance must be a number that is at least 0, not {tolerance}")
+        raise SupraError(f"the tolerance must be a number that is at least 0, not {tolerance}")
     if len(chosen) < 2 and save is None:
         raise SupraError(
-            "there is nothing to compare: name a second --backend, a second model, another "
-            "--form, or --save-logits"
+            "there is nothing to compare: name a second backend, a second model, another form, or "
+            "a folder for the logits"
         )
     if save is None:
         return
     if os.path.isfile(save):
-        raise SupraError(f"{save} is a file: name a folder for --save-logits")
+        raise SupraError(f"{save} is a file: name a folder for the logits")
     for candidate in chosen:
-        check_new_file(_file_of(candidate, save), force=True)
-
-
-def _file_of(candidate: Candidate, folder: Path) -> Path:
-    return folder / f"{candidate.label}.npy"
+        check_new_file(save / candidate.file, force=True)
 
 
 def compare(first: Logits, other: Logits) -> Difference:
@@ -215,7 +205,7 @@ def compare(first: Logits, other: Logits) -> Difference:
         # np.maximum, because Python's max would drop a NaN.
         largest = float(np.maximum(largest, np.abs(a.astype(np.float64) - b).max()))
         divergence += float(np.sum(np.exp(p) * (p - q)))
-        # What is no number has no likeliest token.
+        # NaN has no likeliest token.
         agreed += int(a.argmax() == b.argmax() and not np.isnan(a + b).any())
     positions = len(rows_first)
     return Difference(largest, divergence / positions, agreed / positions)
@@ -225,11 +215,6 @@ def _logits(candidate: Candidate, ids: Ids, dtype: str | None) -> Logits:
     model = backends.load(candidate.backend, candidate.path, dtype=dtype)
     check_ids(ids, model.spec.vocab_size)
     return model.logits(ids, form=candidate.form)
-
-
-def _save(path: Path, logits: Logits) -> None:
-    with atomic_file(path) as partial, open(partial, "wb") as file:
-        np.save(file, logits)
 
 
 def _log_softmax(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -34,6 +34,14 @@ def find_teacher(model: str | Path) -> str | None:
     return _first_teacher([str(folder.parent / stated), stated], spec) if stated else None
 
 
+def open_teacher(path: str) -> Source:
+    """The transformer at ``path``; SupraError for a model that is not one."""
+    source = open_source(path)
+    if not source.spec.is_transformer:
+        raise SupraError(f"{path} is not a transformer: name the original as the teacher")
+    return source
+
+
 def holds_original(model: Source) -> bool:
     """Whether the model is freshly converted: the transformer's own weights are still there."""
     spec = model.spec

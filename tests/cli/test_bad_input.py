@@ -150,7 +150,12 @@ def test_other_commands_refuse_too(tiny_transformer: Path, text_file: Path, tmp_
     assert "unknown" in refused("verify", model, "--form", "wonder")
     assert "cannot be read" in refused("verify", model, "--ids", tmp_path / "absent.npy")
     with_text = ("eval", model, "--data", text_file)
-    assert "wonder" in refused(*with_text, "--tasks", "wonder")
+    for asked in (with_text, ("eval", model)):
+        message = refused(*asked, "--tasks", "wonder")
+        assert "wonder is none of perplexity, lambada, multiple_choice, " in message
+    for option, least in (("limit", 2), ("length", 2), ("batch", 1), ("seed", 0)):
+        message = refused(*with_text, f"--{option}", str(least - 1))
+        assert f"{option} must be at least {least}, not {least - 1}" in message
     assert "mixes" in refused(*with_text, "--tasks", "wonder,perplexity")
     assert "no file" in refused(*with_text, "--tasks", "perplexity,lambada")
     assert "does not name" in refused(*with_text, "--tasks", "lambada")
@@ -172,7 +177,6 @@ def test_other_commands_refuse_too(tiny_transformer: Path, text_file: Path, tmp_
     # A teacher that cannot be read is noticed before the model is measured.
     assert "absent" in refused(*with_text, "--teacher", tmp_path / "absent")
     assert "cannot be read" in refused("eval", model, "--data", tmp_path / "absent.txt")
-    assert "--limit" in refused("eval", model, "--data", text_file, "--limit", "1")
     assert "temperature" in refused("generate", model, "hello", "--temperature", "-1")
     assert "does not exist" in refused("chat", tmp_path / "absent", "--backend", "torch")
 

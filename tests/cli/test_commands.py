@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from supra_cli.main import app
 from supra_core.artifact import folder as artifact
+from supra_core.measure.tasks import TASKS
+from supra_core.measure.tasks.by_distance import Batch, DistanceTask, Material, batch_sizes
 from supra_core.mixers.softmax import SoftmaxAttention
 from supra_core.sources.source import WRITERS, open_source
 from supra_core.tensors import LazyTensor
@@ -222,6 +224,75 @@ def test_eval_of_tasks_writes_a_record(
     assert {"command", "date", "machine"} <= record.keys()
 
 
+def test_eval_measures_every_task(
+    converted: Path, tiny_transformer: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """One run of all that are registered: the teacher beside each, results by name, a table."""
+    example = {
+        "context": "The state of a", "continuation": "network",
+        "query": "What?\n", "choices": ["it", "a house"], "gold": 0,
+    }  # fmt: skip
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps(example))
+    out = tmp_path / "record.json"
+    done = runner.invoke(
+        app,
+        [
+            "eval", str(converted), "--tasks", ",".join(TASKS), "--data", str(text_file),
+            "--data", str(examples), "--limit", "16", "--teacher", str(tiny_transformer),
+            "--backend", "torch", "--out", str(out),
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text("utf-8"))
+    assert found["results"].keys() == found["teacher"].keys() == TASKS.keys()
+    for name, record in found["results"].items():
+        assert record["metrics"].keys() == found["teacher"][name]["metrics"].keys()
+        assert record["model"] == str(converted) and record["seconds"] >= 0
+        assert f"{name}: " in done.stderr
+        assert all(metric in done.stdout for metric in record["metrics"] if "_std" not in metric)
+
+
+def test_eval_generates_what_a_task_needs(converted: Path, tiny_transformer: Path) -> None:
+    """Without any file, and the same for both models."""
+    found = result(
+        "eval", converted, "--tasks", "copying,recall", "--limit", "2", "--seed", "3",
+        "--teacher", tiny_transformer,
+    )  # fmt: skip
+    for side in ("results", "teacher"):
+        assert found[side].keys() == {"copying", "recall"}
+        for record in found[side].values():
+            assert (record["data"], record["seed"], record["sequences"]) == ("generated", 3, 2)
+            assert [one["distance"] for one in record["distances"]] == sorted(
+                {int(metric.split("@")[1]) for metric in record["metrics"]}
+            )
+
+
+class _Repeated(DistanceTask):
+    """One word, running text, and the word again."""
+
+    name = "repeated"
+
+    def span(self, material: Material) -> int:
+        return 1
+
+    def batches(self, generator: Any, material: Material, sequences: int) -> Any:
+        for count in batch_sizes(sequences, 2):
+            words = material.draw(generator, count, 2)
+            yield Batch(words[:, :1], words[:, :1], 1, [(0, words, np.ones(count, int))])
+
+
+def test_a_further_task_is_one_class_and_one_line(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "repeated", _Repeated())
+    arguments = ["eval", str(converted), "--tasks", "repeated", "--limit", "2", "--no-teacher"]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "among@16" in done.stdout and "repeated: 2 sequences" in done.stderr
+    assert "repeated" in runner.invoke(app, [*arguments[:3], "wonder"]).stderr
+
+
 def test_eval_says_when_no_teacher_is_known(
     converted: Path, tiny_transformer: Path, text_file: Path
 ) -> None:
@@ -233,7 +304,7 @@ def test_eval_says_when_no_teacher_is_known(
     assert "no teacher" not in done.stderr
     done = runner.invoke(app, [*arguments, "--teacher", str(converted)])
     assert done.exit_code == 2
-    assert "is no transformer" in done.stderr
+    assert "is not a transformer" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +419,7 @@ def test_what_the_harness_prints_is_not_in_the_record(
         return {"arc_easy": {"acc": 0.5}}
 
     monkeypatch.setattr(evaluate, "evaluate", talkative)
-    monkeypatch.setattr("supra_cli.commands.evaluate._Side.check", lambda side, *given: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda *given: True)
     found = result("eval", converted, "--tasks", "arc_easy", "--backend", "torch", "--no-teacher")
     assert found["results"]["arc_easy"]["acc"] == 0.5
 

@@ -20,9 +20,10 @@ from supra_cli.report_card.curves import read_curve
 from supra_cli.report_card.inputs import read_inputs
 from supra_cli.report_card.parts import ABSENT
 from supra_cli.report_card.settings import ReportSettings
-from supra_cli.report_card.sides import position_lengths
 from supra_core.errors import FormatError
 from supra_core.measure.intervals import of_share
+from supra_core.measure.tasks import TASKS
+from supra_core.measure.tasks.positions import position_lengths
 from supra_core.progress import silent
 from supra_core.runtime import backend
 from tests.cli.test_bad_input import refused
@@ -289,9 +290,12 @@ def test_an_error_of_any_kind_costs_its_own_section(
 
         return fail
 
-    monkeypatch.setattr(sides, "copying", failing(RuntimeError("out of memory\nmore of it")))
+    for task, error in (
+        ("copying", RuntimeError("out of memory\nmore of it")),
+        ("lambada", IndexError("no\x1b[31m such")),
+    ):
+        monkeypatch.setattr(type(TASKS[task]), "prepared", failing(error))
     monkeypatch.setattr(sides, "speed", failing(MemoryError()))
-    monkeypatch.setattr(sides.tasks, "lambada", failing(IndexError("no\x1b[31m such")))
     monkeypatch.setattr(measure, "_variants", failing(OSError(28, "no room")))
     monkeypatch.setattr(measure, "_memory", failing(TypeError("shapes")))
     out, secret = tmp_path / "r.html", tmp_path / "seconds"
@@ -327,12 +331,14 @@ def test_a_teacher_that_cannot_be_loaded_costs_its_own_figures(
     run: Path, files: list[Path], tiny_transformer: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    load = backend.load
+
     def loaded(name: str, path: str, **given: Any) -> Any:
         if path == str(tiny_transformer):
             raise RuntimeError("out of memory")
-        return backend.load(name, path, **given)
+        return load(name, path, **given)
 
-    monkeypatch.setattr("supra_cli.report_card.sides.load", loaded)
+    monkeypatch.setattr("supra_core.runtime.backend.load", loaded)
     out = tmp_path / "r.html"
     asked = ["report", str(run), "--out", str(out), "--data", str(files[0]), "--quick"]
     done = runner.invoke(app, [*asked, "--limit", "64"])
@@ -351,7 +357,7 @@ def test_an_interruption_is_not_held_for_a_failure(
     def interrupted(*given: Any, **named: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("supra_cli.report_card.sides.perplexity", interrupted)
+    monkeypatch.setattr("supra_core.measure.tasks.perplexity.perplexity", interrupted)
     out = tmp_path / "r.html"
     done = runner.invoke(app, ["report", str(run), "--out", str(out), "--data", str(files[0])])
     assert done.exit_code != 0
@@ -366,14 +372,13 @@ def test_bad_input_is_refused_before_anything_is_measured(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("supra_core.runtime.backend.load", measured)
-    monkeypatch.setattr("supra_cli.report_card.sides.load", measured)
     out = tmp_path / "r.html"
     ask = ("report", run, "--out", out, "--data", text_file)
     assert "does not exist" in refused("report", tmp_path / "absent", "--out", out)
     assert "cannot be read" in refused(*ask, "--data", tmp_path / "absent.txt")
     assert "rename one" in refused(*ask, "--data", text_file)
     assert "absent" in refused(*ask, "--teacher", tmp_path / "absent")
-    assert "no transformer" in refused(*ask, "--teacher", run)
+    assert "not a transformer" in refused(*ask, "--teacher", run)
     assert "exclude" in refused(*ask, "--teacher", tiny_transformer, "--no-teacher")
     assert "--limit" in refused(*ask, "--limit", "3")
     assert "--seed" in refused(*ask, "--seed", "-1")
@@ -390,7 +395,7 @@ def test_bad_input_is_refused_before_anything_is_measured(
 def test_matplotlib_is_asked_for_in_one_sentence(
     run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("supra_cli.report_card.report.has_matplotlib", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused("report", run, "--out", tmp_path / "r.html", "--data", text_file)
     assert "supra-lm[report]" in message
 
@@ -401,8 +406,8 @@ def test_damaged_metrics_are_refused_with_their_line(tmp_path: Path) -> None:
     step = {"stage": "distill", "step": 1, "loss": 2.0, "tokens": 64}
     metrics.write_text(json.dumps(step) + '\n{"stage": "dist')
     found = read_curve(tmp_path)  # a line that a kill cut off
-    assert found.stages[0].losses == (2.0,)
-    assert found.sequence_length == 512
+    assert found["stages"][0]["losses"] == [2.0]
+    assert found["sequence_length"] == 512
     metrics.write_text('{"stage": "dist\n' + json.dumps(step))
     with pytest.raises(FormatError, match="line 1"):
         read_curve(tmp_path)
@@ -441,8 +446,8 @@ def test_what_is_not_finite_is_not_drawn(tmp_path: Path) -> None:
         lines += [{**step, "stage": "uptrain", "loss": odd}, {"teacher_perplexity": odd}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = read_curve(tmp_path)
-    assert [stage.losses for stage in found.stages] == [(2.0,)]
-    assert found.held_out == () and found.teacher_perplexity is None
+    assert [stage["losses"] for stage in found["stages"]] == [[2.0]]
+    assert found["held_out"] == [] and found["teacher_perplexity"] is None
 
 
 def test_steps_that_were_left_out_are_not_in_the_curves(tmp_path: Path) -> None:
@@ -451,8 +456,8 @@ def test_steps_that_were_left_out_are_not_in_the_curves(tmp_path: Path) -> None:
     left_out = {"left_out": "a spike", "step": 2, "tokens": 128}
     lines = [step, {**step, **left_out, "loss": None}, {**step, **left_out, "loss": 900.0}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (stage,) = read_curve(tmp_path).stages
-    assert stage.losses == (2.0,)
+    (stage,) = read_curve(tmp_path)["stages"]
+    assert stage["losses"] == [2.0]
 
 
 def test_long_curves_are_averaged(tmp_path: Path) -> None:
@@ -462,10 +467,10 @@ def test_long_curves_are_averaged(tmp_path: Path) -> None:
         for n in range(1000)
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
-    stage = read_curve(tmp_path).stages[0]
-    assert (stage.steps, stage.steps_per_point) == (1000, 3)
-    assert stage.losses[:2] == (1.0, 4.0)
-    assert stage.tokens[-1] == 10_000
+    stage = read_curve(tmp_path)["stages"][0]
+    assert (stage["steps"], stage["steps_per_point"]) == (1000, 3)
+    assert stage["losses"][:2] == [1.0, 4.0]
+    assert stage["tokens"][-1] == 10_000
 
 
 def test_speeds_stand_by_their_context() -> None:
@@ -476,18 +481,15 @@ def test_speeds_stand_by_their_context() -> None:
         rates = {f"{name}{end}": 1.0 for name in names for end in ("", "_slowest", "_fastest")}
         return {"contexts": [{"context": context, **rates} for context in contexts]}
 
-    found: dict[str, Any] = {"student": timed(512, 2048), "teacher": timed(192, 512)}
-    for swapped in (False, True):
-        models = dict(reversed(found.items())) if swapped else found
-        rows = probe_sections._speed_table(models).rows
-        assert [row[0] for row in rows] == [
-            f"{kind} {n} tokens" for kind in ("prefill of", "decode after")
-            for n in ("192", "512", "2,048")
-        ]  # fmt: skip
-        absent = [[cell == ABSENT for cell in row[1:]] for row in rows[:3]]
-        expected = [[True, False], [False, False], [False, True]]
-        assert absent == ([row[::-1] for row in expected] if swapped else expected)
-    assert len(probe_sections._speed_table({"student": timed(512), "teacher": None}).rows) == 2
+    found = {"student": timed(512, 2048), "teacher": timed(192, 512)}
+    rows = probe_sections._speed_table(found).rows
+    assert [row[0] for row in rows] == [
+        f"{kind} {n} tokens" for kind in ("prefill of", "decode after")
+        for n in ("192", "512", "2,048")
+    ]  # fmt: skip
+    absent = [[cell == ABSENT for cell in row[1:]] for row in rows[:3]]
+    assert absent == [[True, False], [False, False], [False, True]]
+    assert len(probe_sections._speed_table({"student": timed(512)}).rows) == 2
 
 
 def test_windows_longer_than_the_teacher_reads_are_noted(
@@ -514,7 +516,7 @@ def test_prompts_longer_than_a_model_reads_are_noted(
         student = {**files[name]["student"], "cut_prompts": cut}
         changed = {**files, name: {**files[name], "student": student}}
         notes = model_sections.quality({**report[0], "quality": {"files": changed}}).notes
-        said = f"3 prompts of {name} are longer than the positions of the student"
+        said = f"{name}: 3 prompts are longer than the positions of the student"
         assert any(said in note for note in notes) == bool(cut)
 
 
@@ -530,7 +532,7 @@ def test_a_ratio_is_of_the_same_tokens(
         section = measure._quality(*found)
         assert section["files"]["a.txt"]["ratio"] == (2.0 if alike else None)
         shown = model_sections.quality({"quality": section, "model": report[0]["model"]})
-        assert any("a.txt into other tokens" in note for note in shown.notes) is not alike
+        assert any("a.txt: the teacher's tokenizer" in note for note in shown.notes) is not alike
 
 
 def test_a_teacher_with_another_tokenizer_reads_the_same_text(
@@ -551,7 +553,8 @@ def test_a_teacher_with_another_tokenizer_reads_the_same_text(
     ]
     for one in found:
         # The text alone is of interest here.
-        for name in ("positions", "recall", "copying", "permutations", "samples", "speed"):
+        monkeypatch.setattr(one, "_on_text", lambda name: {})
+        for name in ("permutations", "samples", "speed"):
             monkeypatch.setattr(one, f"_{name}", dict)
     student, theirs = (one.all()["quality"]["files"]["text.txt"] for one in found)
     assert theirs["same_tokens"] is False

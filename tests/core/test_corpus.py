@@ -28,7 +28,7 @@ from supra_core.data.prepare import Settings
 from supra_core.data.record import Reading
 from supra_core.data.store import ShardWriter, TokenStore, type_for, write_index
 from supra_core.errors import FormatError, SupraError
-from supra_core.measure.tasks import task_of
+from supra_core.measure.tasks import tasks_of
 from supra_core.progress import silent
 from supra_core.sources.source import open_source
 from supra_core.text import read_text
@@ -492,7 +492,7 @@ def test_an_ending_that_is_not_known(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.json", "a.csv.gz", "a.parquet", "a.ndjson"])
 def test_records_are_not_measured_as_one_text(name: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="holds records, not one text"):
-        task_of(tmp_path / name)
+        tasks_of(tmp_path / name)
 
 
 def test_a_token_beyond_the_vocabulary_in_pieces(

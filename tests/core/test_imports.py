@@ -34,7 +34,8 @@ ROOMS = {
     "artifact sources runtime conversion measure",
     "backends/supra_torch": "devices precision ops recipes model inference calibration "
     "distributed run_folder uptrain benchmark plan",
-    "cli/supra_cli": "launch shared synthesis demo report_card serving talk commands main __main__",
+    "cli/supra_cli": "launch shared evaluation synthesis demo report_card serving talk commands "
+    "main __main__",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from supra_core.errors import SupraError
 from supra_core.measure.intervals import around, of_share
-from supra_core.measure.probes import recall
 from supra_core.measure.probes.loops import check_loops, distinct_share, repeated_share
-from supra_core.measure.probes.permutations import option_permutations
-from supra_core.measure.probes.positions import bin_edges, by_position
-from supra_core.measure.probes.recall import CUE_WORDS, associative_recall, copying
 from supra_core.measure.probes.speed import speed
 from supra_core.measure.probes.words import word_tokens
-from supra_core.measure.tasks import Question
+from supra_core.measure.tasks import TASKS, Options, Record, Subject
+from supra_core.measure.tasks.copying import CUE_WORDS
+from supra_core.measure.tasks.multiple_choice import Question
+from supra_core.measure.tasks.positions import bin_edges, by_position
+from supra_core.measure.tasks.recall import even_size
+from supra_core.progress import silent
 from supra_core.text import ModelTokenizer
 from tests.tiny_models import SPECS, reference
 
@@ -95,36 +97,47 @@ def tokenizer() -> ModelTokenizer:
 
 
 FILLER = np.zeros(700, dtype=np.int64)  # never one of the words
+PROBES = ["recall", "copying"]
 
 
-@pytest.mark.parametrize("probe", [associative_recall, copying])
-def test_recall_ends_where_the_memory_does(probe: Any, tokenizer: ModelTokenizer) -> None:
+def measured(
+    probe: str, model: FakeBackend, tokenizer: ModelTokenizer, filler: Any = FILLER, *,
+    distances: tuple[int, ...], sequences: int, seed: int = 0,
+) -> list[Any]:  # fmt: skip
+    task: Any = TASKS[probe]
+    material = task.material(model.spec, tokenizer, filler, distances)
+    found = task.accuracies(model, material, sequences, seed) if material.distances else []
+    return [SimpleNamespace(**one) for one in found]
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_recall_ends_where_the_memory_does(probe: str, tokenizer: ModelTokenizer) -> None:
     model = FakeBackend(remembers(64))
-    found = probe(model, tokenizer, FILLER, distances=(16, 32, 64, 128, 256), sequences=6)
+    found = measured(probe, model, tokenizer, distances=(16, 32, 64, 128, 256), sequences=6)
     # Between the first of eight lines and its repetition there is no room for 16 tokens.
-    short = [] if probe is associative_recall else [16]
+    short = [] if probe == "recall" else [16]
     assert [one.distance for one in found] == [*short, 32, 64, 128, 256]
     # Exactly up to the memory's length, so that a distance is what its docstring says.
     assert [one.greedy for one in found] == [*[1.0] * len(short), 1.0, 1.0, 0.0, 0.0]
     assert [one.among for one in found][:-2] == [1.0] * (len(found) - 2)
     for one in found:
-        assert one.answers == (6 if probe is associative_recall else 6 * (15 - CUE_WORDS))
+        assert one.answers == (6 if probe == "recall" else 6 * (15 - CUE_WORDS))
         assert one.greedy_interval[0] <= one.greedy <= one.greedy_interval[1]
 
 
 def test_recall_of_a_model_that_guesses_is_at_chance(tokenizer: ModelTokenizer) -> None:
     noise = np.random.default_rng(0)
     model = FakeBackend(lambda seen: noise.normal(size=VOCABULARY))
-    found = copying(model, tokenizer, FILLER, distances=(16,), sequences=60)[0]
+    found = measured("copying", model, tokenizer, distances=(16,), sequences=60)[0]
     assert found.by_chance == pytest.approx(sum(1 / n for n in range(2, 15)) / 13)
     assert found.among_interval[0] <= found.by_chance <= found.among_interval[1]
 
 
-@pytest.mark.parametrize("probe", [associative_recall, copying])
+@pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("latest", [True, False])
 @pytest.mark.parametrize("sequences", [8, 16, 32, 40])
 def test_preferring_recent_or_early_words_is_chance(
-    probe: Any, latest: bool, sequences: int, tokenizer: ModelTokenizer
+    probe: str, latest: bool, sequences: int, tokenizer: ModelTokenizer
 ) -> None:
     """No memory of what belongs together, only of what was said when."""
 
@@ -135,8 +148,8 @@ def test_preferring_recent_or_early_words_is_chance(
             logits[token] = place if latest else -place
         return logits
 
-    found = probe(FakeBackend(rule), tokenizer, FILLER, distances=(64,), sequences=sequences)[0]
-    if probe is associative_recall:
+    found = measured(probe, FakeBackend(rule), tokenizer, distances=(64,), sequences=sequences)[0]
+    if probe == "recall":
         # Every line is asked as often as another one.
         assert found.among == found.by_chance == 1 / 8
     else:
@@ -149,8 +162,8 @@ def test_recall_is_seeded_and_feeds_a_sequence_once(tokenizer: ModelTokenizer) -
     noise = lambda seen: np.random.default_rng(sum(seen)).normal(size=VOCABULARY)  # noqa: E731
     given: dict[str, Any] = {"distances": (16, 64, 128), "sequences": 8}
     first, second = FakeBackend(noise), FakeBackend(noise)
-    assert associative_recall(first, tokenizer, FILLER, seed=3, **given) == associative_recall(
-        second, tokenizer, FILLER, seed=3, **given
+    assert measured("recall", first, tokenizer, seed=3, **given) == measured(
+        "recall", second, tokenizer, seed=3, **given
     )
     # Eight pairs of four tokens, the text to the last distance, and three questions of two.
     assert first.fed <= 8 * (8 * 4 + 128 + 3 * 2)
@@ -158,21 +171,21 @@ def test_recall_is_seeded_and_feeds_a_sequence_once(tokenizer: ModelTokenizer) -
 
 def test_full_reports_ask_by_fours() -> None:
     """Their figures are those of batches of four."""
-    assert [recall._even(count) for count in (32, 64, 96, 8, 6)] == [4, 4, 4, 1, 1]
+    assert [even_size(count) for count in (32, 64, 96, 8, 6)] == [4, 4, 4, 1, 1]
 
 
-@pytest.mark.parametrize("probe", [associative_recall, copying])
-def test_text_beyond_the_vocabulary_is_refused(probe: Any, tokenizer: ModelTokenizer) -> None:
+@pytest.mark.parametrize("probe", PROBES)
+def test_text_beyond_the_vocabulary_is_refused(probe: str, tokenizer: ModelTokenizer) -> None:
     model = FakeBackend(remembers(64))
     beyond = np.append(FILLER, VOCABULARY)
     with pytest.raises(SupraError, match="token id 300 is outside"):
-        probe(model, tokenizer, beyond, distances=(64,), sequences=4)
+        measured(probe, model, tokenizer, beyond, distances=(64,), sequences=4)
     assert model.fed == 0
 
 
-@pytest.mark.parametrize("probe", [associative_recall, copying])
+@pytest.mark.parametrize("probe", PROBES)
 def test_a_sequence_begins_as_the_tokenizer_begins_a_text(
-    probe: Any, tokenizer: ModelTokenizer
+    probe: str, tokenizer: ModelTokenizer
 ) -> None:
     begun = Tokenizer.from_str(tokenizer.raw.to_str())
     end = begun.token_to_id("<|end|>")
@@ -186,22 +199,20 @@ def test_a_sequence_begins_as_the_tokenizer_begins_a_text(
         return remembers(64)(seen)
 
     # Room for the distance of 64 without the one token more, then with it.
-    around = 32 if probe is associative_recall else 16
+    around = 32 if probe == "recall" else 16
     given: dict[str, Any] = {"distances": (64,), "sequences": 4}
     for positions, kept in ((64 + 2 * around, 0), (65 + 2 * around, 1)):
         model = FakeBackend(rule, positions)
-        assert len(probe(model, ModelTokenizer(begun), FILLER + 1, **given)) == kept
-        assert len(probe(FakeBackend(remembers(64), positions), tokenizer, FILLER, **given)) == 1
+        assert len(measured(probe, model, ModelTokenizer(begun), FILLER + 1, **given)) == kept
+        assert len(measured(probe, FakeBackend(remembers(64), positions), tokenizer, **given)) == 1
     assert beginnings == {end}
 
 
 def test_distances_that_do_not_fit_are_left_out(tokenizer: ModelTokenizer) -> None:
     model = FakeBackend(remembers(64), positions=128)
-    found = associative_recall(
-        model, tokenizer, FILLER, distances=(2, 16, 32, 64, 128, 1024), sequences=4
-    )
+    found = measured("recall", model, tokenizer, distances=(2, 16, 32, 64, 128, 1024), sequences=4)
     assert [one.distance for one in found] == [32, 64]
-    assert copying(model, tokenizer, FILLER, distances=(8,), sequences=4) == []
+    assert measured("copying", model, tokenizer, distances=(8,), sequences=4) == []
 
 
 def test_words_are_whole_words_or_else_any_tokens(tokenizer: ModelTokenizer) -> None:
@@ -211,7 +222,7 @@ def test_words_are_whole_words_or_else_any_tokens(tokenizer: ModelTokenizer) -> 
     others, real = word_tokens(tokenizer.raw, 90, fewest=80)
     assert not real
     assert tokenizer.raw.token_to_id("<|end|>") not in others
-    with pytest.raises(SupraError, match="60 are needed"):
+    with pytest.raises(SupraError, match="needs 60"):
         word_tokens(tokenizer.raw, 10, fewest=60)
 
 
@@ -221,7 +232,8 @@ def test_words_are_whole_words_or_else_any_tokens(tokenizer: ModelTokenizer) -> 
 def test_positions_split_the_whole_loss() -> None:
     model = reference(SPECS["sink"])
     ids = np.random.default_rng(0).integers(50, size=(2, 150))
-    found = by_position(model, ids, piece=47)  # type: ignore[arg-type]
+    bins = by_position(model, ids, piece=47)  # type: ignore[arg-type]
+    found = [SimpleNamespace(**one) for one in bins]
     assert [(one.first, one.stop) for one in found] == [(1, 64), (64, 128), (128, 150)]
     assert [one.tokens for one in found] == [2 * 63, 2 * 64, 2 * 22]
     logits = model.logits(ids)[:, :-1]
@@ -249,6 +261,14 @@ QUESTIONS = [
 ]
 
 
+def permuted(
+    model: FakeBackend, tokenizer: ModelTokenizer, questions: list[Question], seed: int = 0
+) -> Record:
+    subject, given = Subject(model.spec, tokenizer), Options(seed=seed)
+    found = TASKS["permutations"].prepared(questions, subject, given)(model, silent, "")  # type: ignore[arg-type]
+    return {**found["metrics"], **found}
+
+
 def _answers(choose: Callable[[str], str], tokenizer: ModelTokenizer) -> FakeBackend:
     """A backend that answers a prompt by the letter that ``choose`` makes of it."""
 
@@ -270,13 +290,18 @@ def letters() -> ModelTokenizer:
 
 
 def test_a_model_that_always_says_one_letter_is_never_consistent(letters: ModelTokenizer) -> None:
-    found = option_permutations(_answers(lambda text: "B", letters), letters, QUESTIONS)
-    assert found.consistent == 0.0
-    assert {one.letter: one.chosen for one in found.letters} == {"A": 0, "B": 1, "C": 0, "D": 0}
+    found = permuted(_answers(lambda text: "B", letters), letters, QUESTIONS)
+    assert found["consistent"] == 0.0
+    assert {one["letter"]: one["chosen"] for one in found["letters"]} == {
+        "A": 0,
+        "B": 1,
+        "C": 0,
+        "D": 0,
+    }
     # Each content stands at B once.
-    assert found.accuracy == pytest.approx(2 / 7)
-    assert found.accuracy == found.accuracy_by_chance
-    assert found.orders == 4 + 3
+    assert found["accuracy"] == pytest.approx(2 / 7)
+    assert found["accuracy"] == found["accuracy_by_chance"]
+    assert found["orders"] == 4 + 3
 
 
 def test_a_model_that_knows_the_content_always_is(letters: ModelTokenizer) -> None:
@@ -286,27 +311,27 @@ def test_a_model_that_knows_the_content_always_is(letters: ModelTokenizer) -> No
         lines = [line for line in text.split("\n") if line[1:3] == ". "]
         return next(line[0] for line in lines if line[3:] in right)
 
-    found = option_permutations(_answers(choose, letters), letters, QUESTIONS, seed=5)
-    assert found.consistent == 1.0
+    found = permuted(_answers(choose, letters), letters, QUESTIONS, seed=5)
+    assert found["consistent"] == 1.0
     # The first question's gold is fbb, the second's is not fdd.
-    assert found.accuracy == pytest.approx(4 / 7)
-    assert found.by_chance == pytest.approx((4.0**-3 + 3.0**-2) / 2)
-    for one in found.letters:
-        assert one.chosen == pytest.approx(one.even)
-    assert sum(one.even for one in found.letters) == pytest.approx(1.0)
+    assert found["accuracy"] == pytest.approx(4 / 7)
+    assert found["by_chance"] == pytest.approx((4.0**-3 + 3.0**-2) / 2)
+    for one in found["letters"]:
+        assert one["chosen"] == pytest.approx(one["even"])
+    assert sum(one["even"] for one in found["letters"]) == pytest.approx(1.0)
 
 
 def test_letters_without_a_token_and_long_questions_are_refused(letters: ModelTokenizer) -> None:
     many = Question("Q?\n", ("b",) * 27, 0)
     with pytest.raises(SupraError, match="letters"):
-        option_permutations(_answers(lambda text: "A", letters), letters, [many])
+        permuted(_answers(lambda text: "A", letters), letters, [many])
     small = FakeBackend(lambda seen: _one_hot(0))
     small.spec = replace(small.spec, vocab_size=letters.raw.token_to_id("D"))
     with pytest.raises(SupraError, match="outside the model's vocabulary"):
-        option_permutations(small, letters, QUESTIONS)
+        permuted(small, letters, QUESTIONS)
     short = FakeBackend(lambda seen: _one_hot(0), positions=20)
     with pytest.raises(SupraError, match="20 positions"):
-        option_permutations(short, letters, QUESTIONS)
+        permuted(short, letters, QUESTIONS)
 
 
 # --- loops, speed, intervals ----------------------------------------------------------------
@@ -338,7 +363,7 @@ def test_shares_of_a_text() -> None:
 
 def test_speed_counts_its_tokens() -> None:
     model = FakeBackend(lambda seen: _one_hot(0))
-    found = speed(model, 5, repeats=2, steps=3)
+    found = SimpleNamespace(**speed(model, 5, repeats=2, steps=3))
     assert model.fed == 5 * 3 + 1 + 3  # one prefill and one step are not counted
     assert found.decode_slowest <= found.decode <= found.decode_fastest
     assert found.prefill_slowest <= found.prefill <= found.prefill_fastest

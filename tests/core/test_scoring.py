@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from supra_core.errors import FormatError, SupraError
 from supra_core.measure.perplexity import losses_of
 from supra_core.measure.scoring import Pair, encode_pair, score
-from supra_core.measure.tasks import (
-    Passage,
-    Question,
-    lambada,
-    multiple_choice,
-    passage_pairs,
-    read_passages,
-    read_questions,
-    task_of,
-)
+from supra_core.measure.tasks import TASKS, Options, Record, Subject, tasks_of
+from supra_core.measure.tasks.lambada import Passage
+from supra_core.measure.tasks.multiple_choice import Question
+from supra_core.progress import silent
 from supra_core.text import ModelTokenizer
 from tests.tiny_models import SPECS, reference
 from tests.tiny_tokenizers import SPECIAL, byte_level, with_bos
@@ -43,6 +38,12 @@ def tokenizer() -> ModelTokenizer:
     return ModelTokenizer(made)
 
 
+def _measured(task: str, tokenizer: ModelTokenizer, examples: list[Any], **spec: Any) -> Record:
+    model: Any = _Prefers()
+    subject = Subject(replace(model.spec, **spec), tokenizer)
+    return TASKS[task].prepared(examples, subject, Options())(model, silent, task)
+
+
 def _random_pairs(count: int, seed: int = 0) -> list[Pair]:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 30, size=(count, 2))
@@ -60,7 +61,6 @@ def test_batches_and_padding_change_nothing(batch_tokens: int) -> None:
         logits = model.logits(ids)
         expected = -losses_of(logits, ids)[0, len(pair.context) - 1 :].sum(dtype=np.float64)
         greedy = logits[0, len(pair.context) - 1 : -1].argmax(-1)
-        assert ours.tokens == len(pair.continuation)
         # Losses are float32: 30 of size 2^3 rounded at 2^-24.
         assert ours.log_likelihood == pytest.approx(expected, abs=30 * 2.0**-21)
         assert ours.greedy == (greedy == pair.continuation).all()
@@ -114,16 +114,16 @@ def test_a_context_begins_as_the_tokenizer_begins_a_text() -> None:
 
 
 def test_results_state_how_prompts_begin(tokenizer: ModelTokenizer) -> None:
-    found = lambada(_Prefers(), tokenizer, [Passage("the", "he")])  # type: ignore[arg-type]
-    assert found.text_form.endswith("; no BOS")
+    found = _measured("lambada", tokenizer, [Passage("the", "he")])
+    assert found["text_form"].endswith("; no BOS")
     bos = Tokenizer.from_str(tokenizer.raw.to_str())
     bos.add_special_tokens(["."])
     bos.post_processor = processors.TemplateProcessing(
         single=". $A", special_tokens=[(".", bos.token_to_id("."))]
     )
     question = Question("who?", ("b", "w"), 1)
-    asked = multiple_choice(_Prefers(), ModelTokenizer(bos), [question])  # type: ignore[arg-type]
-    assert asked.text_form.endswith("; behind the tokenizer's own .")
+    asked = _measured("multiple_choice", ModelTokenizer(bos), [question])
+    assert asked["text_form"].endswith("; behind the tokenizer's own .")
 
 
 class _Prefers:
@@ -139,33 +139,36 @@ class _Prefers:
 def test_multiple_choice_chooses_by_likelihood(tokenizer: ModelTokenizer) -> None:
     # "w" has a greater id than "b": alone it wins; six of them lose, but not by the letter.
     questions = [Question("who?", ("b", "w"), 1), Question("who?", ("b", "wwwwww"), 1)]
-    found = multiple_choice(_Prefers(), tokenizer, questions)  # type: ignore[arg-type]
-    assert [record["chosen"] for record in found.records] == [1, 0]
-    assert [record["chosen_norm"] for record in found.records] == [1, 1]
-    assert found.metrics["acc"] == 0.5
-    assert found.metrics["acc_stderr"] == pytest.approx(0.5)
-    assert found.metrics["acc_norm"] == 1.0
+    found = _measured("multiple_choice", tokenizer, questions)["metrics"]
+    assert found["acc"] == 0.5
+    assert found["acc_stderr"] == pytest.approx(0.5)
+    assert found["acc_norm"] == 1.0
+    # The other one is right where the other one is the answer.
+    swapped = [replace(question, gold=0) for question in questions]
+    assert _measured("multiple_choice", tokenizer, swapped[:1])["metrics"]["acc"] == 0.0
+    assert _measured("multiple_choice", tokenizer, swapped[1:])["metrics"]["acc"] == 1.0
 
 
 def test_lambada_is_the_last_word(tokenizer: ModelTokenizer) -> None:
     passages = [Passage("the cat", "sat"), Passage("the", "hehe")]
-    found = lambada(_Prefers(), tokenizer, passages)  # type: ignore[arg-type]
-    assert found.metrics["acc"] == 0.0
-    likelihoods = [record["log_likelihood"] for record in found.records]
-    assert found.metrics["perplexity"] == pytest.approx(np.exp(-np.mean(likelihoods)))
-    assert found.cut_prompts == 0
+    found = _measured("lambada", tokenizer, passages)
+    assert found["metrics"]["acc"] == 0.0
+    assert "cut_prompts" not in found
     # Of 50 logits 0 ... 49 the sum of exponentials is e^50 / (e - 1).
     normaliser = 50 - np.log(np.e - 1)
-    ids = encode_pair(tokenizer, "the cat", " sat").continuation
-    assert likelihoods[0] == pytest.approx(sum(ids) - len(ids) * normaliser, abs=1e-3)
+    likelihoods = []
+    for one in passages:
+        ids = encode_pair(tokenizer, one.context, " " + one.continuation).continuation
+        likelihoods.append(sum(ids) - len(ids) * normaliser)
+    assert np.log(found["metrics"]["perplexity"]) == pytest.approx(-np.mean(likelihoods), abs=1e-3)
 
 
 def test_prompts_that_were_cut_are_counted(tokenizer: ModelTokenizer) -> None:
     passages = [Passage("the cat", "sat"), Passage("the cat " * 9, "sat")]
-    longest = max(map(len, passage_pairs(tokenizer, passages)))
-    for length, cut in ((longest, 0), (longest - 1, 1)):
-        found = lambada(_Prefers(), tokenizer, passages, max_length=length)  # type: ignore[arg-type]
-        assert found.cut_prompts == cut
+    longest = max(len(encode_pair(tokenizer, one.context, " sat")) for one in passages)
+    for positions, cut in ((longest, 0), (longest - 1, 1)):
+        found = _measured("lambada", tokenizer, passages, max_position_embeddings=positions)
+        assert found.get("cut_prompts", 0) == cut
 
 
 def test_files_say_what_they_are_for(tmp_path: Path) -> None:
@@ -174,13 +177,14 @@ def test_files_say_what_they_are_for(tmp_path: Path) -> None:
     for name, item in (("lambada", passage), ("multiple_choice", question)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("\n".join(json.dumps(item) for _ in range(3)))
-        assert task_of(file) == name
+        assert tasks_of(file)[0].name == name
         # As a Windows editor saves it.
         file.with_suffix(".JSONL").write_text("\ufeff" + json.dumps(item))
-        assert task_of(file.with_suffix(".JSONL")) == name
-    assert task_of(tmp_path / "text.txt") == "perplexity"
-    assert len(read_passages(tmp_path / "lambada.jsonl", 2)) == 2
-    assert read_questions(tmp_path / "multiple_choice.jsonl")[0] == Question("a", ("b", "c"), 1)
+        assert tasks_of(file.with_suffix(".JSONL"))[0].name == name
+    assert tasks_of(tmp_path / "text.txt")[0].name == "perplexity"
+    assert len(TASKS["lambada"].read(tmp_path / "lambada.jsonl", 2)) == 2
+    questions = TASKS["multiple_choice"].read(tmp_path / "multiple_choice.jsonl")
+    assert questions[0] == Question("a", ("b", "c"), 1)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def test_files_say_what_they_are_for(tmp_path: Path) -> None:
         ('{"query": "a", "choices": ["b", ""], "gold": 0}', "field choices"),
         ('{"query": "", "choices": ["b", "c"], "gold": 0}', "field query is empty"),
         ('{"choices": ["b", "c"], "gold": 0}', "field query must be a text, and is absent"),
-        ("[1]", "no JSON object"),
+        ("[1]", "not a JSON object"),
         ("{", "not JSON"),
         (r'{"query": "\ud83d", "choices": ["b", "c"], "gold": 0}', "not JSON"),
         ('{"query": "a", "choices": ["b", "c"], "gold": ' + "1" * 5000 + "}", "not JSON"),
@@ -203,14 +207,14 @@ def test_wrong_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "file.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(SupraError, match=f"line 1.*{message}"):
-        read_questions(file)
+        TASKS["multiple_choice"].read(file)
 
 
 def test_unknown_fields_are_named(tmp_path: Path) -> None:
     file = tmp_path / "file.jsonl"
     file.write_text('{"text": "a"}\n')
-    with pytest.raises(SupraError, match="fields text"):
-        task_of(file)
+    with pytest.raises(SupraError, match="fields text: a task needs context and cont"):
+        tasks_of(file)
 
 
 def test_a_line_of_json_ends_at_a_line_feed_only(tmp_path: Path) -> None:
@@ -218,8 +222,8 @@ def test_a_line_of_json_ends_at_a_line_feed_only(tmp_path: Path) -> None:
     file = tmp_path / "last.jsonl"
     odd = {"context": "A\u2028line\x85that goes on", "continuation": "here"}
     file.write_text(json.dumps(odd, ensure_ascii=False) + "\n\n" + json.dumps(odd) + "\n", "utf-8")
-    assert task_of(file) == "lambada"
-    assert [one.context for one in read_passages(file)] == [odd["context"]] * 2
+    assert tasks_of(file)[0].name == "lambada"
+    assert [one.context for one in TASKS["lambada"].read(file)] == [odd["context"]] * 2
     file.write_text("\n \n")
     with pytest.raises(FormatError, match="holds no example"):
-        read_passages(file)
+        TASKS["lambada"].read(file)

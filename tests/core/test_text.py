@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from supra_core.errors import SupraError
 from supra_core.families import needs_bos
-from supra_core.measure.perplexity import perplexity
+from supra_core.measure.tasks.perplexity import perplexity
 from supra_core.text import ModelTokenizer, Rendering, load_tokenizer
 from supra_core.text.chat_template import ANSWER, ChatTemplate
 from tests.tiny_models import SPECS
@@ -317,8 +317,8 @@ def test_what_is_measured_begins_as_the_model_needs_it() -> None:
         rows = [ids[start : start + 4] for start in range(0, len(ids), 4)]
         assert seen == [begins + row for row in rows if len(row) > 1]
         # As many tokens are predicted, and compare.
-        assert found.tokens == sum(len(row) - 1 for row in rows)
-        assert found.text_form.endswith(model_text.form)
+        assert found["tokens"] == sum(len(row) - 1 for row in rows)
+        assert found["text_form"].endswith(model_text.form)
     assert begun.form == f"behind the tokenizer's own {SPECIAL[1]}"
     assert needing.rows(np.arange(7), 3).tolist() == [[bos, 1, 2], [bos, 4, 5]]
     assert plain.rows(np.arange(7), 3).tolist() == [[0, 1, 2], [3, 4, 5]]

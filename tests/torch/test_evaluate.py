@@ -17,7 +17,8 @@ pytest.importorskip("lm_eval", reason="the lm-eval harness (extra eval) is not i
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from supra_core.errors import SupraError  # noqa: E402
-from supra_core.measure.tasks import lambada, multiple_choice, read_passages, read_questions  # noqa: E402
+from supra_core.measure.tasks import TASKS, Options, Subject  # noqa: E402
+from supra_core.progress import silent  # noqa: E402
 from supra_core.text import ModelTokenizer  # noqa: E402
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.inference.lm_eval import evaluate  # noqa: E402
@@ -112,13 +113,17 @@ def test_the_harness_agrees_with_our_tasks(
     model: TorchBackend, tokenizer: ModelTokenizer, files: dict[str, Path]
 ) -> None:
     found = evaluate(model, tokenizer, [str(files["choice"]), str(files["last_word"])])
-    ours = multiple_choice(model, tokenizer, read_questions(files["questions"]))
+    ours, last = (
+        task.prepared(task.read(files[data]), Subject(model.spec, tokenizer), Options())(
+            model, silent, ""
+        )["metrics"]
+        for task, data in ((TASKS["multiple_choice"], "questions"), (TASKS["lambada"], "passages"))
+    )
     for name in ("acc", "acc_norm"):
-        assert found["local_choice"]["metrics"][name] == ours.metrics[name]
-    last = lambada(model, tokenizer, read_passages(files["passages"]))
+        assert found["local_choice"]["metrics"][name] == ours[name]
     theirs = found["local_last_word"]["metrics"]
-    assert theirs["acc"] == last.metrics["acc"]
-    assert theirs["perplexity"] == pytest.approx(last.metrics["perplexity"], rel=1e-5)
+    assert theirs["acc"] == last["acc"]
+    assert theirs["perplexity"] == pytest.approx(last["perplexity"], rel=1e-5)
     assert found["local_choice"]["examples"] == 12
 
 

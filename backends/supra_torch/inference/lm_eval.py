@@ -13,6 +13,7 @@ from typing import Any
 
 from supra_core.errors import MissingDependencyError, SupraError
 from supra_core.measure.scoring import Pair, score
+from supra_core.measure.tasks import TASKS
 from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Backend, Form
 from supra_core.runtime.sampling import Sampling, generate
@@ -58,7 +59,8 @@ def evaluate(
     names = [_task_name(task) for task in tasks]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        raise SupraError(f"task {unknown[0]} is neither ours nor the lm-eval harness's: correct it")
+        ours = ", ".join(TASKS)
+        raise SupraError(f"task {unknown[0]} is not one of {ours} or of the lm-eval harness's")
     try:
         found = simple_evaluate(
             _harness_model(model, tokenizer, form, progress, stage),

@@ -9,7 +9,7 @@ from supra_core.errors import SupraError
 from supra_core.model.original import original_spec
 from supra_core.model.spec import ModelSpec
 from supra_core.sources.source import Source, open_source
-from supra_core.sources.teacher import holds_original, original
+from supra_core.sources.teacher import holds_original, open_teacher, original
 from supra_core.tensors import TensorSource
 from supra_core.text import ModelTokenizer
 from supra_torch.recipes.config import UptrainConfig
@@ -71,7 +71,7 @@ def refuse_another_recipe(config: UptrainConfig, spec: ModelSpec) -> None:
 def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, TensorSource] | None:
     """The transformer to learn from: named, the model itself, inside it, or not needed."""
     if config.teacher is not None:
-        teacher = open_source(config.teacher)
+        teacher = open_teacher(config.teacher)
         _check_teacher(config, model.spec, teacher)
         return teacher.spec, teacher.tensors
     if model.spec.is_transformer:
@@ -87,8 +87,6 @@ def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, Tensor
 
 
 def _check_teacher(config: UptrainConfig, student: ModelSpec, teacher: Source) -> None:
-    if not teacher.spec.is_transformer:
-        raise SupraError(f"{config.teacher} is no transformer: name the original as teacher")
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if getattr(teacher.spec, name) != getattr(student, name):
             raise SupraError(

@@ -11,7 +11,7 @@ from supra_cli.shared import options
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="An uptraining run, or anything convert reads.")],
+    model: Annotated[str, typer.Argument(help="A run, or anything supra convert reads.")],
     out: Annotated[Path, typer.Option(help="The page; its JSON record goes beside it.")] = Path(
         "report.html"
     ),
@@ -32,7 +32,7 @@ def command(
     backend: Annotated[
         str | None, typer.Option(help="torch, mlx, reference or transformers.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the probes and samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the probes and samples.")] = 0,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:

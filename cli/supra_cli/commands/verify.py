@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -53,8 +54,10 @@ def command(
     from supra_cli.shared.output import print_json
     from supra_cli.shared.progress import ProgressReporter
     from supra_core.measure.verify import candidates, verify
+    from supra_core.runtime.backend import is_installed
 
-    chosen = candidates(first, second, backend or _default_backends(), parse_form(form))
+    names = backend or list(filter(is_installed, DEFAULT_BACKENDS)) or ["reference"]
+    chosen = candidates(first, second, names, parse_form(form))
     tokens = _tokens(first, ids, text)
     with ProgressReporter() as progress:
         report = verify(
@@ -67,13 +70,6 @@ def command(
         _show(report)
     if not report.passed:
         raise typer.Exit(EXIT_CHECK_FAILED)
-
-
-def _default_backends() -> tuple[str, ...]:
-    """Those of the default ones that are installed, else the reference."""
-    from supra_core.runtime.backend import is_installed
-
-    return tuple(filter(is_installed, DEFAULT_BACKENDS)) or ("reference",)
 
 
 def _refuse_more(*others: object) -> None:
@@ -89,17 +85,7 @@ def _verify_checksums(folder: Path, json_output: bool) -> None:
 
     found = checksums.check(folder)
     if json_output:
-        print_json(
-            {
-                "folder": str(folder),
-                "files": found.files,
-                "passed": found.passed,
-                "problems": [
-                    {"file": problem.file, "problem": problem.problem} for problem in found.problems
-                ],
-                "unlisted": list(found.unlisted),
-            }
-        )
+        print_json({"folder": str(folder), "passed": found.passed, **asdict(found)})
     else:
         for problem in found.problems:
             log(f"{folder / problem.file} {problem.problem}")
@@ -112,15 +98,12 @@ def _verify_checksums(folder: Path, json_output: bool) -> None:
 
 def parse_form(name: str) -> Form:
     """One of the three forms; :class:`SupraError` lists them."""
-    from typing import get_args
-
     from supra_core.errors import SupraError
     from supra_core.runtime.backend import Form
 
-    for form in get_args(Form):
-        if form == name:
-            return form  # type: ignore[no-any-return]
-    raise SupraError(f"--form '{name}' is unknown: use one of {', '.join(get_args(Form))}")
+    if name not in get_args(Form):
+        raise SupraError(f"--form '{name}' is unknown: use one of {', '.join(get_args(Form))}")
+    return cast("Form", name)
 
 
 def _tokens(model: Path, ids: Path | None, text: str | None) -> Ids:
@@ -150,18 +133,12 @@ def _result(report: Report) -> dict[str, Any]:
         "passed": report.passed,
         "comparisons": [
             {
-                "label": comparison.candidate.label,
-                "backend": comparison.candidate.backend,
-                "path": str(comparison.candidate.path),
-                "form": comparison.candidate.form,
-                "max_abs_difference": comparison.difference.max_abs_difference,
-                "mean_kl": comparison.difference.mean_kl,
-                "top1_agreement": comparison.difference.top1_agreement,
-                "within_tolerance": comparison.within_tolerance,
+                **asdict(one.candidate), "path": str(one.candidate.path),
+                **asdict(one.difference), "within_tolerance": one.within_tolerance,
             }
-            for comparison in report.comparisons
+            for one in report.comparisons
         ],
-    }
+    }  # fmt: skip
 
 
 def _show(report: Report) -> None:
@@ -172,14 +149,14 @@ def _show(report: Report) -> None:
         return
     rows = [
         (
-            comparison.candidate.label,
-            comparison.candidate.form,
-            f"{comparison.difference.max_abs_difference:.2e}",
-            f"{comparison.difference.mean_kl:.2e}",
-            f"{100 * comparison.difference.top1_agreement:.1f} %",
-            "yes" if comparison.within_tolerance else "NO",
+            one.candidate.label,
+            one.candidate.form,
+            f"{one.difference.max_abs_difference:.2e}",
+            f"{one.difference.mean_kl:.2e}",
+            f"{100 * one.difference.top1_agreement:.1f} %",
+            "yes" if one.within_tolerance else "NO",
         )
-        for comparison in report.comparisons
+        for one in report.comparisons
     ]
     columns = (
         f"against {report.first.label}", "form", "max difference", "KL, nats", "same top-1",

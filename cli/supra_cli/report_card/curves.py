@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from supra_core.sources.source import RUN_FILE
 METRICS_FILE = "metrics.jsonl"
 # Points of a curve; more steps are averaged, since no page has more columns.
 MOST_POINTS = 400
-# A loss or perplexity above it is none: a run bounds the latter by exp(700), about 1e304.
+# A loss or perplexity above it is not one: a run bounds the latter by exp(700), about 1e304.
 _LARGEST = 1e305
 
 LOSSES = {
@@ -26,94 +25,62 @@ LOSSES = {
 }
 
 
-@dataclass(frozen=True)
-class StageCurve:
-    """Tokens seen and loss, each point the mean of ``steps_per_point`` steps."""
+def read_curve(run: Path) -> dict[str, Any]:
+    """What a run logged, ready for JSON; :class:`FormatError` names the line that cannot be read.
 
-    stage: str
-    loss: str
-    steps: int
-    steps_per_point: int
-    tokens: tuple[int, ...]
-    losses: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The run's own held-out perplexity after ``tokens`` tokens."""
-
-    tokens: int
-    perplexity: float
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What a run logged; ``teacher_perplexity`` None where it had no teacher."""
-
-    stages: tuple[StageCurve, ...]
-    held_out: tuple[HeldOut, ...]
-    teacher_perplexity: float | None
-    sequence_length: int | None
-
-
-def read_curve(run: Path) -> Curve:
-    """The curves of ``run``; :class:`FormatError` names the line that cannot be read."""
+    ``stages``: tokens seen and loss, each point the mean of ``steps_per_point`` steps.
+    ``held_out``: the run's own held-out perplexity after some tokens. ``teacher_perplexity``: None
+    for a run without a teacher.
+    """
     # By index: a recipe may have two stages of one kind.
     stages: dict[tuple[int, str], list[tuple[int, float]]] = {}
-    held_out: list[HeldOut] = []
-    teacher = None
+    held_out: list[dict[str, float]] = []
+    teacher: float | None = None
     for place, entry in _entries(run / METRICS_FILE):
         try:
             if "left_out" in entry:
                 continue
             if "loss" in entry:
-                index = _count(entry, "stage_index") if "stage_index" in entry else 0
-                points = stages.setdefault((index, _text(entry, "stage")), [])
-                points += [(_count(entry, "tokens"), loss) for loss in _drawn(entry, "loss")]
+                index = _field(entry, "stage_index") if "stage_index" in entry else 0
+                points = stages.setdefault((index, _field(entry, "stage", str)), [])
+                points += [(_field(entry, "tokens"), loss) for loss in _drawn(entry, "loss")]
             elif "teacher_perplexity" in entry:
                 stated = entry["teacher_perplexity"] is not None
                 teacher = next(iter(_drawn(entry, "teacher_perplexity")), None) if stated else None
             elif "perplexity" in entry:
-                tokens = _count(entry, "tokens")
-                held_out += [HeldOut(tokens, value) for value in _drawn(entry, "perplexity")]
+                tokens = _field(entry, "tokens")
+                found = _drawn(entry, "perplexity")
+                held_out += [{"tokens": tokens, "perplexity": value} for value in found]
         except KeyError as error:
             raise FormatError(
-                f"{place} is no line of an uptraining run (field {error}): remove it"
+                f"{place} is not a line of an uptraining run (field {error}): remove it"
             ) from None
     config = read_object(run / RUN_FILE).get("config")
     length = config.get("sequence_length") if isinstance(config, dict) else None
-    return Curve(
-        tuple(_thinned(stage, points) for (_, stage), points in stages.items() if points),
-        tuple(held_out),
-        teacher,
-        length if isinstance(length, int) else None,
-    )
+    return {
+        "stages": [_thinned(stage, points) for (_, stage), points in stages.items() if points],
+        "held_out": held_out,
+        "teacher_perplexity": teacher,
+        "sequence_length": length if isinstance(length, int) else None,
+    }
 
 
-def _count(entry: dict[str, Any], name: str) -> int:
-    """A field that is a whole number; KeyError with its name where it is none."""
+def _field(entry: dict[str, Any], name: str, *types: type) -> Any:
+    """A field, by default a count; KeyError with its name where it is of no such type."""
     value = entry[name]
-    if type(value) is not int or not 0 <= value < 2**63:
+    if type(value) not in (types or (int,)) or (not types and not 0 <= value < 2**63):
         raise KeyError(name)
     return value
 
 
 def _drawn(entry: dict[str, Any], name: str) -> list[float]:
-    """A number, or nothing where it is NaN or infinite; KeyError with the name of what is none."""
-    value = entry[name]
-    if type(value) not in (int, float):
-        raise KeyError(name)
+    """A number, or nothing where it is NaN or infinite."""
+    value = _field(entry, name, int, float)
     return [float(value)] if abs(value) < _LARGEST else []
 
 
-def _text(entry: dict[str, Any], name: str) -> str:
-    if not isinstance(entry[name], str):
-        raise KeyError(name)
-    return str(entry[name])
-
-
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object with where it stands; a last line that a kill cut off is left out."""
+    """Each object with where it stands; a last line that a kill cut off is skipped."""
     if not file.is_file():
         return
     try:
@@ -129,18 +96,18 @@ def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 return
             raise FormatError(f"{place} is not JSON ({reason(error)}): remove it") from None
         if not isinstance(entry, dict):
-            raise FormatError(f"{place} is no JSON object: remove it")
+            raise FormatError(f"{place} is not a JSON object: remove it")
         yield place, entry
 
 
-def _thinned(stage: str, points: list[tuple[int, float]]) -> StageCurve:
+def _thinned(stage: str, points: list[tuple[int, float]]) -> dict[str, Any]:
     every = -(-len(points) // MOST_POINTS)
     groups = [points[start : start + every] for start in range(0, len(points), every)]
-    return StageCurve(
-        stage,
-        LOSSES.get(stage, "loss"),
-        len(points),
-        every,
-        tuple(group[-1][0] for group in groups),
-        tuple(float(np.mean([loss for _, loss in group])) for group in groups),
-    )
+    return {
+        "stage": stage,
+        "loss": LOSSES.get(stage, "loss"),
+        "steps": len(points),
+        "steps_per_point": every,
+        "tokens": [group[-1][0] for group in groups],
+        "losses": [float(np.mean([loss for _, loss in group])) for group in groups],
+    }

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from supra_cli.report_card.parts import found_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
-# Everything drawn in this colour takes the page's text colour.
+# Everything drawn in this colour takes the page's text colour; figures.mplstyle has it too.
 _INK = "#010203"
 _STUDENT = "#2f78b7"
 # Which model a line or bar is of can be told by marker, dash and hatch alone.
@@ -24,26 +29,7 @@ _BARS: dict[str, dict[str, Any]] = {
     "teacher": {"facecolor": "none", "edgecolor": _INK, "hatch": "////"},
 }
 _SIZE = (7.2, 3.4)
-_SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "hatch.linewidth": 0.7,
-    "legend.frameon": False,
-    **dict.fromkeys(
-        (
-            "text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color",
-            "grid.color", "axes.titlecolor",
-        ),
-        _INK,
-    ),
-}  # fmt: skip
+_STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 
 
 def layer_errors(section: dict[str, Any]) -> str:
@@ -98,15 +84,20 @@ def _held_out(axes: Axes, section: dict[str, Any]) -> None:
 
 def positions(section: dict[str, Any], trained_length: int | None) -> str:
     """One panel for each length of sequence."""
-    both = _measured(section)
-    lengths = sorted({curve["length"] for _, result in both for curve in result["curves"]})
+    found = found_of(section)
+    lengths = sorted({curve["length"] for result in found.values() for curve in result["curves"]})
     with _style("positions"):
         figure, panels = _drawing(len(lengths))
         for axes, length in zip(panels, lengths, strict=True):
-            for role, result in both:
+            for role, result in found.items():
                 for curve in result["curves"]:
                     if curve["length"] == length:
-                        _position_line(axes, role, curve["bins"])
+                        # A bin stands at its geometric middle.
+                        points = (
+                            ((b["first"] * b["stop"]) ** 0.5, b["perplexity"], b["low"], b["high"])
+                            for b in curve["bins"]
+                        )
+                        _curve(axes, role, points)
             if trained_length is not None and trained_length < length:
                 axes.axvline(trained_length, color=_INK, linestyle=":", label="trained length")
             _powers(axes)
@@ -116,33 +107,25 @@ def positions(section: dict[str, Any], trained_length: int | None) -> str:
         return _svg(figure)
 
 
-def _position_line(axes: Axes, role: str, bins: Sequence[dict[str, Any]]) -> None:
-    # A bin stands at its geometric middle.
-    middles = [(one["first"] * one["stop"]) ** 0.5 for one in bins]
-    values = [one["perplexity"] for one in bins]
-    errors = [
-        [one["perplexity"] - one["low"] for one in bins],
-        [one["high"] - one["perplexity"] for one in bins],
-    ]
-    axes.errorbar(middles, values, errors, label=role, capsize=2.5, **_LINES[role])
+def _curve(axes: Axes, role: str, points: Iterable[tuple[float, float, float, float]]) -> None:
+    """A model's line through points of a place, a value, and the bounds of the value."""
+    places, values, lows, highs = map(np.array, zip(*points, strict=True))
+    errors = (values - lows, highs - values)
+    axes.errorbar(places, values, errors, label=role, capsize=2.5, **_LINES[role])
 
 
 def distances(recall: dict[str, Any], copying: dict[str, Any]) -> str:
     """Recall and copying beside each other."""
     panels_of = [("Recall of a value by its key", recall), ("Copying of random words", copying)]
-    present = [(title, section) for title, section in panels_of if _measured(section)]
+    present = [(title, found) for title, section in panels_of if (found := found_of(section))]
     with _style("distances"):
         figure, panels = _drawing(len(present))
-        for axes, (title, section) in zip(panels, present, strict=True):
-            for role, result in _measured(section):
-                found = result["distances"]
-                values = [100 * one["among"] for one in found]
-                errors = [
-                    [100 * (one["among"] - one["among_interval"][0]) for one in found],
-                    [100 * (one["among_interval"][1] - one["among"]) for one in found],
-                ]
-                places = [one["distance"] for one in found]
-                axes.errorbar(places, values, errors, label=role, capsize=2.5, **_LINES[role])
+        for axes, (title, found) in zip(panels, present, strict=True):
+            for role, result in found.items():
+                shares = [(one["among"], *one["among_interval"]) for one in result["distances"]]
+                places = [one["distance"] for one in result["distances"]]
+                percents = (100 * np.array(shares)).T
+                _curve(axes, role, zip(places, *percents, strict=True))
                 chance = 100 * result["by_chance"]
             axes.axhline(chance, color=_INK, linestyle=":", linewidth=1.2, label="chance")
             axes.set_ylim(-3, 103)
@@ -154,11 +137,11 @@ def distances(recall: dict[str, Any], copying: dict[str, Any]) -> str:
 
 def letters(section: dict[str, Any]) -> str:
     """How often each letter was chosen."""
-    both = _measured(section)
+    both = found_of(section)
     with _style("letters"):
         figure, (axes,) = _drawing()
         width = 0.8 / len(both)
-        for place, (role, result) in enumerate(both):
+        for place, (role, result) in enumerate(both.items()):
             names = [one["letter"] for one in result["letters"]]
             where = [index + (place - (len(both) - 1) / 2) * width for index in range(len(names))]
             chosen = [100 * one["chosen"] for one in result["letters"]]
@@ -194,20 +177,11 @@ def memory(section: dict[str, Any]) -> str:
         return _svg(figure)
 
 
-def _measured(section: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        (role, section[role])
-        for role in ("student", "teacher")
-        if section.get(role) is not None and "not_measured" not in section[role]
-    ]
-
-
 def _style(name: str) -> Any:
     """The settings of one figure; ``name`` keeps the ids in its SVG its own."""
     from matplotlib import rc_context
 
-    settings: dict[Any, Any] = {**_SETTINGS, "svg.hashsalt": name}
-    return rc_context(settings)
+    return rc_context({"svg.hashsalt": name}, _STYLE)
 
 
 def _drawing(panels: int = 1) -> tuple[Drawing, list[Axes]]:

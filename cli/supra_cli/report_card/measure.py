@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from supra_cli.report_card.inputs import Inputs, Side
-from supra_cli.report_card.settings import Budget, ReportSettings
-from supra_cli.report_card.sides import Result, SideMeasurement, failed, not_measured, text_result
+from supra_cli.evaluation.figures import memory
+from supra_cli.evaluation.sides import Side
+from supra_cli.report_card.inputs import Inputs, origin
+from supra_cli.report_card.settings import ReportSettings
+from supra_cli.report_card.sides import SideMeasurement, quality_record, timed
+from supra_cli.shared.backends import require
 from supra_core.artifact import folder as artifact
 from supra_core.conversion.variants import is_windowed, window_alone, without_window
+from supra_core.errors import SupraError
+from supra_core.measure.tasks import Options, Record
 from supra_core.model import sizes
 from supra_core.progress import Progress
-from supra_core.runtime.backend import load
+from supra_core.runtime.backend import Backend
 
 MEMORY_CONTEXTS = tuple(2**power for power in range(9, 18))
 LAYER_SEQUENCE = 512
 
 
-def measure(settings: ReportSettings, inputs: Inputs, progress: Progress) -> Result:
+def measure(settings: ReportSettings, inputs: Inputs, progress: Progress) -> Record:
     """Everything the report says, JSON-ready; origin and seconds are the caller's."""
     budget = settings.budget
     found = {
@@ -30,41 +33,32 @@ def measure(settings: ReportSettings, inputs: Inputs, progress: Progress) -> Res
         for side in inputs.sides
     }
     student, teacher = found["student"], found.get("teacher")
-    record: Result = {
+    record: Record = {
         "model": _described(inputs.student),
-        "teacher": None if inputs.teacher is None else _described(inputs.teacher),
+        "teacher": inputs.teacher and _described(inputs.teacher),
         "settings": {
             "seed": settings.seed, "quick": settings.quick, "limit": settings.limit,
             **asdict(budget),
         },
         "data": [
-            {"name": file.name, "task": file.task, **file.origin} for file in inputs.files
+            {"name": file.name, "task": file.task.name, **origin(file)} for file in inputs.files
         ],
+        **{name: {"student": ours, "teacher": teacher and teacher[name]}
+           for name, ours in student.items()},
         "quality": _quality(student["quality"], teacher and teacher["quality"]),
-        "training": _training(inputs),
     }  # fmt: skip
-    for name in ("positions", "recall", "copying", "permutations", "samples", "speed"):
-        record[name] = {"student": student[name], "teacher": teacher and teacher[name]}
-    sections: dict[str, Callable[[], Result]] = {
-        "layer_errors": lambda: _layer_errors(inputs, budget, progress),
-        "variants": lambda: _variants(inputs, budget, settings.out.parent, progress),
+    sections: dict[str, Callable[[], Record]] = {
+        "training": lambda: _training(inputs),
+        "layer_errors": lambda: _layer_errors(inputs, budget.layer_tokens, progress),
+        "variants": lambda: _variants(inputs, budget.variant_tokens, settings.out.parent, progress),
         "memory": lambda: _memory(inputs.student),
     }
-    for name, work in sections.items():
-        start = time.monotonic()
-        try:
-            record[name] = work()
-        # What was measured before it is not lost for it.
-        except Exception as error:
-            record[name] = failed(error)
-        record[name]["seconds"] = round(time.monotonic() - start, 1)
-    return record
+    return {**record, **{name: timed(work) for name, work in sections.items()}}
 
 
-def _described(side: Side) -> Result:
+def _described(side: Side) -> Record:
     spec = side.source.spec
     kinds = [layer.mixer.layer_type for layer in spec.layers]
-    measured = sizes.measure(spec, side.source.tensors)
     return {
         "path": side.path,
         "kind": side.source.kind,
@@ -72,7 +66,7 @@ def _described(side: Side) -> Result:
         "form": side.form,
         "dtype": side.dtype,
         "stored_dtype": side.source.dtype,
-        "parameters": measured.parameters,
+        "parameters": sizes.measure(spec, side.source.tensors).parameters,
         "layers": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "windows": sorted({layer.mixer.window or 0 for layer in spec.layers}),
         "max_position_embeddings": spec.max_position_embeddings,
@@ -80,47 +74,37 @@ def _described(side: Side) -> Result:
     }
 
 
-def _quality(student: Result, teacher: Result | None) -> Result:
+def _quality(student: Record, teacher: Record | None) -> Record:
     """File by file; ``ratio``: the student's perplexity over the teacher's of the same tokens."""
-    seconds = {"student": student["seconds"], "teacher": teacher and teacher["seconds"]}
     files = {}
     for name, ours in student["files"].items():
-        theirs = None if teacher is None else teacher["files"][name]
-        values = [_perplexity(result) for result in (ours, theirs)]
-        alike = theirs is None or theirs.get("same_tokens", True)
+        theirs = teacher and teacher["files"][name]
+        values = [(side or {}).get("perplexity") for side in (ours, theirs)]
+        alike = (theirs or {}).get("same_tokens", True)
         ratio = values[0] / values[1] if alike and values[0] is not None and values[1] else None
         files[name] = {"task": ours["task"], "student": ours, "teacher": theirs, "ratio": ratio}
+    seconds = {"student": student["seconds"], "teacher": teacher and teacher["seconds"]}
     return {"files": files, "seconds": seconds}
 
 
-def _perplexity(result: Result | None) -> float | None:
-    if result is None:
-        return None
-    value: float | None = result.get("perplexity", result.get("metrics", {}).get("perplexity"))
-    return value
-
-
-def _training(inputs: Inputs) -> Result:
+def _training(inputs: Inputs) -> Record:
     if inputs.curve is None:
-        return not_measured("the model was not given as an uptraining run")
-    if not inputs.curve.stages:
-        return not_measured("the run has logged no step")
-    return asdict(inputs.curve)
+        raise SupraError("the model was not given as an uptraining run")
+    if not inputs.curve["stages"]:
+        raise SupraError("the run has logged no step")
+    return inputs.curve
 
 
-def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
+def _layer_errors(inputs: Inputs, tokens: int, progress: Progress) -> Record:
     """Measured in torch whatever the report's backend is: only there the layers are open."""
     if inputs.teacher is None:
-        return not_measured("there is no teacher to compare with: name one with --teacher")
-    if importlib.util.find_spec("torch") is None:
-        return not_measured("it needs torch: install it with pip install 'supra-lm[torch]'")
-    if inputs.text is None or not isinstance(inputs.text.content, str):
-        return not_measured("none of the files is a text: name one with --data")
+        raise SupraError("there is no teacher to compare with: name one with --teacher")
+    require("torch", "the error of each layer")
     from supra_torch.inference.backend import load as load_in_torch
     from supra_torch.uptrain.layer_errors import layer_errors
 
-    tokenizer = inputs.teacher.tokenizer
-    ids = tokenizer.encode(inputs.text.content).ids[: budget.layer_tokens]
+    text, tokenizer = inputs.text(), inputs.teacher.tokenizer
+    ids = tokenizer.encode(text.content).ids[:tokens]
     length = min(LAYER_SEQUENCE, len(ids))
     rows = tokenizer.rows(ids, length)
     student, teacher = (
@@ -128,9 +112,9 @@ def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
     )
     found = layer_errors(student, teacher, rows, progress=progress)
     if not found:
-        return not_measured("no layer of the model is linear attention")
+        raise SupraError("no layer of the model is linear attention")
     return {
-        "text": inputs.text.name,
+        "text": text.name,
         "sequences": len(rows),
         "length": length,
         "layers": [asdict(one) for one in found],
@@ -138,36 +122,33 @@ def _layer_errors(inputs: Inputs, budget: Budget, progress: Progress) -> Result:
     }
 
 
-def _variants(inputs: Inputs, budget: Budget, beside: Path, progress: Progress) -> Result:
+def _variants(inputs: Inputs, tokens: int, beside: Path, progress: Progress) -> Record:
     """A windowed model whole, without its window, and with its window alone.
 
     The other two stand in ``beside`` while they are measured.
     """
     side = inputs.student
-    if not is_windowed(side.source.spec):
-        return not_measured("no layer of the model has linear attention with a window")
-    if inputs.text is None or not isinstance(inputs.text.content, str):
-        return not_measured("none of the files is a text: name one with --data")
-    text = side.tokenizer.encode(inputs.text.content).head(budget.variant_tokens)
-    results: Result = {"text": inputs.text.name}
-    whole = load(side.backend, side.path, dtype=side.dtype)
-    results["whole"] = text_result(whole, side, text, progress, "student: whole")
-    del whole
+    spec, tensors, dtype = side.source.spec, side.source.tensors, side.source.dtype
+    if not is_windowed(spec):
+        raise SupraError("no layer of the model has linear attention with a window")
+    text = inputs.text()
+    perplexity = side.prepared(text, Options(tokens))
+
+    def measured(name: str, model: Backend) -> Record:
+        return quality_record(side, "perplexity", perplexity(model, progress, side.stage(name)))
+
+    results: Record = {"text": text.name, "whole": measured("whole", side.load())}
     for name, variant in (("without_window", without_window), ("window_alone", window_alone)):
-        spec, tensors = variant(side.source.spec, side.source.tensors)
         # Through a folder, since that is what every backend loads.
         with tempfile.TemporaryDirectory(dir=beside) as place:
             folder = Path(place) / name
-            artifact.write(folder, spec, tensors, {}, dtype=side.source.dtype)
-            model = load(side.backend, folder, dtype=side.dtype)
-            results[name] = text_result(model, side, text, progress, f"student: {name}")
-            del model
-    for name in ("without_window", "window_alone"):
-        results[name]["ratio"] = results[name]["perplexity"] / results["whole"]["perplexity"]
+            artifact.write(folder, *variant(spec, tensors), {}, dtype=dtype)
+            found = measured(name, replace(side, path=str(folder)).load())
+        results[name] = {**found, "ratio": found["perplexity"] / results["whole"]["perplexity"]}
     return results
 
 
-def _memory(student: Side) -> Result:
+def _memory(student: Side) -> Record:
     found = sizes.measure(student.source.spec, student.source.tensors)
     return {
         "state_bytes": found.state_bytes,
@@ -175,12 +156,5 @@ def _memory(student: Side) -> Result:
         "kv_bytes_per_token": found.kv_bytes_per_token,
         "transformer_windows": list(found.transformer_windows),
         "break_even_tokens": found.break_even_tokens,
-        "contexts": [
-            {
-                "context": context,
-                "student_bytes": found.memory_bytes(context),
-                "transformer_bytes": found.transformer_memory_bytes(context),
-            }
-            for context in MEMORY_CONTEXTS
-        ],
+        "contexts": memory(found, MEMORY_CONTEXTS, "student"),
     }

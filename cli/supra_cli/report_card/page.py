@@ -55,7 +55,7 @@ def _origin(record: dict[str, Any]) -> list[tuple[str, str]]:
     model, settings = record["model"], record["settings"]
     rows = [("student", _model(model))]
     if record["teacher"] is None:
-        rows.append(("teacher", "none: it is not known here, or was left out"))
+        rows.append(("teacher", "none: it is not known here, or was not measured"))
     else:
         rows.append(("teacher", _model(record["teacher"])))
     machine = record["machine"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from typing import Any
 
 from supra_cli.report_card.settings import ReportSettings
+from supra_cli.shared.backends import require
 from supra_cli.shared.record import origin
-from supra_core.errors import MissingDependencyError
 from supra_core.formats.atomic import atomic_file, check_new_file
 from supra_core.progress import Progress
 
@@ -27,8 +26,7 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
     start = time.monotonic()
     for path in (settings.out, settings.record_path):
         check_new_file(path, settings.force)
-    if not has_matplotlib():
-        raise MissingDependencyError.of("matplotlib", "drawing the report", "report")
+    require("matplotlib", "drawing the report", extra="report")
     inputs = read_inputs(settings)
     measured = measure(settings, inputs, progress)
     record = {**origin(), **measured}
@@ -39,8 +37,3 @@ def write_report(settings: ReportSettings, progress: Progress) -> dict[str, Any]
     with atomic_file(settings.out, replace=settings.force) as beside:
         beside.write_text(render(record), encoding="utf-8")
     return record
-
-
-def has_matplotlib() -> bool:
-    """Whether the figures can be drawn; nothing is imported."""
-    return importlib.util.find_spec("matplotlib") is not None

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from supra_cli.report_card.inputs import Side
+from supra_cli.evaluation.sides import Side
+from supra_cli.report_card.settings import Budget
 from supra_core.measure.intervals import of_share
 from supra_core.measure.probes.loops import RULE, check_loops
 from supra_core.progress import Progress
@@ -32,15 +33,19 @@ Prompter = Callable[[str], list[int]]
 
 
 def sample(
-    side: Side, model: Backend, questions: int, answer_tokens: int, seed: int, progress: Progress
+    side: Side, model: Backend, budget: Budget, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """Every question answered at both temperatures; answers, and the share that loops."""
     form, prompt_of = _prompter(side)
-    total, done, answers = questions * len(TEMPERATURES), 0, []
+    asked = QUESTIONS[: budget.questions]
+    answers: list[dict[str, Any]] = []
+    total = len(asked) * len(TEMPERATURES)
     for temperature in TEMPERATURES:
-        for number, question in enumerate(QUESTIONS[:questions]):
-            progress(f"{side.role}: samples", done, total)
-            sampling = Sampling(temperature, max_tokens=answer_tokens, seed=(seed + number) % 2**32)
+        for number, question in enumerate(asked):
+            progress(side.stage("samples"), len(answers), total)
+            sampling = Sampling(
+                temperature, max_tokens=budget.answer_tokens, seed=(seed + number) % 2**32
+            )
             tokens = list(generate(model, prompt_of(question), sampling))
             answers.append(
                 {
@@ -50,12 +55,11 @@ def sample(
                     **asdict(check_loops(tokens)),
                 }
             )
-            done += 1
-    progress(f"{side.role}: samples", total, total)
+    progress(side.stage("samples"), total, total)
     return {
         "prompt_form": form,
         "rule": RULE,
-        "answer_tokens": answer_tokens,
+        "answer_tokens": budget.answer_tokens,
         "rates": [_rate(answers, temperature) for temperature in TEMPERATURES],
         "answers": answers,
     }

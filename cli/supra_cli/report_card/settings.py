@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from supra_core.errors import SupraError
+from supra_core.measure.tasks import Options
 
 LEAST_LIMIT = 64
 
@@ -33,15 +34,21 @@ class Budget:
     contexts: tuple[int, ...] = (512, 2_048)
     decode_steps: int = 32
 
-    def limited(self, limit: int | None) -> Budget:
+    def limited(self, limit: int) -> Budget:
         """No text longer than ``limit`` tokens, no task of more than ``limit`` examples."""
-        if limit is None:
-            return self
         return replace(self, **{name: min(getattr(self, name), limit) for name in _LIMITED})
 
-    def opened(self, limit: int | None) -> Budget:
-        """``limit`` tokens of each text and examples of each task, also where that is more."""
-        return self if limit is None else replace(self, text_tokens=limit, examples=limit)
+    def options(self, task: str, seed: int) -> Options:
+        """What a task is told."""
+        limits = {
+            "perplexity": self.text_tokens, "positions": self.position_tokens,
+            "permutations": self.permuted_questions, "recall": self.sequences,
+            "copying": self.sequences,
+        }  # fmt: skip
+        return Options(
+            limits.get(task, self.examples), seed=seed, distances=self.distances,
+            longest=self.longest_position,
+        )  # fmt: skip
 
 
 _LIMITED = (
@@ -71,8 +78,6 @@ class ReportSettings:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.no_teacher and self.teacher is not None:
-            raise SupraError("--teacher and --no-teacher exclude each other: give one of them")
         if self.limit is not None and self.limit < LEAST_LIMIT:
             raise SupraError(f"--limit must be at least {LEAST_LIMIT}, not {self.limit}")
         if not 0 <= self.seed < 2**32:
@@ -83,8 +88,10 @@ class ReportSettings:
     @property
     def budget(self) -> Budget:
         """Quick or full; ``limit`` lowers all of it, and opens what is not quick."""
-        full = QUICK if self.quick else Budget().opened(self.limit)
-        return full.limited(self.limit)
+        if self.limit is None:
+            return QUICK if self.quick else Budget()
+        opened = Budget(text_tokens=self.limit, examples=self.limit)
+        return (QUICK if self.quick else opened).limited(self.limit)
 
     @property
     def record_path(self) -> Path:

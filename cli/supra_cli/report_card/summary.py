@@ -21,7 +21,7 @@ def show(record: dict[str, Any]) -> None:
             log(f"{section.title}: {note}")
         if section.key in _LEFT_OUT:
             continue
-        for table in section.tables:
+        for table in section.content.tables:
             print_table(_rows(table), columns=table.columns, title=table.caption or section.title)
 
 

@@ -1,4 +1,4 @@
-"""Words that are one token each, to build probes from with any tokenizer."""
+"""What generated sequences are made of: words of one token each, and running text."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ _SPACES = ("Ġ", "▁")
 _LETTERS = range(3, 11)
 # The lowest ids are the earliest merges, hence the commonest words.
 COMMONEST = 2000
+_SENTENCES = 3000
+# A sentence takes one part of each line.
+_PARTS = (
+    "The old carpenter|A young teacher|The baker's daughter|My neighbour|The night guard|A sailor",
+    " from the valley| in a grey coat|, as always,| with two friends|, after lunch,| all alone",
+    " carried| repaired| looked for| described| sold| forgot",
+    " a wooden chair| the broken lamp| a box of letters| the green boat| an old map| some apples",
+    " in the market| behind the school| on the last train| before the storm| at the river| at home",
+)
 
 
 def word_tokens(
@@ -38,9 +47,20 @@ def word_tokens(
     others = sorted(index for index in known.values() if index not in special)[:COMMONEST]
     if len(others) < fewest:
         raise SupraError(
-            f"the tokenizer has {len(others)} tokens to make probes from, and {fewest} are needed"
+            f"the tokenizer has {len(others)} usable tokens, and a task needs {fewest}"
         )
     return np.array(others, dtype=np.int64), False
+
+
+def running_text() -> str:
+    """The same plain sentences on every machine, about 200,000 characters."""
+    parts = [line.split("|") for line in _PARTS]
+    sizes = [len(choices) for choices in parts]
+    drawn = np.random.default_rng(0).integers(sizes, size=(_SENTENCES, len(sizes)))
+    return " ".join(
+        "".join(choices[place] for choices, place in zip(parts, row, strict=True)) + "."
+        for row in drawn
+    )
 
 
 def _is_word(token: str) -> bool:
