@@ -9,8 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import fake_hub
+
+# Property tests try few inputs in `make test`, many in `make test-slow`; what costs more an input
+# says so itself with `few_or_many`.
+settings.register_profile("few", max_examples=10, deadline=None)
+settings.register_profile("many", max_examples=100, deadline=None)
+settings.load_profile("few")
 
 TEXT = "The state of a recurrent network has one size, whatever the length of the text. " * 40
 _SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -336,7 +336,6 @@ def test_json_that_is_wrong_in_one_place(
             shutil.rmtree(tmp_path / "out")
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(
         st.dictionaries(
@@ -666,7 +665,6 @@ def test_pieces_have_the_tokens_of_the_whole(
     assert tokenizer.decode(found, skip_special_tokens=False) == text
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=5),
     data=st.data(),
@@ -699,7 +697,6 @@ def test_a_store_is_its_documents(
         assert store[len(whole) - 1] == whole[-1]
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=25),
     shard=st.integers(1, 60),

@@ -48,7 +48,7 @@ def _gradients(model: SupraModel, hidden: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SPECS)
-@settings_(deadline=None, max_examples=4)
+@settings_(max_examples=settings_.default.max_examples // 5)
 @given(
     first=st.lists(st.integers(1, 90), min_size=1, max_size=4),
     rest=st.integers(1, 40),

@@ -288,7 +288,7 @@ def test_a_row_shared_by_devices(tiny_transformer: Path, recipe: str) -> None:
 def test_what_does_not_fit_says_what_would(
     tiny_transformer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tiny_transformer, sequence_length=512, batch_tokens=512 * 16)
+    config = config_of(tiny_transformer, "paper", sequence_length=256, batch_tokens=256 * 16)
     needed = plan(config, gpu="h100").bytes
     smaller = plan(config.model_copy(update={"device_rows": 1}), gpu="h100").bytes
     assert smaller < needed

@@ -52,6 +52,7 @@ def alone(shared: UptrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_as_many_losses_as_one(
     shared: UptrainConfig, alone: Path, tmp_path: Path, count: int
@@ -67,6 +68,7 @@ def test_as_many_losses_as_one(
         np.testing.assert_allclose(ours[name], expected_weight, rtol=0, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_rows_in_segments(shared: UptrainConfig, alone: Path, tmp_path: Path) -> None:
     """Every process passes its rows' states on; all go through as many segments."""
     run = tmp_path / "run"
@@ -77,7 +79,9 @@ def test_rows_in_segments(shared: UptrainConfig, alone: Path, tmp_path: Path) ->
     )
 
 
-@pytest.mark.parametrize(("count", "sharded_over"), [(2, 1), (4, 0)])
+@pytest.mark.parametrize(
+    ("count", "sharded_over"), [(2, 1), pytest.param(4, 0, marks=pytest.mark.slow)]
+)
 def test_rows_are_shared(
     shared: UptrainConfig, alone: Path, tmp_path: Path, count: int, sharded_over: int
 ) -> None:
@@ -96,6 +100,7 @@ def test_rows_are_shared(
     assert [r["step_tokens"] for r in records(run) if "loss" in r] == [128] * 24
 
 
+@pytest.mark.slow
 def test_a_row_shared_by_another_number(shared: UptrainConfig, alone: Path, tmp_path: Path) -> None:
     """Begun with shared rows, a run goes on with whole ones."""
     run = tmp_path / "run"
@@ -107,6 +112,7 @@ def test_a_row_shared_by_another_number(shared: UptrainConfig, alone: Path, tmp_
     )
 
 
+@pytest.mark.slow
 def test_sharded_layers_compile(shared: UptrainConfig, alone: Path, tmp_path: Path) -> None:
     """FSDP's hooks run around the graphs, which are whole; traced, no code is generated."""
     traced = (
@@ -136,6 +142,7 @@ def test_it_goes_on_with_another_number_of_processes(
     )
 
 
+@pytest.mark.slow
 def test_terminated_and_resumed_ends_the_same(shared: UptrainConfig, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert run_in_processes(shared, whole, 2).wait() == 0
