@@ -75,7 +75,8 @@ def _by_tracing(module: Any, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "borders"), [("transfer", [0, 20, 33, 75, 150]), ("uptrain", None)]
+    ("kind", "borders"),
+    [("transfer", [0, 20, 33, 75, 150]), pytest.param("uptrain", None, marks=pytest.mark.slow)],
 )
 def test_layers_compile_in_segments(kind: Any, borders: list[int] | None) -> None:
     """Each with a state and without one, with a graph and without one."""

@@ -26,7 +26,9 @@ def test_gradients_are_those_of_whole_rows(count: int, which: str, tmp_path: Pat
     store, out = tmp_path / "store", tmp_path / "gradients.pt"
     command = [sys.executable, "-m", context_gradients.__name__]
     every = [
-        subprocess.Popen([*command, str(rank), str(count), which, str(store), str(out)], env=environment())
+        subprocess.Popen(
+            [*command, str(rank), str(count), which, str(store), str(out)], env=environment()
+        )
         for rank in range(count)
     ]
     assert [process.wait(300) for process in every] == [0] * count
