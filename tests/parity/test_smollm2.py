@@ -58,6 +58,7 @@ def test_converted_is_what_transformers_computes(
     np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.slow
 def test_linear_forms_agree(source: Source, ids: Any) -> None:
     model = _torch(*linearize(source.spec, source.tensors, LinearizeOptions()))
     whole = model.logits(ids)
@@ -70,6 +71,7 @@ def test_linear_forms_agree(source: Source, ids: Any) -> None:
         assert np.abs(last - whole[:, t]).max() <= 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["windowed", "paper"])
 def test_folding_changes_next_to_nothing(source: Source, ids: Any, preset: Any) -> None:
     spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(preset=preset))
