@@ -13,8 +13,7 @@ from hypothesis import settings
 
 from tests import fake_hub
 
-# Property tests try few inputs in `make test`, many in `make test-slow`; what costs more an input
-# says so itself with `few_or_many`.
+# Property tests try few inputs, and many in `make test-slow` (pytest --hypothesis-profile many).
 settings.register_profile("few", max_examples=10, deadline=None)
 settings.register_profile("many", max_examples=100, deadline=None)
 settings.load_profile("few")
