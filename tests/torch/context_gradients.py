@@ -57,7 +57,6 @@ FEW = (
     Case("paper_variant", "uptrain", True),
     Case("windowed_sink", "transfer", True),
     Case("windowed_sink", "distill", True, checkpointing=True),
-    Case("windowed_sink", "uptrain", True, compiled=True),
 )
 
 
