@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from supra_core.errors import SupraError  # noqa: E402
+from supra_torch.distributed.exact import clip_gradients  # noqa: E402
 from supra_torch.distributed.processes import processes  # noqa: E402
 from supra_torch.recipes.config import Stage, UptrainConfig  # noqa: E402
 from supra_torch.run_folder import checkpoint  # noqa: E402
@@ -231,6 +232,16 @@ def test_who_still_belongs_to_others_ends_at_once(tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stdout) == (code, "")
         assert said in done.stderr
+
+
+def test_copies_of_a_gradient_count_once_in_its_norm() -> None:
+    """Two processes hold the whole of it each."""
+    both, parameter = Mock(), torch.nn.Parameter(torch.zeros(2))
+    both.mesh.size.return_value = 2
+    both.sums = lambda values: [2 * value for value in values]
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients([parameter], 1.0, both) == 5.0
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))
 
 
 def test_an_uneven_share_is_refused(shared: UptrainConfig) -> None:
