@@ -18,7 +18,7 @@ from supra_core.sources.source import Source, open_source  # noqa: E402
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,6 @@ def test_converted_is_what_transformers_computes(
     np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.slow
 def test_linear_forms_agree(source: Source, ids: Any) -> None:
     model = _torch(*linearize(source.spec, source.tensors, LinearizeOptions()))
     whole = model.logits(ids)
@@ -71,7 +70,6 @@ def test_linear_forms_agree(source: Source, ids: Any) -> None:
         assert np.abs(last - whole[:, t]).max() <= 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["windowed", "paper"])
 def test_folding_changes_next_to_nothing(source: Source, ids: Any, preset: Any) -> None:
     spec, tensors = linearize(source.spec, source.tensors, LinearizeOptions(preset=preset))
