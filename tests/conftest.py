@@ -16,7 +16,7 @@ from tests import fake_hub
 
 # Property tests try few inputs, and many in `make test-slow` (pytest --hypothesis-profile many).
 settings.register_profile("few", max_examples=10, deadline=None)
-settings.register_profile("many", max_examples=100, deadline=None)
+settings.register_profile("many", max_examples=300, deadline=None)
 settings.load_profile("few")
 
 # A shell's background jobs ignore Ctrl-C, which the tests send; so would what they start.
