@@ -44,13 +44,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A process a core, four at most since some tests need 2 GB, and one thread in each.
+# A process a core, four at most since some tests need 2 GB, and one thread in each. Each takes
+# neighbouring files, which share fixtures, and half of what another has left once it is done.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
 	  -m "not slow and not gpu"
 
+# The rows of tables that `make test` leaves out, and the property tests again with many examples.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest --hypothesis-profile many -m "(slow or hypothesis) and not gpu"
 
 # The lm-eval harness on our models; only this target installs it.
 test-eval: $(STAMP)

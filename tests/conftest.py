@@ -5,12 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import fake_hub
+
+# Property tests try few inputs, and many in `make test-slow` (pytest --hypothesis-profile many).
+settings.register_profile("few", max_examples=10, deadline=None)
+settings.register_profile("many", max_examples=300, deadline=None)
+settings.load_profile("few")
+
+# A shell's background jobs ignore Ctrl-C, which the tests send; so would what they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXT = "The state of a recurrent network has one size, whatever the length of the text. " * 40
 _SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -150,6 +150,11 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "experts_linear": with_experts(_model(WINDOWED, PAPER), Experts(3, 2, 16, normalise=False)),
 }  # fmt: skip
+# Among them they have every choice of a layer: all that the fast set runs of a costly table.
+DISTINCT = (
+    "sliding", "paper_variant", "between", "longrope", "windowed_sink", "sandwich", "norms_after",
+    "hybrid", "experts",
+)  # fmt: skip
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:

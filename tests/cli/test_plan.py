@@ -32,9 +32,9 @@ def test_a_config_alone_is_enough(tiny_transformer: Path, tmp_path: Path) -> Non
     folder.mkdir()
     config = folder / "config.json"
     config.write_bytes((tiny_transformer / "config.json").read_bytes())
-    whole = planned(tiny_transformer, *SMALL)
+    whole = planned(tiny_transformer, *SMALL, "--recipe", "paper")
     for alone in (folder, config):
-        described = planned(alone, *SMALL)
+        described = planned(alone, *SMALL, "--recipe", "paper")
         assert described["settings"].pop("model") == str(alone)
         assert described == {
             **whole, "settings": {k: v for k, v in whole["settings"].items() if k != "model"}
@@ -61,7 +61,7 @@ def test_experts_are_planned_from_a_config_alone(tmp_path: Path) -> None:
     tiny = FAMILIES["mixtral"]
     stated = {"model_type": tiny.model_type, **tiny.config}
     (tmp_path / "config.json").write_text(json.dumps(stated))
-    done = runner.invoke(app, ["plan", str(tmp_path), *SMALL])
+    done = runner.invoke(app, ["plan", str(tmp_path), *SMALL, "--recipe", "paper"])
     found = re.findall(r"(\d+) (?:parameters|of them)", done.output.replace(",", ""))
     total, active = map(int, found)
     # Three layers of five experts, of which a token goes through two.
@@ -100,7 +100,9 @@ def test_bad_input_is_one_sentence(
 
 
 def test_every_device_takes_the_recipe_s_batch(tiny_transformer: Path) -> None:
-    alone, many = planned(tiny_transformer), planned(tiny_transformer, "--gpus", "8")
+    alone, many = (
+        planned(tiny_transformer, "--recipe", "paper", "--gpus", count) for count in ("1", "8")
+    )
     for stage, larger in zip(alone["stages"], many["stages"], strict=True):
         assert larger["step_tokens"] == 8 * stage["step_tokens"]
 

@@ -162,10 +162,10 @@ def test_what_is_not_read_is_told(model: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_and_again(model: Path, tmp_path: Path) -> None:
     file, out = tmp_path / "d.jsonl", tmp_path / "out"
-    file.write_text((json.dumps({"text": TEXT}) + "\n") * 3000)
+    file.write_text((json.dumps({"text": TEXT}) + "\n") * 1000)
     command = [
         sys.executable, "-m", "supra_cli", "data", "prepare", str(file), "--tokenizer", str(model),
-        "--out", str(out), "--shard-tokens", "100000",
+        "--out", str(out), "--shard-tokens", "50000",
     ]  # fmt: skip
     position = tmp_path / ".out.preparing" / "position.json"
     with subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True) as process:
@@ -180,7 +180,7 @@ def test_ctrl_c_and_again(model: Path, tmp_path: Path) -> None:
     before = len(json.loads(position.read_text())["shards"])
     assert before
     made = supra(
-        "data", "prepare", file, "--tokenizer", model, "--out", out, "--shard-tokens", "100000"
+        "data", "prepare", file, "--tokenizer", model, "--out", out, "--shard-tokens", "50000"
     )
-    assert made["tokens"] == 3000 * TOKENS
+    assert made["tokens"] == 1000 * TOKENS
     assert len(made["shards"]) >= before

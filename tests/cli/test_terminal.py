@@ -144,10 +144,10 @@ def test_many_lines_are_one_question(terminal: Terminal, tmp_path: Path) -> None
 
 
 def test_lines_are_remembered(folder: Path, tmp_path: Path) -> None:
-    first = Terminal(folder, tmp_path, "--max-tokens", "4")
+    first = Terminal(folder, tmp_path, "--max-tokens", "4", "--backend", "mlx")
     first.line("a memorable line", "tokens seen, ")
     assert first.leave("\x04") == 0
-    second = Terminal(folder, tmp_path, "--max-tokens", "4")
+    second = Terminal(folder, tmp_path, "--max-tokens", "4", "--backend", "mlx")
     # The arrow upwards.
     second.child.send("\x1b[A")
     second.expect("a memorable line")

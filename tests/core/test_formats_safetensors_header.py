@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -112,7 +112,6 @@ def test_tensors_that_are_not_aligned_are_read(tmp_path: Path) -> None:
 _SMALL = st.integers(0, 12)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     header=st.dictionaries(
         st.sampled_from(["a", "b", "c"]),

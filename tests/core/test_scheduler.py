@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from supra_core.errors import SupraError
 from supra_core.progress import Progress, silent
+from supra_core.runtime.batch import SequentialBatch
+from supra_core.runtime.engine import Batch, StepOutput
 from supra_core.runtime.likelihood import Likelihood, likelihood
 from supra_core.runtime.prefixes import Prefixes
 from supra_core.runtime.sampling import OnToken, Sampling, sample
@@ -352,6 +354,32 @@ def test_clients_take_turns(gated: tuple[Scheduler, Gated]) -> None:
     assert other.job.read < greedy[1].job.read
     assert scheduler.taken == 0
     scheduler.close()
+
+
+@pytest.mark.parametrize("names", ["xxxxx", "vwxyz"])
+def test_a_step_has_no_more_than_the_parallel_answers(names: str) -> None:
+    """Whether one client asks for all, or each for one."""
+    sizes: list[int] = []
+
+    class Counted(SequentialBatch):
+        def step(self) -> list[StepOutput]:
+            spoken = super().step()
+            sizes.append(len(spoken))
+            return spoken
+
+    class Counting(Gated):
+        def batch(self, size: int) -> Batch:
+            return Counted(self)
+
+    scheduler, _ = running(engine := Counting(), parallel=2)
+    clients = [Client(f"{i}", client=name) for i, name in enumerate(names)]
+    for client in clients:
+        scheduler.submit(client.job)
+    engine.gate.release(10**6)
+    for client in clients:
+        client.until_the_end()
+    scheduler.close()
+    assert max(sizes) == 2
 
 
 def test_one_client_leaves_room_for_others() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from supra_core.errors import FormatError, SupraError
@@ -248,7 +248,6 @@ WINDOWS = st.lists(st.none() | st.integers(1, 200), max_size=4)
 
 
 @given(replaced=WINDOWS, kept=WINDOWS)
-@settings(max_examples=100, deadline=None)
 def test_the_break_even_is_the_last_context_at_which_sizes_change_places(
     replaced: list[int | None], kept: list[int | None]
 ) -> None:

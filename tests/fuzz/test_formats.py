@@ -14,7 +14,7 @@ from tests.fuzz.run import fuzz
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_refused_or_read(name: str, data: st.DataObject) -> None:
     form = FORMATS[name]

@@ -14,14 +14,15 @@ transformers = pytest.importorskip("transformers")
 
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from tests.hf.loading import load, write  # noqa: E402
-from tests.tiny_models import SPECS, reference  # noqa: E402
+from tests.tables import thinned  # noqa: E402
+from tests.tiny_models import DISTINCT, SPECS, reference  # noqa: E402
 
 # A padding token that is a word, too: only the mask may tell them apart.
 PAD = 3
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": PAD}
 
 
-@pytest.fixture(scope="module", params=SPECS)
+@pytest.fixture(scope="module", params=thinned(SPECS, DISTINCT))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     spec = SPECS[request.param]
     folder = write(tmp_path_factory.mktemp("model") / request.param, spec)

@@ -21,12 +21,13 @@ from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa:
 from supra_core.model.reference import ReferenceModel  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from tests.hf.loading import ALONE, close, in_pieces, load, logits, write  # noqa: E402
+from tests.tables import thinned  # noqa: E402
 from tests.tiny_families import FAMILIES  # noqa: E402
 from tests.tiny_families import write as write_family  # noqa: E402
-from tests.tiny_models import SPECS, lazy_weights, reference  # noqa: E402
+from tests.tiny_models import DISTINCT, SPECS, lazy_weights, reference  # noqa: E402
 
 
-@pytest.fixture(scope="module", params=SPECS)
+@pytest.fixture(scope="module", params=thinned(SPECS, DISTINCT))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model as transformers loads it, and the definition."""
     spec = SPECS[request.param]

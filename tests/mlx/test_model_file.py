@@ -22,7 +22,9 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from mlx_lm.utils import load_model  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
+from supra_cli.main import app  # noqa: E402
 from supra_cli.shared.speech import load_speaker  # noqa: E402
 from supra_core.artifact import folder as artifact  # noqa: E402
 from supra_core.artifact import mlx_file  # noqa: E402
@@ -88,11 +90,9 @@ def test_generate_needs_nothing_of_ours(tmp_path: Path) -> None:
     assert "trust_remote_code" in asked.stderr
     told = mlx_lm("generate", *arguments, "--verbose", "False", "--trust-remote-code")
     assert told.returncode == 0, told.stderr
-    ours = subprocess.run(
-        [sys.executable, "-m", "supra_cli", "generate", str(folder), "Hello", "--backend", "mlx",
-         "--max-tokens", "8"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    said = ["generate", str(folder), "Hello", "--backend", "mlx", "--max-tokens", "8"]
+    ours = CliRunner().invoke(app, said)
+    assert ours.exit_code == 0, ours.output
     assert told.stdout.strip("\n") == ours.stdout.strip("\n")
 
 

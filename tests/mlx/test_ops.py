@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 mx = pytest.importorskip("mlx.core")
@@ -54,7 +54,6 @@ def _mlx(array: Any) -> Any:
     mask_kind=st.sampled_from(["none", "left", "holes"]),
     with_state=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
 def test_linear_attention_is_the_reference(
     seed: int, T: int, heads: tuple[int, int], sizes: tuple[int, int],
     normaliser: Literal["sum"] | None, sinks: bool, mask_kind: str, with_state: bool,
@@ -136,7 +135,6 @@ def test_misfits_are_named() -> None:
     sinks=st.booleans(),
     cut=st.floats(0, 1),
 )
-@settings(max_examples=30, deadline=None)
 def test_windowed_attention_is_the_reference(
     seed: int, T: int, window: int, mask_kind: str, sinks: bool, cut: float
 ) -> None:

@@ -18,7 +18,7 @@ from supra_core.sources.source import Source, open_source  # noqa: E402
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

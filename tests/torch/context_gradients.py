@@ -1,6 +1,6 @@
 """Gradients of rows that processes share: what test_context starts.
 
-python -m tests.torch.context_gradients RANK PROCESSES STORE OUT
+python -m tests.torch.context_gradients RANK PROCESSES few|all STORE OUT
 """
 
 from __future__ import annotations
@@ -51,8 +51,19 @@ CASES = (
 )
 
 
-def cases(count: int) -> tuple[Case, ...]:
-    """For so many processes: all for three, what has softmax where heads are not divided evenly."""
+FEW = (
+    Case("hybrid", "uptrain", False),
+    Case("sandwich", "uptrain", True),
+    Case("paper_variant", "uptrain", True),
+    Case("windowed_sink", "transfer", True),
+    Case("windowed_sink", "distill", True, checkpointing=True),
+)
+
+
+def cases(count: int, which: str) -> tuple[Case, ...]:
+    """Few, or all for three processes, and for four what has softmax: its heads divide unevenly."""
+    if which == "few":
+        return FEW
     if count == 3:
         return CASES
     return tuple(case for case in CASES if case.model in ("transformer", "sliding", "hybrid"))
@@ -91,17 +102,17 @@ def main() -> None:
     torch.set_num_threads(1)
     # As in rows that are longer.
     softmax._QUERIES = 17
-    store = dist.FileStore(sys.argv[3], size)
+    store = dist.FileStore(sys.argv[4], size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     found = []
     part = part_of_rows(rank, size)
-    for case in cases(size):
+    for case in cases(size, sys.argv[3]):
         sums = of(case, part)
         for tensor in sums.values():
             dist.all_reduce(tensor)
         found.append(sums)
     if rank == 0:
-        torch.save(found, Path(sys.argv[4]))
+        torch.save(found, Path(sys.argv[5]))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -21,6 +21,7 @@ from supra_torch.model.model import build  # noqa: E402
 from supra_torch.uptrain.step.batches import Batch  # noqa: E402
 from supra_torch.uptrain.step.compilation import compiled_layers  # noqa: E402
 from supra_torch.uptrain.step.stages import gradients  # noqa: E402
+from tests.tables import thinned  # noqa: E402
 from tests.tiny_models import SPECS, WINDOWED, lazy_weights  # noqa: E402
 
 # Logits of order one and their sums' gradients, float32 rounding in another order of operations;
@@ -56,7 +57,7 @@ def _assert_same(found: list[Any], expected: list[Any]) -> None:
 DENSE = [name for name, spec in SPECS.items() if spec.experts is None]
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", thinned(DENSE, ("paper_variant", "sandwich", "windowed_sink")))
 def test_every_model_is_one_graph(name: str) -> None:
     _assert_same(_results(name, "aot_eager"), _results(name, None))
 
@@ -75,7 +76,8 @@ def _by_tracing(module: Any, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "borders"), [("transfer", [0, 20, 33, 75, 150]), ("uptrain", None)]
+    ("kind", "borders"),
+    [("transfer", [0, 20, 33, 75, 150]), pytest.param("uptrain", None, marks=pytest.mark.slow)],
 )
 def test_layers_compile_in_segments(kind: Any, borders: list[int] | None) -> None:
     """Each with a state and without one, with a graph and without one."""

@@ -17,17 +17,22 @@ from tests.torch.uptraining import environment  # noqa: E402
 TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("count", [3, 4])
-def test_gradients_are_those_of_whole_rows(count: int, tmp_path: Path) -> None:
-    """Every tiny model; parts shorter than a window, heads that are no multiple of the parts."""
+@pytest.mark.parametrize(
+    ("count", "which"),
+    [(4, "few"), *(pytest.param(count, "all", marks=pytest.mark.slow) for count in (3, 4))],
+)
+def test_gradients_are_those_of_whole_rows(count: int, which: str, tmp_path: Path) -> None:
+    """Parts shorter than a window, heads that are no multiple of the parts; ``all`` tiny models."""
     store, out = tmp_path / "store", tmp_path / "gradients.pt"
     command = [sys.executable, "-m", context_gradients.__name__]
     every = [
-        subprocess.Popen([*command, str(rank), str(count), str(store), str(out)], env=environment())
+        subprocess.Popen(
+            [*command, str(rank), str(count), which, str(store), str(out)], env=environment()
+        )
         for rank in range(count)
     ]
     assert [process.wait(300) for process in every] == [0] * count
-    for case, found in zip(context_gradients.cases(count), torch.load(out), strict=True):
+    for case, found in zip(context_gradients.cases(count, which), torch.load(out), strict=True):
         expected = context_gradients.of(case._replace(compiled=False), None)
         assert found.keys() == expected.keys()
         for name, whole in expected.items():

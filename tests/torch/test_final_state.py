@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -27,7 +27,6 @@ def _counted(B: int, T: int, begins: int) -> Any:
     return counted.expand(B, T)
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     B=st.integers(1, 2), T=st.integers(1, 40), K=st.integers(1, 3), G=st.integers(1, 3),
     begins=st.integers(0, 39), at_once=st.integers(0, 50), normalise=st.booleans(),

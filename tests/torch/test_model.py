@@ -14,7 +14,8 @@ from supra_core.runtime.backend import Form  # noqa: E402
 from supra_torch.inference.backend import TorchBackend  # noqa: E402
 from supra_torch.model.mixers import softmax  # noqa: E402
 from supra_torch.model.model import build, lazy_tensors  # noqa: E402
-from tests.tiny_models import SPECS, lazy_weights, random_weights, reference  # noqa: E402
+from tests.tables import thinned  # noqa: E402
+from tests.tiny_models import DISTINCT, SPECS, lazy_weights, random_weights, reference  # noqa: E402
 
 # Logits of order one after up to four layers of sums of at most 240 terms, each rounding at
 # 2^-24; a GroupNorm of a small output magnifies by up to eps^-1/2 = 300.
@@ -39,7 +40,7 @@ def test_forms_are_the_reference(name: str, form: Form) -> None:
     np.testing.assert_allclose(backend.logits(ids, form=form), expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", thinned(SPECS, DISTINCT))
 @pytest.mark.parametrize("form", ["parallel", "recurrent", "step"])
 @pytest.mark.parametrize("kind", ["left", "holes"])
 def test_padding_changes_nothing(name: str, form: Form, kind: str) -> None:

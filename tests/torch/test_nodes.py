@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -17,6 +18,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from supra_torch.distributed import processes as processes_module  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig  # noqa: E402
 from supra_torch.run_folder import checkpoint  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
@@ -98,6 +100,23 @@ module.init_device_mesh = said
 """
 
 
+@pytest.mark.parametrize(("together", "expected"), [(0, 2), (4, 4), (1, 1)])
+def test_the_devices_of_a_node_share_a_model(
+    monkeypatch: pytest.MonkeyPatch, together: int, expected: int
+) -> None:
+    """Two nodes of two devices; what torchrun sets is enough to see it."""
+    for name, value in (("RANK", 2), ("WORLD_SIZE", 4), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(processes_module, "rendezvous", lambda _: iter([(Mock(), 2, 4)]))
+    monkeypatch.setattr(processes_module, "dist", Mock())
+    monkeypatch.setattr(processes_module, "mesh_over", mesh := Mock())
+    with processes_module.processes(together) as one:
+        assert (one.rank, one.size) == (2, 4)
+    mesh.assert_called_once_with("cpu", 4, expected, two_axes=False)
+
+
+@pytest.mark.slow
 def test_two_nodes_are_one(shared: UptrainConfig, alone: list[float], tmp_path: Path) -> None:
     """A model is whole on each node, whose devices share it: here, on each of the two."""
     nodes = Nodes(shared, tmp_path / "run")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -43,7 +43,6 @@ def _close(found: Any, expected: Any) -> None:
     assert np.abs(found.numpy() - expected).max() <= TOLERANCE * scale
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**16),
     B=st.integers(1, 3),

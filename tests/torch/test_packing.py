@@ -19,7 +19,8 @@ from supra_torch.recipes.config import UptrainConfig  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from supra_torch.uptrain.step.batches import Batch  # noqa: E402
 from supra_torch.uptrain.step.stages import next_token_loss  # noqa: E402
-from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
+from tests.tables import thinned  # noqa: E402
+from tests.tiny_models import DISTINCT, SPECS, lazy_weights  # noqa: E402
 from tests.torch.uptraining import logged_losses  # noqa: E402
 
 # Float32 norms between exact sums: some dozen roundings of 2^-24, of numbers that grow to tens.
@@ -47,8 +48,8 @@ def _gradients(model: SupraModel, hidden: Any) -> dict[str, Any]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", SPECS)
-@settings_(deadline=None, max_examples=4)
+@pytest.mark.parametrize("name", thinned(SPECS, DISTINCT))
+@settings_(max_examples=settings_.default.max_examples // 5)
 @given(
     first=st.lists(st.integers(1, 90), min_size=1, max_size=4),
     rest=st.integers(1, 40),

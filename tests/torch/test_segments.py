@@ -14,7 +14,8 @@ from supra_torch.recipes.config import UptrainConfig  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from supra_torch.uptrain.step.batches import Batch  # noqa: E402
 from supra_torch.uptrain.step.stages import gradients  # noqa: E402
-from tests.tiny_models import SPECS, lazy_weights  # noqa: E402
+from tests.tables import thinned  # noqa: E402
+from tests.tiny_models import DISTINCT, SPECS, lazy_weights  # noqa: E402
 from tests.torch.uptraining import logged_losses  # noqa: E402
 
 # As in test_packing: float32 norms between exact sums.
@@ -39,9 +40,18 @@ def _gradients(
 BORDERS = torch.tensor([0, 7, 10, 11, 36, 61, 86, 120, 122, 122, 122], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("borders", [None, BORDERS], ids=["joined", "apart"])
-@pytest.mark.parametrize("kind", ["transfer", "distill", "uptrain"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("kind", "borders"),
+    [
+        ("transfer", BORDERS), ("uptrain", None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("transfer", None), ("uptrain", BORDERS), ("distill", None),
+                         ("distill", BORDERS))
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", thinned(SPECS, DISTINCT))
 def test_gradients_are_those_of_whole_rows(name: str, kind: str, borders: Any) -> None:
     """Also where the last segment is shorter, or the first is inside the window."""
     model, teacher = _model(name), _model(name).requires_grad_(False)
@@ -109,7 +119,7 @@ def test_a_graph_is_that_of_one_segment() -> None:
     assert _most_held(model, long, 128) < 1.1 * _most_held(model, short, 128)
 
 
-@pytest.mark.parametrize("packing", ["apart", "joined"])
+@pytest.mark.parametrize("packing", thinned(["apart", "joined"], ["apart"]))
 def test_a_run_in_segments_is_the_run(
     settings: UptrainConfig, documents: Path, packing: str, tmp_path: Path
 ) -> None:

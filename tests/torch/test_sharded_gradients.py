@@ -19,7 +19,7 @@ from tests.torch.uptraining import environment  # noqa: E402
 TOLERANCE = {"float32": 2e-6, "bf16": 2**-7}
 
 
-@pytest.mark.parametrize("together", [2, 1])
+@pytest.mark.parametrize("together", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_have_ones_gradients(together: int, tmp_path: Path) -> None:
     """Sharded over both, or whole in each."""
     store, out = tmp_path / "store", tmp_path / "gradients.pt"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -50,7 +50,6 @@ def _close(found: Any, expected: Any) -> None:
     assert np.abs(found.numpy() - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**16),
     B=st.integers(1, 3),
@@ -138,15 +137,18 @@ def test_bad_input_is_named() -> None:
 
 
 @needs_triton
-def test_the_kernel_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "count"), [([], 8), pytest.param(["--all"], 32, marks=pytest.mark.slow)]
+)
+def test_the_kernel_in_the_interpreter(arguments: list[str], count: int) -> None:
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "backends"))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.torch.triton_step_cases"], cwd=ROOT,
+        [sys.executable, "-m", "tests.torch.triton_step_cases", *arguments], cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "passed 32"
+    assert done.stdout.strip() == f"passed {count}"
 
 
 @needs_triton

@@ -28,6 +28,7 @@ from supra_torch.uptrain import session as session_module  # noqa: E402
 from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import Stop  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
+from tests.tables import thinned  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     end_by,
     logged_losses,
@@ -56,11 +57,12 @@ def test_it_learns(finished: Path) -> None:
     assert "tokenizer.json" in model.assets()
 
 
+@pytest.mark.parametrize("kills", thinned([(14,), (5, 14)], [(14,)]))
 def test_killed_and_resumed_ends_the_same(
-    settings: UptrainConfig, finished: Path, tmp_path: Path
+    settings: UptrainConfig, finished: Path, tmp_path: Path, kills: tuple[int, ...]
 ) -> None:
     run = tmp_path / "killed"
-    for wanted in (5, 14):
+    for wanted in kills:
         process = run_in_process(settings, run, pause=0.05)
         assert end_by(signal.SIGKILL, process, run, wanted) == -signal.SIGKILL
     assert run_in_process(settings, run).wait() == 0

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as settings_
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -59,7 +58,6 @@ def _store(folder: Path, lengths: list[int], shard_documents: int) -> TokenStore
     return TokenStore(folder)
 
 
-@settings_(deadline=None, max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 25), min_size=12, max_size=60),
     shard_documents=st.integers(1, 30),
@@ -103,7 +101,6 @@ def test_every_token_once_an_epoch_for_any_processes_and_resumes(
         assert {x for x in begins if x < epoch} == starts | set(range(0, epoch, row_length))
 
 
-@settings_(deadline=None, max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=40),
     shard_documents=st.integers(1, 10),
@@ -120,7 +117,6 @@ def test_the_most_documents_of_a_row(lengths: list[int], shard_documents: int, l
         assert store.most_documents(length) == max(inside)
 
 
-@settings_(deadline=None, max_examples=30)
 @given(lengths=st.lists(st.integers(1, 9), min_size=8, max_size=40), cut=st.sampled_from([1, 2]))
 def test_rows_inside_a_document_begin_with_the_lead(lengths: list[int], cut: int) -> None:
     """What Gemma needs, at the cost of one token a row; documents bring their own."""

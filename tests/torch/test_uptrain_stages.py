@@ -47,7 +47,7 @@ def low_rank(settings: UptrainConfig) -> UptrainConfig:
 
 def test_adapters_train_and_are_merged(low_rank: UptrainConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert run_in_process(low_rank, run).wait() == 0
+    uptrain(low_rank, run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record.get("stage") == "distill"]
     assert losses[-1] < losses[0]
@@ -65,6 +65,7 @@ def test_adapters_train_and_are_merged(low_rank: UptrainConfig, tmp_path: Path) 
             np.testing.assert_array_equal(trained[name], before)
 
 
+@pytest.mark.slow
 def test_adapters_resume_to_the_last_bit(low_rank: UptrainConfig, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_in_process(low_rank, whole).wait() == 0

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -69,7 +69,6 @@ def _formula(
     return ((weights @ v) / torch.where(total == 0, 1.0, total)).transpose(1, 2)
 
 
-@settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 2**16),
     T=st.sampled_from([1, 5, 31, 32, 33, 64, 100, 200]),

@@ -1,7 +1,7 @@
 """The Triton kernel in the interpreter; run with TRITON_INTERPRET=1, prints ``passed N``.
 
 A program of its own: Triton reads the variable when a kernel is defined. ``--all`` runs more
-shapes. Memory that a kernel must write is filled with NaN first.
+shapes and types. Memory that a kernel must write is filled with NaN first.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Case:
 CASES = (
     Case(1, 1, 1, 1, 1, 1),
     Case(2, 65, 1, 3, 20, 40, started=True),
-    Case(2, 131, 3, 3, 32, 10, True, True, True),
     Case(1, 131, 2, 2, 20, 40, True, True, True, (0, 3, 3, 70, 131)),
     Case(1, 131, 1, 8, 16, 16, False, False, True, (0, 64, 131), 2),
     Case(1, 200, 1, 2, 64, 32, True, True, True, (), 3),
     Case(1, 97, 1, 1, 96, 64, True, False, False, (), 2),
 )
 MORE = (
+    Case(2, 131, 3, 3, 32, 10, True, True, True),
     Case(1, 257, 3, 3, 64, 64, True),
     Case(1, 257, 3, 3, 128, 64, True, True, True),
     Case(1, 97, 1, 1, 256, 256, True, False, True),
@@ -57,13 +57,14 @@ MORE = (
 
 
 def main() -> None:
-    cases = CASES + MORE if "--all" in sys.argv else CASES
+    every = "--all" in sys.argv
     passed = 0
-    for seed, case in enumerate(cases):
+    for seed, case in enumerate(CASES + MORE if every else CASES):
         for dtype in TOLERANCE:
-            check(replace(case, dtype=dtype), seed)
-            passed += 1
-    check_cuts()
+            if every or dtype == torch.float32 or case.borders:
+                check(replace(case, dtype=dtype), seed)
+                passed += 1
+    check_cuts((1, 31, 32, 33, 100) if every else (33,))
     for case in (Case(1, 40, 1, 2, 16, 8, True, True, True), Case(2, 20, 1, 1, 8, 8)):
         arguments = [x.requires_grad_() if exact(x) is not x else x for x in make_inputs(case, 0)]
         torch.library.opcheck(
@@ -116,7 +117,7 @@ def compare(
         assert worst <= tolerance, f"{case}: {name} is off by {worst:.1e}"
 
 
-def check_cuts() -> None:
+def check_cuts(cuts: Sequence[int]) -> None:
     """A sequence in pieces is the whole."""
     q, k, v, slope, _, _, _ = make_inputs(Case(1, 101, 2, 2, 20, 12, True), 0)
     decay = torch.exp(-slope)
@@ -129,7 +130,7 @@ def check_cuts() -> None:
         )  # fmt: skip
 
     whole, _, final = scan(0, 101, None)
-    for cut in (1, 31, 32, 33, 100):
+    for cut in cuts:
         first, _, state = scan(0, cut, None)
         second, _, last = scan(cut, 101, state)
         pieces = torch.cat([first, second], dim=1)
