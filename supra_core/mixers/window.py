@@ -82,21 +82,24 @@ class WindowAttention(MixerKind):
 
     def attend(self, given: Given, q: Float64, k: Float64, v: Float64) -> tuple[Float64, Memory]:
         """Softmax over the keys j <= t with j < sinks or t - j < window; ``places`` are the j."""
-        places = given.positions.astype(np.float64)
-        own = places[:, None]
+        own = places = given.positions
         if self.rotary != "none":
             q, k = (rotate(z, given.positions, self.rope_of(given.model)) for z in (q, k))
         if memory := given.memory:
             k, v = np.concatenate([memory["keys"], k]), np.concatenate([memory["values"], v])
-            places = np.concatenate([memory["places"], places])
+            seen, kept = int(own[0]), len(memory["keys"])
+            sinks = min(self.sinks, seen)
+            places = np.concatenate(
+                [np.arange(sinks), np.arange(seen - kept + sinks, seen), places]
+            )
         H, cap = q.shape[1], given.model.attention_softcap
         scores = np.einsum("thd,jhd->htj", q, repeated(k, H)) / np.sqrt(q.shape[2])
-        age = own - places
-        seen = (age >= 0) & ((age < self.window) | (places < self.sinks))
+        age = own[:, None] - places
+        visible = (age >= 0) & ((age < self.window) | (places < self.sinks))
         out = np.einsum(
             "htj,jhv->thv",
-            softmax(np.where(seen, softcapped(scores, cap), -np.inf)),
+            softmax(np.where(visible, softcapped(scores, cap), -np.inf)),
             repeated(v, H),
         )
-        kept = (places < self.sinks) | (places > places[-1] - self.window)
-        return out, {"keys": k[kept], "values": v[kept], "places": places[kept]}
+        stays = (places < self.sinks) | (places > own[-1] - self.window)
+        return out, {"keys": k[stays], "values": v[stays]}

@@ -144,10 +144,13 @@ class Model:
         distance = np.arange(T)[:, None] - np.arange(T)
         if mixer.get("feature_map", {}).get("projection", {}).get("kind") != "folded":
             q, k = self.query_key_norm(at, q, k)
-        if mixer["kind"] == "softmax_attention":
+        if mixer["kind"] != "linear_attention":
             seen = (distance >= 0) & (distance < (mixer.get("window") or T))
-            if mixer.get("rope") != "none":
-                q, k = (self.rotate(z, mixer.get("rope")) for z in (q, k))
+            if mixer["kind"] == "window_attention":
+                seen |= (distance >= 0) & (np.arange(T) < mixer.get("sinks", 4))
+            rope = mixer.get("rope", mixer.get("rotary"))
+            if rope != "none":
+                q, k = (self.rotate(z, rope) for z in (q, k))
             k, v = self.repeated(k), self.repeated(v)
             scores = np.einsum("thd,jhd->htj", q, k) / np.sqrt(q.shape[-1])
             scores = capped(scores, self.config.get("attention_softcap"))
