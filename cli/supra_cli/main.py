@@ -47,6 +47,7 @@ class SupraGroup(TyperGroup):
     everything saved in 75, none in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        from supra_cli.shared.flags import flags_of, with_flags
         from supra_cli.shared.output import libraries_visible, log, log_failure
         from supra_core.errors import EndedByAnother, Preempted, SupraError
 
@@ -59,7 +60,8 @@ class SupraGroup(TyperGroup):
         except EndedByAnother:
             _end(EXIT_BAD_INPUT)
         except SupraError as error:
-            log(f"supra: error: {error}")
+            flags = flags_of(ctx.command.get_command(ctx, ctx.invoked_subcommand))
+            log(f"supra: error: {with_flags(str(error), flags)}")
             _end(EXIT_BAD_INPUT)
         except KeyboardInterrupt:
             log("", "supra: interrupted")
@@ -133,7 +135,7 @@ app.command("chat")(chat.command)
 app.command("serve")(serve.command)
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
-app.add_typer(bench.app, name="bench")
-app.add_typer(data.app, name="data")
-app.add_typer(launch.app, name="launch")
-app.add_typer(state.app, name="state")
+app.add_typer(bench.app, name="bench", cls=SupraGroup)
+app.add_typer(data.app, name="data", cls=SupraGroup)
+app.add_typer(launch.app, name="launch", cls=SupraGroup)
+app.add_typer(state.app, name="state", cls=SupraGroup)

@@ -35,12 +35,12 @@ def fold(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec,
     if spec.query_key_norm != "none":
         raise SpecError(
             "nothing can be folded: between q_proj and the feature map stands the model's norm of "
-            "queries and keys, which is no matrix; leave out --fold"
+            "queries and keys, which is no matrix; omit `fold`"
         )
     if not can_fold(spec):
         raise SpecError(
             "nothing can be folded: a feature map folds where no rotation stands between it and "
-            "q_proj (rope between or after), and only once; leave out --fold"
+            "q_proj (rope between or after), and only once; omit `fold`"
         )
     new = dict(tensors)
     layers: list[LayerSpec] = []

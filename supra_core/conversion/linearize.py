@@ -56,8 +56,8 @@ class LinearizeOptions:
 
     ``window``: tokens that keep softmax weights. ``rope``: where the rotation stands; ``gain``
     and ``feature_bias``: whether those exist. ``keep_softmax``: layers that stay as they are;
-    ``keep_softmax_every``: every so-manieth does too. ``seed``: of the random weights, where
-    there are any.
+    ``keep_softmax_every`` N: every Nth layer stays too. ``seed``: of the random weights, if there
+    are any.
     """
 
     preset: Preset = "windowed"
@@ -74,16 +74,20 @@ class LinearizeOptions:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise SpecError(f"--seed must be at least 0, not {self.seed}")
+            raise SpecError(f"`seed` must be at least 0, not {self.seed}")
+        if self.window is not None and self.window < 1:
+            raise SpecError(
+                f"`window` must be at least 1 token, not {self.window}: recipe pure has none"
+            )
         for name, value, kind in (
-            ("--recipe", self.preset, Preset),
-            ("--feature-map", self.feature_map, FeatureMapName),
-            ("--decay", self.decay, DecayName),
-            ("--output-norm", self.output_norm, OutputNormName),
+            ("preset", self.preset, Preset),
+            ("feature_map", self.feature_map, FeatureMapName),
+            ("decay", self.decay, DecayName),
+            ("output_norm", self.output_norm, OutputNormName),
         ):
             if value is not None and value not in get_args(kind):
                 raise SpecError(
-                    f"{name} '{value}' is unknown: use one of {', '.join(get_args(kind))}"
+                    f"`{name}` '{value}' is unknown: use one of {', '.join(get_args(kind))}"
                 )
 
 
@@ -107,13 +111,13 @@ def linear_spec(spec: ModelSpec, options: LinearizeOptions) -> ModelSpec:
     """The linear model's spec; raises as :func:`linearize`."""
     if not spec.is_transformer:
         raise SpecError(
-            "the source already has linear attention: convert it with --no-linearize, or start "
-            "from the transformer"
+            "the source already has linear attention: convert it with `linearize=False`, or "
+            "start from the transformer"
         )
     wrong = [index for index in options.keep_softmax if not 0 <= index < spec.num_hidden_layers]
     if wrong:
         raise SpecError(
-            f"--keep-softmax names layer {wrong[0]}, but the model has layers 0 to "
+            f"`keep_softmax` names layer {wrong[0]}, but the model has layers 0 to "
             f"{spec.num_hidden_layers - 1}"
         )
     mixer = linear_mixer(spec, options)
@@ -122,7 +126,7 @@ def linear_spec(spec: ModelSpec, options: LinearizeOptions) -> ModelSpec:
     kept = {*options.keep_softmax, *(range(every - 1, layers, every) if every else ())}
     if len(kept) == layers:
         raise SpecError(
-            f"--keep-softmax names all {layers} layers, and nothing would be linear: leave at "
+            f"`keep_softmax` names all {layers} layers, and nothing would be linear: leave at "
             "least one out"
         )
     theirs = [m for m in (layer.mixer for layer in spec.layers) if isinstance(m, SoftmaxAttention)]
@@ -218,10 +222,6 @@ def _window(options: LinearizeOptions, norm_name: OutputNormName) -> int | None:
     if options.window is None:
         windowed = options.preset == "windowed" and norm_name != "group_norm"
         return DEFAULT_WINDOW if windowed else None
-    if options.window < 1:
-        raise SpecError(
-            f"--window must be at least 1 token, not {options.window}: recipe pure has none"
-        )
     return options.window
 
 

@@ -254,7 +254,7 @@ def _is_offline() -> bool:
 def _not_cached(model: HubId) -> SupraError:
     return SupraError(
         f"{model} is no folder here and not in the cache, and nothing is fetched offline: leave "
-        "out --offline and HF_HUB_OFFLINE once, or name a folder"
+        "out `offline` and HF_HUB_OFFLINE once, or name a folder"
     )
 
 

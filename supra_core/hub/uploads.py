@@ -124,8 +124,8 @@ def _files(folder: Path, include: Sequence[str]) -> tuple[list[Path], tuple[str,
     if not found.passed:
         wrong = [problem.file for problem in found.problems] or list(found.unlisted)
         raise FormatError(
-            f"{folder} is not as it was written, which {wrong[0]} shows: look at it by supra "
-            f"verify --checksums, and convert again or mend {checksums.NAME}"
+            f"{folder} is not as it was written, which {wrong[0]} shows: check the "
+            f"folder's checksums, and convert again or mend {checksums.NAME}"
         )
     wanted = {name for name in listed if not name.startswith(".")} | {checksums.NAME, *include}
     return [file_in(folder, name) for name in sorted(wanted)], tuple(sorted(names - wanted))

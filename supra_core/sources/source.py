@@ -123,7 +123,7 @@ def open_source(
     notes: tuple[str, ...] = ()
     if os.path.exists(place):
         if revision is not None:
-            raise SupraError(f"{path} is no hub id and has no revisions: leave out --revision")
+            raise SupraError(f"{path} is not a hub id and has no revisions: omit `revision`")
         name = place.resolve().name
     else:
         model = hub_id(str(path))
@@ -148,7 +148,7 @@ def _open(place: Path, config: Path | None) -> Source:
     if place.suffix.lower() == SUFFIX or is_gguf(place):
         return _open_gguf(place)
     if place.suffix == ".safetensors" and _is_state(place):
-        raise FormatError(f"{place} is a saved state: name its model, and the file by --state")
+        raise FormatError(f"{place} is a saved state: name its model, and give the file as `state`")
     if place.suffix in _WEIGHT_SUFFIXES:
         beside = place.parent / CONFIG
         plain = config is None and os.path.isfile(beside)

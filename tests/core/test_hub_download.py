@@ -240,12 +240,14 @@ def test_a_hub_out_of_reach_is_soon_told(
 
 def test_convert_states_the_commit(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
     commit = hub.add("org/model", files).refs["main"]
-    done = convert.convert("org/model", tmp_path / "out", revision="main")
+    done = convert.convert(
+        convert.ConversionRequest("org/model", tmp_path / "out", revision="main")
+    )
     assert done.spec.provenance.source == f"org/model@{commit}"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# org/model\n" in card and "\nbase_model: org/model\n" in card
     assert f"| Revision of the source | {commit} |" in card
-    again = convert.convert(tmp_path / "out", tmp_path / "again")
+    again = convert.convert(convert.ConversionRequest(tmp_path / "out", tmp_path / "again"))
     assert again.spec.provenance == done.spec.provenance
 
 

@@ -105,13 +105,13 @@ def test_kept_layers_stay_softmax() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "--window must be at least 1 token, not 0"),
+        ({"window": 0}, "`window` must be at least 1 token, not 0"),
         ({"preset": "paper", "window": 8}, "a window needs the sum normaliser"),
         ({"output_norm": "group_norm", "window": 8}, "a window needs the sum normaliser"),
         ({"preset": "paper", "output_norm": "sum", "feature_map": "none"}, "never negative"),
-        ({"keep_softmax": (2,)}, "--keep-softmax names layer 2"),
-        ({"keep_softmax": (0, 1)}, "--keep-softmax names all 2 layers"),
-        ({"feature_map": "sigmoid"}, "--feature-map 'sigmoid' is unknown"),
+        ({"keep_softmax": (2,)}, "`keep_softmax` names layer 2"),
+        ({"keep_softmax": (0, 1)}, "`keep_softmax` names all 2 layers"),
+        ({"feature_map": "sigmoid"}, "`feature_map` 'sigmoid' is unknown"),
     ],
 )
 def test_impossible_choices_are_refused(options: dict[str, object], message: str) -> None:

@@ -142,7 +142,7 @@ def test_a_run_gives_its_model_or_newest_checkpoint(mistral: Path, tmp_path: Pat
 
 
 def test_a_folder_has_no_revisions(mistral: Path) -> None:
-    with pytest.raises(SupraError, match="mistral is no hub id and has no revisions"):
+    with pytest.raises(SupraError, match="mistral is not a hub id and has no revisions"):
         open_source(mistral, revision="main")
 
 

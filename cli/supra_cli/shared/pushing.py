@@ -55,3 +55,13 @@ def push(folder: Path, model: HubId, private: bool, include: Sequence[str] = ())
         "bytes": done.size,
         "left_out": list(done.left_out),
     }
+
+
+def push_written(folder: Path, model: HubId, private: bool) -> dict[str, Any]:
+    """:func:`push` of a new folder; the error says that it is complete and how to push it."""
+    try:
+        return push(folder, model, private)
+    except SupraError as error:
+        raise SupraError(
+            f"{error}; {folder} is complete: run supra push {folder} {model}"
+        ) from None
