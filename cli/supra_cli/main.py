@@ -1,6 +1,6 @@
 """The command ``supra``: registers the commands and turns errors into exit codes.
 
-Only typer is imported here, so that ``supra --help`` is quick and works without any backend;
+Nothing heavy is imported here, so that ``supra --help`` is quick and works without any backend;
 each command imports what it needs when it runs.
 """
 
@@ -33,6 +33,9 @@ from supra_cli.commands import (
     uptrain,
     verify,
 )
+from supra_cli.shared.flags import flags_of, with_flags
+from supra_cli.shared.output import libraries_visible, log, log_failure
+from supra_core.errors import EndedByAnother, Preempted, SupraError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -47,10 +50,6 @@ class SupraGroup(TyperGroup):
     everything saved in 75, none in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        from supra_cli.shared.flags import flags_of, with_flags
-        from supra_cli.shared.output import libraries_visible, log, log_failure
-        from supra_core.errors import EndedByAnother, Preempted, SupraError
-
         try:
             with libraries_visible():
                 done = super().invoke(ctx)
@@ -67,7 +66,7 @@ class SupraGroup(TyperGroup):
             log("", "supra: interrupted")
             _end(EXIT_INTERRUPTED)
         except Preempted:
-            log("supra: told to end, and what was done is kept: start it again")
+            log("supra: stopped by SIGTERM; progress is saved: run the same command to resume")
             _end(EXIT_START_AGAIN)
         except Exception as error:
             # A broken pipe is left to typer: who read the output has gone, and wants no word.

@@ -278,7 +278,7 @@ def test_the_transformers_tensors_are_all_that_calibrating_replaced(tmp_path: Pa
     name = next(iter(whole))
     changed: dict[str, dict[str, Any]] = {
         "is missing": {k: v for k, v in whole.items() if k != name},
-        "is none that calibrating replaces": {**whole, "model.norm.weight": np.ones(24)},
+        "is not one that calibration replaces": {**whole, "model.norm.weight": np.ones(24)},
         "is int8": {**whole, name: whole[name].astype(np.int8)},
         "is float64": {**whole, name: whole[name].astype(np.float64)},
         "is float32 .*, not float32": {**whole, name: whole[name][:-1]},

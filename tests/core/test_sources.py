@@ -204,7 +204,9 @@ def test_one_clear_sentence(mistral: Path, damage: Callable[[Path], Any], messag
 
 def test_files_and_folders_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(SupraError, match=r"notes\.txt is no model file: known are \.gguf"):
+    with pytest.raises(
+        SupraError, match=r"notes\.txt is not a model file: name a folder, or one of \.gguf"
+    ):
         open_source(tmp_path / "notes.txt")
     with pytest.raises(SupraError, match="does not exist"):
         open_source(tmp_path / "nothing.gguf")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from supra_cli.shared import options
+from supra_cli.shared.output import log, print_json
+from supra_core.errors import SupraError, install
 
 if TYPE_CHECKING:
     from supra_core.conversion.convert import Conversion, ConversionRequest, Quantise
@@ -26,8 +28,7 @@ def command(
     linearize: Annotated[
         bool | None,
         typer.Option(
-            "--linearize/--no-linearize",
-            help="Default: linearize a plain transformer on its way to supra.",
+            "--linearize/--no-linearize", help="Default: linearize a transformer if TO is supra."
         ),
     ] = None,
     recipe: Annotated[
@@ -39,69 +40,59 @@ def command(
     decay: Annotated[str | None, typer.Option(help="lightning, retnet, none or learned.")] = None,
     output_norm: Annotated[str | None, typer.Option(help="group_norm, sum or sum_sink.")] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens that keep softmax weights; windowed: 128.")
+        int | None, typer.Option(help="Tokens with softmax attention; recipe windowed: 128.")
     ] = None,
     keep_softmax: Annotated[
-        str | None, typer.Option(help="Layers that stay as they are, as in 0,15.")
+        str | None, typer.Option(help="Layers that keep softmax attention, as in 0,15.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random weights of the paper recipe.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the paper recipe's random weights.")] = 0,
     calibrate: Annotated[
         bool | None,
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="Fit what is linearized to the transformer without training. Default: where "
-            "torch is installed, but for the paper recipe.",
+            help="Fit the new layers to the transformer without training. Default: if torch is "
+            "installed, except for the paper recipe.",
         ),
     ] = None,
     calibration_text: Annotated[
-        Path | None,
-        typer.Option(help="Text to calibrate on; default: Python's own documentation."),
+        Path | None, typer.Option(help="Text to calibrate on; default: Python's documentation.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to use.")] = 16_384,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 16_384,
     dtype: options.Dtype = None,
     fold: Annotated[
         bool, typer.Option("--fold/--no-fold", help="Multiply feature maps into q and k.")
     ] = False,
     quantize: Annotated[
-        int | None,
-        typer.Option(help="Bits of the matrices, 4, 6 or 8, for MLX; some get two more."),
+        int | None, typer.Option(help="Quantise for MLX to 4, 6 or 8 bits; some matrices get more.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Config of an OpenLM checkpoint that has none beside it.")
-    ] = None,
+    config: options.OpenLMConfig = None,
     revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of a hub id; the same as org/name@REVISION."),
+        str | None, typer.Option(help="Branch, tag or commit of a hub id; also org/name@REVISION.")
     ] = None,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Take a hub id from the cache, or not at all.")
+        bool, typer.Option("--offline", help="Read a hub id from the cache alone.")
     ] = False,
     rope_factors: Annotated[
         str | None,
         typer.Option(
-            help="Of longrope (Phi-3 128k): short (default), as for texts of up to the original "
-            "length, or long, as for longer ones."
+            help="Longrope (Phi-3 128k): short factors (default), or long for long texts."
         ),
     ] = None,
-    push_to: Annotated[
-        str | None, typer.Option(help="Hub id to put OUT on when it is written.")
-    ] = None,
+    push_to: Annotated[str | None, typer.Option(help="Hub id to push OUT to.")] = None,
     private: options.Private = False,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """Convert a model, and linearize it on the way."""
+    """Convert a model, and linearize it."""
     from supra_cli.shared import pushing
-    from supra_cli.shared.output import layer_numbers, print_json
     from supra_cli.shared.progress import ProgressReporter
     from supra_core.conversion.convert import ConversionRequest, convert
-    from supra_core.errors import SupraError
     from supra_core.model.layout import parameter_count
 
     start = time.monotonic()
     chosen = _linearize_options(
         preset=recipe, feature_map=feature_map, decay=decay, output_norm=output_norm,
-        window=window, keep_softmax=layer_numbers(keep_softmax) or None, seed=seed or None,
+        window=window, keep_softmax=_layer_numbers(keep_softmax), seed=seed or None,
     )  # fmt: skip
     request = ConversionRequest(
         source, out, to, linearize, chosen, fold=fold, quantise=_quantisation(quantize),
@@ -118,8 +109,8 @@ def command(
             request, progress, calibrate, calibration_text, calibration_tokens
         )
         done = convert(request, progress)
-    pushed = None if target is None else pushing.push_written(out, target, private)
     _log_notes(done)
+    pushed = None if target is None else pushing.push_written(out, target, private)
     result = {
         "source": source,
         "source_kind": done.kind,
@@ -148,8 +139,6 @@ def command(
 
 
 def _log_notes(done: Conversion) -> None:
-    from supra_cli.shared.output import log
-
     for sentence in done.notes:
         log(f"note: {sentence}")
     if done.not_finite:
@@ -161,8 +150,6 @@ def _log_notes(done: Conversion) -> None:
 
 
 def _log_summary(result: dict[str, Any]) -> None:
-    from supra_cli.shared.output import log
-
     dtype, bits, types = result["dtype"], result["quantized"], result["layer_types"]
     stored = dtype if bits is None else f"{bits} bits and {dtype}"
     kinds = ", ".join(f"{types.count(kind)} {kind}" for kind in dict.fromkeys(types))
@@ -193,9 +180,7 @@ def _with_calibration(
     """The request with a calibration if it is asked for, or possible by default."""
     from supra_cli.shared import pythondocs
     from supra_cli.shared.backends import require
-    from supra_cli.shared.output import log
     from supra_core.data.documents import refuse_records
-    from supra_core.errors import SupraError
     from supra_core.text import read_text
 
     if tokens < 1:
@@ -226,9 +211,9 @@ def _obstacle(request: ConversionRequest) -> str | None:
     from supra_core.text import TOKENIZER
 
     if request.fold:
-        return "--fold is given: for both, convert without it, then convert that with --fold"
+        return "--fold is given: to do both, convert without --fold, then convert OUT with it"
     if find_spec("torch") is None:
-        return "that needs torch (pip install 'supra-lm[torch]')"
+        return f"that needs torch ({install('torch')})"
     if TOKENIZER not in request.found.assets():
         return f"{request.source} has no tokenizer"
     return None
@@ -240,3 +225,13 @@ def _linearize_options(**given: Any) -> LinearizeOptions | None:
 
     stated = {name: value for name, value in given.items() if value is not None}
     return LinearizeOptions(**stated) if stated else None
+
+
+def _layer_numbers(text: str | None) -> tuple[int, ...] | None:
+    """``0,15`` as numbers."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")})) if text else None
+    except ValueError:
+        raise SupraError(
+            f"--keep-softmax '{text}' is not a list of layers: write numbers as in 0,15"
+        ) from None

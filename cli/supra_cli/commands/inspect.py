@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from supra_cli.shared import options
+from supra_cli.shared.output import bytes_text, cache_text, print_json, print_table
 
 # Contexts for which the memory traffic of one more token is shown.
 CONTEXTS = (0, 2_048, 16_384, 65_536)
@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
 def command(
     path: Annotated[str, typer.Argument(help="Anything supra convert reads.")],
-    config: Annotated[
-        Path | None, typer.Option(help="Config of an OpenLM checkpoint that has none beside it.")
-    ] = None,
+    config: options.OpenLMConfig = None,
     json_output: options.Json = False,
 ) -> None:
     """Show a model's layers, parameters and memory."""
-    from supra_cli.shared.output import print_json
     from supra_core.model.sizes import measure
     from supra_core.sources.source import open_source
 
@@ -65,7 +62,6 @@ def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
 
 
 def _show(source: Source, sizes: Sizes) -> None:
-    from supra_cli.shared.output import bytes_text, cache_text, print_table
     from supra_core.model.spec import LinearAttention
 
     spec = source.spec
@@ -87,7 +83,7 @@ def _show(source: Source, sizes: Sizes) -> None:
             f"{spec.head_dim} channels",
         ),
         *_layer_rows(source),
-        ("state a sequence", bytes_text(sizes.state_bytes) + " whatever the context"),
+        ("state a sequence", bytes_text(sizes.state_bytes) + " at any context"),
         ("cache that grows", bytes_text(sizes.growing_bytes_per_token) + " a token"),
         ("transformer's KV cache", cache_text(sizes)),
         ("smaller from a context of", break_even),
@@ -108,7 +104,7 @@ def _show(source: Source, sizes: Sizes) -> None:
 
 
 def _expert_rows(spec: ModelSpec, sizes: Sizes) -> list[tuple[str, str]]:
-    """What a mixture of experts is, and how much of the model a token goes through."""
+    """A mixture of experts, and the parameters that a token uses."""
     from supra_core.model.layout import expert_layers
 
     experts = spec.experts
@@ -125,7 +121,7 @@ def _expert_rows(spec: ModelSpec, sizes: Sizes) -> list[tuple[str, str]]:
 
 
 def _layer_rows(source: Source) -> list[tuple[str, str]]:
-    """One row for each run of equal layers."""
+    """One row for each group of equal neighbouring layers."""
     rows: list[tuple[str, str]] = []
     layers = source.spec.layers
     first = 0
