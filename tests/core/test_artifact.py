@@ -206,7 +206,7 @@ EXPERTS = {"count": 3, "per_token": 2, "intermediate_size": 8}
         ({"experts": {**EXPERTS, "per_token": 4}}, "a token cannot go through 4 of 3 experts"),
         ({"experts": {**EXPERTS, "count": 0}}, "experts.count must be positive"),
         ({"experts": {**EXPERTS, "capacity": 1}}, "field experts.capacity"),
-        ({"layer_mixers": [0, 2, 0]}, "field layer_mixers holds 2, which is no index"),
+        ({"layer_mixers": [0, 2, 0]}, "field layer_mixers holds 2, which is not an index"),
         ({"layer_mixers": []}, "field layer_mixers must be a list"),
         ({"mixers": None}, "field mixers must be a list"),
         ({"hidden_act": "gelu"}, "field hidden_act must be silu"),
