@@ -9,6 +9,11 @@ from supra_core.hub.identity import HubId
 LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"
 # Seconds to wait for a connection, and for an answer.
 PATIENCE = 10.0
+_ANSWERS = {
+    401: f"does not know your token (401): {LOG_IN} again",
+    403: "refuses your token (403): use a token with the permission",
+    429: "received too many requests (429): wait some minutes, or log in",
+}
 DOWNLOAD, UPLOAD = "be downloaded from", "be uploaded to"
 
 
@@ -72,15 +77,9 @@ def has_token() -> bool:
 
 
 def _answer(status: int) -> str:
-    if status == 401:
-        return f"does not know your token (401): {LOG_IN} again"
-    if status == 403:
-        return "refuses your token (403): use a token with the permission"
-    if status == 429:
-        return "received too many requests (429): wait some minutes, or log in"
     if status >= 500:
         return f"does not work ({status}): try again later"
-    return f"answers {status}: try again, or update huggingface_hub"
+    return _ANSWERS.get(status, f"answers {status}: try again, or update huggingface_hub")
 
 
 def _status(error: Exception) -> int:

@@ -228,7 +228,7 @@ def test_another_models_state(folders: dict[str, Path], tmp_path: Path) -> None:
     talk(session, "Hello", f"/save {tmp_path / 'talk'}")
     for model, backend, message in (
         (folders["hybrid"], "mlx", "is the state of another model"),
-        (folders["windowed"], "torch", "saved by the backend mlx: give --backend mlx"),
+        (folders["windowed"], "torch", "saved by the backend mlx: give `backend=mlx`"),
         (write_chat_model(tmp_path / "twin", SPECS["windowed"], seed=1), "mlx", "another model"),
     ):
         other = Session(load_speaker(str(model), backend), SAMPLING)

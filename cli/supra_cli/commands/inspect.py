@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -122,14 +123,12 @@ def _expert_rows(spec: ModelSpec, sizes: Sizes) -> list[tuple[str, str]]:
 
 def _layer_rows(source: Source) -> list[tuple[str, str]]:
     """One row for each group of equal neighbouring layers."""
-    rows: list[tuple[str, str]] = []
-    layers = source.spec.layers
-    first = 0
-    for index in range(1, len(layers) + 1):
-        if index == len(layers) or layers[index].mixer != layers[first].mixer:
-            name = f"layer {first}" if index - first == 1 else f"layers {first}-{index - 1}"
-            rows.append((name, _describe(layers[first].mixer)))
-            first = index
+    rows, first = [], 0
+    for mixer, group in groupby(layer.mixer for layer in source.spec.layers):
+        last = first + len(list(group)) - 1
+        name = f"layer {first}" if last == first else f"layers {first}-{last}"
+        rows.append((name, _describe(mixer)))
+        first = last + 1
     return rows
 
 
