@@ -210,13 +210,14 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def convert_model(source: Path, out: Path, text: Path, progress: Progress) -> dict[str, Any]:
-    from supra_core.conversion.convert import convert
+    from supra_core.conversion.convert import ConversionRequest, convert
     from supra_torch.calibration.conversion import TextCalibration
 
     options, calibrate = LinearizeOptions(window=DEFAULT_WINDOW), TextCalibration(read_text(text))
-    done = convert(
-        source, out, options=options, calibrate=calibrate, force=out.exists(), progress=progress
+    request = ConversionRequest(
+        source, out, options=options, calibrate=calibrate, force=out.exists()
     )
+    done = convert(request, progress)
     return {
         "parameters": parameter_count(done.spec),
         "dtype": done.dtype,

@@ -1,6 +1,6 @@
 """The command ``supra``: registers the commands and turns errors into exit codes.
 
-Only typer is imported here, so that ``supra --help`` is quick and works without any backend;
+Nothing heavy is imported here, so that ``supra --help`` is quick and works without any backend;
 each command imports what it needs when it runs.
 """
 
@@ -33,6 +33,9 @@ from supra_cli.commands import (
     uptrain,
     verify,
 )
+from supra_cli.shared.flags import flags_of, with_flags
+from supra_cli.shared.output import libraries_visible, log, log_failure
+from supra_core.errors import EndedByAnother, Preempted, SupraError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -47,9 +50,6 @@ class SupraGroup(TyperGroup):
     everything saved in 75, none in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        from supra_cli.shared.output import libraries_visible, log, log_failure
-        from supra_core.errors import EndedByAnother, Preempted, SupraError
-
         try:
             with libraries_visible():
                 done = super().invoke(ctx)
@@ -59,13 +59,14 @@ class SupraGroup(TyperGroup):
         except EndedByAnother:
             _end(EXIT_BAD_INPUT)
         except SupraError as error:
-            log(f"supra: error: {error}")
+            flags = flags_of(ctx.command.get_command(ctx, ctx.invoked_subcommand))
+            log(f"supra: error: {with_flags(str(error), flags)}")
             _end(EXIT_BAD_INPUT)
         except KeyboardInterrupt:
             log("", "supra: interrupted")
             _end(EXIT_INTERRUPTED)
         except Preempted:
-            log("supra: told to end, and what was done is kept: start it again")
+            log("supra: stopped by SIGTERM; progress is saved: run the same command to resume")
             _end(EXIT_START_AGAIN)
         except Exception as error:
             # A broken pipe is left to typer: who read the output has gone, and wants no word.
@@ -133,7 +134,7 @@ app.command("chat")(chat.command)
 app.command("serve")(serve.command)
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
-app.add_typer(bench.app, name="bench")
-app.add_typer(data.app, name="data")
-app.add_typer(launch.app, name="launch")
-app.add_typer(state.app, name="state")
+app.add_typer(bench.app, name="bench", cls=SupraGroup)
+app.add_typer(data.app, name="data", cls=SupraGroup)
+app.add_typer(launch.app, name="launch", cls=SupraGroup)
+app.add_typer(state.app, name="state", cls=SupraGroup)

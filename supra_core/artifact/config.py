@@ -13,10 +13,10 @@ from supra_core.model.spec import MOST_LAYERS, ModelSpec, format_version
 
 MODEL_TYPE = "supra"
 ARCHITECTURE = "SupraForCausalLM"
-# What needs nothing of a later version is written as version 1, which older readers know.
+# The newest version; a spec is written as the oldest version that can state it.
 FORMAT_VERSION = max(4, *(kind.format_version for kind in KINDS))
 
-# Characters of JSON that a mixer may take, which stands once for each of its layers in the spec.
+# Characters of JSON a mixer may take: the spec repeats it for each of its layers.
 _MIXER_LENGTH = 4000
 
 # Where an error about the spec stands: the file has a table of mixers in the layers' place.
@@ -28,8 +28,8 @@ SPEC_FIELDS = tuple(name for name in ModelSpec.__dataclass_fields__ if name != "
 def spec_to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     """``config.json`` of a model whose weights are stored as ``dtype``.
 
-    Mixers that several layers share stand once, in ``mixers``; ``layer_mixers`` holds each
-    layer's index into it. ``layer_feed_forwards`` stands where a layer has experts.
+    ``mixers`` lists each distinct mixer once; ``layer_mixers`` holds each layer's index into it.
+    ``layer_feed_forwards`` is there if a layer has experts.
     """
     fields = spec.to_dict()
     mixers: list[dict[str, Any]] = []
@@ -58,10 +58,10 @@ def spec_to_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
 
 
 def config_to_spec(config: dict[str, Any], where: str) -> ModelSpec:
-    """The spec ``config.json`` states; ``where`` names it in errors.
+    """The spec that ``config.json`` states; ``where`` names it in errors.
 
-    Raises :class:`SpecError` for what is missing, wrong, newer than this version, or contradicts
-    itself. Fields that other programs add are ignored.
+    Raises :class:`SpecError` for fields that are missing, wrong, too new or contradictory. Fields
+    that other programs add are ignored.
     """
     fields = Fields(config, where)
     if config.get("model_type") != MODEL_TYPE:
@@ -92,7 +92,9 @@ def _layers(fields: Fields) -> list[dict[str, Any]]:
             raise fields.error(f"field mixers holds at {number} more than any mixer states")
     for index in indices:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(mixers):
-            raise fields.error(f"field layer_mixers holds {index!r}, which is no index into mixers")
+            raise fields.error(
+                f"field layer_mixers holds {index!r}, which is not an index into mixers"
+            )
     kinds = fields.values.get("layer_feed_forwards")
     kinds = ["dense"] * len(indices) if kinds is None else kinds
     if not isinstance(kinds, list) or len(kinds) != len(indices):
@@ -114,7 +116,7 @@ def _table(fields: Fields, name: str) -> list[Any]:
 
 
 def _check_repeated(fields: Fields, spec: ModelSpec) -> None:
-    """What other programs read must say what the spec says."""
+    """Fields for other programs must agree with the spec."""
     repeated = {
         "num_hidden_layers": spec.num_hidden_layers,
         "layer_types": [layer.mixer.layer_type for layer in spec.layers],

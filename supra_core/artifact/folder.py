@@ -1,9 +1,9 @@
 """The artifact: one folder that is a supra model.
 
-``config.json`` (``model_type: "supra"``) states the sizes under Hugging Face's names, the layers'
-types as that ecosystem writes them, and the rest of the spec; weights are safetensors in the
-canonical layout; tokenizer, generation config and a model card stand beside them. What the config
-states twice for other readers is checked when it is read.
+``config.json`` (``model_type: "supra"``) states the sizes and layer types as Hugging Face does, and
+the rest of the spec. Weights are safetensors in the canonical layout, with the tokenizer, the
+generation config and a model card beside them. Reading checks what the config states twice for
+other readers.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from supra_core.tensors import DTYPES, LazyTensor, TensorSource, dtype_named
 from supra_core.visible import visible
 
 CONFIG = "config.json"
-# The transformer's own tensors where calibrating replaced them, so that the folder still holds
-# the teacher it can be uptrained with. Its name is none that other programs load.
+# The transformer's tensors that calibration replaced, so that the folder still contains the
+# teacher to uptrain with. Other programs do not load a file of this name.
 ORIGINAL = "original.safetensors"
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder that was read: its spec and its tensors under canonical names.
+    """An artifact: its spec and its tensors under canonical names.
 
-    ``originals``: the transformer's own, where calibrating replaced them. ``packed``: what the
-    file holds where matrices are quantised; ``tensors`` are then unpacked when they are read.
+    ``originals``: the transformer's tensors that calibration replaced. ``packed``: the stored
+    tensors if matrices are quantised; ``tensors`` are then unpacked when they are read.
     """
 
     spec: ModelSpec
@@ -63,7 +63,7 @@ class Artifact:
 
 
 def read(folder: str | Path) -> Artifact:
-    """The model in ``folder``; every tensor's name, shape and type is checked, none is read."""
+    """The model in ``folder``: checks every tensor's name, shape and type, and reads none."""
     folder = Path(folder)
     config_path = file_in(folder, CONFIG)
     config = read_object(config_path)
@@ -87,7 +87,7 @@ def read(folder: str | Path) -> Artifact:
 
 
 def replaced_by_calibrating(spec: ModelSpec) -> list[str]:
-    """The transformer's tensors in whose place a calibrated model has its own."""
+    """The names of the transformer's tensors that calibration replaces."""
     return [
         f"{layer_prefix(index)}self_attn.o_proj.weight"
         for index, layer in enumerate(spec.layers)
@@ -96,18 +96,18 @@ def replaced_by_calibrating(spec: ModelSpec) -> list[str]:
 
 
 def _originals(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
-    """What stands in ORIGINAL; FormatError unless it is all that calibrating replaced."""
+    """The tensors in ORIGINAL; FormatError unless they are those that calibration replaced."""
     if not has_file(folder, ORIGINAL):
         return {}
     kept, shapes = folder / ORIGINAL, tensor_shapes(spec)
     found = safetensors.read_file(kept)
-    remedy = "get the file again, or delete it to do without the transformer that it is of"
+    remedy = "get the file again, or delete it, which removes the teacher from the folder"
     wanted = replaced_by_calibrating(spec)
     for name in sorted(found.keys() ^ set(wanted)):
-        said = "is missing" if name in wanted else "is none that calibrating replaces"
+        said = "is missing" if name in wanted else "is not one that calibration replaces"
         raise FormatError(f"{kept}: {name} {said}: {remedy}")
     for name, tensor in found.items():
-        # Of the model's type or not: who saves it as another leaves this file as it was.
+        # Its type may differ: transformers saves the model in another type without this file.
         if tensor.shape != shapes[name] or tensor.dtype not in DTYPES.values():
             raise FormatError(
                 f"{kept}: {name} is {tensor.dtype} {list(tensor.shape)}, not {', '.join(DTYPES)} "
@@ -130,11 +130,10 @@ def write(
 ) -> None:
     """Write the artifact folder ``out``, whole or not at all.
 
-    ``assets``: file name -> bytes, e.g. the tokenizer's. ``originals``: what the transformer had
-    in the place of calibrated tensors. ``packed``: the same model quantised, which is written in
-    the place of ``tensors``. Weights are converted to ``dtype`` one
-    by one; ``progress`` is called with the bytes written and the bytes in all. An existing
-    ``out`` is refused unless ``force``, and then replaced once the new folder is complete.
+    ``assets``: file name -> bytes, such as the tokenizer. ``originals``: the transformer's tensors
+    that calibration replaced. ``packed``: the model quantised, written instead of ``tensors``.
+    Weights are converted to ``dtype`` one by one; ``progress`` gets the bytes written and the bytes
+    in all. SupraError if ``out`` exists; with ``force`` the complete new folder replaces it.
     """
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(out))
     stored = _converted(tensors, dtype) if packed is None else packed.tensors
@@ -170,7 +169,7 @@ def write_without_weights(
 
 
 def _stored(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors as files hold them; a run's checkpoint has its processes' parts."""
+    """The tensors as stored; the checkpoint of a run may be in parts, one a process."""
     if distributed.holds_shards(folder):
         return distributed.read_folder(folder)
     return safetensors.read_folder(folder)
@@ -195,7 +194,8 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 """
 _USE = """## Use
 
-With PATH this folder, and only after a look at the code in it where others wrote it:
+Replace PATH with this folder. Programs other than supra run code from it: review it first if you
+did not create it.
 
 ```
 supra chat PATH
@@ -204,17 +204,17 @@ mlx_lm.chat --model PATH --trust-remote-code
 """
 
 
-# What begins markup in markdown, tables and HTML.
+# Characters that begin markup in markdown, tables and HTML.
 _MARKS = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]<>|&~$"})
 
 
 def _plain(text: str) -> str:
-    """A field that a stranger may have written, as one line of markdown that is text alone."""
+    """A field of a stranger as one line of markdown without markup."""
     return visible(text).translate(_MARKS)
 
 
 def model_card(spec: ModelSpec, dtype: str, *, quantised: bool = False) -> str:
-    """The folder's README.md: what the model is, where it came from and what loads it."""
+    """The folder's README.md: what the model is, where it comes from and how to load it."""
     kinds = [layer.mixer.layer_type for layer in spec.layers]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     origin = spec.provenance

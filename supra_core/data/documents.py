@@ -226,7 +226,7 @@ def _archive(
             if member.issparse():
                 # Its holes take no place in the archive, so nothing bounds what it claims to hold.
                 yield BadRecord(
-                    f"{where}: {member.name} is a sparse file: pack it without --sparse"
+                    f"{where}: {member.name} is a sparse file: pack it without sparse files"
                 )
                 continue
             with _untarring(where):
@@ -373,7 +373,7 @@ def _samples(lines: Iterator[tuple[str, Any]]) -> Iterator[Record]:
         if isinstance(line, BadRecord):
             yield line
         elif not isinstance(line, dict) or not isinstance(line.get("text"), str):
-            yield BadRecord(f"{where} is no sample: synthesize again with --force")
+            yield BadRecord(f"{where} is no sample: synthesize again with `force`")
         elif not line.get("dropped"):
             yield Document(where, pieces(plain(line["text"])), is_closed=True)
 
@@ -416,7 +416,7 @@ def _hub(name: str, reading: Reading) -> Iterator[Record]:
             raise
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SupraError(
-            f"the data set {name} cannot be read ({cause}): check its name, --split and the network"
+            f"the data set {name} cannot be read ({cause}): check its name, `split` and the network"
         ) from None
 
 

@@ -244,7 +244,7 @@ def _write_shards(
 
 def _leave_out(error: BadRecord, settings: Settings, position: _Position) -> None:
     if not settings.skip_bad:
-        raise SupraError(f"{error}, or leave such records out with supra data prepare --skip-bad")
+        raise SupraError(f"{error}, or skip such records with `skip_bad`")
     position.skipped_count += 1
     if len(position.skipped) < _NAMED:
         position.skipped.append(str(error))

@@ -157,7 +157,7 @@ def _without(reading: Reading, said: str, names: Iterable[str]) -> str:
     *others, last = _wanted(reading)
     wanted = f"{', '.join(others)} or {last}" if others else last
     found = ", ".join(names) or "no fields"
-    return f"{said} {wanted}, but {found}: name one with --field"
+    return f"{said} {wanted}, but {found}: name one with `field`"
 
 
 def _from_json(value: str, place: str) -> Any:

@@ -115,7 +115,7 @@ def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
             f"the model differs from what {family.model_type} can state"
             + (", since the long factors of its longrope were chosen" if chosen else "")
             + ": write it as supra instead"
-            + (", or convert it with --rope-factors short" if chosen else "")
+            + (", or convert it with `rope_factors=short`" if chosen else "")
         )
     return config
 

@@ -140,11 +140,11 @@ def check_new_file(path: str | Path, force: bool) -> None:
 
 
 def _file_exists(path: str | Path) -> SupraError:
-    return SupraError(f"{path} exists: name another place, or replace it with --force")
+    return SupraError(f"{path} exists: name another place, or replace it with `force`")
 
 
 def _folder_exists(place: Path) -> SupraError:
-    return SupraError(f"{place} exists already: choose another folder, or pass --force")
+    return SupraError(f"{place} exists already: choose another folder, or replace it with `force`")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""A model of the hub in huggingface_hub's cache: only the files that are read, at one commit.
+"""Download a model of the hub into huggingface_hub's cache: the files it needs, at one commit.
 
-The hub is asked once what the revision is and holds, with a time limit and no retries; then
-config, tokenizer and one form of the weights are fetched, safetensors before pickles, and never
-a folder inside (``original/``, ``onnx/``). What breaks off goes on from where it was.
+One request, with a time limit and no retries, asks for the revision's commit and files. Then the
+config, the tokenizer and one form of the weights are downloaded, safetensors before pickles, and
+no subfolders (``original/``, ``onnx/``). An interrupted download resumes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from supra_core.hub.identity import HubId
 from supra_core.progress import Progress
 
 CONFIG = "config.json"
-# What calibrating leaves of the transformer; see supra_core.artifact.folder.
+# See supra_core.artifact.folder.
 _ORIGINAL = "original.safetensors"
-# The forms of weights, the first of which is taken: an index with its shards, or one file.
+# The first that exists is read: an index with its shards, or one file.
 _INDICES = (safetensors.INDEX, torch_pickle.INDEX)
 _WEIGHTS = (safetensors.INDEX, safetensors.SINGLE, torch_pickle.INDEX, torch_pickle.SINGLE)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model's ``folder`` in the cache; ``model`` is its id at the commit that it is.
+    """A model's ``folder`` in the cache; ``model`` is its id with the commit.
 
-    ``note``: a sentence for the user, where the hub was not reached and the cache had to do.
+    ``note``: one sentence if the hub was not reached and the cache is used instead.
     """
 
     folder: Path
@@ -42,51 +42,48 @@ class Snapshot:
 
 
 def download(model: HubId, *, offline: bool = False, progress: Progress | None = None) -> Snapshot:
-    """The model in the cache, fetched where it is not there yet; asked once for each process.
+    """The model in the cache, downloaded if needed; the hub is asked once a process.
 
-    ``offline``, or HF_HUB_OFFLINE: nothing but the cache is used. ``progress`` None leaves it to
-    huggingface_hub to show bars on a terminal. Raises :class:`SupraError` with one sentence for a
-    model that is missing, gated, or out of reach.
+    ``offline``, or HF_HUB_OFFLINE: use the cache alone. ``progress`` None: huggingface_hub shows
+    its own bars. Raises :class:`SupraError` if the model is missing, gated or cannot be reached.
     """
     key = (model, offline or _is_offline())
-    if key not in _FETCHED:
-        _FETCHED[key] = _download(*key, progress)
-    return _FETCHED[key]
+    if key not in _DOWNLOADED:
+        _DOWNLOADED[key] = _download(*key, progress)
+    return _DOWNLOADED[key]
 
 
 def download_config(model: HubId) -> Path:
-    """The config of a model alone."""
-    if _is_offline() or model.is_pinned:
-        folder = cached_folder(model)
-        if folder is not None:
-            return folder / CONFIG
-    if _is_offline():
+    """The model's config, without its weights; raises as :func:`download` does."""
+    cached, offline = _cached(model, CONFIG), _is_offline()
+    if cached is not None and (offline or model.is_pinned):
+        return cached
+    if offline:
         raise _not_cached(model)
     try:
         _, sizes = _listing(model)
     except _OutageError:
-        folder = cached_folder(model)
-        if folder is None:
+        if cached is None:
             raise
-        return folder / CONFIG
+        return cached
     if CONFIG not in sizes:
-        raise FormatError(f"{model} holds no {CONFIG}: name a model of a known format")
+        raise FormatError(f"{model} has no {CONFIG}: name a model of a known format")
     return _fetch(model, model.revision, CONFIG, None)
 
 
 def cached_folder(model: HubId) -> Path | None:
-    """The folder of a model in the cache, or None; nothing is looked up on the hub."""
+    """The folder of a model in the cache, or None; the hub is not asked."""
     found = _cached(model, CONFIG)
     return None if found is None else found.parent
 
 
-# What this process has asked for, so that opening a model twice asks the hub once.
-_FETCHED: dict[tuple[HubId, bool], Snapshot] = {}
+# So that opening a model twice asks the hub once.
+_DOWNLOADED: dict[tuple[HubId, bool], Snapshot] = {}
 
 
 def forget() -> None:
-    """Ask the hub again for what this process has asked for before."""
-    _FETCHED.clear()
+    """Ask the hub again about models that this process has downloaded."""
+    _DOWNLOADED.clear()
 
 
 def _download(model: HubId, offline: bool, progress: Progress | None) -> Snapshot:
@@ -98,7 +95,7 @@ def _download(model: HubId, offline: bool, progress: Progress | None) -> Snapsho
         commit, sizes = _listing(model)
     except _OutageError as outage:
         found = _from_cache(model, outage)
-        return replace(found, note=f"{outage}; what the cache holds is {found.model}")
+        return replace(found, note=f"{outage}; the cache holds {found.model}")
     exact = replace(model, revision=commit)
     return Snapshot(_fetch_all(model, exact, sizes, progress), exact)
 
@@ -111,11 +108,11 @@ def _cached(model: HubId, name: str) -> Path | None:
 
 
 class _OutageError(SupraError):
-    """The hub is not reached."""
+    """The hub cannot be reached."""
 
 
 def _listing(model: HubId) -> tuple[str, dict[str, int]]:
-    """The commit a revision is now, and its files beside the config, name -> bytes."""
+    """The commit of a revision, and the size in bytes of each file at its top level."""
     from huggingface_hub import HfApi
 
     try:
@@ -124,20 +121,18 @@ def _listing(model: HubId) -> tuple[str, dict[str, int]]:
         )
     except Exception as error:  # Each kind of failure has its own type there.
         sentence = explained(error, model)
-        if is_outage(error):
-            raise _OutageError(sentence) from None
-        raise sentence from None
+        raise (_OutageError(sentence) if is_outage(error) else sentence) from None
     files = info.siblings or []
     sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
     if info.sha is None or not HubId(model.name, info.sha).is_pinned:
-        raise SupraError(f"{model}: the hub states no commit for it: check HF_ENDPOINT")
+        raise SupraError(f"{model}: the hub states no commit: check HF_ENDPOINT")
     return info.sha, sizes
 
 
 def _fetch_all(
     model: HubId, exact: HubId, sizes: dict[str, int], progress: Progress | None
 ) -> Path:
-    """Every file that is read; the config last, so that what has one in the cache is whole."""
+    """The folder with every file; the config comes last and marks the folder as complete."""
     form = next((name for name in _WEIGHTS if name in sizes), None)
     if CONFIG not in sizes or form is None:
         raise _not_readable(model, sizes)
@@ -149,7 +144,7 @@ def _fetch_all(
         for name in weights:
             if name not in sizes:
                 raise FormatError(
-                    f"{model}: {form} lists {name}, which the hub has not: name another model"
+                    f"{model}: {form} lists {name}, which is not on the hub: name another model"
                 )
     small = [name for name in (*ASSET_NAMES, _ORIGINAL) if name in sizes]
     names = [*small, *weights, CONFIG]
@@ -160,7 +155,7 @@ def _fetch_all(
         folder = _fetch(model, revision, name, meter).parent
         meter.finish(sizes[name])
     if folder.name != commit:
-        raise SupraError(f"{model} was changed on the hub while it was read: start again")
+        raise SupraError(f"{model} changed on the hub during the download: start again")
     return folder
 
 
@@ -177,7 +172,7 @@ def _fetch(model: HubId, revision: str | None, name: str, meter: _Meter | None) 
 
 
 class _Meter:
-    """Counts the bytes of all files together."""
+    """Counts the bytes of all files."""
 
     def __init__(self, total: int, report: Progress | None) -> None:
         self.total, self.report = total, report
@@ -185,17 +180,17 @@ class _Meter:
         self._say()
 
     def finish(self, size: int) -> None:
-        """A file is there; what was there before has no size here."""
+        """A file of ``size`` bytes is complete; a file that was cached before counts 0."""
         self._before, self._now = self._before + size, 0
         self._say()
 
     def add(self, count: float | None) -> None:
-        """So many bytes more of the file that is fetched."""
+        """``count`` more bytes of the current file."""
         self._now += int(count or 0)
         self._say()
 
     def bar(self) -> type:
-        """A bar for huggingface_hub that draws nothing and counts."""
+        """A progress bar for huggingface_hub that counts and draws nothing."""
         from huggingface_hub.utils.tqdm import tqdm
 
         meter = self
@@ -209,10 +204,10 @@ class _Meter:
                 meter.add(n)
 
             def update_transfer(self, n: float | None = 1) -> None:
-                """Bytes under way, which count once they are in the file."""
+                """Bytes count once they are in the file."""
 
             def set_transfer_postfix_str(self, *_: Any, **__: Any) -> None:
-                """The rate of what is under way."""
+                """The rate is not shown."""
 
         return Bar
 
@@ -225,17 +220,16 @@ def _from_cache(model: HubId, otherwise: SupraError) -> Snapshot:
     folder = cached_folder(model)
     if folder is None:
         raise otherwise
-    missing = _missing(folder)
-    if missing:
+    if missing := _missing(folder):
         raise SupraError(
-            f"{model} is not whole in the cache, where {', '.join(missing[:3])} is missing: fetch "
-            "it once while the hub can be reached"
+            f"{model} is incomplete in the cache ({', '.join(missing[:3])} is missing): download "
+            "it while the hub can be reached"
         )
     return Snapshot(folder, replace(model, revision=folder.name))
 
 
 def _missing(folder: Path) -> list[str]:
-    """The weights that a folder of the cache ought to hold, and does not."""
+    """The names of weights that are missing in a folder of the cache."""
     form = next((name for name in _WEIGHTS if has_file(folder, name)), None)
     if form is None:
         return [safetensors.SINGLE]
@@ -253,18 +247,18 @@ def _is_offline() -> bool:
 
 def _not_cached(model: HubId) -> SupraError:
     return SupraError(
-        f"{model} is no folder here and not in the cache, and nothing is fetched offline: leave "
-        "out --offline and HF_HUB_OFFLINE once, or name a folder"
+        f"{model} is not a folder and not in the cache, and supra is offline: omit `offline` and "
+        "unset HF_HUB_OFFLINE once, or name a folder"
     )
 
 
 def _not_readable(model: HubId, sizes: dict[str, int]) -> FormatError:
     if any(name.endswith(".gguf") for name in sizes):
         return FormatError(
-            f"{model} holds GGUF files and no {safetensors.SINGLE}: fetch one of them (hf download "
+            f"{model} has GGUF files and no {safetensors.SINGLE}: download one (hf download "
             f"{model.name} FILE) and name that file"
         )
     return FormatError(
-        f"{model} holds no {CONFIG} with {safetensors.SINGLE} or {torch_pickle.SINGLE} beside it: "
+        f"{model} has no {CONFIG} with {safetensors.SINGLE} or {torch_pickle.SINGLE} beside it: "
         "name a model of a known format"
     )

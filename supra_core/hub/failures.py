@@ -1,4 +1,4 @@
-"""What the hub and its library answer, as one sentence with the remedy in it."""
+"""Failures of the hub and of its library, each as one sentence with the remedy."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from supra_core.formats.atomic import reason, remedy
 from supra_core.hub.identity import HubId
 
 LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"
-# Seconds that the hub has to take a connection, and to answer a question.
+# Seconds to wait for a connection, and for an answer.
 PATIENCE = 10.0
-
-
-_HAD = "be had from"
+_ANSWERS = {
+    401: f"does not know your token (401): {LOG_IN} again",
+    403: "refuses your token (403): use a token with the permission",
+    429: "received too many requests (429): wait some minutes, or log in",
+}
+DOWNLOAD, UPLOAD = "be downloaded from", "be uploaded to"
 
 
 def is_outage(error: Exception) -> bool:
-    """Whether the hub was not reached, or is out of order: what is in the cache then has to do."""
+    """Whether the hub cannot be reached or does not work, so that the cache has to do."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
         return _status(error) >= 500
-    # The library's transports have errors of their own, which are no errors of the system.
+    # The library's transports have their own errors, which are not OSErrors.
     return type(error).__module__.startswith("httpx") or isinstance(error, ConnectionError)
 
 
-def explained(error: Exception, model: HubId, doing: str = _HAD) -> SupraError:
-    """``error`` of the hub's library as a :class:`SupraError`; ``doing`` completes "cannot"."""
+def explained(error: Exception, model: HubId, doing: str = DOWNLOAD) -> SupraError:
+    """``error`` of the hub's library as a :class:`SupraError`; ``doing``: DOWNLOAD or UPLOAD."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -47,18 +50,18 @@ def explained(error: Exception, model: HubId, doing: str = _HAD) -> SupraError:
         )
     if isinstance(error, RepositoryNotFoundError):
         able = "whether your token may see it" if has_token() else f"if it is private, {LOG_IN}"
-        here = "no folder here and not" if doing == _HAD else "not"
+        here = "not a folder and not" if doing == DOWNLOAD else "not"
         return SupraError(f"{model.name} is {here} on the hub: check the id; {able}")
     if isinstance(error, HFValidationError):
-        return SupraError(f"{model.name} is no hub id: write org/name")
+        return SupraError(f"{model.name} is not a hub id: write org/name")
     if isinstance(error, UnicodeError) or "bearer" in str(error).lower():
-        # Headers that cannot be sent, which the transport quotes.
-        return SupraError(f"your token holds characters that no token has: {LOG_IN} anew")
+        # The transport quotes headers that it cannot send.
+        return SupraError(f"your token contains invalid characters: {LOG_IN} again")
     if isinstance(error, HfHubHTTPError):
         return SupraError(f"{model} cannot {doing} the hub, which {_answer(_status(error))}")
     if is_outage(error):
         return SupraError(
-            f"{model} cannot {doing} the hub, which is not reached ({_quoted(error)}): check the "
+            f"{model} cannot {doing} the hub, which is unreachable ({_quoted(error)}): check the "
             "network and HF_ENDPOINT"
         )
     if isinstance(error, OSError) and error.errno is not None:
@@ -74,15 +77,9 @@ def has_token() -> bool:
 
 
 def _answer(status: int) -> str:
-    if status == 401:
-        return f"does not know your token (401): {LOG_IN} anew"
-    if status == 403:
-        return "refuses it to your token (403): take a token that may do this"
-    if status == 429:
-        return "has had too many requests (429): wait some minutes, and log in for more"
     if status >= 500:
-        return f"is out of order ({status}): try again later"
-    return f"answers {status}: try again, or update huggingface_hub"
+        return f"does not work ({status}): try again later"
+    return _ANSWERS.get(status, f"answers {status}: try again, or update huggingface_hub")
 
 
 def _status(error: Exception) -> int:
@@ -90,7 +87,7 @@ def _status(error: Exception) -> int:
 
 
 def _quoted(error: Exception) -> str:
-    """The first line of a message, or the kind of error; a token is never quoted."""
+    """The first line of a message, or the type of the error; tokens are never quoted."""
     lines = str(error).strip().splitlines()
     if not lines or "hf_" in lines[0].lower():
         return type(error).__name__

@@ -1,4 +1,4 @@
-"""What names a model on the hub: ``org/name``, or ``org/name@revision``."""
+"""The id of a model on the hub: ``org/name``, or ``org/name@revision``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from supra_core.errors import SupraError
 
-# As the hub allows them: of at most 96 characters.
+# The hub allows at most 96 characters.
 _PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
 _NAME = re.compile(f"{_PART}/{_PART}", re.ASCII)
 _LEVEL = r"[A-Za-z0-9][\w.-]*"
@@ -18,7 +18,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubId:
-    """A model's repository, and which state of it: a branch, a tag or a commit; None the newest."""
+    """A model's repository and a branch, tag or commit of it; None: the newest state."""
 
     name: str
     revision: str | None = None
@@ -28,30 +28,25 @@ class HubId:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the revision is a commit, so that it is the same model for ever."""
+        """Whether the revision is a commit, so that the model never changes."""
         return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
 
     def at(self, revision: str | None) -> HubId:
-        """The same repository at ``revision``, which an id that states another one contradicts."""
+        """The same repository at ``revision``; SupraError if the id states another one."""
         if revision is None:
             return self
         if not _is_revision(revision):
-            raise SupraError(f"'{revision}' is no revision: name a branch, a tag or a commit")
+            raise SupraError(f"'{revision}' is not a revision: name a branch, a tag or a commit")
         if self.revision not in (None, revision):
-            raise SupraError(
-                f"{self} states another revision than {revision}: leave one of them out"
-            )
+            raise SupraError(f"{self} states another revision than {revision}: omit one of them")
         return replace(self, revision=revision)
 
 
 def hub_id(text: str) -> HubId | None:
-    """The id that ``text`` is; None where it is none, as the path of a config is not."""
+    """``text`` as an id; None if it is not one, such as the path of a config."""
     name, at, revision = text.partition("@")
-    if _NAME.fullmatch(name) is None or ".." in text or "--" in name:
-        return None
-    if name.endswith((".json", ".git")):
-        return None
-    if at and not _is_revision(revision):
+    wrong = ".." in text or "--" in name or name.endswith((".json", ".git"))
+    if wrong or not _NAME.fullmatch(name) or (at and not _is_revision(revision)):
         return None
     return HubId(name, revision or None)
 

@@ -1,9 +1,10 @@
-"""A model's folder to the hub, as one commit: what it lists as its own, or nothing."""
+"""Upload a model's folder to the hub as one commit: the files that its checksums list."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,18 @@ from supra_core.errors import FormatError, SupraError
 from supra_core.formats import checksums
 from supra_core.formats.inside import file_in, files_in
 from supra_core.hub.downloads import CONFIG
-from supra_core.hub.failures import LOG_IN, PATIENCE, explained, has_token
+from supra_core.hub.failures import LOG_IN, PATIENCE, UPLOAD, explained, has_token
 from supra_core.hub.identity import HubId
 
-# What would be read in the place of what is uploaded, were it left beside it.
+# Old ones beside the uploaded ones would be read instead of them.
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What was done; ``commit`` is the hash of the new state, ``size`` the bytes of its files.
+    """What was uploaded; ``size``: bytes of all files.
 
-    ``left_out``: names of the folder's files that stayed here.
+    ``left_out``: names of the folder's files that were not uploaded.
     """
 
     model: HubId
@@ -35,50 +36,44 @@ class Upload:
 
 
 def check_upload(model: HubId) -> None:
-    """Raise SupraError where :func:`upload` could not begin: asked before long work.
+    """Raise SupraError if :func:`upload` could not begin; to call before long work.
 
-    The hub is asked who the token is of and whether it may write there; nothing is created.
+    Asks the hub whose token it is and whether it may write there; creates nothing.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
 
     if model.revision is not None:
-        raise SupraError(
-            f"{model}: an upload is a new state of {model.name}: leave out the revision"
-        )
+        raise SupraError(f"{model}: an upload makes a new revision: omit @{model.revision}")
     if constants.HF_HUB_OFFLINE:
-        raise SupraError("HF_HUB_OFFLINE is set, so that nothing can be uploaded: unset it")
+        raise SupraError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it")
     if not has_token():
         raise SupraError(f"uploading to {model} needs a token: {LOG_IN}")
     try:
-        # The one question of both with a time limit; the other would wait for ever.
-        HfApi().model_info(model.name, timeout=PATIENCE)
-    except RepositoryNotFoundError:
-        pass
-    except Exception as error:  # Each kind of failure has its own type there.
-        raise explained(error, model, "be put on") from None
-    try:
+        # First: whoami has no time limit.
+        with suppress(RepositoryNotFoundError):
+            HfApi().model_info(model.name, timeout=PATIENCE)
         user = HfApi().whoami()
-    except Exception as error:
-        raise explained(error, model, "be put on") from None
+    except Exception as error:  # Each kind of failure has its own type there.
+        raise explained(error, model, UPLOAD) from None
     _check_account(model, user)
 
 
 def check_folder(folder: Path) -> None:
-    """Raise SupraError where there is no folder to upload."""
+    """Raise SupraError if ``folder`` is not a folder."""
     if not os.path.isdir(folder):
-        raise SupraError(f"{folder} is no folder: name the folder of a model")
+        raise SupraError(f"{folder} is not a folder: name the folder of a model")
 
 
 def upload(
     folder: str | Path, model: HubId, *, private: bool = False, include: Sequence[str] = ()
 ) -> Upload:
-    """Put a model's folder on the hub in one commit; ``private``: for a new repository.
+    """Upload a model's folder in one commit; ``private``: if the repository is new.
 
-    That is what its ``SHA256SUMS`` lists, and that file: what else lies there stays, but for what
-    ``include`` names. Weights that the repository has and the folder has not are deleted by the
-    same commit, or they would be read instead. Raises SupraError for a folder that is not whole
-    or no model, and as :func:`check_upload`.
+    Uploads ``SHA256SUMS``, the files that it lists, and those that ``include`` names. The same
+    commit deletes weights that are in the repository and not in the folder, since they would be
+    read instead. Raises SupraError if the folder is incomplete or not a model's, and as
+    :func:`check_upload`.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -102,19 +97,19 @@ def upload(
             model.name, operations, commit_message="Upload a model converted with supra"
         )
     except Exception as error:  # Each kind of failure has its own type there.
-        raise explained(error, model, "be put on") from None
+        raise explained(error, model, UPLOAD) from None
     size = sum(path.stat().st_size for path in files)
     return Upload(model, done.oid, done.commit_url, len(files), size, left_out)
 
 
 def _files(folder: Path, include: Sequence[str]) -> tuple[list[Path], tuple[str, ...]]:
-    """What is uploaded, none of which differs from its sum; and the names of what is not."""
+    """The files to upload, which match their checksums, and the names of the others."""
     check_folder(folder)
     names = {path.name for path in files_in(folder, "*") if path.is_file()}
     if CONFIG not in names or not any(name.endswith(_WEIGHTS) for name in names):
         raise FormatError(
-            f"{folder} is no model's folder ({CONFIG} and weights): name one, such as the folder "
-            "model in an uptraining run"
+            f"{folder} is not a model's folder ({CONFIG} and weights): name one, such as the "
+            "folder model in an uptraining run"
         )
     for name in include:
         if name not in names:
@@ -124,22 +119,22 @@ def _files(folder: Path, include: Sequence[str]) -> tuple[list[Path], tuple[str,
     if not found.passed:
         wrong = [problem.file for problem in found.problems] or list(found.unlisted)
         raise FormatError(
-            f"{folder} is not as it was written, which {wrong[0]} shows: look at it by supra "
-            f"verify --checksums, and convert again or mend {checksums.NAME}"
+            f"{folder} is not as it was written, as {wrong[0]} shows: convert again, or correct "
+            f"{checksums.NAME}"
         )
     wanted = {name for name in listed if not name.startswith(".")} | {checksums.NAME, *include}
     return [file_in(folder, name) for name in sorted(wanted)], tuple(sorted(names - wanted))
 
 
 def _check_account(model: HubId, user: dict[str, Any]) -> None:
-    """Whether the account may write there, as far as it says."""
+    """Raise SupraError if the account says that it may not write there."""
     owner = model.name.split("/")[0]
     groups = [group.get("name") for group in user.get("orgs") or [] if isinstance(group, dict)]
     if owner not in (user.get("name"), *groups):
         raise SupraError(
-            f"your token is of {user.get('name')}, who is not in {owner}: choose a name of your "
-            "own, or log in with another account"
+            f"your token belongs to {user.get('name')}, who is not in {owner}: choose a name of "
+            "your own, or log in with another account"
         )
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise SupraError(f"your token can only read: {LOG_IN}, with a token that can write")
+        raise SupraError(f"your token can only read: {LOG_IN} with a token that can write")

@@ -91,7 +91,7 @@ def candidates(
     form and the one asked for.
     """
     if not names:
-        raise SupraError("name at least one backend")
+        raise SupraError("name at least one `backend`")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise SupraError(f"backend {repeated[0]} is named twice: name each backend once")
     name, *more = names
@@ -176,16 +176,16 @@ def _check_request(chosen: Sequence[Candidate], tolerance: float | None, save: P
     for candidate in chosen:
         backends.check_installed(candidate.backend)
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise SupraError(f"the tolerance must be a number that is at least 0, not {tolerance}")
+        raise SupraError(f"`tolerance` must be a number that is at least 0, not {tolerance}")
     if len(chosen) < 2 and save is None:
         raise SupraError(
-            "there is nothing to compare: name a second backend, a second model, another form, or "
-            "a folder for the logits"
+            "there is nothing to compare: name a second `backend`, a second model, "
+            "another `form`, or a folder for `save_logits`"
         )
     if save is None:
         return
     if os.path.isfile(save):
-        raise SupraError(f"{save} is a file: name a folder for the logits")
+        raise SupraError(f"{save} is a file: name a folder for `save_logits`")
     for candidate in chosen:
         check_new_file(save / candidate.file, force=True)
 

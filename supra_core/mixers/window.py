@@ -53,7 +53,7 @@ class WindowAttention(MixerKind):
         """``window``: the last 128 tokens, or ``choices.window`` of them, and four sinks."""
         for name in ("feature_map", "decay", "output_norm", "rope", "gain"):
             if getattr(choices, name) is not None:
-                raise SpecError(f"{name} does not apply to the preset window: omit it")
+                raise SpecError(f"`{name}` does not apply to the preset window: omit it")
         return cls(choices.window or DEFAULT_WINDOW)
 
     def rotating(self, rotary: Literal["global", "local", "none"]) -> Self:

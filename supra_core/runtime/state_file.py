@@ -95,7 +95,7 @@ def check_new_state(path: str | Path, force: bool) -> None:
             )
         if whose is not None and not force:
             raise SupraError(
-                f"{path} exists and holds {whose}: name another place, or replace it with --force"
+                f"{path} exists and holds {whose}: name another place, or replace it with `force`"
             )
     check_new_file(path, force)
 
@@ -162,10 +162,10 @@ def check_owner(path: str | Path, found: Owner, wanted: Owner) -> None:
         )
     if found.backend != wanted.backend:
         raise SupraError(
-            f"{path} was saved by the backend {found.backend}: give --backend {found.backend}"
+            f"{path} was saved by the backend {found.backend}: give `backend={found.backend}`"
         )
     if found.dtype != wanted.dtype:
-        raise SupraError(f"{path} was computed in {found.dtype}: give --dtype {found.dtype}")
+        raise SupraError(f"{path} was computed in {found.dtype}: give `dtype={found.dtype}`")
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A short name for a model's numbers, so that a state finds back to the model it is of."""
+"""A short mark of a model's numbers, by which a saved state knows its model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import numpy as np
 from supra_core.model.spec import Provenance
 from supra_core.sources.source import Source
 
-# Vectors up to so many bytes are all read: norms, decays, gains, which most trainings move.
+# Bytes up to which vectors are read: norms, decays, gains, which most trainings change.
 _SMALL = 1 << 20
 
 
 def fingerprint(source: Source) -> str:
     """64 hexadecimal digits from the spec, every tensor's name, shape and type, and some numbers.
 
-    Read are all small tensors and the first and the last layer's mixers: milliseconds for a small
-    model, below a second for a large one. A mark, no proof: who means to can change a model
-    beside it.
+    Reads the small tensors and the mixers of the first and last layer, in less than a second. It
+    detects mistakes, not deliberate changes.
     """
     digest = hashlib.sha256()
-    # What ends a text beside the config's tokens changes no number, and no state of before.
+    # Further end-of-text tokens change no number, and keep older states valid.
     ends = source.spec.eos_token_id
     stated = ends[: len(ends) - len(source.further_ends)]
     spec = replace(source.spec, provenance=Provenance(), eos_token_id=stated)

@@ -1,8 +1,9 @@
-"""What a model is, without its weights: of a config alone, or of whatever holds a model."""
+"""The spec of a model: from its config alone, or from any source."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from supra_core.sources.source import CONFIG, open_source
 
 
 def outline(path: str | Path) -> ModelSpec:
-    """The spec of a model, of a folder that holds its config alone, or of a ``config.json``.
+    """The spec of a model, of a folder with nothing but a config, or of a ``config.json``.
 
-    Of a hub id, nothing but the config is downloaded. Raises SupraError as
-    :func:`~supra_core.sources.source.open_source` does.
+    Of a hub id, only the config is downloaded. Raises as
+    :func:`~supra_core.sources.source.open_source`.
     """
     place = Path(path)
     model = None if os.path.exists(place) else hub_id(str(path))
@@ -29,17 +30,11 @@ def outline(path: str | Path) -> ModelSpec:
         return replace(spec, provenance=replace(spec.provenance, source=str(path)))
     if place.suffix == ".json" and os.path.isfile(place):
         return _stated(place)
-    if _is_config_alone(place):
-        return _stated(place / CONFIG)
+    # open_source reports a folder that cannot be read.
+    with suppress(OSError):
+        if os.listdir(place) == [CONFIG]:
+            return _stated(place / CONFIG)
     return open_source(path).spec
-
-
-def _is_config_alone(place: Path) -> bool:
-    try:
-        return os.listdir(place) == [CONFIG]
-    except OSError:
-        # No folder, or none that can be read, which whoever opens it says.
-        return False
 
 
 def _stated(file: Path) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""Opening whatever a model comes as: one function, one type, whatever the format.
+"""Open a model of any format: one function and one type for all of them.
 
 A source is a Hugging Face folder or hub id, a GGUF file, an OpenLM folder or file, a supra
 artifact, or an uptraining run.
@@ -42,20 +42,19 @@ Kind = Literal["hf", "gguf", "openlm", "supra", "run"]
 
 CONFIG = artifact.CONFIG
 RUN_FILE = "run.json"
-# In a checkpoint inside a stage that trains adapters.
+# In a checkpoint of a stage that trains adapters.
 ADAPTERS = "adapters"
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to be read: ``tensors`` are canonical and lazy, ``assets()`` are the files beside.
+    """A model: ``tensors`` are canonical and lazy, ``assets()`` are the files beside the weights.
 
-    ``dtype`` is what most of its numbers are stored as; quantised weights count as float32.
-    ``originals``: a calibrated model's tensors as the transformer had them. ``packed``: the
-    tensors of a folder that MLX quantised, as they stand. ``notes``: what the user should know
-    of how it was had, one sentence each. ``further_ends``: those of the spec's end-of-text tokens,
-    its last, that generation_config.json or the tokenizer alone states.
+    ``dtype``: the type of most numbers; quantised weights count as float32. ``originals``: the
+    transformer's tensors that calibration replaced. ``packed``: the tensors of a folder that MLX
+    quantised, as stored. ``notes``: sentences for the user. ``further_ends``: the last of the
+    spec's end-of-text tokens, which generation_config.json or the tokenizer states, not the config.
     """
 
     spec: ModelSpec
@@ -70,19 +69,15 @@ class Source:
     further_ends: tuple[int, ...] = ()
 
     def tokenizer(self, *, parse_markers: bool = False) -> ModelTokenizer:
-        """The model's tokenizer; FormatError when it has none, or one that cannot be read.
-
-        ``parse_markers``: see :class:`ModelTokenizer`.
-        """
-        size, where = self.spec.vocab_size, str(self.path)
+        """The model's :class:`ModelTokenizer`; FormatError if it is missing or cannot be read."""
         return load_tokenizer(
-            self.assets(), where, size,
+            self.assets(), str(self.path), self.spec.vocab_size,
             needs_bos=needs_bos(self.spec), parse_markers=parse_markers,
         )  # fmt: skip
 
 
 class Writer(Protocol):
-    """What :data:`WRITERS` hold; see :func:`supra_core.artifact.folder.write` for the meaning."""
+    """Writes a model, as :func:`supra_core.artifact.folder.write` does."""
 
     def __call__(
         self,
@@ -112,18 +107,17 @@ def open_source(
     offline: bool = False,
     progress: Reporter | None = None,
 ) -> Source:
-    """The model at ``path``, or under that id on the hub; no tensor is read yet.
+    """The model at ``path``, or with that id on the hub; no tensor is read.
 
-    ``config`` names the config of an OpenLM checkpoint that has none, or several, beside it.
-    ``revision``: of a model on the hub, as in the id ``org/name@revision``. ``offline``: nothing
-    but what was fetched before. ``progress``: of what is fetched.
-    Raises :class:`SupraError` with one sentence for whatever is missing, damaged or unknown.
+    ``config``: for an OpenLM checkpoint that has none, or several, beside it. ``revision``: of a
+    model on the hub, as in ``org/name@revision``. ``offline``: use the cache alone. ``progress``:
+    of the download. Raises :class:`SupraError` if something is missing, damaged or unknown.
     """
     place = Path(path)
     notes: tuple[str, ...] = ()
     if os.path.exists(place):
         if revision is not None:
-            raise SupraError(f"{path} is no hub id and has no revisions: leave out --revision")
+            raise SupraError(f"{path} is not a hub id and has no revisions: omit `revision`")
         name = place.resolve().name
     else:
         model = hub_id(str(path))
@@ -137,7 +131,7 @@ def open_source(
 
 
 def is_cached(name: str) -> bool:
-    """Whether a model of that hub id has been fetched; nothing is looked up on the hub."""
+    """Whether the model of a hub id is in the cache; the hub is not asked."""
     model = hub_id(name)
     return model is not None and cached_folder(model) is not None
 
@@ -148,22 +142,20 @@ def _open(place: Path, config: Path | None) -> Source:
     if place.suffix.lower() == SUFFIX or is_gguf(place):
         return _open_gguf(place)
     if place.suffix == ".safetensors" and _is_state(place):
-        raise FormatError(f"{place} is a saved state: name its model, and the file by --state")
-    if place.suffix in _WEIGHT_SUFFIXES:
-        beside = place.parent / CONFIG
-        plain = config is None and os.path.isfile(beside)
-        if plain and not is_openlm_config(read_object(beside)):
-            read = huggingface.weight_files(place.parent)
-            if read and place.name not in read:
-                raise FormatError(
-                    f"{place} is not what a model with {beside} is read from, which is "
-                    f"{', '.join(read[:3])}: put it into a folder of its own, under that name"
-                )
-            return _open_folder(place.parent, None)
+        raise FormatError(f"{place} is a saved state: name its model, and give the file as `state`")
+    if place.suffix not in _WEIGHT_SUFFIXES:
+        known = ", ".join((SUFFIX, *_WEIGHT_SUFFIXES))
+        raise FormatError(f"{place} is not a model file: name a folder, or one of {known}")
+    beside = place.parent / CONFIG
+    if config is not None or not os.path.isfile(beside) or is_openlm_config(read_object(beside)):
         return _open_openlm(place, config)
-    raise FormatError(
-        f"{place} is no model file: known are {SUFFIX}, {', '.join(_WEIGHT_SUFFIXES)} and folders"
-    )
+    read = huggingface.weight_files(place.parent)
+    if read and place.name not in read:
+        raise FormatError(
+            f"a model with {beside} is read from {', '.join(read[:3])}, not from {place}: move it "
+            "into another folder, under that name"
+        )
+    return _open_folder(place.parent, None)
 
 
 def _open_folder(folder: Path, config: Path | None) -> Source:
@@ -187,14 +179,11 @@ def _open_without_config(folder: Path) -> Source:
     files = model_files(folder)
     if len(files) == 1:
         return _open_gguf(files[0])
-    if not files and openlm.config_files(folder):
+    if files:
+        raise FormatError(f"{folder} holds several GGUF files: name one of them")
+    if openlm.config_files(folder):
         return _open_openlm(folder, None)
-    problem = (
-        "several GGUF files: name one of them"
-        if files
-        else f"no {CONFIG}: name a folder that holds a model"
-    )
-    raise FormatError(f"{folder} holds {problem}")
+    raise FormatError(f"{folder} holds no {CONFIG}: name a folder that holds a model")
 
 
 def _open_gguf(path: Path) -> Source:
@@ -226,7 +215,7 @@ def _open_artifact(folder: Path) -> Source:
 
 
 def _open_run(folder: Path) -> Source:
-    # A model or checkpoint that is a link to a folder elsewhere is none of this run's.
+    # file_in refuses a model or checkpoint that is a link to a folder elsewhere.
     if os.path.isfile(folder / "model" / CONFIG):
         return replace(_open_artifact(file_in(folder, "model")), kind="run", path=folder)
     checkpoints = [
@@ -236,7 +225,7 @@ def _open_run(folder: Path) -> Source:
     ]
     if not checkpoints:
         raise FormatError(
-            f"{folder} is an uptraining run without a model or checkpoint yet: let it run on"
+            f"{folder} is an uptraining run without a model or checkpoint yet: let it continue"
         )
     newest = max(checkpoints)[1]
     file_in(newest.parent, "model")
@@ -244,17 +233,17 @@ def _open_run(folder: Path) -> Source:
     file_in(folder, "checkpoints")
     if any(newest.parent.glob(ADAPTERS + "*")):
         raise FormatError(
-            f"{folder} stopped inside a stage that trains adapters, without which its model is not "
-            "what was trained: give supra uptrain again to finish it"
+            f"{folder} stopped in a stage that trains adapters, which its model does not contain: "
+            "run supra uptrain again to finish it"
         )
     return replace(_open_artifact(newest), kind="run", path=folder)
 
 
 def _with_files(source: Source, folder: Path) -> Source:
-    """With the files beside the weights, and what they say of where a text ends.
+    """With the files beside the weights, and the end-of-text tokens that they state.
 
-    The config's end-of-text tokens come first: the first one stands between documents. Those that
-    the vocabulary has no row for are left out: no model says them, and none can be trained on.
+    The config's tokens come first: the first one separates documents. Tokens outside the
+    vocabulary are skipped: no model can generate them, or be trained on them.
     """
     read = cache(partial(read_assets, folder))
     stated = tuple(t for t in source.spec.eos_token_id if t < source.spec.vocab_size)
@@ -270,11 +259,11 @@ Assets = Callable[[], dict[str, bytes]]
 
 
 def _named_end(spec: ModelSpec, read: Assets, one: Assets, where: str) -> tuple[int, ...]:
-    """The end of a turn that the tokenizer names, where it can be read and the model has it."""
+    """The end-of-turn token of the tokenizer, if that can be read and the model has the token."""
     try:
         end = end_token(read() if TOKENIZER in read() else one(), where)
     except SupraError:
-        # Whoever needs the tokenizer is told; the model can be looked at without it.
+        # Source.tokenizer raises it again; the model can be inspected without a tokenizer.
         return ()
     return () if end is None or end >= spec.vocab_size else (end,)
 
@@ -288,14 +277,14 @@ def _dtype(tensors: Mapping[str, LazyTensor]) -> str:
 
 
 def _from(spec: ModelSpec, name: str) -> ModelSpec:
-    """``spec`` with its source named, unless it already states an earlier one."""
+    """``spec`` with ``name`` as its source, unless it states an earlier one."""
     if spec.provenance.source:
         return spec
     return replace(spec, provenance=replace(spec.provenance, source=name))
 
 
 def _is_state(path: Path) -> bool:
-    """Whether a file holds a conversation, not weights."""
+    """Whether a file holds a saved conversation."""
     try:
         return metadata(path).get("format", "").startswith("supra-state-")
     except FormatError:

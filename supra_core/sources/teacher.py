@@ -1,4 +1,4 @@
-"""The transformer that a model was made from, where it is still on this machine."""
+"""The transformer that a model was made from, if it is on this machine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from supra_core.tensors import TensorSource
 def find_teacher(model: str | Path) -> str | None:
     """The teacher an uptraining run names, or the source an artifact states.
 
-    A source's name alone is kept: it is looked for beside the model, in the current directory and
-    in the hub's cache, and only a transformer of the model's layers, channels and vocabulary is
-    taken for it. None if it is unknown or not here; a transformer has none.
+    An artifact states a name alone: it is looked for beside the model, in the current directory
+    and in the hub's cache, and must be a transformer with the model's layers, channels and
+    vocabulary. None if it is unknown or not here; a transformer has none.
     """
     # Of a relative path like "." the parent would be the folder itself.
     folder = Path(os.path.abspath(model) if os.path.exists(model) else model)
@@ -31,19 +31,26 @@ def find_teacher(model: str | Path) -> str | None:
     if spec.is_transformer:
         return None
     stated = spec.provenance.source
-    return _first_teacher([str(folder.parent / stated), stated], spec) if stated else None
+    places = [str(folder.parent / stated), stated] if stated else []
+    return next((place for place in places if _is_teacher(place, spec)), None)
 
 
-def open_teacher(path: str) -> Source:
-    """The transformer at ``path``; SupraError for a model that is not one."""
+def open_teacher(path: str, student: ModelSpec | None = None, student_name: str = "") -> Source:
+    """The transformer at ``path``, from which ``student`` can have been made; else SupraError."""
     source = open_source(path)
     if not source.spec.is_transformer:
         raise SupraError(f"{path} is not a transformer: name the original as the teacher")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers") if student else ():
+        if getattr(source.spec, name) != getattr(student, name):
+            raise SupraError(
+                f"{path} has another {name} than {student_name}: name the transformer it was "
+                "converted from as teacher"
+            )
     return source
 
 
 def holds_original(model: Source) -> bool:
-    """Whether the model is freshly converted: the transformer's own weights are still there."""
+    """Whether the model is freshly converted, so that it still has the transformer's weights."""
     spec = model.spec
     folded = any(mixer.folded for mixer in spec.mixers)
     if spec.provenance.calibration_tokens and not model.originals:
@@ -63,34 +70,16 @@ def _of_run(record: dict[str, Any]) -> str | None:
     if not isinstance(named, str) or not _is_here(named):
         return None
     # A run may learn from the transformer inside a freshly converted model.
-    return named if _is_transformer(named) else find_teacher(named)
-
-
-def _first_teacher(places: list[str], student: ModelSpec) -> str | None:
-    return next((place for place in places if _is_here(place) and _fits(place, student)), None)
+    return named if _is_teacher(named) else find_teacher(named)
 
 
 def _is_here(place: str) -> bool:
     return os.path.exists(place) or is_cached(place)
 
 
-def _is_transformer(place: str) -> bool:
-    spec = _spec(place)
-    return spec is not None and spec.is_transformer
-
-
-def _fits(place: str, student: ModelSpec) -> bool:
-    """Whether a transformer stands there that the model can be made of: others share its name."""
-    spec = _spec(place)
-    return spec is not None and spec.is_transformer and _shape(spec) == _shape(student)
-
-
-def _shape(spec: ModelSpec) -> tuple[int, int, int]:
-    return spec.num_hidden_layers, spec.hidden_size, spec.vocab_size
-
-
-def _spec(place: str) -> ModelSpec | None:
+def _is_teacher(place: str, student: ModelSpec | None = None) -> bool:
+    """Whether ``place`` is a transformer that fits ``student``: others may share its name."""
     try:
-        return open_source(place).spec
+        return _is_here(place) and bool(open_teacher(place, student))
     except SupraError:
-        return None
+        return False

@@ -56,7 +56,7 @@ def test_weights_that_are_no_numbers_are_told(tiny_transformer: Path, tmp_path: 
     WRITERS["hf"](out, source.spec, tensors, source.assets(), dtype="float32")
     done = runner.invoke(app, ["convert", str(out), str(tmp_path / "a"), "--no-calibrate"])
     assert done.exit_code == 0, done.output
-    assert "warning: there is NaN or infinity in " in done.stderr and " and 2 more, " in done.stderr
+    assert "warning: " in done.stderr and " and 2 more contain NaN or infinity" in done.stderr
     found = result("convert", out, tmp_path / "b", "--no-calibrate")
     assert sorted(found["not_finite"]) == sorted(list(tensors)[:5])
     done = runner.invoke(app, ["convert", str(out), str(tmp_path / "c"), "--calibrate"])

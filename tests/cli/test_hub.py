@@ -74,8 +74,8 @@ def test_offline(running: Hub, environment: dict[str, str], tmp_path: Path) -> N
     done = _supra(environment, *convert)
     assert done.returncode == 2 and not running.asked
     assert done.stderr == (
-        "supra: error: org/model is no folder here and not in the cache, and nothing is fetched "
-        "offline: leave out --offline and HF_HUB_OFFLINE once, or name a folder\n"
+        "supra: error: org/model is not a folder and not in the cache, and supra is "
+        "offline: omit --offline and unset HF_HUB_OFFLINE once, or name a folder\n"
     )
     assert _supra(environment, "inspect", "org/model").returncode == 0
     running.asked.clear()
@@ -97,7 +97,7 @@ def test_a_push_that_fails_leaves_the_folder(
         environment, "convert", tiny_transformer, out, "--no-calibrate", "--push-to", "me/linear"
     )
     assert done.returncode == 2
-    assert f"{out} is written and whole: supra push {out} me/linear" in done.stderr
+    assert f"{out} is complete: run supra push {out} me/linear" in done.stderr
     assert running.repositories["me/linear"].commits == {}
     running.refuses_commits = False
     pushed = _supra(environment, "push", out, "me/linear", "--json")
@@ -108,11 +108,11 @@ def test_a_push_that_fails_leaves_the_folder(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--push-to", "linear"), "'linear' is no hub id: write org/name"),
+        (("--push-to", "linear"), "'linear' is not a hub id: write org/name"),
         (("--push-to", "org/model"), "org/model is the source itself"),
-        (("--private",), "--private goes with --push-to"),
+        (("--private",), "--private needs --push-to"),
         (("--revision", "v9"), "org/model has no revision v9"),
-        (("--revision", "a b"), "'a b' is no revision"),
+        (("--revision", "a b"), "'a b' is not a revision"),
     ],
 )
 def test_bad_input(

@@ -115,7 +115,7 @@ def test_left_out_records_are_told(model: Path, tmp_path: Path) -> None:
     arguments = ("data", "prepare", file, "--tokenizer", model, "--out")
     said = supra(*arguments, tmp_path / "out", code=2)
     assert "line 2 is no JSON" in said
-    assert "leave such records out with supra data prepare --skip-bad" in said
+    assert "skip such records with --skip-bad" in said
     done = runner.invoke(app, [*map(str, arguments), str(tmp_path / "out"), "--skip-bad"])
     assert done.exit_code == 0
     assert done.stderr.count("left out: ") == 11

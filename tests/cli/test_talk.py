@@ -228,7 +228,7 @@ def test_another_models_state(folders: dict[str, Path], tmp_path: Path) -> None:
     talk(session, "Hello", f"/save {tmp_path / 'talk'}")
     for model, backend, message in (
         (folders["hybrid"], "mlx", "is the state of another model"),
-        (folders["windowed"], "torch", "saved by the backend mlx: give --backend mlx"),
+        (folders["windowed"], "torch", "saved by the backend mlx: give `backend=mlx`"),
         (write_chat_model(tmp_path / "twin", SPECS["windowed"], seed=1), "mlx", "another model"),
     ):
         other = Session(load_speaker(str(model), backend), SAMPLING)
@@ -405,7 +405,7 @@ def test_a_model_is_told_from_a_state(folders: dict[str, Path], tmp_path: Path) 
     path = tmp_path / "talk.safetensors"
     talk(session, "Hello", f"/save {path}")
     for arguments, message in (
-        (["chat", str(path)], "is a saved state: name its model, and the file by --state"),
+        (["chat", str(path)], "is a saved state: name its model, and give the file as --state"),
         (["generate", str(folders["hybrid"]), "hi", "--state", str(path)], "of another model"),
         (["generate", str(folders["hybrid"]), "hi", "--state", str(tmp_path)], "is a folder"),
         (["generate", str(folders["hybrid"]), "hi", "--system", "\udcff"], "--system is not UTF-8"),

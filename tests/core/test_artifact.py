@@ -197,7 +197,7 @@ EXPERTS = {"count": 3, "per_token": 2, "intermediate_size": 8}
         ({"experts": {**EXPERTS, "per_token": 4}}, "a token cannot go through 4 of 3 experts"),
         ({"experts": {**EXPERTS, "count": 0}}, "experts.count must be positive"),
         ({"experts": {**EXPERTS, "capacity": 1}}, "field experts.capacity"),
-        ({"layer_mixers": [0, 2, 0]}, "field layer_mixers holds 2, which is no index"),
+        ({"layer_mixers": [0, 2, 0]}, "field layer_mixers holds 2, which is not an index"),
         ({"layer_mixers": []}, "field layer_mixers must be a list"),
         ({"mixers": None}, "field mixers must be a list"),
         ({"hidden_act": "gelu"}, "field hidden_act must be silu"),
@@ -269,7 +269,7 @@ def test_the_transformers_tensors_are_all_that_calibrating_replaced(tmp_path: Pa
     name = next(iter(whole))
     changed: dict[str, dict[str, Any]] = {
         "is missing": {k: v for k, v in whole.items() if k != name},
-        "is none that calibrating replaces": {**whole, "model.norm.weight": np.ones(24)},
+        "is not one that calibration replaces": {**whole, "model.norm.weight": np.ones(24)},
         "is int8": {**whole, name: whole[name].astype(np.int8)},
         "is float64": {**whole, name: whole[name].astype(np.float64)},
         "is float32 .*, not float32": {**whole, name: whole[name][:-1]},

@@ -397,8 +397,8 @@ def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
     ("other", "message"),
     [
         (Owner("abd", "model", "echo", "float32"), "another model .model."),
-        (Owner("abc", "model", "mlx", "float32"), "give --backend echo"),
-        (Owner("abc", "model", "echo", "float16"), "give --dtype float32"),
+        (Owner("abc", "model", "mlx", "float32"), "give `backend=echo`"),
+        (Owner("abc", "model", "echo", "float16"), "give `dtype=float32`"),
     ],
 )
 def test_another_models_state_is_refused(other: Owner, message: str) -> None:

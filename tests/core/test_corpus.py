@@ -623,7 +623,7 @@ def no_text(folder: Path) -> Path:
         (damaged_parquet, "d.parquet is no Parquet file"),
         (
             without_column,
-            "d.parquet has no column text, .* but id: name one with --field",
+            "d.parquet has no column text, .* but id: name one with `field`",
         ),
         (cut(write_gzip, -15), "d.jsonl.gz is damaged"),
         (cut(write_zstandard, -15), "d.jsonl.zst"),

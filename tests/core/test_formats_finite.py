@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from supra_core.artifact import folder as artifact
-from supra_core.conversion.convert import convert
+from supra_core.conversion.convert import ConversionRequest, convert
 from supra_core.errors import SupraError
 from supra_core.formats import finite, safetensors
 from supra_core.formats.finite import Watch, is_finite
@@ -75,7 +75,9 @@ def damaged(tiny_transformer: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("to", ["supra", "hf", "openlm"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_conversion_names_them(damaged: Path, tmp_path: Path, to: str, dtype: str) -> None:
-    done = convert(damaged, tmp_path / "out", to=to, dtype=dtype, linearize=False)
+    done = convert(
+        ConversionRequest(damaged, tmp_path / "out", to=to, dtype=dtype, linearize=False)
+    )
     assert sorted(done.not_finite) == [
         "model.layers.1.self_attn.k_proj.weight", "model.norm.weight",
     ]  # fmt: skip
@@ -85,7 +87,7 @@ def test_a_conversion_names_them(damaged: Path, tmp_path: Path, to: str, dtype: 
 
 
 def test_a_sound_model_has_none(tiny_transformer: Path, tmp_path: Path) -> None:
-    assert convert(tiny_transformer, tmp_path / "out").not_finite == ()
+    assert convert(ConversionRequest(tiny_transformer, tmp_path / "out")).not_finite == ()
     assert artifact.read(tmp_path / "out").spec.provenance.recipe == "windowed"
 
 
@@ -94,5 +96,5 @@ def test_nothing_is_calibrated_with_them(damaged: Path, tmp_path: Path) -> None:
         raise AssertionError("asked before")
 
     with pytest.raises(SupraError, match=r"damaged: model\.\S+ holds NaN or infinity, with which"):
-        convert(damaged, tmp_path / "out", calibrate=calibrate)
+        convert(ConversionRequest(damaged, tmp_path / "out", calibrate=calibrate))
     assert not (tmp_path / "out").exists()

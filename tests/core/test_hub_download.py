@@ -96,13 +96,13 @@ def test_revisions(hub: Hub, files: dict[str, bytes]) -> None:
         open_source("org/model@v2")
     with pytest.raises(SupraError, match="states another revision than v2"):
         open_source("org/model@v1/first", revision="v2")
-    with pytest.raises(SupraError, match="'-x' is no revision"):
+    with pytest.raises(SupraError, match="'-x' is not a revision"):
         open_source("org/model", revision="-x")
 
 
 def test_offline_takes_the_cache_or_says_so(hub: Hub, files: dict[str, bytes]) -> None:
     commit = hub.add("org/model", files).refs["main"]
-    with pytest.raises(SupraError, match="not in the cache, and nothing is fetched offline"):
+    with pytest.raises(SupraError, match="not in the cache, and supra is offline"):
         open_source("org/model", offline=True)
     assert not is_cached("org/model")
     open_source("org/model")
@@ -120,7 +120,7 @@ def test_a_cache_that_is_not_whole(hub: Hub, files: dict[str, bytes]) -> None:
     hub.add("org/model", files)
     outline.outline("org/model")
     assert hub.fetched() == {"config.json"}
-    with pytest.raises(SupraError, match=r"not whole in the cache, where model\.safetensors is"):
+    with pytest.raises(SupraError, match=r"incomplete in the cache .model\.safetensors is missing"):
         open_source("org/model", offline=True)
     assert open_source("org/model").kind == "hf"
 
@@ -147,7 +147,9 @@ def test_shards_are_those_of_the_index(
     lost = dict(repository.commits[repository.refs["main"]])
     del lost[sorted(shards)[0]]
     repository.commit(lost)
-    with pytest.raises(SupraError, match=f"index.json lists {sorted(shards)[0]}, which the hub"):
+    with pytest.raises(
+        SupraError, match=f"index.json lists {sorted(shards)[0]}, which is not on the hub"
+    ):
         open_source("org/model")
 
 
@@ -162,9 +164,9 @@ def test_pickles_only_where_there_is_nothing_else(hub: Hub, files: dict[str, byt
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("config.json", "a.Q4.gguf"), r"holds GGUF files .* \(hf download org/model FILE\)"),
-        (("config.json", "model.h5"), r"holds no config\.json with model\.safetensors or pytorch"),
-        (("model.safetensors",), r"holds no config\.json with"),
+        (("config.json", "a.Q4.gguf"), r"has GGUF files .* \(hf download org/model FILE\)"),
+        (("config.json", "model.h5"), r"has no config\.json with model\.safetensors or pytorch"),
+        (("model.safetensors",), r"has no config\.json with"),
     ],
 )
 def test_nothing_that_is_read(
@@ -182,22 +184,22 @@ def test_tokens(hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPat
     with pytest.raises(SupraError) as error:
         open_source("org/private")
     assert str(error.value) == (
-        "org/private is no folder here and not on the hub: check the id; if it is private, log in "
+        "org/private is not a folder and not on the hub: check the id; if it is private, log in "
         "by `hf auth login`, or set HF_TOKEN"
     )
     with pytest.raises(SupraError, match="org/gated is gated: ask for access .* `hf auth login`"):
         open_source("org/gated")
     for token, message in (
         ("hf_wrong", "does not know your token"),
-        ("hf_secrét", "your token holds characters that no token has"),
-        ("hf_sec\x0bret", "your token holds characters that no token has"),
+        ("hf_secrét", "your token contains invalid characters"),
+        ("hf_sec\x0bret", "your token contains invalid characters"),
     ):
         monkeypatch.setenv("HF_TOKEN", token)
         with pytest.raises(SupraError, match=message) as error:
             open_source("org/private")
         assert "hf_" not in str(error.value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(SupraError, match="org/absent is no folder here .* your token"):
+    with pytest.raises(SupraError, match="org/absent is not a folder .* your token"):
         open_source("org/absent")
     hub.asked.clear()
     for name in ("org/private", "org/gated"):
@@ -232,20 +234,22 @@ def test_a_hub_out_of_reach_is_soon_told(
         # Its library would try again for 23 seconds and more.
         assert time.monotonic() - start < 8
     sentence = str(error.value)
-    assert ("out of order (503)" if hub.out_of_order else "which is not reached") in sentence
+    assert ("does not work (503)" if hub.out_of_order else "which is unreachable") in sentence
     assert found.spec.provenance.source == f"org/model@{commit}"
     (note,) = found.notes
-    assert note.startswith("org/model cannot be had from the hub") and commit in note
+    assert note.startswith("org/model cannot be downloaded from the hub") and commit in note
 
 
 def test_convert_states_the_commit(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
     commit = hub.add("org/model", files).refs["main"]
-    done = convert.convert("org/model", tmp_path / "out", revision="main")
+    done = convert.convert(
+        convert.ConversionRequest("org/model", tmp_path / "out", revision="main")
+    )
     assert done.spec.provenance.source == f"org/model@{commit}"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# org/model\n" in card and "\nbase_model: org/model\n" in card
     assert f"| Revision of the source | {commit} |" in card
-    again = convert.convert(tmp_path / "out", tmp_path / "again")
+    again = convert.convert(convert.ConversionRequest(tmp_path / "out", tmp_path / "again"))
     assert again.spec.provenance == done.spec.provenance
 
 

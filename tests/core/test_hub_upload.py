@@ -101,14 +101,14 @@ def test_what_the_model_does_not_list_stays_here(logged_in: Hub, folder: Path) -
 
 def test_only_a_whole_model_is_uploaded(logged_in: Hub, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SupraError, match=r"empty is no model's folder"):
+    with pytest.raises(SupraError, match=r"empty is not a model's folder"):
         upload(tmp_path / "empty", MODEL)
-    with pytest.raises(SupraError, match="absent is no folder"):
+    with pytest.raises(SupraError, match="absent is not a folder"):
         upload(tmp_path / "absent", MODEL)
     (folder / "model_supra.py").write_text("changed")
     (folder / "extra.py").write_text("added")
     for name in ("model_supra.py", "extra.py"):
-        with pytest.raises(SupraError, match="out is not as it was written, which .*[.]py shows"):
+        with pytest.raises(SupraError, match="out is not as it was written, as .*[.]py shows"):
             upload(folder, MODEL)
         (folder / name).unlink()
     (folder / "model_supra.py").symlink_to(tmp_path / "outside")
@@ -125,23 +125,23 @@ def test_what_is_refused_before_the_work(hub: Hub, monkeypatch: pytest.MonkeyPat
         check_upload(MODEL)
     assert hub.asked == []
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(SupraError, match="me/linear cannot be put on the hub, which does not kn"):
+    with pytest.raises(SupraError, match="me/linear cannot be uploaded to the hub, which does"):
         check_upload(MODEL)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(SupraError, match="your token is of me, who is not in theirs"):
+    with pytest.raises(SupraError, match="your token belongs to me, who is not in theirs"):
         check_upload(HubId("theirs/linear"))
     check_upload(HubId("ours/linear"))
     hub.role = "read"
     with pytest.raises(SupraError, match="your token can only read"):
         check_upload(MODEL)
     hub.role = "write"
-    with pytest.raises(SupraError, match="an upload is a new state"):
+    with pytest.raises(SupraError, match="an upload makes a new revision"):
         check_upload(HubId("me/linear", "v1"))
     hub.out_of_order = True
-    with pytest.raises(SupraError, match=r"which is out of order \(503\)"):
+    with pytest.raises(SupraError, match=r"which does not work \(503\)"):
         check_upload(MODEL)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SupraError, match="which is not reached"):
+    with pytest.raises(SupraError, match="which is unreachable"):
         check_upload(MODEL)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SupraError, match="HF_HUB_OFFLINE is set"):

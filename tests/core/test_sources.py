@@ -142,7 +142,7 @@ def test_a_run_gives_its_model_or_newest_checkpoint(mistral: Path, tmp_path: Pat
 
 
 def test_a_folder_has_no_revisions(mistral: Path) -> None:
-    with pytest.raises(SupraError, match="mistral is no hub id and has no revisions"):
+    with pytest.raises(SupraError, match="mistral is not a hub id and has no revisions"):
         open_source(mistral, revision="main")
 
 
@@ -204,7 +204,9 @@ def test_one_clear_sentence(mistral: Path, damage: Callable[[Path], Any], messag
 
 def test_files_and_folders_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(SupraError, match=r"notes\.txt is no model file: known are \.gguf"):
+    with pytest.raises(
+        SupraError, match=r"notes\.txt is not a model file: name a folder, or one of \.gguf"
+    ):
         open_source(tmp_path / "notes.txt")
     with pytest.raises(SupraError, match="does not exist"):
         open_source(tmp_path / "nothing.gguf")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from supra_core import families
-from supra_core.conversion.convert import convert
+from supra_core.conversion.convert import ConversionRequest, convert
 from supra_core.errors import SupraError
 from supra_core.formats import safetensors
 from supra_core.formats.lfs import refuse_pointer
@@ -254,10 +254,10 @@ def test_a_tokenizer_with_more_ids_than_the_embeddings(tmp_path: Path) -> None:
     for added, notes in (([], 0), (["<pad>", "<tool>"], 1)):
         tokenizer.add_special_tokens(added)
         tokenizer.save(str(tmp_path / "m" / "tokenizer.json"))
-        done = convert(tmp_path / "m", tmp_path / f"out{notes}", linearize=False)
+        done = convert(ConversionRequest(tmp_path / "m", tmp_path / f"out{notes}", linearize=False))
         assert len(done.notes) == notes
     assert "'<pad>' (50), '<tool>' (51)" in done.notes[0]
     assert "embeddings for 50 tokens" in done.notes[0]
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
-    (note,) = convert(tmp_path / "m", tmp_path / "broken", linearize=False).notes
+    (note,) = convert(ConversionRequest(tmp_path / "m", tmp_path / "broken", linearize=False)).notes
     assert "tokenizer.json cannot be used" in note

@@ -37,7 +37,7 @@ SIXTH = ModelSpec(
 # What a conversion has of its own at most, beside what its imports took.
 SCRIPT = """
 import json, sys, threading, time
-import supra_core.conversion.convert
+from supra_core.conversion.convert import ConversionRequest, convert
 from supra_core.conversion.linearize import LinearizeOptions
 
 def own():
@@ -54,7 +54,7 @@ before, most, done = own(), 0, False
 watcher = threading.Thread(target=watch)
 watcher.start()
 began = time.perf_counter()
-supra_core.conversion.convert.convert(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
+convert(ConversionRequest(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3])))
 seconds = time.perf_counter() - began
 done = True
 watcher.join()

@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("lm_eval", reason="the lm-eval harness (extra eval) is not installed")
 
-from supra_core.conversion.convert import convert  # noqa: E402
+from supra_core.conversion.convert import ConversionRequest, convert  # noqa: E402
 from tests.hf.loading import ALONE  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def _measured(folder: Path, tasks: Path, batch: int) -> dict[str, Any]:
 
 def test_local_task(smollm2_gguf: Path, tmp_path: Path) -> None:
     """One by one and in a padded batch; `supra eval` says the same of the same file."""
-    convert(str(smollm2_gguf), tmp_path / "smol", dtype="float32")
+    convert(ConversionRequest(str(smollm2_gguf), tmp_path / "smol", dtype="float32"))
     tasks, data = tmp_path / "tasks", tmp_path / "tasks" / "passages.jsonl"
     tasks.mkdir()
     rows = [json.dumps({"context": a, "continuation": b}) for a, b in PASSAGES]

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from supra_core.artifact import folder as artifact  # noqa: E402
-from supra_core.conversion.convert import convert  # noqa: E402
+from supra_core.conversion.convert import ConversionRequest, convert  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_torch.model.model import build  # noqa: E402
 from tests.hf.loading import close, load, logits, write  # noqa: E402
@@ -103,7 +103,7 @@ def test_every_weight(name: str, tmp_path: Path) -> None:
 @pytest.mark.model
 def test_adapters_of_the_real_model(smollm2_gguf: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    convert(str(smollm2_gguf), tmp_path / "smol", dtype="float32")
+    convert(ConversionRequest(str(smollm2_gguf), tmp_path / "smol", dtype="float32"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "smol")
     settings = peft.LoraConfig(
         r=8, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM"

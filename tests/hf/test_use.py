@@ -20,7 +20,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from supra_cli.main import app  # noqa: E402
 from supra_core.artifact import folder as artifact  # noqa: E402
-from supra_core.conversion.convert import convert  # noqa: E402
+from supra_core.conversion.convert import ConversionRequest, convert  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions  # noqa: E402
 from supra_core.errors import FormatError  # noqa: E402
 from supra_core.formats import safetensors  # noqa: E402
@@ -240,7 +240,11 @@ def folder(
     """A tiny model with its tokenizer, as ``supra convert`` writes it."""
     out = tmp_path_factory.mktemp("text") / request.param
     keep = (1,) if request.param == "hybrid" else ()
-    convert(str(tiny_transformer), out, options=LinearizeOptions(window=8, keep_softmax=keep))
+    convert(
+        ConversionRequest(
+            str(tiny_transformer), out, options=LinearizeOptions(window=8, keep_softmax=keep)
+        )
+    )
     return out
 
 

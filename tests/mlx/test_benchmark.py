@@ -12,7 +12,7 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("torch")
 
 from supra_cli.main import app  # noqa: E402
-from supra_core.conversion.convert import convert  # noqa: E402
+from supra_core.conversion.convert import ConversionRequest, convert  # noqa: E402
 from supra_core.errors import SupraError  # noqa: E402
 from supra_mlx.benchmark import benchmark, table  # noqa: E402
 
@@ -20,7 +20,7 @@ from supra_mlx.benchmark import benchmark, table  # noqa: E402
 @pytest.fixture(scope="module")
 def linear(tiny_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("linear") / "model"
-    convert(tiny_transformer, out)
+    convert(ConversionRequest(tiny_transformer, out))
     return out
 
 

@@ -13,7 +13,7 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx_lm.utils import load_model, quantize_model, save  # noqa: E402
 
-from supra_core.conversion.convert import convert  # noqa: E402
+from supra_core.conversion.convert import ConversionRequest, convert  # noqa: E402
 from supra_core.errors import LayoutError  # noqa: E402
 from supra_core.formats.mlx_experts import unstacked  # noqa: E402
 from supra_core.model.reference import ReferenceModel  # noqa: E402
@@ -61,7 +61,11 @@ def test_any_number_of_experts(per_token: int, normalise: bool) -> None:
 def test_experts_of_16_bits(tmp_path: Path, dtype: str) -> None:
     """As they are released; on a CPU MLX gathers products in float32 alone."""
     spec = with_experts(SPECS["windowed"], Experts(5, 2, 8))
-    convert(write_chat_model(tmp_path / "model", spec), tmp_path / "half", dtype=dtype)
+    convert(
+        ConversionRequest(
+            write_chat_model(tmp_path / "model", spec), tmp_path / "half", dtype=dtype
+        )
+    )
     source = open_source(tmp_path / "half")
     ids = _ids(source.spec)
     expected = ReferenceModel(source.spec, source.tensors).logits(ids)
@@ -106,7 +110,7 @@ def test_a_transformer_that_mlx_lm_converted(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     write(name, tmp_path / "theirs")
     # mlx-lm asks for the fields of released configs, which transformers 5 no longer writes.
-    convert(tmp_path / "theirs", tmp_path / "hf", to="hf")
+    convert(ConversionRequest(tmp_path / "theirs", tmp_path / "hf", to="hf"))
     theirs, config = load_model(tmp_path / "hf")
     # Inside the window, which mlx-lm's model leaves out.
     ids = _ids(open_source(tmp_path / "hf").spec, 2, 7)

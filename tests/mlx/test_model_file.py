@@ -28,7 +28,7 @@ from supra_cli.main import app  # noqa: E402
 from supra_cli.shared.speech import load_speaker  # noqa: E402
 from supra_core.artifact import folder as artifact  # noqa: E402
 from supra_core.artifact import mlx_file  # noqa: E402
-from supra_core.conversion.convert import convert  # noqa: E402
+from supra_core.conversion.convert import ConversionRequest, convert  # noqa: E402
 from supra_core.progress import silent  # noqa: E402
 from supra_core.runtime.conversation import Conversation  # noqa: E402
 from supra_core.runtime.sampling import Sampling  # noqa: E402
@@ -111,10 +111,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return write_chat_model(place, spec)
     gguf = request.getfixturevalue("smollm2_gguf")
     bits = 4 if request.param.endswith("4bit") else None
-    convert(
+    request = ConversionRequest(
         str(gguf), place, dtype="float32", fold=bits is not None,
         quantise=None if bits is None else partial(quantised, bits=bits),
     )  # fmt: skip
+    convert(request)
     return place
 
 

@@ -85,7 +85,7 @@ def test_more_bits_are_nearer(folder: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--quantize", "5"), "--quantize must be one of 4, 6, 8, not 5"),
-        (("--quantize", "4", "--to", "hf"), "goes with --to supra only"),
+        (("--quantize", "4", "--to", "hf"), "--quantize needs --to supra: omit it for --to hf"),
     ],
 )
 def test_what_cannot_be_quantised(

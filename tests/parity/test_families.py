@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from supra_core.conversion.convert import convert, with_factors  # noqa: E402
+from supra_core.conversion.convert import ConversionRequest, convert, with_factors  # noqa: E402
 from supra_core.conversion.fold import fold  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.errors import SpecError, SupraError  # noqa: E402
@@ -156,8 +156,8 @@ def test_inside_the_window_it_is_the_transformer(pair: Any) -> None:
 def test_back_in_its_own_form(pair: Any, tmp_path: Path) -> None:
     """By way of a supra folder: the same tensors, and what transformers computes with them."""
     folder, model = pair
-    convert(folder, tmp_path / "supra", linearize=False)
-    convert(tmp_path / "supra", tmp_path / "hf", to="hf")
+    convert(ConversionRequest(folder, tmp_path / "supra", linearize=False))
+    convert(ConversionRequest(tmp_path / "supra", tmp_path / "hf", to="hf"))
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", attn_implementation="eager", dtype=torch.float32
     )
@@ -223,7 +223,7 @@ def test_losses_are_those_of_the_logits(pair: Any) -> None:
 
 def test_what_is_left_out_is_told(pair: Any, tmp_path: Path) -> None:
     spec = open_source(pair[0]).spec
-    done = convert(pair[0], tmp_path / "model")
+    done = convert(ConversionRequest(pair[0], tmp_path / "model"))
     told = " ".join(done.left_out)
     assert ("caps its attention scores at" in told) == (spec.attention_softcap is not None)
     sliding = any(layer.mixer.window is not None for layer in spec.layers)  # type: ignore[union-attr]
@@ -271,12 +271,12 @@ def test_longrope_is_one_choice(tmp_path: Path) -> None:
             _close(loaded.logits(ids, form="step"), expected)
         other = with_factors(source.spec, "long" if factors == "short" else "short", "phi3")
         assert np.abs(_torch(other, source.tensors).logits(ids) - expected).max() > 0.1
-    done = convert(tmp_path / "phi3", tmp_path / "out", rope_factors="long")
+    done = convert(ConversionRequest(tmp_path / "phi3", tmp_path / "out", rope_factors="long"))
     (sentence,) = done.left_out
     assert "more than 64 tokens" in sentence and "turns all by the long ones" in sentence
     assert sentence in (tmp_path / "out" / "README.md").read_text()
     assert open_source(tmp_path / "out").spec.rope == with_factors(source.spec, "long", "").rope
-    with pytest.raises(SupraError, match="'both' is unknown: use short or long"):
-        with_factors(source.spec, "both", "phi3")
+    with pytest.raises(SupraError, match="'both' is unknown: use one of short, long"):
+        ConversionRequest("phi3", tmp_path / "new", rope_factors="both")
     with pytest.raises(SupraError, match="phi3 has no longrope scaling"):
         with_factors(replace(source.spec, rope=RotaryEmbedding()), "long", "phi3")

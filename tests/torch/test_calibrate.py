@@ -14,7 +14,7 @@ from tests.tiny_models import SPECS, lazy_weights
 
 torch = pytest.importorskip("torch")
 
-from supra_core.conversion.convert import convert  # noqa: E402
+from supra_core.conversion.convert import ConversionRequest, convert  # noqa: E402
 from supra_core.conversion.linearize import LinearizeOptions, linearize  # noqa: E402
 from supra_core.errors import SpecError, SupraError  # noqa: E402
 from supra_core.mixers.choices import FeatureMapName, OutputNormName  # noqa: E402
@@ -165,10 +165,11 @@ def test_a_calibrated_folder_still_holds_its_teacher(
     tiny_transformer: Path, text_file: Path, tmp_path: Path
 ) -> None:
     calibration = TextCalibration(read_text(text_file), 256)
-    done = convert(
+    request = ConversionRequest(
         tiny_transformer, tmp_path / "out", options=LinearizeOptions(preset="pure"),
         calibrate=calibration, dtype="float32",
     )  # fmt: skip
+    done = convert(request)
     assert done.calibrated
     config = resolve(
         config=None, model=str(tmp_path / "out"), recipe="pure", data=str(text_file), overrides={}

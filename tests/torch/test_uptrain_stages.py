@@ -141,7 +141,7 @@ def test_a_stage_must_have_something_to_train(settings: UptrainConfig, tmp_path:
             overrides={"stages.0.learning_rate": "0.0", "stages.0.new_learning_rate": "0.0"},
         )  # fmt: skip
     softmax = settings.linearize.model_copy(update={"keep_softmax": (0, 1)})
-    with pytest.raises(SupraError, match="--keep-softmax names all 2 layers"):
+    with pytest.raises(SupraError, match="`keep_softmax` names all 2 layers"):
         uptrain(settings.model_copy(update={"linearize": softmax}), tmp_path / "run")
 
 

@@ -71,8 +71,7 @@ def refuse_another_recipe(config: UptrainConfig, spec: ModelSpec) -> None:
 def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, TensorSource] | None:
     """The transformer to learn from: named, the model itself, inside it, or not needed."""
     if config.teacher is not None:
-        teacher = open_teacher(config.teacher)
-        _check_teacher(config, model.spec, teacher)
+        teacher = open_teacher(config.teacher, model.spec, config.model)
         return teacher.spec, teacher.tensors
     if model.spec.is_transformer:
         return model.spec, model.tensors
@@ -84,12 +83,3 @@ def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, Tensor
             "--set teacher=PATH"
         )
     return None
-
-
-def _check_teacher(config: UptrainConfig, student: ModelSpec, teacher: Source) -> None:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if getattr(teacher.spec, name) != getattr(student, name):
-            raise SupraError(
-                f"{config.teacher} has another {name} than {config.model}: name the transformer "
-                "it was converted from as teacher"
-            )

@@ -25,6 +25,7 @@ def command(
     dtype: options.Dtype = None,
 ) -> None:
     """Chat with a model, on a terminal or line by line from stdin."""
+    from supra_cli.shared.flags import with_flags
     from supra_cli.shared.output import log
     from supra_cli.shared.speech import check_text, load_speaker
     from supra_cli.talk.session import ChatEnded, Session
@@ -49,7 +50,7 @@ def command(
         except ChatEnded:
             return
         except SupraError as error:
-            log(str(error))
+            log(with_flags(str(error), {"force": "--force"}))
         except KeyboardInterrupt:
             # Reading a text or a file was interrupted: the conversation is unchanged.
             log("stopped")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from supra_cli.shared import options
+from supra_cli.shared.output import log, print_json, print_table
 
 EXIT_CHECK_FAILED = 1
 
@@ -19,7 +20,6 @@ def command(
 ) -> None:
     """Say what this machine can run, and what to install."""
     from supra_cli.shared.doctor import advice, examine, kernels
-    from supra_cli.shared.output import log, print_json, print_table
 
     found = examine()
     hints = advice(found)
@@ -37,10 +37,8 @@ def command(
 
 
 def _show(compared: list[dict[str, Any]] | None) -> None:
-    from supra_cli.shared.output import log, print_table
-
     if compared is None:
-        log("There is no Metal here: no kernel to compare.")
+        log("This machine has no Metal, so there is no kernel to compare.")
         return
     print_table(
         [
@@ -57,9 +55,9 @@ def _show(compared: list[dict[str, Any]] | None) -> None:
         title="The Metal kernel beside the operations it replaces",
     )
     if all(row["passed"] for row in compared):
-        log("It agrees: SUPRA_METAL=1 in the environment turns it on.")
+        log("The kernel agrees: set SUPRA_METAL=1 to use it.")
     else:
-        log("It does not agree: leave SUPRA_METAL out, and please report this table.")
+        log("The kernel does not agree: do not set SUPRA_METAL, and please report this table.")
 
 
 def _text(value: object) -> str:

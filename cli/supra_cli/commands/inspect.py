@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from supra_cli.shared import options
+from supra_cli.shared.output import bytes_text, cache_text, print_json, print_table
 
 # Contexts for which the memory traffic of one more token is shown.
 CONTEXTS = (0, 2_048, 16_384, 65_536)
@@ -20,13 +21,10 @@ if TYPE_CHECKING:
 
 def command(
     path: Annotated[str, typer.Argument(help="Anything supra convert reads.")],
-    config: Annotated[
-        Path | None, typer.Option(help="Config of an OpenLM checkpoint that has none beside it.")
-    ] = None,
+    config: options.OpenLMConfig = None,
     json_output: options.Json = False,
 ) -> None:
     """Show a model's layers, parameters and memory."""
-    from supra_cli.shared.output import print_json
     from supra_core.model.sizes import measure
     from supra_core.sources.source import open_source
 
@@ -65,7 +63,6 @@ def _result(source: Source, sizes: Sizes) -> dict[str, Any]:
 
 
 def _show(source: Source, sizes: Sizes) -> None:
-    from supra_cli.shared.output import bytes_text, cache_text, print_table
 
     spec = source.spec
     if sizes.break_even_tokens is not None:
@@ -86,7 +83,7 @@ def _show(source: Source, sizes: Sizes) -> None:
             f"{spec.head_dim} channels",
         ),
         *_layer_rows(source),
-        ("state a sequence", bytes_text(sizes.state_bytes) + " whatever the context"),
+        ("state a sequence", bytes_text(sizes.state_bytes) + " at any context"),
         ("cache that grows", bytes_text(sizes.growing_bytes_per_token) + " a token"),
         ("transformer's KV cache", cache_text(sizes)),
         ("smaller from a context of", break_even),
@@ -107,7 +104,7 @@ def _show(source: Source, sizes: Sizes) -> None:
 
 
 def _expert_rows(spec: ModelSpec, sizes: Sizes) -> list[tuple[str, str]]:
-    """What a mixture of experts is, and how much of the model a token goes through."""
+    """A mixture of experts, and the parameters that a token uses."""
     from supra_core.model.layout import expert_layers
 
     experts = spec.experts
@@ -124,13 +121,11 @@ def _expert_rows(spec: ModelSpec, sizes: Sizes) -> list[tuple[str, str]]:
 
 
 def _layer_rows(source: Source) -> list[tuple[str, str]]:
-    """One row for each run of equal layers."""
-    rows: list[tuple[str, str]] = []
-    layers = source.spec.layers
-    first = 0
-    for index in range(1, len(layers) + 1):
-        if index == len(layers) or layers[index].mixer != layers[first].mixer:
-            name = f"layer {first}" if index - first == 1 else f"layers {first}-{index - 1}"
-            rows.append((name, layers[first].mixer.describe(source.spec)))
-            first = index
+    """One row for each group of equal neighbouring layers."""
+    rows, first = [], 0
+    for mixer, group in groupby(layer.mixer for layer in source.spec.layers):
+        last = first + len(list(group)) - 1
+        name = f"layer {first}" if last == first else f"layers {first}-{last}"
+        rows.append((name, mixer.describe(source.spec)))
+        first = last + 1
     return rows

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from supra_cli.shared import options
+from supra_cli.shared.output import print_json
 
 
 def command(
@@ -16,13 +17,12 @@ def command(
     private: options.Private = False,
     include: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Also upload this file of the folder. Repeatable."),
+        typer.Option(metavar="NAME", help="Also upload this file of the folder; repeatable."),
     ] = None,
     json_output: options.Json = False,
 ) -> None:
     """Put a model's folder on the hub in one commit: the files that its SHA256SUMS lists."""
     from supra_cli.shared import pushing
-    from supra_cli.shared.output import print_json
     from supra_core.hub import check_folder
 
     check_folder(folder)

@@ -1,4 +1,4 @@
-"""What this machine can run: versions, accelerators, memory, and how fast bfloat16 is."""
+"""What this machine can run: versions, accelerators, memory, and the speed of bfloat16."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from supra_cli.shared.output import log
+from supra_core.errors import install
 
 _PACKAGES = {
     "supra": "supra-lm",
@@ -26,12 +27,12 @@ _MATMUL_SIZE = 1024
 
 
 def examine() -> dict[str, Any]:
-    """Facts by name; None for what is absent. Runs two short matrix products."""
+    """Facts by name, None if absent. Runs short matrix products."""
     return machine() | _torch_facts() | _mlx_facts()
 
 
 def machine() -> dict[str, Any]:
-    """The system and the versions of what runs on it; nothing is imported."""
+    """The system and the versions of packages, which are not imported."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -47,11 +48,11 @@ def advice(facts: dict[str, Any]) -> list[str]:
     """What to install, and what to expect."""
     hints = []
     if facts["torch"] is None:
-        hints.append("Uptraining needs torch: pip install 'supra-lm[torch]'")
+        hints.append(f"Uptraining needs torch: {install('torch')}")
     if facts["mlx_lm"] is None:
-        hints.append("On-device inference is best in MLX: pip install 'supra-lm[mlx]'")
+        hints.append(f"On-device inference is fastest with MLX: {install('mlx')}")
     elif facts["mlx_device"] is None:
-        hints.append("mlx is installed without a working backend: pip install 'supra-lm[mlx]'")
+        hints.append(f"mlx is installed without a working backend: {install('mlx')}")
     if facts["cuda"] and facts["triton"] is None:
         hints.append("The GPU kernels need triton: pip install triton")
     if facts["torch"] is not None and not facts["cuda"]:
@@ -61,12 +62,12 @@ def advice(facts: dict[str, Any]) -> list[str]:
                 f"bfloat16 runs at {speedup:g} times float32's speed on this CPU: uptrain with "
                 "--set precision=float32"
             )
-        hints.append("No CUDA device: uptraining runs on the CPU, fit for small models only")
-    return hints or ["Everything is there."]
+        hints.append("No CUDA device: uptraining runs on the CPU, which suits small models only")
+    return hints or ["Everything is installed."]
 
 
 def kernels() -> list[dict[str, Any]] | None:
-    """MLX's kernel beside what it replaces, shape by shape; None without Metal."""
+    """MLX's kernel compared with the operations it replaces, by shape; None without Metal."""
     if _mlx_facts()["mlx_device"] != "metal":
         return None
     from supra_mlx.selftest import as_records, compare_metal

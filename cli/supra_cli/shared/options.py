@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+OpenLMConfig = Annotated[
+    Path | None,
+    typer.Option("--config", help="Config of an OpenLM checkpoint that has none beside it."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")
 ]
@@ -15,9 +19,7 @@ Dtype = Annotated[
     typer.Option(help="float32, bfloat16 or float16; default: the type the weights have."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Private = Annotated[
-    bool, typer.Option("--private", help="What is new on the hub is seen by its owner alone.")
-]
+Private = Annotated[bool, typer.Option("--private", help="Create the repository as private.")]
 ReportFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the result as JSON and as markdown.")
 ]

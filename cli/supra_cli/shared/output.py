@@ -1,7 +1,7 @@
 """What commands print: one JSON object, or tables and lines for people.
 
-Whatever a command shows goes through here, because much of it stands in files or requests that
-strangers wrote: what would steer the terminal is shown as an escape.
+Everything that a command shows goes through here, because it may quote files and requests of
+strangers: characters that would control the terminal are shown as escapes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from supra_core.errors import SupraError
 from supra_core.visible import visible
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def json_text(result: dict[str, Any]) -> str:
-    """The result as JSON; numbers JSON has not (NaN, inf) become null."""
+    """The result as JSON; NaN and infinity become null."""
     return json.dumps(_plain(result), indent=2, allow_nan=False)
 
 
@@ -40,25 +39,25 @@ def log(*lines: str) -> None:
 
 
 def say(*lines: str) -> None:
-    """Lines for people that are a command's result, on stdout."""
+    """A command's result as lines, on stdout."""
     for line in lines:
         print(visible(line))
 
 
 def write_piece(piece: str) -> None:
-    """More of a model's text on stdout: harmless on a terminal, elsewhere exactly as it is."""
+    """More of a model's text on stdout: escaped on a terminal, unchanged elsewhere."""
     shown = visible(piece, lines=True) if sys.stdout.isatty() else piece
     print(shown, end="", flush=True)
 
 
 def log_failure(error: BaseException) -> None:
-    """An error that is a mistake in the program, with the places it came from."""
+    """An error of the program itself, with its traceback."""
     print(_block(_trace(error)), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def libraries_visible() -> Iterator[None]:
-    """While it lasts, what libraries log and warn of is escaped as well: they quote files."""
+    """Escape what libraries log and warn of too: they quote files."""
     record, written = logging.getLogRecordFactory(), warnings.formatwarning
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = lambda *given, **more: f"{_block(written(*given, **more))}\n"
@@ -87,14 +86,14 @@ def _trace(error: BaseException) -> str:
 
 
 def _block(text: str) -> str:
-    """Several lines, of which only the first begins at the margin as the program's own do."""
+    """Several lines, indented after the first: only the program's own begin at the margin."""
     return visible(text.rstrip("\n"), lines=True).replace("\n", "\n    ")
 
 
 def print_table(
     rows: Iterable[Sequence[object]], *, columns: Sequence[str] = (), title: str | None = None
 ) -> None:
-    """A table on stdout; the first column is text, numbers after it are to the right."""
+    """A table on stdout; the first column is text, the others are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
 
@@ -112,7 +111,7 @@ def print_table(
 
 
 def bytes_text(count: float) -> str:
-    """A size in the unit that suits it: 12.3 MiB."""
+    """Bytes in a unit that suits them: 12.3 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -121,7 +120,7 @@ def bytes_text(count: float) -> str:
 
 
 def cache_text(sizes: Sizes) -> str:
-    """What the transformer's KV cache takes, and which of its layers stop growing."""
+    """The memory of the transformer's KV cache, and which of its layers stop growing."""
     text = f"{bytes_text(sizes.kv_bytes_per_token)} a token, 16 bit"
     if not sizes.transformer_windows:
         return text
@@ -129,18 +128,6 @@ def cache_text(sizes: Sizes) -> str:
     layers = sizes.kv_bytes_per_token // sizes.layer_kv_bytes_per_token
     count = len(sizes.transformer_windows)
     return f"{text}; {count} of {layers} layers hold the last {windows} tokens only"
-
-
-def layer_numbers(text: str | None) -> tuple[int, ...]:
-    """``0,15`` as numbers; :class:`SupraError` if it is anything else."""
-    if not text:
-        return ()
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise SupraError(
-            f"--keep-softmax '{text}' is no list of layers: write numbers as in 0,15"
-        ) from None
 
 
 def _plain(value: Any) -> Any:

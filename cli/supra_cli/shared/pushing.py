@@ -1,4 +1,4 @@
-"""A folder that was written goes to the hub, and what is asked before the work."""
+"""Push a model's folder to the hub, and check before long work that it can be."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def target(name: str, *, source: str | None = None, offline: bool = False) -> HubId:
-    """Where to push, once it is known that it can be; ``source``: what is converted."""
+    """The id to push to, checked; ``source``: the model that is converted."""
     from supra_core.hub import check_upload, hub_id
 
     if offline:
-        raise SupraError("--offline contradicts --push-to: leave one of them out")
+        raise SupraError("--offline contradicts --push-to: omit one of them")
     found = hub_id(name)
     if found is None:
-        raise SupraError(f"'{name}' is no hub id: write org/name")
+        raise SupraError(f"'{name}' is not a hub id: write org/name")
     origin = None if source is None else hub_id(source)
     if origin is not None and origin.name == found.name:
         raise SupraError(f"{name} is the source itself: choose another name to push to")
@@ -44,8 +44,8 @@ def push(folder: Path, model: HubId, private: bool, include: Sequence[str] = ())
     log(f"push  {done.files} files, {bytes_text(done.size)}, in one commit: {done.url}")
     if done.left_out:
         log(
-            f"push  left out, as SHA256SUMS does not list it: {', '.join(done.left_out)} "
-            "(--include NAME uploads a file all the same)"
+            f"push  omitted, since SHA256SUMS does not list it: {', '.join(done.left_out)} "
+            "(supra push --include NAME uploads it)"
         )
     return {
         "model": str(model),
@@ -55,3 +55,13 @@ def push(folder: Path, model: HubId, private: bool, include: Sequence[str] = ())
         "bytes": done.size,
         "left_out": list(done.left_out),
     }
+
+
+def push_written(folder: Path, model: HubId, private: bool) -> dict[str, Any]:
+    """:func:`push` of a new folder; the error says that it is complete and how to push it."""
+    try:
+        return push(folder, model, private)
+    except SupraError as error:
+        raise SupraError(
+            f"{error}; {folder} is complete: run supra push {folder} {model}"
+        ) from None

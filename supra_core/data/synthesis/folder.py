@@ -133,12 +133,12 @@ def open_folder(out: Path, settings: Mapping[str, Any], *, force: bool) -> bool:
 def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
     before = read_object(path).get("settings")
     if not isinstance(before, dict):
-        raise FormatError(f"{path} has no settings: begin anew with --force")
+        raise FormatError(f"{path} has no settings: begin anew with `force`")
     for name, value in settings.items():
         if before.get(name) != value:
             raise SupraError(
                 f"{path} was begun with {name} {before.get(name)}, not {value}: give the same "
-                "again, another folder, or --force to begin anew"
+                "again, another folder, or `force` to begin anew"
             )
 
 
@@ -152,7 +152,7 @@ def _whole_batches(path: Path) -> tuple[list[dict[str, Any]], int]:
         if line is None:
             break
         if not line.keys() >= _FIELDS or line["row"] != number - whole:
-            raise FormatError(f"{path}, line {number + 1} is out of order: begin anew with --force")
+            raise FormatError(f"{path}, line {number + 1} is out of order: begin anew with `force`")
         lines.append(line)
         length += raw
         if line["row"] + 1 == line["rows"]:
@@ -170,7 +170,7 @@ def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
         except ValueError:
             value = None
         if not isinstance(value, dict) and number < len(lines):
-            raise FormatError(f"{path}, line {number} is damaged: begin anew with --force")
+            raise FormatError(f"{path}, line {number} is damaged: begin anew with `force`")
         yield len(line), value if isinstance(value, dict) else None
 
 

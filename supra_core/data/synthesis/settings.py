@@ -36,8 +36,7 @@ class Settings:
             ("turns", self.turns >= 1, "at least 1"),
         ):
             if not fits:
-                option = name.replace("_", "-")
-                raise SupraError(f"--{option} must be {allowed}, not {getattr(self, name)}")
+                raise SupraError(f"`{name}` must be {allowed}, not {getattr(self, name)}")
 
 
 def next_batch(tally: Tally, settings: Settings) -> tuple[Kind, int]:
