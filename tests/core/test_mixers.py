@@ -57,7 +57,7 @@ def _branches(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "package",
-    [name for name in PACKAGES],
+    PACKAGES,
 )
 def test_nothing_outside_the_mixers_rooms_branches_on_a_kind(package: str) -> None:
     found = {
