@@ -216,6 +216,11 @@ class SupraLayer(GradientCheckpointingLayer, Layer):
         return h
 
 
+def _is_initialised(parameter: Tensor) -> bool:
+    """Whether transformers has loaded or drawn a parameter."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
 class SupraPreTrainedModel(PreTrainedModel):
     """What all supra models share for transformers."""
 
@@ -263,11 +268,18 @@ class SupraPreTrainedModel(PreTrainedModel):
         if isinstance(module, NormLayer):
             init.constant_(module.weight, 1.0 - module.norm.weight_offset)
         elif isinstance(module, MixerModule):
-            spec = self.config.spec()
+            left = {n: p for n, p in module.named_parameters() if not _is_initialised(p)}
+            spec = self.config.spec() if left else None
             generator = np.random.default_rng(int(torch.randint(2**31, ())))
-            for name, shape in module.mixer.new_tensors(spec).items():
-                initial = module.mixer.initial(name, shape, spec, generator)
-                init.copy_(module.get_parameter(name), torch.from_numpy(initial))
+            for name, shape in module.mixer.new_tensors(spec).items() if spec else ():
+                # A projection's bias is initialised with its weight.
+                if name in left and "_proj." not in name:
+                    initial = module.mixer.initial(name, shape, spec, generator)
+                    init.copy_(left[name], torch.from_numpy(initial))
+
+    def _initialize_weights(self, module: nn.Module, *others: Any, **more: Any) -> None:
+        """As for transformers' own code: what is loaded is told by each parameter's own mark."""
+        super()._initialize_weights(module)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SupraPreTrainedModel:
         """Casts of the whole model leave the type of the float32 tensors."""
