@@ -128,18 +128,8 @@ def benchmark(
         log(f"context {context:,}: timing steps")
         step, stock_step = in_turns([ours.steps(), theirs.steps()], steps)
         kept.append(copy.deepcopy(ours.caches))
-        rows.append(
-            Row(
-                context,
-                ours.seconds,
-                theirs.seconds,
-                step,
-                stock_step,
-                ours.cache_bytes,
-                theirs.cache_bytes,
-                0.0,
-            )
-        )
+        read, sizes = (ours.seconds, theirs.seconds), (ours.cache_bytes, theirs.cache_bytes)
+        rows.append(Row(context, *read, step, stock_step, *sizes, 0.0))
     log("all contexts: timing steps")
     together = in_turns([ours.steps(caches) for caches in kept], steps)
     rows = [

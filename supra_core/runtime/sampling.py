@@ -41,20 +41,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        heat, penalty = self.temperature, self.repetition_penalty
         for name, fits, allowed in (
-            (
-                "temperature",
-                self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
-                "0, or from 0.001 to 1000",
-            ),
+            ("temperature", heat == 0 or 1e-3 <= heat <= 1e3, "0, or from 0.001 to 1000"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            (
-                "repetition_penalty",
-                1e-2 <= self.repetition_penalty <= 1e2,
-                "from 0.01 to 100 (1 is none)",
-            ),
+            ("repetition_penalty", 1e-2 <= penalty <= 1e2, "from 0.01 to 100 (1 is none)"),
             ("seed", self.seed is None or 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
         ):
             if not fits:
