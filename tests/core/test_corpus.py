@@ -795,7 +795,7 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
         ("tokens-00000.bin", lambda file: file.write_bytes(b"x"), "has 1 bytes, not 8"),
         ("documents-00000.bin", Path.unlink, "is missing"),
         ("index.json", lambda file: file.write_text("{"), "is not valid JSON"),
-        ("index.json", said(format="other"), "is of no prepared text"),
+        ("index.json", said(format="other"), "is not a prepared text"),
         ("index.json", said(version=9), "version 9 is not known"),
         ("index.json", said(dtype="int8"), "int8"),
         ("index.json", said(shards=[{"tokens": 1}]), "prepare the text again"),
