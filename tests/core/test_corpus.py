@@ -301,7 +301,7 @@ def test_tool_calls_are_the_templates(tmp_path: Path) -> None:
 
 def test_a_conversation_needs_a_template(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(lines([{"messages": TALK}]))
-    with pytest.raises(SupraError, match="line 1: messages is a conversation, which the model has"):
+    with pytest.raises(SupraError, match="line 1: messages is a conversation, but the model has"):
         list(documents.records(str(tmp_path / "d.jsonl"), Reading()))
 
 
@@ -309,14 +309,14 @@ def test_a_conversation_needs_a_template(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('[{"text": "x"},\n {"text": 3}, {"text": "a"}]', "line 2: text is neither"),
-        ('[{"text": "x"},\n\n {"text" "b"}\n, {"text": "a"}]', "line 3 is no JSON"),
-        ('[{"text": "x"},, {"text": "a"}]', "line 1 is no JSON"),
+        ('[{"text": "x"},\n\n {"text" "b"}\n, {"text": "a"}]', "line 3 is not JSON"),
+        ('[{"text": "x"},, {"text": "a"}]', "line 1 is not JSON"),
         ('[{"text": "x"}}, {"text": "a"}]', None),
         ('[{"text": "x"}, {"text": "a"}', None),
         ('[{"text": "x"}, {"text": "a', None),
-        ('{"text": "x"} ] {"text": "a"}', "line 1 is no JSON"),
-        ('[{"text": "x"}, {"text": "a"}]\n3', "line 2 is no object"),
-        ('{"text": "x"}\n{"text": "a"}\n{"text": "b', "line 3 is no JSON"),
+        ('{"text": "x"} ] {"text": "a"}', "line 1 is not JSON"),
+        ('[{"text": "x"}, {"text": "a"}]\n3', "line 2 is not an object"),
+        ('{"text": "x"}\n{"text": "a"}\n{"text": "b', "line 3 is not JSON"),
     ],
 )
 def test_json_that_is_wrong_in_one_place(
@@ -365,9 +365,9 @@ def test_values_of_a_file_are_those_of_the_whole(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('text,id\nx,1\n"a""b\n', "line 3 is no row of a table"),
-        ("text,id\nx,1\na,b,c\n", "line 3 is no row of a table \\(3 values for 2 columns\\)"),
-        ("text,id\nx,1\na\n", "line 3 is no row of a table \\(1 values for 2 columns\\)"),
+        ('text,id\nx,1\n"a""b\n', "line 3 is not a row of the table"),
+        ("text,id\nx,1\na,b,c\n", "line 3 is not a row of the table \\(3 values for 2 columns\\)"),
+        ("text,id\nx,1\na\n", "line 3 is not a row of the table \\(1 values for 2 columns\\)"),
         ("text,id\nx,1\na\0b,2\n", "line 3: text holds a NUL character"),
     ],
 )
@@ -540,22 +540,22 @@ def test_another_field(tmp_path: Path) -> None:
 
 
 BAD = {
-    '{"text": "x"': r"line 2 is no JSON",
-    '"text"': r"line 2 is no object",
-    '{"body": "x", "id": 1}': r"line 2 has no field text, .* but body, id: name one with",
+    '{"text": "x"': r"line 2 is not JSON",
+    '"text"': r"line 2 is not an object",
+    '{"body": "x", "id": 1}': r"line 2 has no field text, .* but body, id: name the field",
     '{"text": 3}': r"line 2: text is neither text nor messages",
     '{"messages": [{"role": "user"}]}': r"line 2: messages has a message without",
     '{"messages": [{"role": "user", "content": "x"}, 3]}': r"line 2: messages has a message",
-    '{"tokens": [1, 100000]}': r"line 2: tokens is no list of token ids from 0 to \d+",
-    '{"tokens": [1, -1]}': r"line 2: tokens is no list",
-    '{"tokens": [1, true]}': r"line 2: tokens is no list",
-    "[" * 100_000: r"line 2 is no JSON .*levels deep",
-    b"\xff\xfe": r"line 2 is no JSON \(it is not UTF-8\)",
+    '{"tokens": [1, 100000]}': r"line 2: tokens is not a list of token ids from 0 to \d+",
+    '{"tokens": [1, -1]}': r"line 2: tokens is not a list",
+    '{"tokens": [1, true]}': r"line 2: tokens is not a list",
+    "[" * 100_000: r"line 2 is not JSON .*levels deep",
+    b"\xff\xfe": r"line 2 is not JSON \(it is not UTF-8\)",
     '{"text": null}': r"line 2: text is null",
     '{"text": null, "messages": null}': r"line 2: text is null",
-    '{"text": "cut \\ud83d"}': r"line 2 is no JSON \(half of a pair of surrogates",
+    '{"text": "cut \\ud83d"}': r"line 2 is not JSON \(half of a pair of surrogates",
     '{"text": "a\\u0000b"}': r"line 2: text holds a NUL character",
-    '{"id": ' + "9" * 5000 + "}": r"line 2 is no JSON .*5000 digits\)",
+    '{"id": ' + "9" * 5000 + "}": r"line 2 is not JSON .*5000 digits\)",
     '{"messages": [{"role": "user", "content": "\\u0000"}]}': r"messages holds a NUL character",
     '{"messages": ["a"]}': r"line 2: messages has a message without",
     '{"messages": [{"role": ["user"], "content": "x"}]}': r"line 2: messages has a message",
@@ -567,7 +567,7 @@ BAD = {
     '{"messages": [{"role": "user", "content": null, "tool_calls": [{"name": "f"}]}]}': (
         r"line 2: messages: the chat template has no place for tool calls"
     ),
-    '{"messages": "a: b"}': r"line 2: messages is no JSON",
+    '{"messages": "a: b"}': r"line 2: messages is not JSON",
     '{"conversations": [{"from": "nobody", "value": "x"}]}': r"is from 'nobody', not human, gpt",
     '{"conversations": [{"from": "human"}]}': r"line 2: conversations has a message without",
     '{"instruction": "x", "output": 3}': r"line 2: instruction, input and output must be texts",
@@ -620,10 +620,10 @@ def no_text(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (damaged_parquet, "d.parquet is no Parquet file"),
+        (damaged_parquet, "d.parquet is not a Parquet file"),
         (
             without_column,
-            "d.parquet has no column text, .* but id: name one with --field",
+            "d.parquet has no column text, .* but id: name the field to read",
         ),
         (cut(write_gzip, -15), "d.jsonl.gz is damaged"),
         (cut(write_zstandard, -15), "d.jsonl.zst"),
