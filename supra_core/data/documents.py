@@ -282,7 +282,9 @@ def _text_pieces(where: str, stream: IO[bytes], followed: Followed) -> Iterator[
         while more:
             followed()
             if "\0" in more:
-                raise BadRecord(f"{where} holds a NUL character, which is in no text: convert it")
+                raise BadRecord(
+                    f"{where} holds a NUL character, which text cannot have: convert it"
+                )
             while end := border(left):
                 yield left[:end]
                 left = left[end:]

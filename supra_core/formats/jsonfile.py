@@ -62,7 +62,7 @@ def parse(
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("half of a pair of surrogates is no character") from None
+            raise ValueError("half of a surrogate pair is not a character") from None
     return value
 
 

@@ -1,7 +1,4 @@
-"""What counts as the text of a file: the same characters whatever wrote them.
-
-A line ends with a line feed, a carriage return or both, and a byte order mark is no part of it.
-"""
+"""Plain text: one form of line ends and no byte order mark, whatever program wrote the file."""
 
 from __future__ import annotations
 
@@ -17,22 +14,22 @@ _OTHER_CODES = {
 
 
 def plain(text: str) -> str:
-    """``text`` with ``\\n`` at every line's end and without a byte order mark in front."""
+    """``text`` with ``\\n`` at every line's end and without a byte order mark."""
     text = text.lstrip(BOM)
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def fault(text: str) -> str | None:
-    """Why ``text`` is none, for errors; None if it is one."""
+    """Why ``text`` is not valid, for errors; None if it is."""
     if "\0" in text:
-        return "holds a NUL character, which is in no text"
+        return "holds a NUL character, which text cannot have"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "holds half of a pair of surrogates, which is no character"
+        return "holds half of a surrogate pair, which is not a character"
     return None
 
 
 def other_code(begin: bytes) -> str | None:
-    """UTF-16 or UTF-32, if the first bytes of a file say that it is written so."""
+    """UTF-16 or UTF-32, if a file begins with its byte order mark."""
     return next((name for bom, name in _OTHER_CODES.items() if begin.startswith(bom)), None)

@@ -553,7 +553,7 @@ BAD = {
     b"\xff\xfe": r"line 2 is not JSON \(it is not UTF-8\)",
     '{"text": null}': r"line 2: text is null",
     '{"text": null, "messages": null}': r"line 2: text is null",
-    '{"text": "cut \\ud83d"}': r"line 2 is not JSON \(half of a pair of surrogates",
+    '{"text": "cut \\ud83d"}': r"line 2 is not JSON \(half of a surrogate pair",
     '{"text": "a\\u0000b"}': r"line 2: text holds a NUL character",
     '{"id": ' + "9" * 5000 + "}": r"line 2 is not JSON .*5000 digits\)",
     '{"messages": [{"role": "user", "content": "\\u0000"}]}': r"messages holds a NUL character",
