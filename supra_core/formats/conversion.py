@@ -1,4 +1,4 @@
-"""Weights from one floating-point type to another, checked while they are read."""
+"""Weights converted to another floating-point type, checked while they are read."""
 
 from __future__ import annotations
 
@@ -18,16 +18,12 @@ def converted(name: str, tensor: LazyTensor, dtype: np.dtype[np.generic]) -> Laz
         array = tensor.read()
         with np.errstate(over="ignore"):
             result = array.astype(dtype)
-        if dtype == np.float16 and not _same_finiteness(array, result):
+        if dtype == np.float16 and not (
+            is_finite(result) or (np.isfinite(array) == np.isfinite(result)).all()
+        ):
             raise SupraError(
                 f"{name} holds numbers beyond float16's range (65504): use bfloat16 or float32"
             )
         return result
 
     return LazyTensor(tensor.shape, dtype, read)
-
-
-def _same_finiteness(before: Array, after: Array) -> bool:
-    if is_finite(after):
-        return True
-    return bool((np.isfinite(before) == np.isfinite(after)).all())
