@@ -114,17 +114,23 @@ def for_library(
 
 def weight_files(folder: Path) -> tuple[str, ...]:
     """The names of a folder's files of weights; none where it holds none."""
-    for kind in (safetensors, torch_pickle):
-        if has_file(folder, kind.SINGLE):
-            return (kind.SINGLE,)
-        if has_file(folder, kind.INDEX):
-            return tuple(safetensors.shard_files(folder, kind.INDEX))
+    for _, single, index in _KINDS:
+        if has_file(folder, single):
+            return (single,)
+        if has_file(folder, index):
+            return tuple(safetensors.shard_files(folder, index))
     return ()
 
 
 def read_weights(folder: Path) -> dict[str, LazyTensor] | None:
     """The weights of a folder, safetensors before pickles; None where it holds none."""
-    for kind in (safetensors, torch_pickle):
-        if has_file(folder, kind.INDEX) or has_file(folder, kind.SINGLE):
-            return kind.read_folder(folder)
+    for read, single, index in _KINDS:
+        if has_file(folder, index) or has_file(folder, single):
+            return read(folder)
     return None
+
+
+_KINDS = (
+    (safetensors.read_folder, safetensors.SINGLE, safetensors.INDEX),
+    (torch_pickle.read_folder, torch_pickle.SINGLE, torch_pickle.INDEX),
+)

@@ -35,6 +35,7 @@ from supra_core.errors import (
     SpecError,
     SupraError,
     WriteError,
+    reason,
 )
 from supra_core.formats import checksums, distributed, safetensors
 from supra_core.formats.atomic import put_folder, remedy, remove_folder
