@@ -210,18 +210,18 @@ def _conversation(
 def _message(entry: Any, where: str) -> Message:
     """A message as templates know it, from a message or an entry of ShareGPT's."""
     # Tables have the keys of all messages in each, most of them null.
-    told = {k: v for k, v in entry.items() if v is not None} if isinstance(entry, dict) else {}
-    if "from" in told and "role" not in told:
-        speaker = told.pop("from")
+    message = {k: v for k, v in entry.items() if v is not None} if isinstance(entry, dict) else {}
+    if "from" in message and "role" not in message:
+        speaker = message.pop("from")
         role = _ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise BadRecord(f"{where} is from {speaker!r}, not {', '.join(_ROLES)}: correct it")
-        told = {**told, "role": role, "content": told.pop("value", None)}
-    content = _content(told.get("content"), where)
-    is_said = isinstance(content, str) or (content is None and told.get("tool_calls"))
-    if not isinstance(told.get("role"), str) or not is_said:
+        message = {**message, "role": role, "content": message.pop("value", None)}
+    content = _content(message.get("content"), where)
+    has_content = isinstance(content, str) or (content is None and message.get("tool_calls"))
+    if not isinstance(message.get("role"), str) or not has_content:
         raise BadRecord(f"{where} has a message without a text role and content: correct it")
-    return {**told, "content": content}
+    return {**message, "content": content}
 
 
 def _content(content: Any, where: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from supra_core.errors import SupraError
 from supra_core.tensors import BFLOAT16, Array, LazyTensor, TensorSource
 
 # By type: an integer type of its size, the mask of all bits but the sign, the bits of infinity.
@@ -60,3 +61,23 @@ class Watch:
 def first_not_finite(tensors: TensorSource) -> str | None:
     """The first tensor that holds NaN or infinity; all are read up to it."""
     return next((name for name, tensor in tensors.items() if not is_finite(tensor.read())), None)
+
+
+def converted(name: str, tensor: LazyTensor, dtype: np.dtype[np.generic]) -> LazyTensor:
+    """``tensor`` in another type; reading raises if numbers leave that type's range."""
+    if tensor.dtype == dtype:
+        return tensor
+
+    def read() -> Array:
+        array = tensor.read()
+        with np.errstate(over="ignore"):
+            result = array.astype(dtype)
+        if dtype == np.float16 and not (
+            is_finite(result) or (np.isfinite(array) == np.isfinite(result)).all()
+        ):
+            raise SupraError(
+                f"{name} holds numbers beyond float16's range (65504): use bfloat16 or float32"
+            )
+        return result
+
+    return LazyTensor(tensor.shape, dtype, read)

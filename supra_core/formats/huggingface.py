@@ -11,7 +11,7 @@ from supra_core.errors import FormatError, SpecError
 from supra_core.formats import checksums, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
-from supra_core.formats.conversion import converted
+from supra_core.formats.finite import converted
 from supra_core.formats.inside import has_file
 from supra_core.formats.jsonfile import write_object
 from supra_core.formats.mlx_experts import unstacked

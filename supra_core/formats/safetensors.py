@@ -109,13 +109,16 @@ def write_file(
     ``progress`` is called with the size in bytes of each tensor written. Returns the file's
     SHA-256, in hexadecimal.
     """
-    ordered = _file_order(tensors)
+    # Wide types first, as in the library: every tensor is then aligned to its own type.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, tensor in ordered:
+        if tensor.dtype not in _NAMES:
+            raise FormatError(f"{name}: type {tensor.dtype} cannot be stored in safetensors")
         end = offset + _bytes(tensor)
         header[name] = {
-            "dtype": _type_name(name, tensor),
+            "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -278,17 +281,6 @@ def _damaged(path: Path, problem: object) -> FormatError:
     return FormatError(
         f"{path}: truncated or damaged safetensors file ({problem}): get the file again"
     )
-
-
-def _file_order(tensors: TensorSource) -> list[tuple[str, LazyTensor]]:
-    # Wide types first, as in the library: every tensor is then aligned to its own type.
-    return sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-
-
-def _type_name(name: str, tensor: LazyTensor) -> str:
-    if tensor.dtype not in _NAMES:
-        raise FormatError(f"{name}: type {tensor.dtype} cannot be stored in safetensors")
-    return _NAMES[tensor.dtype]
 
 
 def _bytes(tensor: LazyTensor) -> int:

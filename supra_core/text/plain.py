@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import codecs
+from pathlib import Path
+
+from supra_core.errors import FormatError, reason
 
 BOM = "\ufeff"
 _OTHER_CODES = {
@@ -33,3 +36,24 @@ def fault(text: str) -> str | None:
 def other_code(begin: bytes) -> str | None:
     """UTF-16 or UTF-32, if a file begins with its byte order mark."""
     return next((name for bom, name in _OTHER_CODES.items() if begin.startswith(bom)), None)
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file as one :func:`plain` string; FormatError if it is absent, empty or not text."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        if code := other_code(content):
+            raise FormatError(f"{path} is {code}, not UTF-8: convert it first")
+        text = plain(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it first"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read ({reason(error)}): name a text file") from None
+    if not text:
+        raise FormatError(f"{path} is empty: name a file with text in it")
+    if wrong := fault(text):
+        raise FormatError(f"{path} {wrong}: convert it first")
+    return text

@@ -68,8 +68,8 @@ class Described:
     @cached_property
     def key(self) -> str:
         """A hash of the description."""
-        told = json.dumps([self.maker, dict(self.fields)], sort_keys=True)
-        return hashlib.sha256(told.encode() + self.content).hexdigest()
+        stated = json.dumps([self.maker, dict(self.fields)], sort_keys=True)
+        return hashlib.sha256(stated.encode() + self.content).hexdigest()
 
 
 class Worker:
@@ -209,8 +209,8 @@ def _answered(made: dict[str, Answers], asked: dict[str, Any], content: bytes) -
         kinds = (FormatError, SupraError)
         kind = next((k.__name__ for k in kinds if isinstance(error, k)), "RuntimeError")
         message = str(error) if kind != "RuntimeError" else f"{type(error).__name__}: {error}"
-        told = {"error": message, "kind": kind, "made": asked["key"] in made}
-        return [json.dumps(told).encode()]
+        problem = {"error": message, "kind": kind, "made": asked["key"] in made}
+        return [json.dumps(problem).encode()]
     head = json.dumps({"value": value, "made": True})
     return [head.encode(), *(array.tobytes() for array in arrays)]
 

@@ -268,5 +268,5 @@ def test_divisors_of_frequencies(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="divide nothing"):
             gguf.read(path)
     for key, value in {"llama.attention.key_length": 2**31}.items():
-        with pytest.raises(FormatError, match="no float32 for each pair"):
+        with pytest.raises(FormatError, match="must be a float32 for each pair"):
             gguf.read(_model(tmp_path / "a.gguf", **{key: struct.pack("<II", U32, value)}))

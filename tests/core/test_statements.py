@@ -14,7 +14,6 @@ from supra_core import families
 from supra_core.conversion.convert import convert
 from supra_core.errors import SupraError
 from supra_core.formats import safetensors
-
 from supra_core.sources.source import open_source
 from supra_core.tensors import LazyTensor
 from tests.tiny_families import FAMILIES

@@ -123,7 +123,7 @@ def command(
 def _keys(path: Path) -> list[str]:
     """The lines of a file, of which none is empty; SupraError where there is none."""
     from supra_core.errors import SupraError
-    from supra_core.text.reading import read_text
+    from supra_core.text.plain import read_text
 
     keys = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not keys:

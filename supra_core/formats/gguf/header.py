@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -182,10 +183,8 @@ class _Reader:
             ranges.append((begin, begin + size))
             byte_shape = (*shape[:-1], row // block * block_bytes)
             tensors[name] = Stored(self.path, kind, shape, begin, byte_shape)
-        reached = 0
-        for begin, end in sorted(ranges):
-            self.require(begin >= reached, "tensors overlap")
-            reached = end
+        overlaps = any(end > begin for (_, end), (begin, _) in pairwise(sorted(ranges)))
+        self.require(not overlaps, "tensors overlap")
         return tensors
 
 
