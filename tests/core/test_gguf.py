@@ -306,7 +306,7 @@ def test_qwen(tmp_path: Path, architecture: str) -> None:
     assert ours.keys() == theirs["tensors"].keys()
     for name, tensor in ours.items():
         np.testing.assert_array_equal(tensor.read(), theirs["tensors"][name].numpy(), err_msg=name)
-    with pytest.raises(SupraError, match="does not say which layers slide"):
+    with pytest.raises(SupraError, match="does not say which layers have a window"):
         gguf.read(
             _write(tmp_path / "s.gguf", arrays, lambda w: w.add_sliding_window(8), architecture)
         )
@@ -504,7 +504,7 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
         open_source(first)
     second.unlink()
     first.rename(folder / "m.gguf")
-    with pytest.raises(SupraError, match="call it NAME-00001-of-00003"):
+    with pytest.raises(SupraError, match="name its first part NAME-00001-of-00003"):
         open_source(folder / "m.gguf")
 
 
