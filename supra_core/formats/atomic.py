@@ -243,7 +243,8 @@ def clear_partial(folder: Path) -> None:
 
     Only for a folder that no other process writes to.
     """
-    for left in list(folder.iterdir()):
+    # A folder that does not exist holds nothing.
+    for left in list(folder.glob(".*")):
         _clean(left)
 
 
