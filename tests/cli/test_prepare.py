@@ -114,7 +114,7 @@ def test_left_out_records_are_told(model: Path, tmp_path: Path) -> None:
     file.write_text('{"text": "a"}\n' + "no\n" * 12)
     arguments = ("data", "prepare", file, "--tokenizer", model, "--out")
     said = supra(*arguments, tmp_path / "out", code=2)
-    assert "line 2 is no JSON" in said
+    assert "line 2 is not JSON" in said
     assert "or have bad records skipped (skip_bad)" in said
     done = runner.invoke(app, [*map(str, arguments), str(tmp_path / "out"), "--skip-bad"])
     assert done.exit_code == 0
