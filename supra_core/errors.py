@@ -1,4 +1,4 @@
-"""The errors a user can cause; each message is one sentence with the remedy in it."""
+"""The errors that a user can cause; each message is one sentence that includes the remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Self
 
 from supra_core.visible import visible
 
-# Characters of a message; what a file says about itself may be longer than any terminal.
+# Characters of a message: a quoted file may be longer than any terminal.
 MESSAGE_LENGTH = 4000
 
 
@@ -14,18 +14,14 @@ class SupraError(Exception):
     """Bad input. The command line prints the message and exits with code 2.
 
     A message may quote a stranger's file: it is cut to :data:`MESSAGE_LENGTH`, and characters
-    that would break its line or steer the terminal are written as escapes.
+    that would break its line or control the terminal are written as escapes.
     """
 
     def __init__(self, message: object = "", *rest: object) -> None:
-        super().__init__(visible(_cut(str(message))), *rest)
-
-
-def _cut(message: str) -> str:
-    if len(message) <= MESSAGE_LENGTH:
-        return message
-    half = MESSAGE_LENGTH // 2
-    return f"{message[:half]} ... {message[-half:]}"
+        text, half = str(message), MESSAGE_LENGTH // 2
+        if len(text) > MESSAGE_LENGTH:
+            text = f"{text[:half]} ... {text[-half:]}"
+        super().__init__(visible(text), *rest)
 
 
 class SpecError(SupraError):
@@ -45,22 +41,28 @@ class MissingDependencyError(SupraError):
 
     @classmethod
     def of(cls, package: str, purpose: str, extra: str) -> Self:
-        """That ``purpose`` needs a package, which the extra of that name brings."""
+        """The error that ``purpose`` needs ``package``, which ``extra`` installs."""
         return cls(f"{purpose} needs {package}: install it with {install(extra)}")
 
 
 def install(extra: str) -> str:
-    """How the packages of an extra are installed."""
+    """The command that installs the packages of an extra."""
     return f"pip install 'supra-lm[{extra}]'"
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line, without the system's error number."""
+    said = getattr(error, "strerror", None) or str(error)
+    return (said.splitlines() or [type(error).__name__])[0]
+
+
 class WriteError(SupraError):
-    """An output that the system does not let be written: no room, or no permission."""
+    """An output cannot be written: the disk is full, or permission is missing."""
 
 
 class EndedByAnother(SupraError):  # noqa: N818 - the error is another process's
-    """Another process of the same run failed, and says why: this one has nothing to add."""
+    """Another process of the same run failed and says why."""
 
 
 class Preempted(BaseException):  # noqa: N818 - like KeyboardInterrupt, no error
-    """The process was told to end (SIGTERM), and saved what it had: start it again."""
+    """SIGTERM stopped the process after it saved its state: start it again."""

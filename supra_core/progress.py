@@ -1,4 +1,4 @@
-"""How long-running functions say how far they are."""
+"""How long-running functions report their progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Progress(Protocol):
 
 
 def silent(stage: str, done: int, total: int, **metrics: float) -> None:
-    """A :class:`Progress` that says nothing."""
+    """A :class:`Progress` that reports nothing."""
 
 
 def duration(seconds: float) -> str:

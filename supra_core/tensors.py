@@ -1,4 +1,4 @@
-"""A tensor that is read when it is needed, so that no whole model is ever held in memory."""
+"""Tensors that are read when they are needed, so that memory never holds a whole model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Shape and type now, numbers on :meth:`read`. ``read`` may return a read-only memory map.
+    """Shape and type now, numbers on :meth:`read`, which may return a read-only memory map.
 
-    ``read_rows``: a part of the first axis, where that takes less than reading everything.
+    ``read_rows``: reads a range of the first axis, where that is cheaper than reading all of it.
     """
 
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class LazyTensor:
 
     @staticmethod
     def of(array: Array) -> LazyTensor:
-        """An array that is already in memory."""
+        """An array in memory as a lazy tensor."""
         return LazyTensor(tuple(array.shape), array.dtype, lambda: array)
 
     def rows(self, start: int, stop: int) -> Array:
@@ -61,7 +61,7 @@ TensorSource = Mapping[str, LazyTensor]
 
 
 def dtype_named(name: str) -> np.dtype[np.generic]:
-    """The numpy type of ``name``; :class:`FormatError` lists what is known."""
+    """The numpy type called ``name``; :class:`FormatError` lists the known names."""
     if name not in DTYPES:
         raise FormatError(f"unknown dtype '{name}': use one of {', '.join(DTYPES)}")
     return DTYPES[name]

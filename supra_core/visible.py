@@ -1,22 +1,21 @@
-"""Text that others wrote, made harmless to show: what would steer a terminal becomes visible."""
+"""Text from others made safe to print: characters that control a terminal become escapes."""
 
 from __future__ import annotations
 
 from unicodedata import category
 
 _LINES = "\n\t"
-# They join letters and emoji, and move nothing.
+# They join letters and emoji, and do not move the cursor.
 _JOINERS = "\u200c\u200d"
 # Spaces of every width, private characters, and those that are newer than this Python's tables.
 _KEPT_KINDS = ("Zs", "Co", "Cn")
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """``text`` with an escape such as ``\\x1b`` for every control.
+    """``text`` with an escape such as ``\\x1b`` for every control character.
 
-    Those are line breaks and what steers a terminal, but also half surrogates, and what turns the
-    direction of the text after it. ``lines``: of a text of several lines, whose breaks and tabs
-    stay.
+    These include line breaks, half surrogates, and marks that change the direction of text.
+    ``lines``: keep line breaks and tabs.
     """
     if text.isprintable():
         return text

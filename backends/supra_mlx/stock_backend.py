@@ -22,7 +22,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.utils import MODEL_REMAPPING
 
 from supra_core.errors import FormatError, SupraError
-from supra_core.formats.conversion import converted
+from supra_core.formats.finite import converted
 from supra_core.formats.huggingface import for_library
 from supra_core.model.spec import ModelSpec
 from supra_core.runtime.backend import Form, Ids, Logits, Mask, StateArrays

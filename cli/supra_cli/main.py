@@ -81,7 +81,7 @@ class SupraGroup(TyperGroup):
 
 def _refused(error: OSError) -> str:
     """What the system would not do, where no command foresaw it, as a sentence."""
-    from supra_core.formats.atomic import reason
+    from supra_core.errors import reason
 
     if isinstance(error.filename, str | bytes):
         place = os.fsdecode(error.filename)

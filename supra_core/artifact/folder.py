@@ -21,7 +21,7 @@ from supra_core.families.shared.fields import Fields
 from supra_core.formats import checksums, distributed, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
-from supra_core.formats.conversion import converted
+from supra_core.formats.finite import converted
 from supra_core.formats.inside import file_in, has_file
 from supra_core.formats.jsonfile import read_object, write_object
 from supra_core.formats.mlx_experts import unstacked

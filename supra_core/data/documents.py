@@ -1,7 +1,7 @@
 """Documents from files: texts, JSON, tables, tar archives, and data sets of the hub.
 
-Nothing is held whole but one record, and one member of an archive: a text file is read in pieces.
-A record that is no document comes as a :class:`BadRecord`, so that who reads may stop or go on.
+Memory holds one record, or one member of an archive, at a time; text files are read in pieces. A
+record that is not a document comes as a :class:`BadRecord`, so that the reader may stop or skip it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib
 import io
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -31,8 +31,8 @@ from supra_core.data.record import (
     pieces,
 )
 from supra_core.data.synthesis import folder as samples
-from supra_core.errors import FormatError, MissingDependencyError, SupraError
-from supra_core.formats.jsonfile import parse, reason
+from supra_core.errors import FormatError, MissingDependencyError, SupraError, reason
+from supra_core.formats import jsonfile
 from supra_core.text.plain import BOM, other_code, plain
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 HUB = "hub:"
 # Characters of a text that are read together.
 _CHUNK = 200_000
-# Modules whose open() reads what is compressed so; Zstandard is pyarrow's.
+# Modules whose open() reads the compression; Zstandard is pyarrow's.
 _OPENERS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
 _ZSTANDARD = ".zst"
 _TEXTS, _LINES, _JSON = (".txt", ".md", ".rst"), (".jsonl", ".ndjson"), ".json"
@@ -51,7 +51,7 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 _PARQUET, _TAR, _NO_ENDING = ".parquet", ".tar", ""
 _KNOWN = (*_TEXTS, *_LINES, _JSON, *_TABLES, _PARQUET, _TAR)
 _NAMED_KNOWN = f"{', '.join(_KNOWN)} (also compressed: {', '.join((*_OPENERS, _ZSTANDARD))})"
-# What macOS and pax leave beside the members of an archive; names with a dot in front likewise.
+# Names that macOS and pax add to archives; hidden names are skipped likewise.
 _LITTER = ("__MACOSX", "PaxHeader")
 
 Followed = Callable[[], None]
@@ -60,8 +60,8 @@ Followed = Callable[[], None]
 def source_files(source: str) -> list[Path]:
     """The files of a source: itself, or the known ones of a folder in order of name.
 
-    A folder of synthesized text is its samples. A data set of the hub has no files here.
-    SupraError when there is nothing to read.
+    For a folder of synthesized text the samples, for a data set of the hub none. SupraError when
+    there is nothing to read.
     """
     if source.startswith(HUB):
         return []
@@ -71,26 +71,26 @@ def source_files(source: str) -> list[Path]:
     if path.is_dir():
         files = [file for file in _inside(path) if _kind(file.name) in _KNOWN and file.is_file()]
         if not files:
-            raise SupraError(f"{path} holds no file that ends in {_NAMED_KNOWN}: name others")
+            raise SupraError(f"{path} holds no file that ends in {_NAMED_KNOWN}: name another")
         return files
     if not path.is_file():
         raise SupraError(f"{path} does not exist: name a text file or a folder of them")
     if _kind(path.name) not in (*_KNOWN, _NO_ENDING):
         raise SupraError(
-            f"{path} ends in {_kind(path.name)}, which is not read as text: convert it to what "
-            f"ends in {_NAMED_KNOWN}"
+            f"{path} ends in {_kind(path.name)}, which is not read as text: convert it to one of "
+            f"{_NAMED_KNOWN}"
         )
     return [path]
 
 
 def refuse_records(path: Path) -> None:
-    """Raise FormatError for a file that holds records, where one text is measured or read."""
+    """Raise FormatError for a file of records, where one text is wanted."""
     if _kind(path.name) in _KNOWN and _kind(path.name) not in _TEXTS:
-        raise FormatError(f"{path} holds records, not one text: write what it says to a text file")
+        raise FormatError(f"{path} holds records, not one text: write the text to a text file")
 
 
 def records(source: str, reading: Reading) -> Iterator[Record]:
-    """Every document of a source in order, and what is none in its place."""
+    """Every document of a source in order, or a BadRecord in its place."""
     if source.startswith(HUB):
         yield from _hub(source.removeprefix(HUB), reading)
         return
@@ -106,7 +106,7 @@ def records(source: str, reading: Reading) -> Iterator[Record]:
                 reading.bytes_read = before + raw.tell()
 
             if file.name == samples.SAMPLES and samples.is_synthesis(file.parent):
-                yield from _samples(_parsed_lines(str(file), raw, followed))
+                yield from _samples(_parsed(str(file), enumerate(raw, 1), followed))
             else:
                 yield from _content(file.name, raw, str(file), followed, reading)
         before += file.stat().st_size
@@ -114,13 +114,13 @@ def records(source: str, reading: Reading) -> Iterator[Record]:
 
 
 def in_words(left_out: Mapping[str, int]) -> str:
-    """What was not read, the most frequent first: ``2 .jpg, 1 .xml``."""
+    """Files that were not read, the most frequent ending first: ``2 .jpg, 1 .xml``."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count:,} {ending}" for ending, count in ordered)
 
 
 def _inside(folder: Path) -> list[Path]:
-    """What a folder holds, without what is hidden, in order of name."""
+    """The entries of a folder that are not hidden, in order of name."""
     return [path for path in sorted(folder.iterdir()) if not _is_litter(path.name)]
 
 
@@ -131,7 +131,7 @@ def _is_litter(name: str) -> bool:
 
 
 def _kind(name: str) -> str:
-    """The ending that says what is inside, in lower case, without that of a compression."""
+    """The ending that names the content, in lower case, without that of a compression."""
     inner = name.lower().replace(".tgz", _TAR + ".gz")
     for ending in (*_OPENERS, _ZSTANDARD):
         if inner.endswith(ending):
@@ -163,9 +163,9 @@ def _content(
         if code := other_code(stream.peek(4)):
             raise BadRecord(f"{where} is {code}, not UTF-8: convert it")
         if kind in _LINES:
-            yield from _documents(_parsed_lines(where, stream, followed), reading)
+            yield from _documents(_parsed(where, enumerate(stream, 1), followed), reading)
         elif kind == _JSON:
-            yield from _documents(_parsed_values(where, stream, followed), reading)
+            yield from _documents(_parsed(where, values(stream), followed), reading)
         elif kind in _TABLES:
             yield from _documents(_rows(where, stream, _TABLES[kind], followed, reading), reading)
         else:
@@ -174,7 +174,7 @@ def _content(
 
 @contextmanager
 def _reading(where: str) -> Iterator[None]:
-    """What goes wrong with a file as a whole, in a sentence that names it."""
+    """Turns an error of a whole file into a BadRecord that names it."""
     import lzma
 
     try:
@@ -184,8 +184,7 @@ def _reading(where: str) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         raise BadRecord(f"{where} is damaged ({error}): get it again") from None
     except OSError as error:
-        cause = error.strerror or str(error)
-        raise BadRecord(f"{where} cannot be read ({cause}): check the file") from None
+        raise BadRecord(f"{where} cannot be read ({reason(error)}): check the file") from None
 
 
 @contextmanager
@@ -193,7 +192,7 @@ def _uncompressed(name: str, raw: Stream, where: str) -> Iterator[Stream]:
     ending = PurePosixPath(name.lower().replace(".tgz", ".gz")).suffix
     if ending == _ZSTANDARD:
         arrow = _library("pyarrow", where)
-        # Unlike others it notices when the end of a file is missing.
+        # Unlike other libraries, it notices a truncated file.
         with arrow.CompressedInputStream(arrow.PythonFile(raw, "r"), "zstd") as stream:
             yield io.BufferedReader(stream)
     elif ending in _OPENERS:
@@ -206,40 +205,42 @@ def _uncompressed(name: str, raw: Stream, where: str) -> Iterator[Stream]:
 def _archive(
     where: str, stream: IO[bytes], followed: Followed, reading: Reading
 ) -> Iterator[Record]:
-    """The members in their order, each as a file of its name; no archives inside it."""
-    with _untarring(where):
-        source: Any = _Ending(stream)
-        archive = tarfile.open(fileobj=source, mode="r|")  # noqa: SIM115
-    with archive:
-        while True:
-            with _untarring(where):
-                member = archive.next()
-            if member is None:
-                return
-            followed()
-            if member.isdir() or _is_litter(member.name):
-                continue
-            kind = _kind(member.name)
-            if not member.isfile() or kind not in _KNOWN or kind == _TAR:
-                reading.left_out["link" if not member.isfile() else _ending(member.name)] += 1
-                continue
-            if member.issparse():
-                # Its holes take no place in the archive, so nothing bounds what it claims to hold.
-                yield BadRecord(
-                    f"{where}: {member.name} is a sparse file: pack it without sparse files"
-                )
-                continue
-            with _untarring(where):
-                content = archive.extractfile(member)
-                held = None if content is None else content.read()
-            if held is not None:
-                yield from _member(member.name, held, where, reading)
+    """The documents of all members in order; archives inside it are not read."""
+    for name, content in _members(where, stream, followed, reading):
+        if content is None:
+            yield BadRecord(f"{where}: {name} is a sparse file: pack it without sparse files")
+        else:
+            yield from _member(f"{where}: {name}", name, content, reading)
+
+
+def _members(
+    where: str, stream: IO[bytes], followed: Followed, reading: Reading
+) -> Iterator[tuple[str, bytes | None]]:
+    """Name and content of each member that is read; None for the content of a sparse file."""
+    source: Any = _Ending(stream)
+    try:
+        with tarfile.open(fileobj=source, mode="r|") as archive:
+            for member in iter(archive.next, None):
+                followed()
+                if member.isdir() or _is_litter(member.name):
+                    continue
+                kind = _kind(member.name)
+                if not member.isfile() or kind not in _KNOWN or kind == _TAR:
+                    reading.left_out["link" if not member.isfile() else _ending(member.name)] += 1
+                elif member.issparse():
+                    # Holes take no space in the archive: nothing bounds the size that it claims.
+                    yield member.name, None
+                elif content := archive.extractfile(member):
+                    yield member.name, content.read()
+    # The library raises these for wrong fields of a header.
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise BadRecord(f"{where} is damaged ({error}): get it again") from None
 
 
 class _Ending:
-    """A stream in which reading on and on behind the end is an error.
+    """A stream that raises EOFError when it is read again and again behind its end.
 
-    The library would, for years, where a member claims to be that large.
+    The library would read for years where a member claims to be that large.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -248,29 +249,19 @@ class _Ending:
     def read(self, size: int) -> bytes:
         content = self._stream.read(size)
         self._ends += not content
-        # The library reads there once or twice in whole archives, too.
+        # The library reads there once or twice in undamaged archives, too.
         if self._ends > 2:
             raise EOFError("it ends inside a member")
         return content
 
 
-@contextmanager
-def _untarring(where: str) -> Iterator[None]:
-    """The library raises whatever a header's field that is no number leads to."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        raise BadRecord(f"{where} is damaged ({error}): get it again") from None
-
-
-def _member(name: str, content: bytes, where: str, reading: Reading) -> Iterator[Record]:
-    """A member's documents; one that is damaged is a BadRecord, and the next may be whole."""
-    where = f"{where}: {name}"
+def _member(where: str, name: str, content: bytes, reading: Reading) -> Iterator[Record]:
+    """A member's documents; a damaged member is a BadRecord, and the next may be read."""
     try:
         with _reading(where):
             raw = io.BufferedReader(io.BytesIO(content))
             for record in _content(name, raw, where, lambda: None, reading):
-                # Read to its end here, so that a damaged one is noticed before it counts.
+                # Read it to its end here, so that damage is noticed before it counts.
                 if isinstance(record, Document):
                     record = replace(record, pieces=tuple(record.pieces))
                 yield record
@@ -282,16 +273,18 @@ def _member(name: str, content: bytes, where: str, reading: Reading) -> Iterator
 
 
 def _text_pieces(where: str, stream: IO[bytes], followed: Followed) -> Iterator[str]:
-    """The file's text, cut where no token spans the border."""
+    """The file's text, cut where no token spans the cut."""
     with _reading(where):
-        # Its own line ends are \n: with newline=None it reads as plain() writes.
+        # With newline=None line ends become \n, as in plain().
         text = io.TextIOWrapper(stream, encoding="utf-8", newline=None)
         left = text.read(_CHUNK).lstrip(BOM)
         more = left
         while more:
             followed()
             if "\0" in more:
-                raise BadRecord(f"{where} holds a NUL character, which is in no text: convert it")
+                raise BadRecord(
+                    f"{where} holds a NUL character, which text cannot have: convert it"
+                )
             while end := border(left):
                 yield left[:end]
                 left = left[end:]
@@ -314,27 +307,20 @@ def _documents(found: Iterator[tuple[str, Any]], reading: Reading) -> Iterator[R
             yield error
 
 
-def _parsed(content: bytes, where: str) -> tuple[str, Any]:
-    """Where a value stands, and what it is; a BadRecord for what is no JSON."""
-    try:
-        return where, parse(content)
-    except ValueError as error:
-        return where, BadRecord(f"{where} is no JSON ({reason(error)}): correct it")
-
-
-def _parsed_lines(where: str, stream: IO[bytes], followed: Followed) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(stream, 1):
+def _parsed(
+    where: str, found: Iterable[tuple[int, bytes]], followed: Followed
+) -> Iterator[tuple[str, Any]]:
+    """Where each JSON value is, and the value or a BadRecord, from numbers and texts of lines."""
+    for line, content in found:
         followed()
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            yield _parsed(line, f"{where} line {number}")
-
-
-def _parsed_values(where: str, stream: IO[bytes], followed: Followed) -> Iterator[tuple[str, Any]]:
-    for line, content in values(stream):
-        followed()
-        yield _parsed(content, f"{where} line {line}")
+        content = content.removeprefix(codecs.BOM_UTF8) if line == 1 else content
+        place = f"{where} line {line}"
+        if content.strip():
+            try:
+                yield place, jsonfile.parse(content)
+            except ValueError as error:
+                problem = jsonfile.reason(error)
+                yield place, BadRecord(f"{place} is not JSON ({problem}): correct it")
 
 
 def _rows(
@@ -342,7 +328,7 @@ def _rows(
 ) -> Iterator[tuple[str, Any]]:
     """The rows of a table with a header, as records whose values are texts."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    # The library's own limit is 128 KB a value.
+    # The library's default is 128 KB a value.
     csv.field_size_limit(2**31 - 1)
     table = csv.reader(text, delimiter=delimiter, strict=True)
     names: list[str] = []
@@ -360,7 +346,7 @@ def _rows(
             elif row:
                 yield place, dict(zip(names, row, strict=True))
         except csv.Error as error:
-            wrong = BadRecord(f"{place} is no row of a table ({error}): correct it")
+            wrong = BadRecord(f"{place} is not a row of the table ({error}): correct it")
             if not names:
                 raise wrong from None
             yield place, wrong
@@ -368,12 +354,12 @@ def _rows(
 
 
 def _samples(lines: Iterator[tuple[str, Any]]) -> Iterator[Record]:
-    """Synthesized samples but those that were dropped; each brings its end, if it has one."""
+    """Synthesized samples that were not dropped; each has its end in its text."""
     for where, line in lines:
         if isinstance(line, BadRecord):
             yield line
         elif not isinstance(line, dict) or not isinstance(line.get("text"), str):
-            yield BadRecord(f"{where} is no sample: synthesize again with `force`")
+            yield BadRecord(f"{where} is not a sample: synthesize again with `force`")
         elif not line.get("dropped"):
             yield Document(where, pieces(plain(line["text"])), is_closed=True)
 
@@ -395,7 +381,7 @@ def _parquet(where: str, raw: Stream, followed: Followed, reading: Reading) -> I
     try:
         yield from _documents(rows(), reading)
     except library.ArrowException as error:
-        raise BadRecord(f"{where} is no Parquet file ({error}): get it again") from None
+        raise BadRecord(f"{where} is not a Parquet file ({error}): get it again") from None
 
 
 def _hub(name: str, reading: Reading) -> Iterator[Record]:
@@ -410,13 +396,13 @@ def _hub(name: str, reading: Reading) -> Iterator[Record]:
 
     try:
         yield from _documents(rows(), reading)
-    # Whatever a loader meets: no network, no such set or split, a file that is damaged.
+    except SupraError:
+        raise
+    # A loader may raise anything: no network, no such set or split, a damaged file.
     except Exception as error:
-        if isinstance(error, SupraError):
-            raise
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SupraError(
-            f"the data set {name} cannot be read ({cause}): check its name, `split` and the network"
+            f"the data set {name} cannot be read ({reason(error)}): check its name, `split` and "
+            "the network"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The values of a JSON file one by one, so that a file larger than memory can be read."""
+"""The values of a JSON file, one at a time: the file may be larger than memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import IO
 
 _CHUNK = 1_000_000
-# A string, with its end if that is there, as one match that never goes back; a bracket; a comma.
+# A string with or without its end, matched without backtracking; a bracket; a comma.
 _TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?P<end>")?|[\[\]{},]', re.DOTALL)
 _ARRAY = re.compile(rb"\s*\[\s*(?=[\[{])")
 
@@ -16,21 +16,21 @@ _ARRAY = re.compile(rb"\s*\[\s*(?=[\[{])")
 def values(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Each value's line, from 1, and bytes: the members of an array of objects or arrays.
 
-    Any other file is one value, or several that follow each other, as in JSON lines. The bytes
-    may be no JSON. Raises EOFError when the array has no end.
+    Any other file is one value, or several in a row as in JSON lines. The bytes need not be JSON.
+    Raises EOFError when the array has no end.
     """
     data = stream.read(_CHUNK).removeprefix(codecs.BOM_UTF8)
     while not data.strip(b" \t\r\n[") and (more := stream.read(_CHUNK)):
         data += more
     array = _ARRAY.match(data)
-    # Brackets that are open around a value, and all that are open; where the value begins.
+    # Open brackets around a value, all open brackets; where the value begins.
     around = depth = 1 if array else 0
     begin = scanned = array.end() if array else 0
     line = 1 + data.count(b"\n", 0, begin)
     while True:
         found = _TOKENS.search(data, scanned)
         if found is None or (found[0][:1] == b'"' and not found["end"]):
-            # As much again as there is: a long value is not searched over and over.
+            # Double what there is, so that a long value is not searched over and over.
             more = stream.read(max(_CHUNK, len(data) - begin))
             if not more:
                 break
@@ -47,7 +47,7 @@ def values(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         elif token in b"]}" and depth <= around:
             if around and depth == around:
                 continue
-            # A bracket too many stays, so that the value is no JSON.
+            # An extra bracket stays, so that the value is not JSON.
             own, depth = data[begin:scanned], around
         else:
             continue

@@ -1,4 +1,4 @@
-"""Documents to shards of tokens: in parallel, and from where it was interrupted."""
+"""Documents to shards of tokens: in parallel, and resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ from typing import Any
 import numpy as np
 
 from supra_core.data.documents import records, source_files
-from supra_core.data.record import BadRecord, Reading, Record, Render
+from supra_core.data.record import BadRecord, Document, Reading, Record, Render
 from supra_core.data.store import (
     INDEX,
+    Count,
     Ids,
     Shard,
     ShardWriter,
     TokenStore,
+    checked,
     tokenizer_hash,
     type_for,
     write_index,
 )
-from supra_core.errors import FormatError, SupraError
+from supra_core.errors import SupraError
 from supra_core.formats.atomic import atomic_file, check_replaceable, locked, put_folder, writing
 from supra_core.formats.jsonfile import INDEX_BYTES, read_object
 from supra_core.progress import Progress, silent
@@ -35,24 +38,23 @@ from supra_core.text import TOKENIZER, ModelTokenizer, load_tokenizer
 # Pieces tokenised together, on all cores, and their characters at most.
 _BATCH, _BATCH_CHARACTERS = 1024, 4_000_000
 _POSITION = "position.json"
-# Files that an index names; of more it states no single one.
+# Files that an index names; more are stated as one sum.
 _LISTED = 10_000
 # Bad records named in the log; all are counted.
 _NAMED = 10
 
-
-# [name, bytes] of each file, or of very many {"count", "bytes", "sha256"}.
+# [name, bytes] of each file, or {"count", "bytes", "sha256"} of more than _LISTED.
 Listing = list[list[Any]] | dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is prepared and how; the same settings go on where they were interrupted.
+    """What is prepared and how; the same settings resume an interrupted preparation.
 
     ``sources``: files, folders, and data sets of the hub; ``separator``: the token after every
-    document, None for none; ``skip_bad``: leave out records that are no documents;
-    ``parse_markers``: markers of turns inside messages are markers, not text; ``needs_bos``:
-    documents begin as the tokenizer begins a text.
+    document, or None; ``skip_bad``: skip records that are not documents; ``parse_markers``:
+    markers of turns inside messages are markers, not text; ``needs_bos``: documents begin as the
+    tokenizer begins a text.
     """
 
     sources: tuple[str, ...]
@@ -76,22 +78,17 @@ class Settings:
 class _Position:
     """What is complete: shards, and the records in them and before."""
 
-    shards: list[Shard] = field(default_factory=list)
-    records: int = 0
-    skipped: list[str] = field(default_factory=list)
-    skipped_count: int = 0
+    shards: list[Shard]
+    records: Count
+    skipped: list[str]
+    skipped_count: Count
 
-    @classmethod
-    def stated(cls, value: Mapping[str, Any]) -> _Position:
-        """As :func:`_complete` wrote it; ValueError or KeyError names a field that is wrong."""
-        shards = [Shard.stated(shard) for shard in value["shards"]]
-        for name in ("records", "skipped_count"):
-            if type(value[name]) is not int or not 0 <= value[name] < 2**63:
-                raise ValueError(name)
-        skipped = value["skipped"]
-        if not isinstance(skipped, list) or not all(isinstance(text, str) for text in skipped):
-            raise ValueError("skipped")
-        return cls(shards, value["records"], skipped, value["skipped_count"])
+
+@dataclass(frozen=True)
+class _Begun:
+    """The fields of ``position.json`` that say what is being prepared."""
+
+    facts: dict[str, Any]
 
 
 def prepare(
@@ -103,11 +100,11 @@ def prepare(
     force: bool = False,
     progress: Progress = silent,
 ) -> TokenStore:
-    """Tokenise every document into ``out``; what an interrupted call completed is kept.
+    """Tokenise every document into ``out``; shards that an interrupted call completed are kept.
 
     ``assets`` hold the tokenizer of ``where``, and its chat template for messages. Raises
-    SupraError for a source that cannot be read, no text at all, or a record that is no document
-    unless those are skipped.
+    SupraError for a source that cannot be read, no text at all, or, unless they are skipped, a
+    record that is not a document.
     """
     check_replaceable(out, force, holds=INDEX)
     tokenizer = load_tokenizer(
@@ -121,7 +118,7 @@ def prepare(
         "begins": list(tokenizer.begins),
         "files": listing(settings.sources),
     }
-    # A path such as "." or "..", or one that is a link, has no name of its own.
+    # A path such as "." or "..", or a link, has no name of its own.
     place = Path(os.path.realpath(out))
     work = place.with_name(f".{place.name}.preparing")
     with writing(place):
@@ -129,10 +126,10 @@ def prepare(
     with locked(work) as held:
         if held is False:
             raise SupraError(
-                f"{out} is being prepared by another process: wait for its end, or name another "
+                f"{out} is being prepared by another process: wait until it ends, or name another "
                 "folder"
             )
-        # It may have been completed while this one waited to begin.
+        # Another process may have completed it meanwhile.
         check_replaceable(out, force, holds=INDEX)
         position = _begun(work, facts)
         reading = Reading(settings.field, settings.split, _renderer(tokenizer), settings.vocab_size)
@@ -155,7 +152,7 @@ def prepare(
 
 
 def listing(sources: Sequence[str]) -> Listing:
-    """The files that the sources are made of, by name and size."""
+    """The files of the sources, by name and size."""
     files = [
         [file.name, file.stat().st_size] for source in sources for file in source_files(source)
     ]
@@ -163,7 +160,7 @@ def listing(sources: Sequence[str]) -> Listing:
 
 
 def in_short(files: Listing) -> Listing:
-    """A listing as it is stated: name and size of each file, or of very many their sum alone."""
+    """A listing as an index states it: each file, or the sum of more than _LISTED."""
     if not isinstance(files, list) or len(files) <= _LISTED:
         return files
     return {
@@ -178,27 +175,23 @@ def _bytes_of(files: Listing) -> int:
 
 
 def _begun(work: Path, facts: dict[str, Any]) -> _Position:
-    """Where an interrupted call with the same facts stands; anything else is begun anew."""
+    """The position of an interrupted call with the same facts; else the folder is emptied."""
     file = work / _POSITION
     if os.path.isfile(file):
         before = read_object(file, INDEX_BYTES)
-        try:
-            known = before["facts"]
-            # Older versions stated every file, however many.
-            known["files"] = in_short(known["files"])
-            # As JSON has it: tuples are lists there.
-            if known == json.loads(json.dumps(facts)):
-                return _Position.stated(before)
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(
-                f"{file}: {error} is missing or wrong: remove {work}, to prepare the text from its "
-                "beginning"
-            ) from None
+        remedy = f"remove {work}, to prepare the text from its beginning"
+        known = checked(_Begun, before, file, remedy).facts
+        # Older versions stated every file, however many.
+        with suppress(TypeError, ValueError):
+            known["files"] = in_short(known.get("files", []))
+        # In JSON, tuples are lists.
+        if known == json.loads(json.dumps(facts)):
+            return checked(_Position, before, file, remedy)
     with writing(work):
         # The folder itself stays: it is locked.
         for left in work.iterdir():
             left.unlink()
-    return _Position()
+    return _Position([], 0, [], 0)
 
 
 def _write_shards(
@@ -220,7 +213,7 @@ def _write_shards(
         for batch in _encoded(islice(found, taken, None), tokenizer):
             for entry in batch:
                 if isinstance(entry, BadRecord):
-                    _leave_out(entry, settings, position)
+                    _skip(entry, settings, position)
                     taken += 1
                     continue
                 if entry.begins and shard.tokens >= settings.shard_tokens:
@@ -228,10 +221,10 @@ def _write_shards(
                     shard = ShardWriter(work, len(position.shards), facts["dtype"])
                 if entry.begins and len(entry.ids):
                     shard.begin_document()
-                    if not entry.is_closed:
+                    if not entry.document.is_closed:
                         shard.add(begin)
                 shard.add(entry.ids)
-                if entry.ends and len(entry.ids) and not entry.is_closed:
+                if entry.ends and len(entry.ids) and not entry.document.is_closed:
                     shard.add(end)
                 taken += entry.ends
             if total:
@@ -242,7 +235,7 @@ def _write_shards(
         shard.abandon()
 
 
-def _leave_out(error: BadRecord, settings: Settings, position: _Position) -> None:
+def _skip(error: BadRecord, settings: Settings, position: _Position) -> None:
     if not settings.skip_bad:
         raise SupraError(f"{error}, or skip such records with `skip_bad`")
     position.skipped_count += 1
@@ -262,22 +255,16 @@ def _complete(
 
 # --- tokenising -------------------------------------------------------------------------------
 
-_NONE: Ids = np.empty(0, dtype=np.int64)
 
-
-@dataclass(frozen=True)
+@dataclass
 class _Piece:
-    """A part of the document at ``where``: the whole when it ``begins`` and ``ends`` it."""
+    """A part of a document, the whole if it ``begins`` and ``ends`` it; a text gets ids later."""
 
-    ids: Ids
+    document: Document
     begins: bool
     ends: bool
-    is_closed: bool
-    where: str
-
-
-# A piece, and its text as long as it has no ids.
-_Unencoded = tuple[_Piece, str | None]
+    text: str = ""
+    ids: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 def _encoded(
@@ -285,56 +272,48 @@ def _encoded(
 ) -> Iterator[list[_Piece | BadRecord]]:
     """Every piece with its ids, in order; the library encodes a batch on all cores."""
     for batch in _batches(_pieces(found)):
-        texts = [e[1] for e in batch if not isinstance(e, BadRecord) and e[1] is not None]
-        encoded = iter(tokenizer.encode_batch(texts))
-        yield [_known(_with_ids(entry, encoded), tokenizer) for entry in batch]
+        texts = [e for e in batch if isinstance(e, _Piece) and e.document.ids is None]
+        encoded = tokenizer.encode_batch([piece.text for piece in texts])
+        for piece, ids in zip(texts, encoded, strict=True):
+            piece.ids = ids
+        yield [_known(entry, tokenizer) if isinstance(entry, _Piece) else entry for entry in batch]
 
 
-def _with_ids(entry: _Unencoded | BadRecord, encoded: Iterator[Ids]) -> _Piece | BadRecord:
-    if isinstance(entry, BadRecord):
-        return entry
-    piece, text = entry
-    return piece if text is None else replace(piece, ids=next(encoded))
-
-
-def _known(piece: _Piece | BadRecord, tokenizer: ModelTokenizer) -> _Piece | BadRecord:
+def _known(piece: _Piece, tokenizer: ModelTokenizer) -> _Piece | BadRecord:
     """The piece, or a BadRecord when the model has no embedding for one of its tokens."""
-    problem = None if isinstance(piece, BadRecord) else tokenizer.problem(piece.ids)
-    if isinstance(piece, BadRecord) or problem is None:
+    problem = tokenizer.problem(piece.ids)
+    if problem is None:
         return piece
-    error = BadRecord(f"{piece.where}: {problem}")
+    error = BadRecord(f"{piece.document.where}: {problem}")
     if not (piece.begins and piece.ends):
-        # Other parts of so long a document may be written already.
+        # Other parts of such a long document may be written already.
         raise error
     return error
 
 
-def _pieces(found: Iterator[Record]) -> Iterator[_Unencoded | BadRecord]:
+def _pieces(found: Iterator[Record]) -> Iterator[_Piece | BadRecord]:
     for record in found:
         if isinstance(record, BadRecord):
             yield record
         elif record.ids is not None:
-            yield _Piece(record.ids, True, True, record.is_closed, record.where), None
+            yield _Piece(record, True, True, ids=record.ids)
         else:
             begins, waiting = True, ""
             for text in record.pieces:
                 if waiting:
-                    yield _Piece(_NONE, begins, False, record.is_closed, record.where), waiting
+                    yield _Piece(record, begins, False, waiting)
                     begins = False
                 waiting = text
-            yield _Piece(_NONE, begins, True, record.is_closed, record.where), waiting
+            yield _Piece(record, begins, True, waiting)
 
 
-def _batches(
-    entries: Iterator[_Unencoded | BadRecord],
-) -> Iterator[list[_Unencoded | BadRecord]]:
-    batch: list[_Unencoded | BadRecord] = []
+def _batches(entries: Iterator[_Piece | BadRecord]) -> Iterator[list[_Piece | BadRecord]]:
+    batch: list[_Piece | BadRecord] = []
     size = 0
     for entry in entries:
         batch.append(entry)
-        if not isinstance(entry, BadRecord):
-            piece, text = entry
-            size += len(piece.ids if text is None else text)
+        if isinstance(entry, _Piece):
+            size += len(entry.text) + len(entry.ids)
         if len(batch) >= _BATCH or size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -343,7 +322,7 @@ def _batches(
 
 
 def _renderer(tokenizer: ModelTokenizer) -> Render | None:
-    """What turns messages into ids by the chat template; None when there is none."""
+    """A function from messages to ids by the chat template; None when there is no template."""
     if tokenizer.template is None:
         return None
     return lambda messages: np.array(tokenizer.render(messages), dtype=np.int64)

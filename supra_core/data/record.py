@@ -1,4 +1,4 @@
-"""The document of one record, the same rules for every container that records come in."""
+"""The document of one record, by the same rules for every kind of file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from supra_core.text.plain import fault, plain
 
 # Characters of a text that are tokenised together.
 _PIECE = 200_000
-# No token of the usual tokenizers goes on from a letter or digit to a line's end.
+# In the usual tokenizers, no token spans a letter or digit and the line end after it.
 _BORDER = re.compile(r"(?<=\w)\n")
-# Where a record has its document, unless a field is named; the first that is not empty.
+# Fields that may hold a record's document, unless one is named; the first not empty counts.
 _TALKS, _IDS, _ALPACA = ("messages", "conversations"), ("tokens", "input_ids"), "instruction"
 FIELDS = ("text", *_TALKS, _ALPACA, *_IDS)
-# What belongs to a conversation beside them.
+# Further fields of a conversation.
 _ANSWER, _MATERIAL, _SYSTEM = "output", "input", "system"
-# Who speaks in ShareGPT's conversations, as messages have it.
+# ShareGPT's names for the roles of messages.
 _ROLES = {"human": "user", "gpt": "assistant"} | {
     role: role for role in ("user", "assistant", "system", "tool")
 }
@@ -35,14 +35,14 @@ Render = Callable[[list[Message]], npt.NDArray[np.int64]]
 
 
 class BadRecord(SupraError):
-    """One record that is no document; the next may be."""
+    """A record that is not a document; the next may be one."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text in pieces, read as they are asked for, or token ids; ``where`` names it in errors.
+    """A text in lazily read pieces, or token ids; ``where`` names it in errors.
 
-    ``is_closed``: it brings its own end, as conversations and token ids do.
+    ``is_closed``: it includes its end, as conversations and token ids do.
     """
 
     where: str
@@ -56,12 +56,11 @@ Record = Document | BadRecord
 
 @dataclass
 class Reading:
-    """How to read: a record's ``field`` (None: the first of FIELDS that has something in it), the
-    hub's ``split``, ``render``, which turns a conversation's messages into token ids, and the
-    size of the vocabulary that token ids are of.
+    """How to read: a record's ``field`` (None: the first of FIELDS that is not empty), the hub's
+    ``split``, ``render`` from a conversation's messages to token ids, and the vocabulary's size.
 
-    ``bytes_read`` is where in the files the reader stands; ``left_out`` counts the files of folders
-    and the members of archives that were not read, by their endings.
+    ``bytes_read``: the reader's position in the files. ``left_out`` counts by ending the files of
+    folders and the members of archives that were not read.
     """
 
     field: str | None = None
@@ -76,18 +75,16 @@ class Reading:
 
 
 def border(text: str) -> int:
-    """Where the piece that begins ``text`` ends, so that no token spans it; 0: not yet."""
-    if len(text) <= _PIECE:
-        return 0
+    """The length of the first piece of ``text``, which no token crosses; 0: not yet known."""
     found = _BORDER.search(text, _PIECE)
     if found:
         return found.start()
-    # A text without such lines is cut anyhow.
+    # A text without such lines is cut anywhere.
     return _PIECE if len(text) > 4 * _PIECE else 0
 
 
 def pieces(text: str) -> Iterator[str]:
-    """A whole text in pieces whose tokens are the text's."""
+    """A whole text in pieces that together have its tokens."""
     while len(text) > 4 * _PIECE:
         end = border(text)
         yield text[:end]
@@ -105,7 +102,7 @@ def _plain(text: str, where: str) -> str:
 
 
 def columns(names: Iterable[str], where: str, reading: Reading) -> list[str]:
-    """Those of a table's columns that hold documents; BadRecord when there are none."""
+    """The columns of a table that hold documents; BadRecord when there are none."""
     names = list(names)
     if not any(name in names for name in _wanted(reading)):
         other = next((mark for mark in ";|\t," if len(names) == 1 and mark in names[0]), None)
@@ -126,7 +123,7 @@ def document(record: Any, where: str, reading: Reading) -> Document:
     if isinstance(record, list):
         return _from_ids(record, where, reading)
     if not isinstance(record, dict):
-        raise BadRecord(f"{where} is no object: correct it")
+        raise BadRecord(f"{where} is not an object: correct it")
     there = [name for name in _wanted(reading) if name in record]
     if not there:
         raise BadRecord(_without(reading, f"{where} has no field", record))
@@ -161,17 +158,17 @@ def _without(reading: Reading, said: str, names: Iterable[str]) -> str:
 
 
 def _from_json(value: str, place: str) -> Any:
-    """Messages or token ids that a table has as text."""
+    """Messages or token ids that a table states as text."""
     try:
         return parse(value)
     except ValueError as error:
-        raise BadRecord(f"{place} is no JSON ({reason(error)}): correct it") from None
+        raise BadRecord(f"{place} is not JSON ({reason(error)}): correct it") from None
 
 
 def _from_ids(values: list[Any], where: str, reading: Reading) -> Document:
     size = reading.vocab_size
     if not all(type(value) is int and 0 <= value < size for value in values):
-        raise BadRecord(f"{where} is no list of token ids from 0 to {size - 1}: correct it")
+        raise BadRecord(f"{where} is not a list of token ids from 0 to {size - 1}: correct it")
     return Document(where, ids=np.array(values, dtype=np.int64), is_closed=True)
 
 
@@ -179,7 +176,7 @@ def _from_ids(values: list[Any], where: str, reading: Reading) -> Document:
 
 
 def _alpaca(record: dict[str, Any], where: str) -> list[Message]:
-    """Question and answer; what the instruction is about stands below it."""
+    """Question and answer; the input stands below the instruction."""
     asked, answer = record[_ALPACA], record[_ANSWER]
     about = record.get(_MATERIAL) or ""
     if not all(isinstance(text, str) for text in (asked, about, answer)):
@@ -197,8 +194,8 @@ def _conversation(
         messages.insert(0, _message({"role": "system", "content": system}, where))
     if reading.render is None:
         raise SupraError(
-            f"{where} is a conversation, which the model has no chat template to write with: "
-            "take a model made for chat, or give plain texts"
+            f"{where} is a conversation, but the model has no chat template: take a model made for "
+            "chat, or give plain texts"
         )
     try:
         ids = reading.render(messages)
@@ -212,19 +209,19 @@ def _conversation(
 
 def _message(entry: Any, where: str) -> Message:
     """A message as templates know it, from a message or an entry of ShareGPT's."""
-    # Tables have the keys of all messages in each, with nothing in them.
-    told = {k: v for k, v in entry.items() if v is not None} if isinstance(entry, dict) else {}
-    if "from" in told and "role" not in told:
-        speaker = told.pop("from")
+    # Tables have the keys of all messages in each, most of them null.
+    message = {k: v for k, v in entry.items() if v is not None} if isinstance(entry, dict) else {}
+    if "from" in message and "role" not in message:
+        speaker = message.pop("from")
         role = _ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise BadRecord(f"{where} is from {speaker!r}, not {', '.join(_ROLES)}: correct it")
-        told = {**told, "role": role, "content": told.pop("value", None)}
-    content = _content(told.get("content"), where)
-    is_said = isinstance(content, str) or (content is None and told.get("tool_calls"))
-    if not isinstance(told.get("role"), str) or not is_said:
+        message = {**message, "role": role, "content": message.pop("value", None)}
+    content = _content(message.get("content"), where)
+    has_content = isinstance(content, str) or (content is None and message.get("tool_calls"))
+    if not isinstance(message.get("role"), str) or not has_content:
         raise BadRecord(f"{where} has a message without a text role and content: correct it")
-    return {**told, "content": content}
+    return {**message, "content": content}
 
 
 def _content(content: Any, where: str) -> Any:
@@ -232,14 +229,14 @@ def _content(content: Any, where: str) -> Any:
     if isinstance(content, list):
         kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
         if other := [kind for kind in kinds if kind != "text"]:
-            raise BadRecord(f"{where} has a part of type {other[0]!r}, not 'text': leave it out")
+            raise BadRecord(f"{where} has a part of type {other[0]!r}, not 'text': omit it")
         texts = [part.get("text") for part in content]
         content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     return _plain(content, where) if isinstance(content, str) else content
 
 
 def _without_calls(messages: list[Message], render: Render) -> npt.NDArray[np.int64]:
-    """The same conversation if its tools were never called; empty where it cannot be written."""
+    """The conversation without its tool calls; empty where it cannot be rendered."""
     try:
         return render([{k: v for k, v in m.items() if k != "tool_calls"} for m in messages])
     except SupraError:

@@ -1,8 +1,8 @@
 """A folder of token ids in shards, read by mapping them into memory.
 
-``index.json`` says what the shards hold; ``tokens-00000.bin`` are the ids of one document after
-the other, as little-endian unsigned integers of 2 or 4 bytes, and ``documents-00000.bin`` where
-each document begins in it, as 8-byte ones. A document is never divided between shards.
+``index.json`` describes the shards; ``tokens-00000.bin`` holds the ids of one document after the
+other, as little-endian unsigned integers of 2 or 4 bytes, and ``documents-00000.bin`` where each
+document begins in it, as 8-byte ones. A document is never divided between shards.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Annotated, Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from supra_core.errors import FormatError
 from supra_core.formats.atomic import atomic_file, flush_to_disk, writing
 from supra_core.formats.checksums import digest_of
-from supra_core.formats.jsonfile import INDEX_BYTES, read_object
+from supra_core.formats.jsonfile import INDEX_BYTES, read_object, write_object
 
 INDEX = "index.json"
 FORMAT, VERSION = "supra-tokens", 1
@@ -33,30 +35,28 @@ _TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 _STARTS: np.dtype[Any] = np.dtype("<u8")
 
 Ids = npt.NDArray[Any]
+T = TypeVar("T")
+# A size or a count as a file states it.
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Shard:
     """One shard's size, and the SHA-256 of both its files; older folders have the tokens' alone."""
 
-    tokens: int
-    documents: int
+    tokens: Count
+    documents: Count
     sha256: str
     documents_sha256: str | None = None
 
-    @classmethod
-    def stated(cls, value: object) -> Shard:
-        """As an index states it; ValueError for what describes no shard."""
-        if not isinstance(value, dict) or not value.keys() <= cls.__dataclass_fields__.keys():
-            raise ValueError("shards")
-        for name, field in value.items():
-            if name in ("tokens", "documents"):
-                right = type(field) is int and 0 <= field < 2**63
-            else:
-                right = isinstance(field, str) or (field is None and name == "documents_sha256")
-            if not right:
-                raise ValueError(name)
-        return cls(**value)
+
+@dataclass(frozen=True)
+class _Index:
+    """The fields of ``index.json`` that are read; it states more."""
+
+    dtype: str
+    shards: tuple[Shard, ...]
+    tokenizer: str
 
 
 def type_for(vocab_size: int) -> str:
@@ -65,10 +65,9 @@ def type_for(vocab_size: int) -> str:
 
 
 def tokenizer_hash(tokenizer_json: bytes) -> str:
-    """SHA-256 of what a tokenizer.json says, however it is laid out."""
+    """SHA-256 of the content of a tokenizer.json, without layout and settings of the caller."""
     content = json.loads(tokenizer_json)
     for setting in ("truncation", "padding"):
-        # Whoever encodes with it sets these.
         content.pop(setting, None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -86,7 +85,7 @@ class ShardWriter:
         self.tokens = 0
 
     def begin_document(self) -> None:
-        """What is added from here on is another document's."""
+        """The tokens added from here on are another document's."""
         self._starts.append(self.tokens)
 
     def add(self, ids: Ids) -> None:
@@ -102,7 +101,7 @@ class ShardWriter:
         with writing(self._tokens):
             self._file.close()
             flush_to_disk(self._tokens)
-            # Not by tofile, which does not see a disk that is full.
+            # Not by tofile, which does not notice a full disk.
             starts = np.array(self._starts, dtype=_STARTS).tobytes()
             self._documents.write_bytes(starts)
             flush_to_disk(self._documents)
@@ -113,7 +112,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close the shard without completing it."""
-        # What could not be written raised when it was.
+        # A failed write has raised already.
         with suppress(OSError):
             self._file.close()
 
@@ -126,54 +125,51 @@ class TokenStore:
         self.folder = folder
         self.index = read_object(folder / INDEX, INDEX_BYTES)
         if self.index.get("format") != FORMAT:
-            raise FormatError(f"{folder / INDEX} is of no prepared text: name another folder")
+            raise FormatError(f"{folder / INDEX} is not a prepared text's: name another folder")
         version = self.index.get("version")
         if type(version) is not int or version != VERSION:
             raise FormatError(
                 f"{folder / INDEX}: version {version} is not known: prepare the text again"
             )
-        try:
-            self._dtype = _TYPES[self.index["dtype"]]
-            self.shards = tuple(map(Shard.stated, self.index["shards"]))
-            self.tokenizer_hash = str(self.index["tokenizer"])
-        except (KeyError, TypeError, ValueError) as error:
+        index = checked(_Index, self.index, folder / INDEX, "prepare the text again")
+        if index.dtype not in _TYPES:
             raise FormatError(
-                f"{folder / INDEX}: {error} is missing or wrong: prepare the text again"
-            ) from None
+                f"{folder / INDEX}: dtype {index.dtype} is not known: prepare the text again"
+            )
+        self._dtype, self.shards = _TYPES[index.dtype], index.shards
+        self.tokenizer_hash = index.tokenizer
+        self._files = [_names(folder, number) for number in range(len(self.shards))]
         self._check_sizes()
-        self._ends = np.cumsum([shard.tokens for shard in self.shards])
+        # Tokens before each shard, and in all.
+        self._ends = np.cumsum([0, *(shard.tokens for shard in self.shards)])
 
     @staticmethod
     def is_at(folder: Path) -> bool:
-        """Whether there is a prepared text."""
+        """Whether ``folder`` holds a prepared text."""
         return os.path.isfile(folder / INDEX)
 
     @property
     def name(self) -> str:
-        """SHA-256 of every shard, in order: another text has another."""
+        """SHA-256 of all shards in order, which identifies the text."""
         digests = "".join(shard.sha256 for shard in self.shards)
         return hashlib.sha256(digests.encode()).hexdigest()
 
     def check(self, remedy: str = "prepare the text again") -> None:
         """Read every shard once and compare it with its sums.
 
-        Raises FormatError that names the file which is not as it was written, and ``remedy``.
+        FormatError names the file that has changed, and ``remedy``.
         """
-        for number, shard in enumerate(self.shards):
-            sums = (shard.sha256, shard.documents_sha256)
-            for file, stated in zip(_names(self.folder, number), sums, strict=True):
+        for files, shard, starts in zip(self._files, self.shards, self._starts, strict=True):
+            for file, stated in zip(files, (shard.sha256, shard.documents_sha256), strict=True):
                 if stated is not None and digest_of(file) != stated:
                     raise FormatError(f"{file} is not as it was written: {remedy}")
-            # Where documents begin had no sum in older versions.
-            starts = self._starts[number]
+            # Older versions stored no sum of the file of documents.
             ordered = bool(np.all(starts[1:] > starts[:-1]))
             if len(starts) and not (ordered and starts[-1] < shard.tokens):
-                raise FormatError(
-                    f"{_names(self.folder, number)[1]} does not say where documents begin: {remedy}"
-                )
+                raise FormatError(f"{files[1]} does not say where documents begin: {remedy}")
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self.shards else 0
+        return int(self._ends[-1])
 
     @overload
     def __getitem__(self, place: int) -> int: ...
@@ -192,20 +188,18 @@ class TokenStore:
     def documents(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Where documents begin among the tokens from ``start`` to ``stop``, in the whole."""
         found = [np.empty(0, dtype=np.int64)]
-        number = int(np.searchsorted(self._ends, start, side="right"))
-        while number < len(self.shards) and self._before(number) < stop:
-            before, own = self._before(number), self._starts[number]
+        for number, before in self._shards_between(start, stop):
+            own = self._starts[number]
             first, last = np.searchsorted(own, [max(start - before, 0), stop - before])
             found.append(own[first:last].astype(np.int64) + before)
-            number += 1
         return np.concatenate(found)
 
     def most_documents(self, length: int) -> int:
-        """The most documents that begin or go on in any of the rows of ``length`` tokens."""
+        """The most documents that begin or continue in any of the rows of ``length`` tokens."""
         most, row, begun = 1, -1, 0
-        for number, own in enumerate(self._starts):
-            # What begins a row is no further document in it.
-            places = own.astype(np.int64) + self._before(number)
+        for own, before in zip(self._starts, self._ends, strict=False):
+            # A document that begins with the row is not a further one in it.
+            places = own.astype(np.int64) + before
             rows, counts = np.unique(places[places % length > 0] // length, return_counts=True)
             if not len(rows):
                 continue
@@ -215,53 +209,56 @@ class TokenStore:
             row, begun = int(rows[-1]), int(counts[-1])
         return most
 
-    def _before(self, number: int) -> int:
-        """Tokens in the shards before one."""
-        return int(self._ends[number - 1]) if number else 0
+    def _shards_between(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Each shard with tokens from ``start`` to ``stop``: its number, and the tokens before."""
+        number = int(np.searchsorted(self._ends, start, side="right")) - 1
+        while number < len(self.shards) and self._ends[number] < stop:
+            yield number, int(self._ends[number])
+            number += 1
 
     @cached_property
     def _maps(self) -> list[Ids]:
-        return [
-            _mapped(_names(self.folder, number)[0], self._dtype, shard.tokens)
-            for number, shard in enumerate(self.shards)
-        ]
+        return [_mapped(tokens, self._dtype) for tokens, _ in self._files]
 
     @cached_property
     def _starts(self) -> list[Ids]:
-        return [
-            _mapped(_names(self.folder, number)[1], _STARTS, shard.documents)
-            for number, shard in enumerate(self.shards)
-        ]
+        return [_mapped(documents, _STARTS) for _, documents in self._files]
 
     def _between(self, start: int, stop: int) -> Ids:
-        parts = []
-        number = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            before = self._before(number)
-            end = min(stop, int(self._ends[number]))
-            parts.append(self._maps[number][start - before : end - before])
-            start, number = end, number + 1
+        parts = [
+            self._maps[number][max(start - before, 0) : stop - before]
+            for number, before in self._shards_between(start, stop)
+        ]
         if len(parts) == 1:
             return np.asarray(parts[0])
         return np.concatenate(parts) if parts else np.empty(0, dtype=self._dtype)
 
     def _check_sizes(self) -> None:
-        for number, shard in enumerate(self.shards):
+        for files, shard in zip(self._files, self.shards, strict=True):
             sizes = (shard.tokens * self._dtype.itemsize, shard.documents * _STARTS.itemsize)
-            for file, size in zip(_names(self.folder, number), sizes, strict=True):
+            for file, size in zip(files, sizes, strict=True):
                 found = file.stat().st_size if file.is_file() else None
                 if found != size:
                     said = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
                     raise FormatError(f"{file} {said}: prepare the text again")
 
 
-def _mapped(file: Path, dtype: np.dtype[Any], count: int) -> Ids:
+def checked(kind: type[T], value: object, file: Path, remedy: str) -> T:
+    """The fields of ``kind`` as ``file`` states them; FormatError names one that is wrong."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise FormatError(f"{file}: {name} is missing or wrong: {remedy}") from None
+
+
+def _mapped(file: Path, dtype: np.dtype[Any]) -> Ids:
     # An empty file cannot be mapped.
-    return np.memmap(file, dtype=dtype, mode="r") if count else np.empty(0, dtype=dtype)
+    return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
 
 
 def write_index(folder: Path, shards: list[Shard], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a folder of shards; returns what the index says."""
+    """Complete a folder of shards; returns the content of the index."""
     index = {
         "format": FORMAT,
         "version": VERSION,
@@ -271,7 +268,7 @@ def write_index(folder: Path, shards: list[Shard], facts: Mapping[str, Any]) -> 
         "shards": [asdict(shard) for shard in shards],
     }
     with atomic_file(folder / INDEX) as beside:
-        beside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_object(beside, index)
     return index
 
 

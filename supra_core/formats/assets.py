@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from supra_core.errors import FormatError
-from supra_core.formats.inside import has_file, open_regular, plain_name
-from supra_core.formats.lfs import refuse_pointer
+from supra_core.formats.inside import has_file, plain_name, read_bytes
 
-# Copied from a source folder where they are there; nothing that could be code is.
+# Files that are copied from a source folder; none of them can hold code.
 ASSET_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,7 +23,6 @@ ASSET_NAMES = (
     "generation_config.json",
 )
 
-
 # Bytes of one of them; the largest vocabularies take some 40 MB.
 ASSET_BYTES = 256_000_000
 
@@ -32,26 +30,18 @@ ASSET_BYTES = 256_000_000
 def read_assets(folder: Path) -> dict[str, bytes]:
     """The assets that ``folder`` holds, file name -> bytes.
 
-    :class:`FormatError` for one that is a link out of the folder, or larger than any is.
+    :class:`FormatError` for one that links out of the folder or is larger than ASSET_BYTES.
     """
-    return {name: _content(folder / name) for name in ASSET_NAMES if has_file(folder, name)}
+    return {
+        name: read_bytes(folder / name, ASSET_BYTES)
+        for name in ASSET_NAMES
+        if has_file(folder, name)
+    }
 
 
 def write_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
     """Write each asset into ``folder``; names that are not plain, new file names are refused."""
     for name, content in assets.items():
         if not plain_name(name) or os.path.exists(folder / name):
-            raise FormatError(f"asset '{name}' is no new file name in {folder}: leave it out")
+            raise FormatError(f"asset '{name}' is not a new file name in {folder}: omit it")
         (folder / name).write_bytes(content)
-
-
-def _content(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            content = file.read(ASSET_BYTES + 1)
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read ({error.strerror}): check the file") from None
-    refuse_pointer(path, content)
-    if len(content) > ASSET_BYTES:
-        raise FormatError(f"{path} is larger than {ASSET_BYTES:,} bytes: get the file again")
-    return content

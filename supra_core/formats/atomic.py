@@ -1,9 +1,9 @@
 """Outputs that appear whole or not at all: written beside their place, then renamed.
 
-What is renamed is on disk before, so that a loss of power leaves no empty files under its name.
-A rename replaces nothing unless that was asked for, however many processes write to one place.
-What is being written has a lock on it, which the system lets go of however its process ends: the
-next one that writes to the same place removes what has none.
+An output is on disk before it is renamed, so that a power failure leaves no empty file under its
+name. A rename replaces nothing unless the caller asks for it, however many processes write to one
+place. While an output is written, it is locked; the system releases the lock when the process
+ends, and the next process that writes to the same place removes what is not locked.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from supra_core.errors import SupraError, WriteError
+from supra_core.errors import SupraError, WriteError, reason
 
-_PARTIAL = ".partial"
-# A disk that is full, a quota that is reached, a file larger than the system lets it grow.
+# A full disk, a reached quota, a file larger than the system allows.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What a file system without hard links says.
+# Errors of a file system without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
+# An unfinished output, or a folder that was about to be replaced; older versions gave no number.
+_LEFT = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.(partial|aside)", re.DOTALL)
 
 
 @contextmanager
@@ -33,47 +34,59 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """An empty folder beside ``out`` that becomes ``out`` when the block ends.
 
-    If the block raises (Ctrl-C included), the folder is removed and ``out`` is as it was. An
-    existing ``out`` is refused unless it is empty or ``force`` is given; then it is replaced only
-    once the new folder is complete. ``holds`` names a file that an existing ``out`` must hold to
-    be replaced, so that a mistyped path never deletes something else.
+    If the block raises (Ctrl-C included), the folder is removed and ``out`` is unchanged. An
+    existing ``out`` is refused unless it is empty or ``force`` is given; then it is replaced once
+    the new folder is complete. ``holds`` names a file that an existing ``out`` must hold to be
+    replaced, so that a mistyped path never deletes something else.
     """
     place = _resolved(out)
     check_replaceable(place, force, holds=holds)
-    with writing(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with _partial(place, is_folder=True) as partial:
-            try:
-                yield partial
-                put_folder(partial, place, force)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+    with _partial(place, is_folder=True) as partial:
+        yield partial
+        put_folder(partial, place, force)
 
 
 @contextmanager
 def atomic_file(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """An empty file beside ``path`` to write to; it becomes ``path`` when the block ends.
 
-    If the block raises, what it wrote is removed and ``path`` is as it was. ``replace`` False: a
-    file that is there by then stays, and SupraError says so.
+    If the block raises, the file is removed and ``path`` is unchanged. ``replace`` False: a file
+    that exists by then stays, and SupraError says so.
     """
     place = _resolved(path)
+    with _partial(place, is_folder=False) as partial:
+        yield partial
+        flush_to_disk(partial)
+        if replace:
+            os.replace(partial, place)
+        else:
+            _put_new_file(partial, place)
+        _flush_names(place.parent)
+
+
+@contextmanager
+def _partial(place: Path, *, is_folder: bool) -> Iterator[Path]:
+    """An empty folder or file beside ``place``, locked; removed if the block raises."""
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         _sweep(place)
-        with _partial(place, is_folder=False) as partial:
-            try:
-                yield partial
-                flush_to_disk(partial)
-                if replace:
-                    os.replace(partial, place)
-                else:
-                    _put_new_file(partial, place)
-                _flush_names(place.parent)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+        held: bool | None = False
+        # Another process may sweep it before it is locked.
+        while held is False:
+            partial = _beside(place, "partial")
+            if is_folder:
+                partial.mkdir()
+            else:
+                partial.touch(exist_ok=False)
+            with locked(partial) as held:
+                if held is False:
+                    continue
+                try:
+                    yield partial
+                except BaseException:
+                    with suppress(OSError):
+                        _remove(partial)
+                    raise
 
 
 def _put_new_file(partial: Path, place: Path) -> None:
@@ -84,7 +97,7 @@ def _put_new_file(partial: Path, place: Path) -> None:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            # A name that is taken, so that nobody else gets it.
+            # Take the name, so that nobody else gets it.
             place.touch(exist_ok=False)
             os.replace(partial, place)
     except FileExistsError:
@@ -95,7 +108,7 @@ def _put_new_file(partial: Path, place: Path) -> None:
 def check_replaceable(out: str | Path, force: bool, *, holds: str | None = None) -> None:
     """Raise SupraError where :func:`atomic_folder` would refuse to write ``out``.
 
-    What killed processes left beside it is put right first.
+    First cleans up after killed processes.
     """
     place = _resolved(out)
     with writing(place):
@@ -129,11 +142,11 @@ def check_new_file(path: str | Path, force: bool) -> None:
         raise SupraError(f"{path!s:.40} has a null byte in its name: name another file")
     if os.path.isdir(place):
         raise SupraError(f"{path} is a folder: name a file")
-    # A link that leads nowhere is there, too.
+    # A link that leads nowhere exists, too.
     if os.path.lexists(place) and not force:
         raise _file_exists(path)
     with writing(place):
-        partial = _partial_name(place)
+        partial = _beside(place, "partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         partial.unlink()
@@ -149,7 +162,7 @@ def _folder_exists(place: Path) -> SupraError:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Turns what the system says against writing ``place`` into a WriteError with the remedy."""
+    """Turns an OSError of writing ``place`` into a WriteError with the remedy."""
     try:
         yield
     except OSError as error:
@@ -158,21 +171,19 @@ def writing(place: Path) -> Iterator[None]:
         ) from error
 
 
-def reason(error: OSError) -> str:
-    """What went wrong, without the number."""
-    return error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def remedy(error: OSError) -> str:
-    """What to do about it."""
+    """What to do about an error of writing."""
     if error.errno in _NO_ROOM:
         return "make room and start again"
     return "check the path and who may write there"
 
 
 def flush_to_disk(path: Path) -> None:
-    """Return once the file's bytes are on disk, so that a rename after it cannot outrun them."""
-    descriptor = os.open(path, os.O_RDWR)
+    """Return once the bytes of a file, or the names in a folder, are on disk.
+
+    A rename after it cannot overtake them.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -182,8 +193,8 @@ def flush_to_disk(path: Path) -> None:
 def put_folder(new: Path, place: Path, force: bool = True) -> None:
     """Rename ``new`` to ``place`` with all its files on disk; SupraError when something is there.
 
-    ``force``: in place of what is there. Killed in the middle, ``place`` may be gone; what it was
-    then has a name that the next one who writes there knows, and :func:`clear_partial` too.
+    ``force``: replace what is there. If the process is killed meanwhile, ``place`` may be gone;
+    the next process that writes there, or :func:`clear_partial`, restores what it was.
     """
     _flush_folder(new)
     if force:
@@ -202,9 +213,9 @@ def put_folder(new: Path, place: Path, force: bool = True) -> None:
 def _exchange(new: Path, place: Path) -> None:
     """Rename ``new`` to ``place`` and remove what was there."""
     while True:
-        # Whoever else replaces it waits, and then replaces what is put here.
+        # Another process that replaces it waits, and then replaces what is put here.
         with locked(place, wait=True) as held:
-            is_there, aside = held is not False, _aside(place)
+            is_there, aside = held is not False, _beside(place, "aside")
             if is_there:
                 os.rename(place, aside)
             try:
@@ -222,35 +233,55 @@ def _exchange(new: Path, place: Path) -> None:
 
 
 def remove_folder(place: Path) -> None:
-    """Remove a folder that is never seen with a part of its files."""
-    os.rename(place, partial := _partial_name(place))
+    """Remove a folder at once: nobody sees it with a part of its files."""
+    os.rename(place, partial := _beside(place, "partial"))
     shutil.rmtree(partial)
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what killed processes had not finished in ``folder``, and bring back what
-    :func:`put_folder` was about to replace.
+    """Remove unfinished outputs in ``folder``, and restore what :func:`put_folder` set aside.
 
-    Only for a folder that nobody else writes to.
+    Only for a folder that no other process writes to.
     """
-    for aside in folder.glob(".*.aside"):
-        found = _ASIDE.fullmatch(aside.name)
-        if found:
-            _bring_back(aside, aside.with_name(found[1]))
-    for partial in folder.glob(f".*{_PARTIAL}"):
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink()
+    # A folder that does not exist holds nothing.
+    for left in list(folder.glob(".*")):
+        _clean(left)
 
 
 def is_partial(path: Path) -> bool:
     """Whether something of that name was never finished."""
-    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def _sweep(place: Path) -> None:
+    """Clean up what killed processes left beside ``place``."""
+    with suppress(OSError, ValueError):
+        for left in list(place.parent.iterdir()):
+            found = _LEFT.fullmatch(left.name)
+            if found and found[1] == place.name:
+                with locked(left) as held, suppress(OSError):
+                    if held:
+                        _clean(left)
+
+
+def _clean(left: Path) -> None:
+    """Remove an unfinished output, or restore a folder that was set aside and not replaced."""
+    found = _LEFT.fullmatch(left.name)
+    if found and found[2] == "aside" and not left.with_name(found[1]).exists():
+        os.rename(left, left.with_name(found[1]))
+    elif found:
+        _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_here(place: Path) -> bool:
-    """Whether the working directory is ``place`` or in it: replaced, it would be a deleted one."""
+    """Whether the working directory is ``place`` or in it: replacing it would delete that."""
     try:
         return Path.cwd().is_relative_to(place)
     except OSError:
@@ -261,44 +292,13 @@ def _resolved(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _partial_name(place: Path) -> Path:
-    return place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
-
-
-# What was set aside, by older versions without a number of its own.
-_ASIDE = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.aside", re.DOTALL)
-
-
-def _aside(place: Path) -> Path:
-    return place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.aside")
-
-
-def _bring_back(aside: Path, place: Path) -> None:
-    if place.exists():
-        shutil.rmtree(aside)
-    else:
-        os.rename(aside, place)
-
-
-@contextmanager
-def _partial(place: Path, *, is_folder: bool) -> Iterator[Path]:
-    """An empty folder or file beside ``place``, locked inside."""
-    while True:
-        partial = _partial_name(place)
-        if is_folder:
-            partial.mkdir()
-        else:
-            partial.touch(exist_ok=False)
-        with locked(partial) as held:
-            # Swept by another before it was locked: anew.
-            if held is not False:
-                yield partial
-                return
+def _beside(place: Path, kind: str) -> Path:
+    return place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.{kind}")
 
 
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
-    """Inside, ``path`` is locked, whatever its name becomes: True.
+    """True: ``path`` is locked inside the block, whatever its name becomes.
 
     False: there is no such path, or another process has locked it and ``wait`` is not given.
     None: it cannot be locked, as on file systems without locks.
@@ -323,7 +323,7 @@ def _lock(path: Path, wait: bool) -> tuple[bool | None, int | None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return True, descriptor
-            # Another has replaced it since: anew.
+            # Another process has replaced it since: try again.
         except BlockingIOError:
             os.close(descriptor)
             return False, None
@@ -333,25 +333,6 @@ def _lock(path: Path, wait: bool) -> tuple[bool | None, int | None]:
             os.close(descriptor)
             return None, None
         os.close(descriptor)
-
-
-def _sweep(place: Path) -> None:
-    """Remove what killed processes left beside ``place``, and bring back what they set aside."""
-    left = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.(partial|aside)")
-    with suppress(OSError, ValueError):
-        for path in list(place.parent.iterdir()):
-            found = left.fullmatch(path.name)
-            if found is None:
-                continue
-            with locked(path) as held, suppress(OSError):
-                if not held:
-                    continue
-                if found[1] == "aside":
-                    _bring_back(path, place)
-                elif path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
 
 
 def _flush_folder(folder: Path) -> None:
@@ -364,10 +345,6 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """Return once the folder's entries are on disk; where folders cannot be flushed, at once."""
+    # Some file systems cannot flush folders.
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush_to_disk(folder)

@@ -1,7 +1,7 @@
 """``SHA256SUMS``: the SHA-256 of every file of a folder, as GNU's sha256sum writes and checks it.
 
-It tells a damaged or changed file from the one that was written. It is no signature: who can
-change a file can change its line.
+It shows whether a file is damaged or changed. It is not a signature: whoever can change a file can
+change its line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 from supra_core.errors import FormatError
 from supra_core.formats.atomic import atomic_file
-from supra_core.formats.inside import file_in, has_file, open_regular, plain_name
+from supra_core.formats.inside import file_in, has_file, open_regular, plain_name, read_bytes
 
 NAME = "SHA256SUMS"
 # Bytes of the file, which has a line of about a hundred for each of the folder's files.
@@ -35,9 +35,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Check:
-    """What :func:`check` found; ``unlisted`` are files of the folder that have no sum.
+    """The result of :func:`check`; ``unlisted``: files of the folder that have no sum.
 
-    Weights and programs must have one; a note that somebody added need not.
+    Weights and programs must have one; other files, such as a note, need not.
     """
 
     files: int
@@ -46,18 +46,15 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether every file that is listed is there as it was, and nothing that counts is not."""
-        return not self.problems and not any(map(_counts, self.unlisted))
-
-
-def _counts(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".pt", ".py"))
+        """Whether all listed files are unchanged, and all weights and programs are listed."""
+        needed = (".safetensors", ".bin", ".pt", ".py")
+        return not self.problems and not any(name.endswith(needed) for name in self.unlisted)
 
 
 def write(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Write ``SHA256SUMS`` for all files in ``folder``, but none of the folders in it.
+    """Write ``SHA256SUMS`` for all files in ``folder`` itself.
 
-    ``known``: file name -> digest, of files whose sum was computed while they were written.
+    ``known``: file name -> digest, for files whose sum was computed while they were written.
     """
     digests = dict(known or {})
     for path in folder.iterdir():
@@ -67,16 +64,16 @@ def write(folder: Path, known: Mapping[str, str] | None = None) -> None:
 
 
 def write_sums(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write ``SHA256SUMS`` for these files alone: file name -> digest."""
+    """Write ``SHA256SUMS`` with these lines alone: file name -> digest."""
     lines = [f"{digests[name]}  {name}\n" for name in sorted(digests)]
     with atomic_file(folder / NAME) as beside:
         beside.write_text("".join(lines), encoding="utf-8")
 
 
 def refuse_changed(folder: Path, remedy: str) -> None:
-    """Raise FormatError when a listed file is not as it was written; ``remedy`` ends the sentence.
+    """Raise FormatError when a listed file has changed; ``remedy`` ends the sentence.
 
-    A folder that has no list, as older versions left it, passes.
+    A folder of an older version, which has no list, passes.
     """
     if not has_file(folder, NAME):
         return
@@ -107,26 +104,22 @@ def check(folder: str | Path) -> Check:
 def listed(folder: Path) -> dict[str, str]:
     """File name -> digest, as the folder's list states them; FormatError without one."""
     if not os.path.isdir(folder):
-        raise FormatError(f"{folder} is no folder: name the folder of a model")
+        raise FormatError(f"{folder} is not a folder: name the folder of a model")
     path = file_in(folder, NAME)
-    try:
-        with open_regular(path) as file:
-            content = file.read(SUMS_BYTES + 1)
-        text = content.decode("utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise FormatError(
             f"{folder} holds no {NAME}: convert the model again, or write one with sha256sum"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
+        )
+    try:
+        text = read_bytes(path, SUMS_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise FormatError(f"{path} cannot be read ({error}): get the file again") from None
-    if len(content) > SUMS_BYTES:
-        raise FormatError(f"{path} is larger than {SUMS_BYTES:,} bytes: get the file again")
     found: dict[str, str] = {}
     for number, line in enumerate(text.split("\n")[:-1] if text.endswith("\n") else [text], 1):
         sum_ = _LINE.fullmatch(line)
         if sum_ is None or not plain_name(sum_[2]) or sum_[2] in found:
             raise FormatError(
-                f"{path}: line {number} is no sum of a file in this folder: get the file again"
+                f"{path}: line {number} is not the sum of a file in this folder: get it again"
             )
         found[sum_[2]] = sum_[1].lower()
     return found

@@ -1,6 +1,6 @@
-"""Safetensors as torch.distributed.checkpoint writes them: each process its parts of the tensors.
+"""Safetensors of torch.distributed.checkpoint, where each process writes parts of the tensors.
 
-Which part of a tensor a file holds stands in the file's metadata, under ``DCP_SHARDING_INFO``.
+``DCP_SHARDING_INFO`` in a file's metadata says which part of a tensor the file holds.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def holds_shards(folder: Path) -> bool:
 
 
 def read_folder(folder: Path) -> dict[str, LazyTensor]:
-    """Every tensor of a folder, put together from its parts when it is read.
+    """Every tensor of a folder, joined from its parts when it is read.
 
-    Raises FormatError when a file is damaged, or the parts of a tensor leave a gap or overlap.
+    FormatError when a file is damaged, or the parts of a tensor leave a gap or overlap.
     """
     parts: dict[str, list[_Part]] = {}
     for file in files_in(folder, _PATTERN):
@@ -61,7 +61,7 @@ def _parts(file: Path) -> Iterator[tuple[str, _Part]]:
             raise ValueError("a tensor")
         for name, tensor in tensors.items():
             begin = offsets[name][_OFFSETS] if offsets else [0] * len(tensor.shape)
-            if len(begin) != len(tensor.shape) or any(not _is_size(x) for x in begin):
+            if len(begin) != len(tensor.shape) or any(type(x) is not int or x < 0 for x in begin):
                 raise ValueError(name)
             yield name, _Part(tuple(begin), tensor)
     except (ValueError, TypeError, KeyError) as error:
@@ -71,18 +71,14 @@ def _parts(file: Path) -> Iterator[tuple[str, _Part]]:
         ) from None
 
 
-def _is_size(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
-
-
 def _joined(folder: Path, name: str, parts: list[_Part]) -> LazyTensor:
-    # A part of another rank is no part; its extents would be compared with none.
+    # Parts of different ranks cannot be compared.
     ranks = {len(part.offsets) for part in parts}
     ends = (part.end for part in parts) if len(ranks) == 1 else ()
     shape = tuple(max(sizes) for sizes in zip(*ends, strict=True))
     dtypes = {part.tensor.dtype for part in parts}
     parts = sorted(parts, key=lambda part: part.offsets)
-    # Boxes that do not overlap and have the whole's volume leave no gap.
+    # Boxes that do not overlap and together have the volume of the whole leave no gap.
     volume = sum(math.prod(part.tensor.shape) for part in parts)
     if len(ranks) > 1 or len(dtypes) > 1 or volume != math.prod(shape) or _overlap(parts):
         raise FormatError(

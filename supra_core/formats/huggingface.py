@@ -11,7 +11,7 @@ from supra_core.errors import FormatError, SpecError
 from supra_core.formats import checksums, safetensors
 from supra_core.formats.assets import write_assets
 from supra_core.formats.atomic import atomic_folder
-from supra_core.formats.conversion import converted
+from supra_core.formats.finite import converted
 from supra_core.formats.inside import has_file
 from supra_core.formats.jsonfile import write_object
 from supra_core.formats.mlx_experts import unstacked
@@ -22,19 +22,26 @@ from supra_core.model.layout import check_tensors
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import LazyTensor, TensorSource, dtype_named
 
-# Tables that older checkpoints store and every program computes.
+# Tables that older checkpoints store, though every program computes them.
 _COMPUTED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 def read(
     folder: Path, config: dict[str, Any], where: str
 ) -> tuple[ModelSpec, dict[str, LazyTensor], tuple[str, ...]]:
-    """The model in ``folder`` under ``config``, which stands in the file ``where``.
+    """The model in ``folder`` by its ``config``, read from the file ``where``.
 
-    Last, what the user should know of how it was read, one sentence each.
+    The last value are notes for the user, one sentence each.
     """
     spec = families.config_to_spec(config, where)
-    tensors = families.family_of(spec).to_canonical(spec, _stored(_read_weights(folder)))
+    stored = read_weights(folder)
+    if stored is None:
+        raise FormatError(
+            f"{folder} holds no weights (neither {safetensors.SINGLE} nor {torch_pickle.SINGLE}): "
+            "get the model again"
+        )
+    stored = {n: tensor for n, tensor in stored.items() if not n.endswith(_COMPUTED_SUFFIXES)}
+    tensors = families.family_of(spec).to_canonical(spec, stored)
     spec, tensors, notes = as_stored(spec, unstacked(spec, tensors), where)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
     return spec, tensors, notes
@@ -52,9 +59,23 @@ def write(
 ) -> None:
     """Write a plain transformer that transformers and mlx-lm load as it is.
 
-    :class:`SpecError` if the model is none, e.g. has linear-attention layers.
+    :class:`SpecError` if the model is not one, e.g. has linear-attention layers.
     """
     config, tensors = as_transformer(spec, tensors, str(out))
+    write_model(out, config, tensors, assets, force=force, dtype=dtype, progress=progress)
+
+
+def write_model(
+    out: str | Path,
+    config: Mapping[str, Any],
+    tensors: TensorSource,
+    assets: Mapping[str, bytes],
+    *,
+    force: bool,
+    dtype: str,
+    progress: Progress | None,
+) -> None:
+    """Write a folder of ``config.json``, ``model.safetensors`` in ``dtype``, and ``assets``."""
     target = dtype_named(dtype)
     stored = {name: converted(name, tensor, target) for name, tensor in tensors.items()}
     with atomic_folder(out, force, holds="config.json") as folder:
@@ -69,8 +90,8 @@ def as_transformer(
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """The config and the tensors under the names that transformers and mlx-lm know.
 
-    Both follow from what was read and checked: no field of a source's own config is among them.
-    ``where`` names the model in errors; :class:`SpecError` as :func:`write`.
+    Both are made from the checked spec: no field of a source's own config gets through.
+    ``where`` names the model in errors; raises as :func:`write`.
     """
     config = families.spec_to_config(spec)
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, where)
@@ -84,7 +105,7 @@ def for_library(
     try:
         return as_transformer(spec, tensors, where)
     except SpecError as error:
-        # Its remedy, behind the colon, is for a conversion.
+        # The remedy after the colon is for a conversion.
         reason = str(error).rpartition(": ")[0]
         raise FormatError(
             f"{where} cannot be run by {library} ({reason}): use another backend"
@@ -92,11 +113,8 @@ def for_library(
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:
-    """The files that a folder's weights are read from; none where it holds none."""
-    for single, index in (
-        (safetensors.SINGLE, safetensors.INDEX),
-        (torch_pickle.SINGLE, torch_pickle.INDEX),
-    ):
+    """The names of a folder's files of weights; none where it holds none."""
+    for _, single, index in _KINDS:
         if has_file(folder, single):
             return (single,)
         if has_file(folder, index):
@@ -104,16 +122,15 @@ def weight_files(folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _read_weights(folder: Path) -> dict[str, LazyTensor]:
-    if safetensors.holds_safetensors(folder):
-        return safetensors.read_folder(folder)
-    if torch_pickle.holds_pickles(folder):
-        return torch_pickle.read_folder(folder)
-    raise FormatError(
-        f"{folder} holds no weights (neither {safetensors.SINGLE} nor {torch_pickle.SINGLE}): "
-        "get the model again"
-    )
+def read_weights(folder: Path) -> dict[str, LazyTensor] | None:
+    """The weights of a folder, safetensors before pickles; None where it holds none."""
+    for read, single, index in _KINDS:
+        if has_file(folder, index) or has_file(folder, single):
+            return read(folder)
+    return None
 
 
-def _stored(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    return {n: tensor for n, tensor in tensors.items() if not n.endswith(_COMPUTED_SUFFIXES)}
+_KINDS = (
+    (safetensors.read_folder, safetensors.SINGLE, safetensors.INDEX),
+    (torch_pickle.read_folder, torch_pickle.SINGLE, torch_pickle.INDEX),
+)

@@ -1,9 +1,9 @@
-"""Files of a model's folder, none of which may lie outside it.
+"""Files of a model's folder, opened and read only where they are the model's own.
 
-A folder from a stranger may hold links, and an index may name files: neither reaches anything
-that is not the model's own. The cache of huggingface_hub is made of links, from
-``models--ORG--NAME/snapshots/REVISION/`` to ``models--ORG--NAME/blobs/``; there the folder of the
-whole repository is the border.
+A folder from a stranger may hold links, and an index may name files: neither reaches a file
+outside the folder. The cache of huggingface_hub is made of links, from
+``models--ORG--NAME/snapshots/REVISION/`` to ``models--ORG--NAME/blobs/``; there the border is the
+folder of the whole repository.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from supra_core.errors import FormatError
+from supra_core.errors import FormatError, reason
 
 _HUB_FOLDER, _SNAPSHOTS = "models--", "snapshots"
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def plain_name(name: object) -> bool:
@@ -32,10 +33,10 @@ def plain_name(name: object) -> bool:
 def file_in(folder: Path, name: str) -> Path:
     """``folder / name``; :class:`FormatError` where that leads out of the folder.
 
-    Nothing need be there. Links are followed, and what they lead to must be inside.
+    Nothing need be there. Links are followed, and their target must be inside.
     """
     if not plain_name(name):
-        raise FormatError(f"{folder}: '{name}' is no file name inside the folder: refused")
+        raise FormatError(f"{folder}: '{name}' is not a file name inside the folder: refused")
     path = folder / name
     try:
         real = Path(os.path.realpath(path))
@@ -53,27 +54,62 @@ def has_file(folder: Path, name: str) -> bool:
     return os.path.isfile(folder / name) and os.path.isfile(file_in(folder, name))
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """``path`` for reading bytes; :class:`FormatError` where it is no regular file.
+def files_in(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files whose names match ``pattern``, a glob, in order; raises as :func:`file_in`."""
+    for path in sorted(folder.glob(pattern)):
+        yield file_in(folder, path.name)
 
-    A pipe would be waited for without end, a device read without end. OSError as of :func:`open`.
+
+def open_regular(path: Path) -> BufferedReader:
+    """``path`` for reading bytes; :class:`FormatError` unless it is a regular file.
+
+    Reading a pipe or a device might never end. OSError as :func:`open`.
     """
-    # Not to wait for a pipe's other side; it changes nothing for a file.
+    # Do not wait for the other side of a pipe; it changes nothing for a file.
     opener = lambda name, flags: os.open(name, flags | os.O_NONBLOCK)  # noqa: E731
     file = open(path, "rb", opener=opener)  # noqa: SIM115 - the caller closes it
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise FormatError(f"{path} is no regular file, but a pipe or a device: put a file there")
+        raise FormatError(f"{path} is a pipe or a device, not a regular file: put a file there")
     return file
 
 
-def files_in(folder: Path, pattern: str) -> Iterator[Path]:
-    """The files whose names match ``pattern``, in order; :class:`FormatError` as :func:`file_in`.
+def open_weights(path: Path) -> BufferedReader:
+    """As :func:`open_regular`; :class:`FormatError` for a Git LFS pointer, too."""
+    file = open_regular(path)
+    try:
+        _refuse_pointer(path, file.peek(len(_LFS)))
+    except BaseException:
+        file.close()
+        raise
+    return file
 
-    ``pattern`` matches names, as in :meth:`pathlib.Path.glob`.
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    :class:`FormatError` if it is absent, cannot be read, is larger, or is a Git LFS pointer.
     """
-    for path in sorted(folder.glob(pattern)):
-        yield file_in(folder, path.name)
+    try:
+        with open_regular(path) as file:
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist: check the path") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read ({reason(error)}): check the path") from None
+    _refuse_pointer(path, content)
+    if len(content) > limit:
+        raise FormatError(f"{path} is larger than {limit:,} bytes: name the right file")
+    return content
+
+
+def _refuse_pointer(path: Path, content: bytes) -> None:
+    """:class:`FormatError` if a file that begins with ``content`` stands for one in Git LFS."""
+    if content.startswith(_LFS):
+        raise FormatError(
+            f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its "
+            "repository, or get the file again"
+        )
 
 
 def _border(folder: Path) -> Path:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from supra_core.errors import FormatError
-from supra_core.formats.inside import open_regular
-from supra_core.formats.lfs import refuse_pointer
+from supra_core.formats.inside import read_bytes
 
 # Bytes of a config; of an index of weights, which has a line for each tensor.
 CONFIG_BYTES = 10_000_000
@@ -30,24 +29,17 @@ def read_object(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
 
     ``limit``: bytes above which the file is refused unread.
     """
-    try:
-        with open_regular(path) as file:
-            content = file.read(limit + 1)
-    except FileNotFoundError:
-        raise FormatError(f"{path} does not exist: check the path") from None
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    except ValueError as error:
-        raise FormatError(f"{path} cannot be read ({error}): check the path") from None
-    refuse_pointer(path, content)
-    if len(content) > limit:
-        raise FormatError(f"{path} is larger than {limit:,} bytes: name the right file")
+    return object_of(read_bytes(path, limit), str(path))
+
+
+def object_of(content: bytes, where: str) -> dict[str, Any]:
+    """The object that ``content`` holds; ``where`` names its file in a :class:`FormatError`."""
     try:
         value = parse(content)
     except ValueError as error:
-        raise FormatError(f"{path} is not valid JSON ({error}): get the file again") from None
+        raise FormatError(f"{where} is not valid JSON ({error}): get the file again") from None
     if not isinstance(value, dict):
-        raise FormatError(f"{path} must hold a JSON object: get the file again")
+        raise FormatError(f"{where} must hold a JSON object: get the file again")
     return value
 
 
@@ -57,28 +49,28 @@ def parse(
     depth: int = DEPTH,
     pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
-    """What JSON text holds; ValueError if it is none or nests deeper than ``depth``.
+    """The value of a JSON text; ValueError if it is not JSON or nests deeper than ``depth``.
 
-    ``pairs`` makes an object of its members, as in :func:`json.loads`.
+    ``pairs`` makes an object from its members, as in :func:`json.loads`.
     """
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     if _deeper(data, depth):
         raise ValueError(f"more than {depth} levels deep")
     value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
     if b"\\ud" in data or b"\\uD" in data:
-        # Half of a pair is no character: what holds it could be neither hashed nor written.
+        # Half of a pair is not a character: such text can be neither hashed nor written.
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("half of a pair of surrogates is no character") from None
+            raise ValueError("half of a surrogate pair is not a character") from None
     return value
 
 
 def reason(error: ValueError) -> str:
-    """Why :func:`parse` refused a line, without the place inside it, which is no line of a file."""
+    """Why :func:`parse` refused a line, without the position, which would seem a file's line."""
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8"
-    # What follows a semicolon is advice to who writes programs.
+    # The text after a semicolon is advice to programmers.
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
 
 
@@ -90,9 +82,14 @@ def unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_object(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """``value`` as an indented JSON file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_object(path: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` as :func:`json_bytes` has it."""
+    path.write_bytes(json_bytes(value))
 
 
 def _deeper(data: bytes, depth: int) -> bool:
@@ -101,11 +98,7 @@ def _deeper(data: bytes, depth: int) -> bool:
         return False
     level = 0
     for token in _TOKENS.finditer(data):
-        first = token[0][0]
-        if first in b"[{":
-            level += 1
-            if level > depth:
-                return True
-        elif first in b"]}":
-            level -= 1
+        level += (token[0] in (b"[", b"{")) - (token[0] in (b"]", b"}"))
+        if level > depth:
+            return True
     return False

@@ -1,4 +1,4 @@
-"""Tensors as memory maps of a range of a file, mapped only while they are in use."""
+"""Tensors as memory maps of a range of a file, mapped while they are in use."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def read_range(
     if count == 0:
         return np.empty(shape, dtype)
     try:
-        # One map a tensor, not one a file: what was read leaves memory with the array.
+        # One map for each tensor, not for the file: its memory is freed with the array.
         raw = np.memmap(path, np.uint8, "r", offset, (count * dtype.itemsize,))
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} changed while it was open ({error}): start again") from None
     array = np.asarray(raw).view(dtype).reshape(shape)
-    # Consumers such as torch and mlx want aligned data, which old headers do not promise.
+    # torch and mlx need aligned data, which old headers do not guarantee.
     return np.require(array, requirements="A")

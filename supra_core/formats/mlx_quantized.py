@@ -1,9 +1,9 @@
 """MLX's affine quantisation, as mlx-lm writes it into folders.
 
-Of a module's matrix (out, in) stand in the file ``weight`` uint32, the numbers of each row as one
-stream of bits, lowest first; ``scales`` and ``biases`` (out, in / group): w = scale n + bias in
-each group of channels. ``quantization`` in config.json holds bits and group size, for all modules
-or for one by its name.
+A module's matrix (out, in) is stored as ``weight`` uint32, the numbers of each row as one stream
+of bits, lowest first, and ``scales`` and ``biases`` (out, in / group): w = scale n + bias in each
+group of channels. ``quantization`` in config.json holds bits and group size, for all modules or
+for one by its name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from supra_core.tensors import Array, LazyTensor
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _WORD = 32
+_PARTS = ("weight", "scales", "biases")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Packed:
-    """A folder's tensors as they stand, and the packing of modules by name."""
+    """A folder's tensors as they are stored, and the packing of modules by name."""
 
     tensors: dict[str, LazyTensor]
     modules: dict[str, Packing]
@@ -46,10 +47,7 @@ def packing_config(modules: Mapping[str, Packing]) -> dict[str, Any]:
     """``quantization`` of config.json: the most frequent packing, and the modules with another."""
     packings = list(modules.values())
     common = max(set(packings), key=packings.count)
-    return {
-        **_entry(common),
-        **{name: _entry(one) for name, one in modules.items() if one != common},
-    }
+    return _entry(common) | {name: _entry(one) for name, one in modules.items() if one != common}
 
 
 def read_packed(tensors: Mapping[str, LazyTensor], config: Any, where: str) -> Packed:
@@ -70,7 +68,7 @@ def unpacked(packed: Packed) -> dict[str, LazyTensor]:
     full = {}
     for name, tensor in packed.tensors.items():
         module, _, part = name.rpartition(".")
-        if module not in packed.modules or part not in ("weight", "scales", "biases"):
+        if module not in packed.modules or part not in _PARTS:
             full[name] = tensor
         elif part == "weight":
             full[name] = _unpacked(packed, module)
@@ -78,9 +76,7 @@ def unpacked(packed: Packed) -> dict[str, LazyTensor]:
 
 
 def _unpacked(packed: Packed, module: str) -> LazyTensor:
-    weight, scales, biases = (
-        packed.tensors[f"{module}.{part}"] for part in ("weight", "scales", "biases")
-    )
+    weight, scales, biases = (packed.tensors[f"{module}.{part}"] for part in _PARTS)
     packing = packed.modules[module]
     rows, groups = scales.shape
 
@@ -108,7 +104,7 @@ def _packing(config: Mapping[str, Any], module: str, where: str) -> Packing:
     stated = config.get(module, config.get(stacked_name(module), config))
     fields = stated if isinstance(stated, dict) else {}
     bits, group = fields.get("bits"), fields.get("group_size")
-    # Exact types: true and 4.0 are equal to whole numbers.
+    # Exact types: true and 4.0 are equal to integers.
     if type(bits) is not int or bits not in _BITS or type(group) is not int or group < 1:
         raise FormatError(
             f"{where}: field quantization gives {module} {bits} bits in groups of {group}: known "
@@ -116,13 +112,13 @@ def _packing(config: Mapping[str, Any], module: str, where: str) -> Packing:
         )
     if fields.get("mode", "affine") != "affine":
         raise FormatError(
-            f"{where}: field quantization.mode is {fields['mode']}, and only affine can be read"
+            f"{where}: field quantization.mode is {fields['mode']}: only affine can be read"
         )
     return Packing(bits, group)
 
 
 def _check(tensors: Mapping[str, LazyTensor], module: str, packing: Packing, where: str) -> None:
-    parts = {part: tensors.get(f"{module}.{part}") for part in ("weight", "scales", "biases")}
+    parts = {part: tensors.get(f"{module}.{part}") for part in _PARTS}
     shapes = {part: None if t is None else t.shape for part, t in parts.items()}
     scales = shapes["scales"]
     fits = (

@@ -1,9 +1,8 @@
 """Safetensors files and folders, read as memory maps and written tensor by tensor.
 
-The header is checked here, wholly and before anything is allocated: its length, its depth, names
-that stand twice, types, products of extents, and that the tensors fill the file without gap or
-overlap. Tensors that do not begin at a multiple of their type's size, as old files have them, are
-copied when they are read.
+The whole header is checked before anything is allocated: its length, its depth, repeated names,
+types, products of extents, and that the tensors fill the file without gap or overlap. Tensors that
+do not begin at a multiple of their type's size, as in old files, are copied when they are read.
 """
 
 from __future__ import annotations
@@ -17,27 +16,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from supra_core.errors import FormatError
 from supra_core.formats.atomic import flush_to_disk
-from supra_core.formats.inside import file_in, has_file, open_regular, plain_name
-from supra_core.formats.jsonfile import INDEX_BYTES, parse, read_object, unique
-from supra_core.formats.lfs import BEGINNING_BYTES, refuse_pointer
+from supra_core.formats.inside import file_in, has_file, open_weights, plain_name
+from supra_core.formats.jsonfile import INDEX_BYTES, parse, read_object, unique, write_object
 from supra_core.formats.mapping import mapped
-from supra_core.tensors import LazyTensor, TensorSource
+from supra_core.tensors import BFLOAT16, LazyTensor, TensorSource
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Bytes a file may hold before a folder is sharded, as the hub and transformers have it.
+# Bytes above which a folder is sharded, as the hub and transformers have it.
 SHARD_BYTES = 5_000_000_000
 
 # Bytes of a header, the format's own limit; it is JSON of three levels.
 HEADER_BYTES = 100_000_000
 _HEADER_DEPTH = 3
-# Of one tensor: characters of its name, number of extents, numbers it may claim to hold.
+# Limits of one tensor: characters of its name, extents, numbers.
 NAME_LENGTH = 1024
 RANK = 32
 _LARGEST = 2**63 - 1
@@ -46,24 +43,13 @@ _LARGEST = 2**63 - 1
 Progress = Callable[[int, int], None]
 
 _TYPES: dict[str, np.dtype[np.generic]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+    "F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": BFLOAT16,
+    "I64": np.dtype("i8"), "I32": np.dtype("i4"), "I16": np.dtype("i2"), "I8": np.dtype("i1"),
+    "U64": np.dtype("u8"), "U32": np.dtype("u4"), "U16": np.dtype("u2"), "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-
-
-# What is written and hashed at the same time, in bytes: both find it in the processor's cache.
+# Bytes that are written and hashed at the same time, so that both find them in the CPU's cache.
 _PART = 1 << 22
 
 
@@ -78,24 +64,38 @@ def read_file(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a file states beside its tensors, all of which are checked."""
+    """The metadata of a file, whose header is checked."""
     return _checked(path)[2]
 
 
-def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of ``model.safetensors``, or else of all shards its index lists."""
+def read_folder(
+    folder: str | Path,
+    single: str = SINGLE,
+    index: str = INDEX,
+    read: Callable[[Path], dict[str, LazyTensor]] = read_file,
+) -> dict[str, LazyTensor]:
+    """The tensors of the file ``single``, or else of all shards that ``index`` lists.
+
+    Each file is read by ``read``, that of safetensors unless another is given.
+    """
     folder = Path(folder)
-    # Where both are there, transformers reads the single file.
-    if has_file(folder, SINGLE):
-        return read_file(folder / SINGLE)
-    if has_file(folder, INDEX):
-        return _read_sharded(folder)
-    raise FormatError(f"{folder} holds neither {SINGLE} nor {INDEX}: name a folder with weights")
-
-
-def holds_safetensors(folder: Path) -> bool:
-    """Whether :func:`read_folder` would find something."""
-    return has_file(folder, INDEX) or has_file(folder, SINGLE)
+    # If both exist, transformers reads the single file.
+    if has_file(folder, single):
+        return read(folder / single)
+    if not has_file(folder, index):
+        raise FormatError(
+            f"{folder} holds neither {single} nor {index}: name a folder with weights"
+        )
+    tensors: dict[str, LazyTensor] = {}
+    for name, expected in shard_files(folder, index).items():
+        if not os.path.isfile(folder / name):
+            raise FormatError(f"{folder / name} is missing, though {index} lists it: get it again")
+        found = read(folder / name)
+        for tensor in expected:
+            if tensor not in found:
+                raise FormatError(f"{folder / name} lacks {tensor}, which {index} places there")
+            tensors[tensor] = found[tensor]
+    return tensors
 
 
 def write_file(
@@ -109,13 +109,16 @@ def write_file(
     ``progress`` is called with the size in bytes of each tensor written. Returns the file's
     SHA-256, in hexadecimal.
     """
-    ordered = _file_order(tensors)
+    # Wide types first, as in the library: every tensor is then aligned to its own type.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, tensor in ordered:
+        if tensor.dtype not in _NAMES:
+            raise FormatError(f"{name}: type {tensor.dtype} cannot be stored in safetensors")
         end = offset + _bytes(tensor)
         header[name] = {
-            "dtype": _type_name(name, tensor),
+            "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -173,7 +176,7 @@ def write_folder(
         digests[name] = write_file(folder / name, shard, metadata, advance)
         weight_map.update(dict.fromkeys(shard, name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_object(folder / INDEX, index)
     return digests
 
 
@@ -193,19 +196,6 @@ def shard_files(folder: Path, index_name: str) -> dict[str, list[str]]:
     return files
 
 
-def _read_sharded(folder: Path) -> dict[str, LazyTensor]:
-    tensors: dict[str, LazyTensor] = {}
-    for name, expected in shard_files(folder, INDEX).items():
-        if not os.path.isfile(folder / name):
-            raise FormatError(f"{folder / name} is missing, though {INDEX} lists it: get it again")
-        found = read_file(folder / name)
-        for tensor in expected:
-            if tensor not in found:
-                raise FormatError(f"{folder / name} lacks {tensor}, which {INDEX} places there")
-            tensors[tensor] = found[tensor]
-    return tensors
-
-
 Place = tuple[int, int, tuple[int, ...], np.dtype[np.generic]]
 
 
@@ -223,10 +213,8 @@ def _checked(path: Path) -> tuple[int, dict[str, Place], dict[str, str]]:
 def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
     """Where the tensors begin, the file's size, and what stands before them."""
     try:
-        with open_regular(path) as file:
+        with open_weights(path) as file:
             size = file.seek(0, 2)
-            file.seek(0)
-            refuse_pointer(path, file.read(BEGINNING_BYTES))
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
@@ -239,12 +227,12 @@ def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
     try:
-        # The format has the header begin with its brace and end with spaces at most.
+        # By the format, the header begins with its brace and may end with spaces.
         header = parse(content, depth=_HEADER_DEPTH, pairs=unique) if content[:1] == b"{" else None
     except ValueError as error:
         raise _damaged(path, f"its header: {error}") from None
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is no JSON object")
+        raise _damaged(path, "its header is not a JSON object")
     return 8 + length, size, header
 
 
@@ -256,7 +244,7 @@ def _place(path: Path, name: str, entry: Any) -> Place:
         raise _damaged(path, f"{name} is described wrongly")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _sizes(shape, RANK) or not _sizes(offsets, 2) or len(offsets) != 2:
-        raise _damaged(path, f"{name} has extents or offsets that are none")
+        raise _damaged(path, f"{name} has wrong extents or offsets")
     dtype = _TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise FormatError(
@@ -270,7 +258,7 @@ def _place(path: Path, name: str, entry: Any) -> Place:
 
 
 def _sizes(values: Any, most: int) -> bool:
-    """Whether this is a list of at most so many whole numbers that a file can hold."""
+    """Whether this is a list of up to ``most`` whole numbers that a file can hold."""
     return (
         isinstance(values, list)
         and len(values) <= most
@@ -279,7 +267,7 @@ def _sizes(values: Any, most: int) -> bool:
 
 
 def _check_filled(path: Path, ranges: list[tuple[int, int]], size: int) -> None:
-    """The ranges lie one behind the other, from the header to the file's end."""
+    """Check that the ranges fill the file from the header to its end."""
     reached = 0
     for begin, end in sorted(ranges):
         if begin != reached:
@@ -293,17 +281,6 @@ def _damaged(path: Path, problem: object) -> FormatError:
     return FormatError(
         f"{path}: truncated or damaged safetensors file ({problem}): get the file again"
     )
-
-
-def _file_order(tensors: TensorSource) -> list[tuple[str, LazyTensor]]:
-    # Wide types first: every tensor is then aligned to its own type, as the library does it.
-    return sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-
-
-def _type_name(name: str, tensor: LazyTensor) -> str:
-    if tensor.dtype not in _NAMES:
-        raise FormatError(f"{name}: type {tensor.dtype} cannot be stored in safetensors")
-    return _NAMES[tensor.dtype]
 
 
 def _bytes(tensor: LazyTensor) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from supra_core.errors import SupraError, WriteError
-from supra_core.formats.atomic import reason, remedy
+from supra_core.errors import SupraError, WriteError, reason
+from supra_core.formats.atomic import remedy
 from supra_core.hub.identity import HubId
 
 LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"

@@ -72,7 +72,15 @@ def is_of_experts(name: str) -> bool:
 
 def check_tensors(spec: ModelSpec, found: Mapping[str, Shape], where: str) -> None:
     """Raise :class:`LayoutError` naming every missing, unexpected or misshapen tensor."""
-    expected = tensor_shapes(spec)
+    if problems := mismatches(tensor_shapes(spec), found):
+        raise LayoutError(
+            f"{where}: tensors do not match config.json ({problems}): convert the model again or "
+            "correct the config"
+        )
+
+
+def mismatches(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
+    """The first eight missing, unexpected or misshapen tensors; empty if there are none."""
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
     problems += [
@@ -80,14 +88,8 @@ def check_tensors(spec: ModelSpec, found: Mapping[str, Shape], where: str) -> No
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != shape
     ]
-    if problems:
-        listed = "; ".join(problems[:8]) + (
-            f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        )
-        raise LayoutError(
-            f"{where}: tensors do not match config.json ({listed}): convert the model again or "
-            "correct the config"
-        )
+    more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+    return "; ".join([*problems[:8], *more])
 
 
 def _tensors(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:

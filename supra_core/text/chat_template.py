@@ -1,7 +1,7 @@
-"""A chat template: conversations to text, and what stands around each side's turns.
+"""A chat template: conversations to text, and the text around each side's turns.
 
-The template is a jinja program that only knows how to render whole conversations. Rendered with
-marks in place of the messages, it shows what it puts between them.
+The template is a jinja program that can only render whole conversations. Rendered with marks in
+place of the messages, it shows the text between them.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from supra_core.errors import FormatError, SupraError
+from supra_core.errors import FormatError, SupraError, reason
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
 Messages = Sequence[Mapping[str, Any]]
-# A text of a message, with its role, as it is shown to the template.
+# From a text of a message and its role to the text that the template gets.
 Shown = Callable[[str, str], str]
 
-# No template changes these: no white space at the ends, no case to fold, nothing to escape.
+# No template changes these: no spaces at the ends, nothing to escape.
 _MARKS = ("Xq7userA", "Xq7answerA", "Xq7userB")
-# Unicode leaves these to programs: no text has them. The second one stands where a message that
-# is to be continued ends.
+# Unicode reserves these for programs: no text has them. The second one marks the end of a message
+# that is to be continued.
 GUARD, _OPEN_END = "\ufdd0", "\ufdd1"
 # GUARD as repr and JSON in ASCII write it.
 _SPELLED = r"\ufdd0"
 
-# What templates ask for the time, as transformers has it.
+# The function that templates call for the time, as in transformers.
 _CLOCK = "strftime_now"
-# The time for templates that must have one where none is told: 1 January 2025, noon.
+# The time for templates that need one where none is given: 1 January 2025, noon.
 FIXED_TIME = datetime(2025, 1, 1, 12)
 
 
@@ -40,8 +40,8 @@ FIXED_TIME = datetime(2025, 1, 1, 12)
 class Rendering:
     """How a conversation becomes text.
 
-    ``answer_next`` adds the header of the next answer. ``continues`` leaves the last message, an
-    answer, open: the text ends where it ends. ``variables``: what the template is told besides the
+    ``answer_next`` adds the header of the next answer. ``continues``: the text ends with the last
+    message, an answer, which is left open. ``variables``: the template's variables besides the
     messages, e.g. ``enable_thinking``.
     """
 
@@ -50,13 +50,13 @@ class Rendering:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-# For the next answer; and what a conversation is trained on: all of it, and nothing behind.
+# For the next answer; and for training: the whole conversation, and nothing after it.
 ANSWER, WHOLE = Rendering(), Rendering(answer_next=False)
 
 
 @dataclass(frozen=True)
 class ChatTurns:
-    """What stands around the messages of a conversation, verbatim.
+    """The text around the messages of a conversation, verbatim.
 
     ``opening`` USER ``to_answer`` ANSWER ``to_user`` USER ... ANSWER ``closing``; the opening
     includes the system prompt that the template has by default.
@@ -84,27 +84,20 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text.
 
-        ``now``: what the template is told when it asks for the time. None: it is offered no clock,
-        and a template that cannot do without is told FIXED_TIME, so that the same messages give
-        the same text on every day. ``shown`` changes every text of a message, and of the
-        variables, on its way.
-        Raises FormatError when the template refuses the messages, is broken, or leaves out the
-        message that is to be continued; SupraError when that message is no answer.
+        ``now``: the time that the template gets. None: it gets no clock, or FIXED_TIME if it needs
+        one, so that the same messages give the same text on every day. ``shown`` changes every text
+        of messages and variables before the template gets it.
+        Raises FormatError when the template refuses the messages, is broken, or omits the message
+        that is to be continued; SupraError when that message is not an answer.
         """
         shown = shown or as_it_is
-        messages = [
-            {
-                name: _shown(value, str(message.get("role")), shown)
-                for name, value in message.items()
-            }
-            for message in messages
-        ]
+        messages = [_shown(message, str(message.get("role")), shown) for message in messages]
         how = replace(how, variables=_shown(how.variables, "user", shown))
         if how.continues:
             messages = [*messages[:-1], _opened(messages[-1] if messages else {})]
         text = self._rendered(messages, how, now)
         if shown is not as_it_is:
-            # A template that writes out a list or an object may spell it.
+            # A template that prints a list or an object may spell it as an escape.
             text = text.replace(_SPELLED, GUARD)
         if not how.continues:
             return text
@@ -119,7 +112,10 @@ class ChatTemplate:
     def turns(self) -> ChatTurns:
         """The strings around messages; FormatError if the template rewrites or reorders them."""
         user, answer, second = _MARKS
-        talk = [_message("user", user), _message("assistant", answer), _message("user", second)]
+        talk = [
+            {"role": role, "content": mark}
+            for role, mark in zip(("user", "assistant", "user"), _MARKS, strict=True)
+        ]
         asked = self.render(talk[:1], ANSWER)
         answered = self.render(talk[:2])
         again = self.render(talk, ANSWER)
@@ -129,20 +125,19 @@ class ChatTemplate:
         to_user, _ = _around(after, second)
         if not to_answer.strip() or not to_user.strip():
             raise FormatError(
-                "the model's chat template puts nothing between a message and the next, so that "
-                "none is seen to end: correct chat_template.jinja"
+                "the model's chat template puts nothing between messages, so their ends cannot be "
+                "seen: correct chat_template.jinja"
             )
         return ChatTurns(opening, to_answer, to_user, closing)
 
     def _rendered(self, messages: Messages, how: Rendering, now: datetime | None) -> str:
         from jinja2 import UndefinedError
 
-        variables: dict[str, Any] = {"tools": None, "documents": None, **self.tokens}
-        variables |= how.variables
-        variables |= {
+        variables: dict[str, Any] = {
+            "tools": None, "documents": None, **self.tokens, **how.variables,
             "messages": list(messages),
             "add_generation_prompt": how.answer_next and not how.continues,
-        }
+        }  # fmt: skip
         if now is not None:
             variables[_CLOCK] = now.strftime
         try:
@@ -157,26 +152,25 @@ class ChatTemplate:
                 f"the model's chat template refuses these messages: {refusal}"
                 + self._advice(messages, how, now)
             ) from None
-        # A template is a program of someone else's: it may fail in any way.
+        # A stranger's program may fail in any way.
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            told = [{**message, "content": message.get("content") or ""} for message in messages]
-            if told != list(messages) and self._renders(told, how, now):
+            filled = [{**message, "content": message.get("content") or ""} for message in messages]
+            if filled != list(messages) and self._renders(filled, how, now):
                 raise FormatError(
                     "the model's chat template takes no message without content, such as one that "
-                    "calls a tool: give it content, or leave it out"
+                    "calls a tool: give it content, or omit it"
                 ) from None
             raise FormatError(
-                f"the model's chat template cannot be rendered ({reason}): correct "
+                f"the model's chat template cannot be rendered ({reason(error)}): correct "
                 "chat_template.jinja"
             ) from None
 
     def _advice(self, messages: Messages, how: Rendering, now: datetime | None) -> str:
-        """What to leave out, where that is a system message or tools."""
+        """What to omit, if the template accepts the rest: the system message, or tools."""
         for role, name in (("system", "the system message"), ("tool", "the messages of tools")):
             others = [message for message in messages if message.get("role") != role]
             if others and len(others) < len(messages) and self._renders(others, how, now):
-                return f"; leave out {name}"
+                return f"; omit {name}"
         return ""
 
     def _renders(self, messages: Messages, how: Rendering, now: datetime | None) -> bool:
@@ -188,16 +182,16 @@ class ChatTemplate:
 
 
 def as_it_is(text: str, role: str) -> str:
-    """The text that a template is shown where nothing is changed."""
+    """``text`` unchanged, as a :data:`Shown`."""
     return text
 
 
 class _Refusal(Exception):
-    """What a template says when it calls ``raise_exception``."""
+    """A template called ``raise_exception``."""
 
 
 def _shown(value: Any, role: str, shown: Shown) -> Any:
-    """``value`` with every text in it changed, names and however deep."""
+    """``value`` with every text in it changed, at any depth, names of fields included."""
     if isinstance(value, str):
         return shown(value.replace(GUARD, "\ufffd").replace(_OPEN_END, "\ufffd"), role)
     if isinstance(value, Mapping):
@@ -218,7 +212,7 @@ def _opened(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _around(text: str, mark: str) -> tuple[str, str]:
-    """What stands before and after the only ``mark``."""
+    """The text before and after the only ``mark``."""
     before, found, after = text.partition(mark)
     if not found or mark in after:
         raise FormatError(
@@ -226,10 +220,6 @@ def _around(text: str, mark: str) -> tuple[str, str]:
             "chat_template.jinja"
         )
     return before, after
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 @lru_cache(maxsize=8)
@@ -244,7 +234,7 @@ def _environment() -> Environment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}`` marks what to train on; here its body is all that counts."""
+        """``{% generation %}`` marks text to train on; here only its body counts."""
 
         tags = {"generation"}
 

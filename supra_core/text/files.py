@@ -1,10 +1,10 @@
-"""One tokenizer from whatever files a model states it in.
+"""One tokenizer from the files of a model, which may state it in several ways.
 
 Folders state a tokenizer up to seven times: tokenizer.json, a SentencePiece model or a vocabulary
 with merges, tokens in tokenizer_config.json, special_tokens_map.json and added_tokens.json, and a
-chat template in one of three places. What counts is what transformers 5 makes of them; here it
-becomes tokenizer.json, tokenizer_config.json and chat_template.jinja, which say the same to
-everyone: the class that they state is loaded from tokenizer.json alone.
+chat template in one of three places. The interpretation of transformers 5 counts; here it becomes
+tokenizer.json, tokenizer_config.json and chat_template.jinja, which every program reads alike: the
+class that they state is loaded from tokenizer.json alone.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from supra_core.errors import FormatError, MissingDependencyError, SupraError
+from supra_core.errors import FormatError, MissingDependencyError, SupraError, reason
 from supra_core.formats.assets import write_assets
-from supra_core.formats.jsonfile import parse
+from supra_core.formats.jsonfile import json_bytes, object_of
 from supra_core.text.worker import WORKER, Described, Result
 
 if TYPE_CHECKING:
@@ -33,43 +33,41 @@ _TEMPLATE_JSON = "chat_template.json"
 _SENTENCEPIECE, _VOCABULARY, _MERGES = "tokenizer.model", "vocab.json", "merges.txt"
 _SPECIAL_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
 _DECODER = "added_tokens_decoder"
-# Files whose statements the others take over.
+# Files that the others replace.
 _MERGED = (_SPECIAL_MAP, _ADDED, _TEMPLATE_JSON, _VOCABULARY, _MERGES)
 
-# The one class that every release of transformers, and mlx-lm with it, loads from tokenizer.json
-# as it stands. Others, such as GPT2Tokenizer, bring a pre-tokenizer of their own.
+# The only class that all releases of transformers, and mlx-lm, load from tokenizer.json unchanged:
+# others, such as GPT2Tokenizer, add a pre-tokenizer of their own.
 _CLASS = "PreTrainedTokenizerFast"
-# What else of tokenizer_config.json goes on; no field of it is code or a path.
+# Further fields of tokenizer_config.json that are kept; none of them is code or a path.
 _KEPT: dict[str, type | tuple[type, ...]] = {
     "chat_template": (str, list, dict), "clean_up_tokenization_spaces": bool, "padding_side": str,
     "truncation_side": str, "add_bos_token": bool, "add_eos_token": bool,
 }  # fmt: skip
-# Tokens named together, and what they are called in transformers 5.
+# Lists of further tokens, by their name in transformers 5 and before.
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
 def one_tokenizer(assets: Mapping[str, bytes], where: str) -> dict[str, bytes]:
     """A source's assets with its tokenizer stated once; ``where`` names the source in errors.
 
-    Files that are no part of a tokenizer stay as they are. Raises FormatError where the files are
-    damaged, contradict each other in a token's id, or need code of their own.
+    Other files stay as they are. Raises FormatError where the files are damaged, contradict each
+    other in a token's id, or need code of their own.
     """
     files = dict(assets)
-    if CONFIG in files or _SPECIAL_MAP in files or TOKENIZER in files:
+    has_vocabulary = _SENTENCEPIECE in files or {_VOCABULARY, _MERGES} <= files.keys()
+    if has_vocabulary or {CONFIG, _SPECIAL_MAP, TOKENIZER} & files.keys():
         stated, added = _stated(files, where)
         if TOKENIZER in files:
             files[TOKENIZER] = _with_tokens(files[TOKENIZER], stated, added, where)
-        elif _has_vocabulary(files):
-            files |= _made(files, stated, where)
+        elif has_vocabulary:
+            files[TOKENIZER] = _made(files, stated, where)
         elif "auto_map" in stated:
             raise FormatError(
                 f"{where}: its tokenizer is code of its own (auto_map in {CONFIG}), which is never "
                 f"run: take a version of the model that has a {TOKENIZER}"
             )
-        files[CONFIG] = _json(_config(stated))
-    elif _has_vocabulary(files):
-        files |= _made(files, {}, where)
-        files[CONFIG] = _json(_config({}))
+        files[CONFIG] = json_bytes(_config(stated))
     template = read_template(files, where)
     if _TEMPLATE_JSON in files and template is not None and TEMPLATE not in files:
         files[TEMPLATE] = template.encode()
@@ -83,8 +81,8 @@ def one_tokenizer(assets: Mapping[str, bytes], where: str) -> dict[str, bytes]:
 def read_template(assets: Mapping[str, bytes], where: str) -> str | None:
     """The chat template among a source's assets, None if there is none.
 
-    As transformers keeps it: a file of its own, or a field of tokenizer_config.json, which may
-    hold several by name.
+    As in transformers: a separate file, or a field of tokenizer_config.json, which may hold several
+    by name.
     """
     if TEMPLATE in assets:
         try:
@@ -106,12 +104,12 @@ def read_template(assets: Mapping[str, bytes], where: str) -> str | None:
 
 
 def named_tokens(assets: Mapping[str, bytes], where: str) -> dict[str, str]:
-    """``bos_token``, ``eos_token``, ... by name, as templates call them."""
+    """``bos_token``, ``eos_token``, ... by the names that templates use."""
     return _named(_stated(assets, where)[0])
 
 
 def end_token(assets: Mapping[str, bytes], where: str) -> int | None:
-    """The id of the token that the tokenizer itself names as the end of a text or turn."""
+    """The id of the token that the tokenizer names as the end of a text or turn."""
     stated, added = _stated(assets, where)
     name = _named(stated).get("eos_token")
     ids = [ident for ident, token in added.items() if token["content"] == name]
@@ -121,9 +119,9 @@ def end_token(assets: Mapping[str, bytes], where: str) -> int | None:
 
 
 def _stated(assets: Mapping[str, bytes], where: str) -> tuple[dict[str, Any], dict[int, Any]]:
-    """What tokenizer_config.json says, and the tokens that are stated with their ids.
+    """The fields of tokenizer_config.json, and the tokens that are stated with their ids.
 
-    As transformers: the older files count where it does not list its added tokens.
+    As in transformers, the older files count where it does not list its added tokens.
     """
     config = _object(assets, CONFIG, where)
     decoder = config.get(_DECODER)
@@ -144,7 +142,7 @@ def _stated(assets: Mapping[str, bytes], where: str) -> tuple[dict[str, Any], di
     for ident, token in decoder.items():
         if not _is_id(ident) or not isinstance(token, dict) or not _is_token(token.get("content")):
             raise FormatError(
-                f"{where}: {name} has '{ident}', which is no token: get the file again"
+                f"{where}: {name} has '{ident}', which is not a token: get the file again"
             )
         added[int(ident)] = token
     return config, added
@@ -155,7 +153,7 @@ def _with_tokens(
 ) -> bytes:
     """tokenizer.json with the tokens that other files state, at the ids that they state.
 
-    Those that it has itself become what the others say of them, as transformers 5 has it.
+    As in transformers 5, the other files decide on the flags of tokens that it has itself.
     """
     named = (*_named(stated).values(), *_extra(stated))
     if not (added or named):
@@ -168,12 +166,12 @@ def _with_tokens(
                 f"{where}: '{token['content']}' is token {ident} in {listed} and {own} in "
                 f"{TOKENIZER}: get both files again"
             )
-    # What is found whole in a text; a token of the vocabulary need not be.
+    # Tokens that are found whole in a text, unlike those of the vocabulary.
     whole = {token.content: token for token in known.get_added_tokens_decoder().values()}
     new = {token["content"]: _added_token(token) for _, token in sorted(added.items())}
     for name in named:
         new.setdefault(name, whole.get(name) or _added_token({"content": name, "special": True}))
-    # How a token is found counts by the newer statement alone; the older file does not say it.
+    # Only the newer statement has flags; the older file states none.
     new = {
         name: token
         for name, token in new.items()
@@ -194,10 +192,9 @@ def _with_tokens(
 
 @lru_cache(maxsize=4)
 def tokenizer_of(content: bytes, where: str) -> Tokenizer:
-    """The library's tokenizer of a tokenizer.json, which nobody may change.
+    """The library's tokenizer of a tokenizer.json, cached: the caller must not change it.
 
-    Read in the process of its own first, then here. Kept, since a large one takes a second. Raises
-    FormatError when it cannot be read.
+    The child process reads it first, then this one. FormatError when it cannot be read.
     """
     described = Described("supra_core.text.files:readable", {"where": where}, content)
     WORKER.ask(described, "read", [], len(content))
@@ -205,27 +202,26 @@ def tokenizer_of(content: bytes, where: str) -> Tokenizer:
 
 
 def readable(fields: Mapping[str, Any], content: bytes) -> Callable[[str, Sequence[Any]], Result]:
-    """What answers :func:`tokenizer_of` in the process of its own."""
+    """The child's answers for :func:`tokenizer_of`."""
     read_tokenizer(content, fields["where"])
     return lambda job, given: (None, [])
 
 
 @lru_cache(maxsize=4)
 def read_tokenizer(content: bytes, where: str) -> Tokenizer:
-    """As :func:`tokenizer_of`, here and now.
+    """As :func:`tokenizer_of`, in this process.
 
-    It encodes texts whole and alone: what the file says of truncation and padding is left out.
+    The file's settings of truncation and padding are ignored.
     """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(content.decode())
         _refuse_growing(tokenizer)
-        # Whoever saved the file left these set: every text would be cut, or filled up with pads.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
-    # The library raises bare Exception for what it cannot read, and panics are none even of these.
+    # The library raises bare Exception for what it cannot read, and panics are BaseExceptions.
     except BaseException as error:
         raise reading_error(error, where) from None
 
@@ -235,7 +231,7 @@ MOST_GROWTH = 64
 
 
 def _refuse_growing(tokenizer: Tokenizer) -> None:
-    """ValueError for replacements that make more and more of the text of a token."""
+    """ValueError for a decoder whose replacements multiply the text of a token."""
     if tokenizer.decoder is None:
         return
     steps, growth = [json.loads(tokenizer.decoder.__getstate__())], 1.0
@@ -243,7 +239,7 @@ def _refuse_growing(tokenizer: Tokenizer) -> None:
         step = steps.pop()
         steps += step.get("decoders", [])
         if step.get("type") == "Replace":
-            # A regular expression may take any time, and nobody's decoder has one.
+            # A regular expression may take any time, and no known decoder has one.
             pattern = step["pattern"].get("String", "")
             growth *= max(1.0, len(step["content"]) / len(pattern)) if pattern else math.inf
     if growth > MOST_GROWTH:
@@ -251,10 +247,10 @@ def _refuse_growing(tokenizer: Tokenizer) -> None:
 
 
 def reading_error(error: BaseException, where: str) -> BaseException:
-    """What to raise for an error of the tokenizers library; itself where it is none of that."""
+    """A FormatError for an error of the tokenizers library; any other ``error`` itself."""
     if isinstance(error, SupraError):
         return error
-    # What takes all memory ends the process that it is computed in.
+    # A MemoryError ends the child process.
     library = isinstance(error, Exception) and not isinstance(error, MemoryError)
     if library or type(error).__name__ == "PanicException":
         return FormatError(f"{where}: {TOKENIZER} cannot be used ({error}): get it again")
@@ -264,38 +260,31 @@ def reading_error(error: BaseException, where: str) -> BaseException:
 # --- tokenizers without a tokenizer.json ------------------------------------------------------
 
 
-def _has_vocabulary(assets: Mapping[str, bytes]) -> bool:
-    return _SENTENCEPIECE in assets or {_VOCABULARY, _MERGES} <= assets.keys()
-
-
-def _made(assets: Mapping[str, bytes], stated: Mapping[str, Any], where: str) -> dict[str, bytes]:
+def _made(assets: Mapping[str, bytes], stated: Mapping[str, Any], where: str) -> bytes:
     """tokenizer.json by transformers' own conversion, its vocabulary compared with the source's."""
     if find_spec("transformers") is None:
         raise MissingDependencyError(
             f"{where} has no {TOKENIZER}, and making one from {_SENTENCEPIECE} or {_VOCABULARY} "
             "needs transformers 5: pip install 'supra-lm[torch]' or 'transformers>=5.7'"
         )
-    # The class decides on the conversion; what else the file says has no effect on it.
+    # The class decides on the conversion; other fields of the file have no effect on it.
     kind = stated.get("tokenizer_class")
-    config = {
-        **_config(stated),
-        "tokenizer_class": kind if isinstance(kind, str) else "LlamaTokenizer",
-    }
+    kind = kind if isinstance(kind, str) else "LlamaTokenizer"
+    config = {**_config(stated), "tokenizer_class": kind}
     if isinstance(stated.get("legacy"), bool):
         config["legacy"] = stated["legacy"]
     names = (_SENTENCEPIECE, _VOCABULARY, _MERGES, _SPECIAL_MAP, _ADDED)
     known = {name: assets[name] for name in names if name in assets}
     with tempfile.TemporaryDirectory() as folder:
-        write_assets(Path(folder), {**known, CONFIG: _json(config)})
-        described = Described(
-            "supra_core.text.files:converting", {"where": where, "folder": folder}, b""
-        )
+        write_assets(Path(folder), {**known, CONFIG: json_bytes(config)})
+        fields = {"where": where, "folder": folder}
+        described = Described("supra_core.text.files:converting", fields, b"")
         content, _ = WORKER.ask(described, "convert", [], sum(map(len, known.values())))
-    return {TOKENIZER: content.encode()}
+    return str(content).encode()
 
 
 def converting(fields: Mapping[str, Any], _: bytes) -> Callable[[str, Sequence[Any]], Result]:
-    """What answers :func:`_made` in the process of its own: tokenizer.json of a folder's files."""
+    """The child's answers for :func:`_made`: the tokenizer.json of a folder's files."""
     transformers: Any = import_module("transformers")
     where, folder = fields["where"], Path(fields["folder"])
     try:
@@ -303,19 +292,18 @@ def converting(fields: Mapping[str, Any], _: bytes) -> Callable[[str, Sequence[A
             folder, local_files_only=True, trust_remote_code=False
         )
         content = str(made.backend_tokenizer.to_str())
-    # The libraries raise whatever a stranger's file runs into.
+    # The libraries may raise anything for a stranger's file.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(
-            f"{where} has no {TOKENIZER}, and none can be made of its other files ({reason}): "
-            "take a version of the model that has one"
+            f"{where} has no {TOKENIZER}, and its other files cannot be converted to one "
+            f"({reason(error)}): take a version of the model that has one"
         ) from None
     _check_pieces(made, folder, where)
     return lambda job, given: (content, [])
 
 
 def _check_pieces(made: Any, folder: Path, where: str) -> None:
-    """FormatError where a SentencePiece model and what was made of it name ids differently."""
+    """FormatError where the conversion of a SentencePiece model gives an id another name."""
     if not (folder / _SENTENCEPIECE).is_file():
         return
     library: Any = import_module("sentencepiece")
@@ -334,13 +322,10 @@ def _check_pieces(made: Any, folder: Path, where: str) -> None:
 
 def _config(stated: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json as it is written."""
-    config: dict[str, Any] = {"tokenizer_class": _CLASS, **_named(stated)}
-    if extra := _extra(stated):
-        config["additional_special_tokens"] = extra
-    config |= {
-        name: stated[name] for name, kind in _KEPT.items() if isinstance(stated.get(name), kind)
-    }
-    return config
+    extra = _extra(stated)
+    kept = {n: stated[n] for n, kind in _KEPT.items() if isinstance(stated.get(n), kind)}
+    listed = {"additional_special_tokens": extra} if extra else {}
+    return {"tokenizer_class": _CLASS, **_named(stated), **listed, **kept}
 
 
 def _named(stated: Mapping[str, Any]) -> dict[str, str]:
@@ -372,10 +357,8 @@ def _is_token(value: Any) -> TypeGuard[str]:
 
 
 def _flags(token: Any) -> tuple[bool, ...]:
-    """How an added token is found, and whether it is text."""
-    return (
-        token.special, token.normalized, token.lstrip, token.rstrip, token.single_word,
-    )  # fmt: skip
+    """How an added token is found, and whether it is special."""
+    return token.special, token.normalized, token.lstrip, token.rstrip, token.single_word
 
 
 def _added_token(token: Mapping[str, Any]) -> Any:
@@ -388,14 +371,4 @@ def _added_token(token: Mapping[str, Any]) -> Any:
 
 
 def _object(assets: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
-    try:
-        value = parse(assets.get(name, b"{}"))
-    except ValueError as error:
-        raise FormatError(f"{where}: {name} is not valid JSON ({error}): get it again") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{where}: {name} must hold a JSON object: get it again")
-    return value
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return object_of(assets.get(name, b"{}"), f"{where}: {name}")

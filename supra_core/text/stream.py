@@ -1,4 +1,4 @@
-"""Tokens to text as they come."""
+"""Tokens to text as they arrive."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Callable, Sequence
 
 # Tokens of a prompt that its continuation is decoded with.
 _CONTEXT = 16
-# What stands for bytes that are no whole character.
+# Replaces bytes that are not a whole character.
 _UNKNOWN = "\ufffd"
 
 
 class TextStream:
-    """Tokens decoded together with those of the piece before, whose text is known.
+    """Decodes each token together with the piece before, whose text is known.
 
-    As tokenizers' own DecodeStream, which fails where bytes that are no character follow others
-    that are. ``decode``: tokens to text, special ones left out. ``after``: the tokens that the
-    text goes on from; without any it begins a text, at whose beginning some tokenizers drop a
-    space.
+    Like tokenizers' DecodeStream, which fails where invalid bytes follow valid ones. ``decode``:
+    tokens to text without special ones. ``after``: the tokens that the text continues; without
+    them it begins a text, where some tokenizers drop a space.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], after: Sequence[int] = ()) -> None:

@@ -1,4 +1,4 @@
-"""A model's tokenizer: text to token ids for whoever asks, and conversations by its template."""
+"""A model's tokenizer: text to token ids and back, and conversations by its chat template."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NO_BOS = "no BOS"
 class EncodedText:
     """A text, its token ids (T,), and the character where each token ends (T,).
 
-    ``begins``: tokens without which the model makes nothing of any part of it, ``form`` says so.
+    ``begins``: tokens that every part of it needs in front; ``form`` describes them.
     """
 
     text: str
@@ -71,12 +71,12 @@ class ModelTokenizer:
     """The tokenizer of a model, with its chat template if it has one.
 
     ``raw`` is only read, which several threads may do at a time. ``where`` names the model in
-    errors. ``vocab_size``: rows of the model's embedding; a text with a token beyond them is
-    refused with SupraError wherever it is encoded. None: not checked.
-    ``needs_bos``: documents, and whatever is measured, begin as the tokenizer begins a text.
+    errors. ``vocab_size``: rows of the model's embedding, or None; a text with a token beyond them
+    is refused with SupraError.
+    ``needs_bos``: documents, and texts that are measured, begin as the tokenizer begins a text.
     ``parse_markers``: markers of turns inside messages are markers; otherwise they are text.
-    ``apart``: what the process of its own is told that does the encoding and the rendering, since
-    the files may be a stranger's; None: it is done here.
+    ``apart``: describes the tokenizer to the child process, which encodes and renders, since the
+    files may be a stranger's; None: this process does.
     """
 
     raw: Tokenizer
@@ -100,9 +100,9 @@ class ModelTokenizer:
         return self._ask("encode_batch", [list(texts)], sum(map(len, texts)))[1]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """``text`` behind the :attr:`leading_ids`, as the lm-eval harness feeds a prompt.
+        """``text`` after the :attr:`leading_ids`, as the lm-eval harness encodes a prompt.
 
-        A text that begins with them itself gets no second ones, and nothing stands behind it.
+        If the text begins with them, they are not added. Nothing is added at its end.
         """
         ids: list[int] = self.encode(text).ids.tolist()
         leading = self.leading_ids
@@ -110,31 +110,31 @@ class ModelTokenizer:
 
     @cached_property
     def leading_ids(self) -> list[int]:
-        """What the tokenizer puts in front of every text: the BOS of Llama, Mistral, Gemma."""
+        """The tokens that the tokenizer adds before every text: BOS in Llama, Mistral, Gemma."""
         ids: list[int] = self._ask("leading", [], 1)[0]
         return ids
 
     @property
     def begins(self) -> tuple[int, ...]:
-        """What stands before documents, and before each window of a text that is measured."""
+        """The tokens before documents, and before each window of a text that is measured."""
         return tuple(self.leading_ids) if self.needs_bos else ()
 
     def rows(self, ids: Ids, length: int) -> Ids:
-        """Ids (N length,) as rows (N, length), whose first tokens give way to :attr:`begins`."""
+        """Ids (N length,) as rows (N, length); :attr:`begins` replace the first tokens of each."""
         rows = ids[: len(ids) // length * length].reshape(-1, length).copy()
         rows[:, : len(self.begins)] = self.begins[:length]
         return rows
 
     @property
     def leading_form(self) -> str:
-        """How results state the :attr:`leading_ids`."""
+        """The :attr:`leading_ids` as results state them."""
         names = [str(self.raw.id_to_token(index)) for index in self.leading_ids]
         return f"behind the tokenizer's own {' '.join(names)}" if names else NO_BOS
 
     def same_stretch(self, text: EncodedText) -> tuple[EncodedText, bool]:
-        """The characters of another tokenizer's ``text``, and whether this one divides them alike.
+        """The characters of another tokenizer's ``text``, and whether this one has the same tokens.
 
-        Where it does, perplexities of the two compare; else only what is counted a byte.
+        If so, perplexities of the two compare; else only figures per byte do.
         """
         other = self.encode(text.text).head(len(text.ids))
         if np.array_equal(other.ids, text.ids):
@@ -142,7 +142,7 @@ class ModelTokenizer:
         return self.encode(text.text[: int(text.ends[-1])]), False
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """The text of ``ids``, special tokens left out unless ``special``."""
+        """The text of ``ids``, without special tokens unless ``special``."""
         with self._reading():
             return str(self.raw.decode(list(ids), skip_special_tokens=not special))
 
@@ -171,26 +171,26 @@ class ModelTokenizer:
                 f"{self.where} has no chat template, so it takes no messages: give it plain text, "
                 "or use a model made for chat"
             )
-        told = [dict(message) for message in messages]
-        given = [told, asdict(how), None if now is None else now.isoformat()]
-        ids = self._checked(self._ask("render", given, len(json.dumps(given)))[1][0])
-        told_ids: list[int] = ids.tolist()
-        return told_ids
+        talk = [dict(message) for message in messages]
+        given = [talk, asdict(how), None if now is None else now.isoformat()]
+        rendered = self._checked(self._ask("render", given, len(json.dumps(given)))[1][0])
+        ids: list[int] = rendered.tolist()
+        return ids
 
     def turns(self) -> ChatTurns | None:
         """The strings around messages, None without a template; see :meth:`ChatTemplate.turns`."""
         return None if self.template is None else ChatTurns(*self._ask("turns", [], 1)[0])
 
-    # --- what a stranger's file computes ------------------------------------------------------
+    # --- jobs, which a stranger's files compute -----------------------------------------------
 
     def _ask(self, job: str, given: Sequence[Any], characters: int) -> Result:
-        """The answer of :meth:`answer` in a process of its own, or here where there is none."""
+        """The result of :meth:`answer` in the child process, or in this one without ``apart``."""
         if self.apart is None:
             return self.answer(job, given)
         return worker_for(characters).ask(self.apart, job, given, characters)
 
     def answer(self, job: str, given: Sequence[Any]) -> Result:
-        """What a job gives; ``given`` are values that JSON can hold."""
+        """The result of a job; JSON must be able to hold ``given``."""
         with self._reading():
             result: Result = getattr(self, f"_job_{job}")(*given)
             return result
@@ -226,9 +226,9 @@ class ModelTokenizer:
         return [turns.opening, turns.to_answer, turns.to_user, turns.closing], []
 
     def _guarded(self, text: str, role: str) -> str:
-        """A message's text with GUARD inside what the tokenizer would take for a marker.
+        """A message's text with GUARD inside everything that would be encoded as a marker.
 
-        An answer may hold the markers that no token ends a turn by, e.g. ``<think>``.
+        An answer may hold markers that are not special tokens, e.g. ``<think>``.
         """
         markers = self._special if role == "assistant" else self._markers
         if self._literal and not any(marker in text for marker in markers.values()):
@@ -237,7 +237,7 @@ class ModelTokenizer:
         pieces, done = [], 0
         for ident, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if ident in markers and end > start:
-                # Between all characters: part of a marker may be one, too.
+                # Between all characters: part of a marker may be a marker, too.
                 pieces += [text[done:start], GUARD.join(["", *text[start:end], ""])]
                 done = end
         return "".join([*pieces, text[done:]])
@@ -249,7 +249,7 @@ class ModelTokenizer:
 
     @cached_property
     def _markers(self) -> dict[int, str]:
-        """What divides turns: special tokens, and others that the template's program names."""
+        """Tokens that divide turns: special ones, and others that the template names."""
         program = self.template.source if self.template is not None else ""
         named = {
             ident: token.content
@@ -268,14 +268,14 @@ class ModelTokenizer:
 
     @cached_property
     def _guarding(self) -> tuple[Tokenizer, dict[int, int]]:
-        """The same tokenizer, to which GUARD is nothing but a hindrance to markers.
+        """A tokenizer that finds no marker across GUARD and then ignores GUARD.
 
-        Beside it, the markers' ids there and here.
+        Also the markers' ids, from that tokenizer to this one.
         """
         described = json.loads(self.raw.to_str())
         names = set(self._markers.values())
         for token in described["added_tokens"]:
-            # Else markers would be looked for where GUARD is already gone.
+            # Else markers would be found where GUARD is already removed.
             token["normalized"] &= token["content"] not in names
         guard = {"type": "Replace", "pattern": {"String": GUARD}, "content": ""}
         own = described.get("normalizer")
@@ -295,32 +295,32 @@ class ModelTokenizer:
         return ids
 
     def problem(self, ids: Ids) -> str | None:
-        """What is wrong with ids (T,) for the model, None where nothing is."""
+        """Why the model cannot take ids (T,), None if it can."""
         if self.vocab_size is None or not len(ids) or int(ids.max()) < self.vocab_size:
             return None
         ident = int(ids.max())
         return (
             f"the text has '{self.raw.id_to_token(ident)}', token {ident}, for which {self.where} "
-            f"has no embedding: it has {self.vocab_size:,}; leave that token out"
+            f"has no embedding: it has {self.vocab_size:,}; remove that token"
         )
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """What the library runs into with a stranger's tokenizer.json or a broken text."""
+        """Turns the library's errors with a stranger's file or a broken text into a SupraError."""
         try:
             yield
         except SupraError:
             raise
         except (TypeError, UnicodeEncodeError):
             raise SupraError(
-                "the text holds half of a surrogate pair, which is no character: correct it"
+                "the text holds half of a surrogate pair, which is not a character: correct it"
             ) from None
         except BaseException as error:
             raise reading_error(error, self.where) from None
 
 
 def answering(fields: Mapping[str, Any], content: bytes) -> Callable[[str, Sequence[Any]], Result]:
-    """What answers jobs in the process of its own; see :class:`Described`."""
+    """The child's answers; see :class:`Described`."""
     template = None if fields["template"] is None else ChatTemplate(**fields["template"])
     raw = read_tokenizer(content, fields["where"])
     return ModelTokenizer(
@@ -329,19 +329,17 @@ def answering(fields: Mapping[str, Any], content: bytes) -> Callable[[str, Seque
 
 
 def _hide(model: dict[str, Any], names: set[str]) -> None:
-    """Takes ``names`` from a tokenizer.json's model, which may make them of the text of a marker.
+    """Hide ``names`` in a tokenizer.json's model, which might encode a marker's text as them.
 
-    The name that it has for what it does not know stays.
+    Its name for unknown text stays.
     """
     hidden = {name: GUARD + name for name in names if name != model.get("unk_token")}
-    vocabulary = model["vocab"]
+    vocabulary, merges = model["vocab"], model.get("merges", [])
     if isinstance(vocabulary, list):
         model["vocab"] = [[hidden.get(name, name), *rest] for name, *rest in vocabulary]
         return
     model["vocab"] = {hidden.get(name, name): ident for name, ident in vocabulary.items()}
-    pairs = [
-        pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", [])
-    ]
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges]
     model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & hidden.keys()]
 
 

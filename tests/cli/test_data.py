@@ -110,10 +110,12 @@ def test_dropped_samples_and_unfinished_texts_are_not_read(whole: Path, tmp_path
     (out / "samples.jsonl").write_text('{"kind": "document"}\n')
     (record,) = records(str(out), Reading())
     assert isinstance(record, BadRecord)
-    assert "line 1 is no sample" in str(record)
+    assert "line 1 is not a sample" in str(record)
     record_of = json.loads((out / "synthesis.json").read_text())
     (out / "synthesis.json").write_text(json.dumps(record_of | {"finished": False}))
-    with pytest.raises(SupraError, match="has not ended: run supra data synthesize again"):
+    with pytest.raises(
+        SupraError, match="an unfinished synthesis: run supra data synthesize again"
+    ):
         next(records(str(out), Reading()))
 
 

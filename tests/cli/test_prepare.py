@@ -98,7 +98,7 @@ def test_tokens_of_another_model_are_refused(model: Path, text: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--field", "body"), "line 1 has no field body, but text: name one with --field"),
+        (("--field", "body"), "line 1 has no field body, but text: name the field to read"),
         (("--shard-tokens", "0"), "at least one token"),
     ],
 )
@@ -114,7 +114,7 @@ def test_left_out_records_are_told(model: Path, tmp_path: Path) -> None:
     file.write_text('{"text": "a"}\n' + "no\n" * 12)
     arguments = ("data", "prepare", file, "--tokenizer", model, "--out")
     said = supra(*arguments, tmp_path / "out", code=2)
-    assert "line 2 is no JSON" in said
+    assert "line 2 is not JSON" in said
     assert "skip such records with --skip-bad" in said
     done = runner.invoke(app, [*map(str, arguments), str(tmp_path / "out"), "--skip-bad"])
     assert done.exit_code == 0

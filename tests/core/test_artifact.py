@@ -173,7 +173,7 @@ def test_existing_output_and_rewriting_in_place(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["../evil", "config.json", "model.safetensors"])
 def test_assets_cannot_replace_the_model(tmp_path: Path, name: str) -> None:
     spec = _spec()
-    with pytest.raises(FormatError, match="no new file name"):
+    with pytest.raises(FormatError, match="not a new file name"):
         artifact.write(tmp_path / "m", spec, _tensors(spec), {name: b""}, dtype="float32")
     assert list(tmp_path.iterdir()) == []
 

@@ -145,7 +145,7 @@ def test_a_refusal_is_told_as_one() -> None:
     with pytest.raises(FormatError) as told:
         ChatTemplate(NO_SYSTEM, {}).render([SYSTEM, *TALK])
     assert str(told.value) == (
-        "the model's chat template refuses these messages: System role not supported; leave out "
+        "the model's chat template refuses these messages: System role not supported; omit "
         "the system message"
     )
     with pytest.raises(FormatError, match="refuses these messages: roles must alternate$"):

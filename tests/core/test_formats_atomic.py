@@ -203,6 +203,7 @@ def test_what_a_kill_leaves_is_swept_by_the_next_one(tmp_path: Path) -> None:
 
 
 def test_what_was_set_aside_comes_back(tmp_path: Path) -> None:
+    clear_partial(tmp_path / "absent")
     out = tmp_path / "out"
     for recover in (lambda: clear_partial(tmp_path), lambda: check_replaceable(out, force=True)):
         out.mkdir()

@@ -105,7 +105,7 @@ def link_out(path: Path) -> None:
 )
 def test_names_that_are_none(tmp_path: Path, name: object) -> None:
     assert not plain_name(name)
-    with pytest.raises(FormatError, match="no file name"):
+    with pytest.raises(FormatError, match="not a file name"):
         file_in(tmp_path, name)  # type: ignore[arg-type]
 
 
@@ -220,7 +220,7 @@ def test_assets_are_read_and_written_inside(
     with pytest.raises(FormatError, match=OUT):
         read_assets(tmp_path)
     for name in ("../a", "/tmp/a", "a/b", ".."):
-        with pytest.raises(FormatError, match="no new file name"):
+        with pytest.raises(FormatError, match="not a new file name"):
             write_assets(tmp_path, {name: b""})
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.json").write_bytes(b"x" * 100)
@@ -238,5 +238,5 @@ def test_a_name_that_no_file_can_have_is_absent(model: Path) -> None:
         safetensors.read_folder(model)
     with pytest.raises(FormatError, match="does not exist"):
         torch_pickle.read_file(model / name)
-    with pytest.raises(FormatError, match="is no folder"):
+    with pytest.raises(FormatError, match="is not a folder"):
         checksums.check(model / name)

@@ -308,7 +308,7 @@ def test_qwen(tmp_path: Path, architecture: str) -> None:
     assert ours.keys() == theirs["tensors"].keys()
     for name, tensor in ours.items():
         np.testing.assert_array_equal(tensor.read(), theirs["tensors"][name].numpy(), err_msg=name)
-    with pytest.raises(SupraError, match="does not say which layers slide"):
+    with pytest.raises(SupraError, match="does not say which layers have a window"):
         gguf.read(
             _write(tmp_path / "s.gguf", arrays, lambda w: w.add_sliding_window(8), architecture)
         )
@@ -328,7 +328,7 @@ def test_llama3_scaling_is_recovered(tmp_path: Path) -> None:
 
     assert read(factors) == rope
     assert read(np.ones_like(factors)) == RotaryEmbedding(500000.0)
-    with pytest.raises(SupraError, match=r"rope_freqs\.weight is no Llama 3 rope scaling"):
+    with pytest.raises(SupraError, match=r"rope_freqs\.weight is not Llama 3.s rope scaling"):
         read(np.linspace(1, 9, len(factors), dtype=np.float32))
 
 
@@ -401,7 +401,10 @@ def test_garbage_and_other_files(tmp_path: Path) -> None:
         (lambda w: w.add_logit_scale(0.5), "llama.logit_scale is 0.5"),
         (lambda w: w.add_uint16("split.count", 2), "one of 2 parts of a split model"),
         (lambda w: w.add_vocab_size(5), "llama.vocab_size is 5, but token_embd.weight has 262"),
-        (lambda w: w.add_token_list(["a"] * 263), "263 entries, but token_embd.weight 262 rows"),
+        (
+            lambda w: w.add_token_list(["a"] * 263),
+            "263 entries, but token_embd.weight has 262 rows",
+        ),
         (lambda w: w.add_rope_dimension_count(16), "rope.dimension_count is 16, which differs"),
         (lambda w: w.add_value_length(64), "attention.value_length is 64, which differs"),
         (
@@ -499,11 +502,11 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
             open_source(named)
     third.write_bytes(second.read_bytes())
     (folder / "first").rename(first)
-    with pytest.raises(SupraError, match="does not state that it is part 3 of 3"):
+    with pytest.raises(SupraError, match="is not part 3 of 3"):
         open_source(first)
     second.unlink()
     first.rename(folder / "m.gguf")
-    with pytest.raises(SupraError, match="call it NAME-00001-of-00003"):
+    with pytest.raises(SupraError, match="name its first part NAME-00001-of-00003"):
         open_source(folder / "m.gguf")
 
 

@@ -170,7 +170,7 @@ def test_what_is_added_around_a_text(
         (BYTES, {"add_sep_token": True}, "add_sep_token is true beside"),
         (PIECES, {"precompiled_charsmap": [1]}, "precompiled_charsmap is stated"),
         (PIECES, {"bos_token_id": None}, "bos_token_id is missing, though"),
-        (BYTES, {"eot_token_id": 10**6}, "eot_token_id is no id among"),
+        (BYTES, {"eot_token_id": 10**6}, "eot_token_id is not an id among"),
         (BYTES, {"eos_token_id": None, "add_eos_token": True}, "eos_token_id is missing, though"),
         (BYTES, {"tokens": ["a"] * 4, "token_type": None}, "a token is there twice"),
         (BYTES, {"merges": ["ab"]}, "the merge 'ab' has one part"),

@@ -76,7 +76,7 @@ def test_modules_may_differ() -> None:
         ({"bits": 7, "group_size": 32}, "7 bits in groups of 32: known are 2, 3, 4, 5, 6, 8"),
         ({"bits": 4, "group_size": 64}, r"a has weight \(3, 8\), scales \(3, 2\)"),
         ({"bits": 4}, "4 bits in groups of None"),
-        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mode is mxfp4, and only affine"),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mode is mxfp4: only affine"),
     ],
 )
 def test_what_does_not_fit_is_named(config: Any, message: str) -> None:

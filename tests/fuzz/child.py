@@ -22,7 +22,7 @@ _FORBIDDEN = (
 )  # fmt: skip
 
 
-def serve() -> None:
+def serve(pipe: int) -> None:
     """As :func:`supra_core.text.worker.serve`; what is no answer comes as a Violation."""
     plain, seen = worker._answered, list[str]()
 
@@ -46,7 +46,7 @@ def serve() -> None:
 
     worker._answered = answered
     sys.addaudithook(watched)
-    worker.serve(MEMORY)
+    worker.serve(pipe, MEMORY)
 
 
 def opening(fields: Mapping[str, Any], content: bytes) -> Callable[[str, Sequence[Any]], Result]:

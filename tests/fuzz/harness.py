@@ -54,7 +54,7 @@ class _Watch:
     def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.allowed is None:
             return
-        if event == "subprocess.Popen" and list(arguments[1]) == _worker_command():
+        if event == "subprocess.Popen" and _is_worker(*arguments[1]):
             return
         if event == "open":
             path, mode, flags = arguments
@@ -92,8 +92,9 @@ def _is_relative(arguments: tuple[Any, ...]) -> bool:
     return len(arguments) == 2 and isinstance(arguments[1], int) and arguments[1] >= 0
 
 
-def _worker_command() -> list[str]:
-    return [sys.executable, "-c", _START.format(path=sys.path)]
+def _is_worker(program: str, *options: str) -> bool:
+    begin = _START.partition("{pipe}")[0].format(path=sys.path)
+    return program == sys.executable and options[0] == "-c" and options[1].startswith(begin)
 
 
 # Hooks cannot be removed: one for the process.
@@ -173,7 +174,7 @@ def tried(refused: list[SupraError], action: Callable[[], T]) -> T | None:
         return None
 
 
-_START = "import sys; sys.path[:] = {path!r}; from tests.fuzz.child import serve; serve()"
+_START = "import sys; sys.path[:] = {path!r}; from tests.fuzz.child import serve; serve({pipe})"
 _OWN_WORKER = worker.Worker()
 
 

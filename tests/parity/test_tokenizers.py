@@ -333,7 +333,7 @@ def test_a_sentencepiece_model_alone(tmp_path: Path, legacy: bool) -> None:
         (stated(byte_level(), added_tokens_decoder={"7": {"content": TURNS[2]}}), "is token 7 in"),
         (stated(byte_level(), added_tokens_decoder={"9999": {"content": "<new>"}}), "leaves a gap"),
         (stated(byte_level(), added_tokens_decoder=[1]), "must be an object"),
-        (stated(byte_level(), added_tokens_decoder={"x": {"content": "a"}}), "is no token"),
+        (stated(byte_level(), added_tokens_decoder={"x": {"content": "a"}}), "is not a token"),
         ({"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["t.T", None]}}}, "never run"),
         ({"tokenizer.json": [], "tokenizer_config.json": {"eos_token": "</s>"}}, "cannot be used"),
     ],

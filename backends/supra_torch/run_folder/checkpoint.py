@@ -35,9 +35,10 @@ from supra_core.errors import (
     SpecError,
     SupraError,
     WriteError,
+    reason,
 )
 from supra_core.formats import checksums, distributed, safetensors
-from supra_core.formats.atomic import put_folder, reason, remedy, remove_folder
+from supra_core.formats.atomic import put_folder, remedy, remove_folder
 from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import read_object
 from supra_core.model.spec import ModelSpec

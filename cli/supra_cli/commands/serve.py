@@ -128,7 +128,7 @@ def command(
 def _keys(path: Path) -> list[str]:
     """The non-empty lines of a file; SupraError if there are none."""
     from supra_core.errors import SupraError
-    from supra_core.text.reading import read_text
+    from supra_core.text.plain import read_text
 
     keys = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not keys:

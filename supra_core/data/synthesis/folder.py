@@ -1,11 +1,11 @@
-"""The folder that synthesis writes: samples a batch at a time, and the texts made of them."""
+"""The folder of a synthesis: samples, one batch at a time, and the texts made from them."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from supra_core.formats.atomic import atomic_file, writing
 from supra_core.formats.jsonfile import parse, read_object
 
 SAMPLES, RECORD = "samples.jsonl", "synthesis.json"
+_ANEW = "begin again with `force`"
 _FIELDS = {"batch", "row", "rows", *(field.name for field in fields(Sample))}
 TEXTS: dict[Kind, str] = {"document": "documents.txt", "conversation": "conversations.txt"}
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What has been sampled so far; ``tokens`` are those of samples that are kept, by kind."""
+    """What has been sampled so far; ``tokens`` and ``finished``: of kept samples, by kind."""
 
     batches: int
     rows: int
@@ -34,15 +35,15 @@ class Tally:
 
     @property
     def total(self) -> int:
-        """Tokens of all samples that are kept."""
+        """Tokens of all kept samples."""
         return sum(self.tokens.values())
 
 
 class SampleStore:
     """The samples of whole batches in ``folder``/samples.jsonl, one JSON object a line.
 
-    What a killed run left of a batch is dropped on opening. Raises FormatError when a line in the
-    middle is damaged.
+    Opening it removes an incomplete batch of a killed run. FormatError when a line in the middle is
+    damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,20 +53,16 @@ class SampleStore:
             os.truncate(self.path, length)
 
     def append(self, batch: int, samples: Sequence[Sample]) -> None:
-        """All samples of a batch; on disk on return."""
+        """Add all samples of a batch; they are on disk on return."""
         lines = [
-            {"kind": sample.kind, "batch": batch, "row": row, "rows": len(samples)}
-            | {name: value for name, value in asdict(sample).items() if name != "kind"}
+            {"kind": sample.kind, "batch": batch, "row": row, "rows": len(samples)} | asdict(sample)
             for row, sample in enumerate(samples)
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        try:
-            with open(self.path, "ab") as file:
-                file.write(text.encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise SupraError(f"{self.path} could not be written: {error}") from error
+        with writing(self.path), open(self.path, "ab") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
         self._lines += lines
 
     def tally(self) -> Tally:
@@ -76,9 +73,9 @@ class SampleStore:
             batches=lines[-1]["batch"] + 1 if lines else 0,
             rows=len(lines),
             sampled=sum(line["sampled"] for line in lines),
-            kept=_by_kind(kept, lambda line: 1),
-            tokens=_by_kind(kept, lambda line: int(line["tokens"])),
-            finished=_by_kind(kept, lambda line: int(line["finished"])),
+            kept={kind: sum(line["kind"] == kind for line in kept) for kind in KINDS},
+            tokens=_by_kind(kept, "tokens"),
+            finished=_by_kind(kept, "finished"),
             dropped=dict(Counter(line["dropped"] for line in lines if line["dropped"])),
         )
 
@@ -86,8 +83,8 @@ class SampleStore:
         """The kept samples of each kind as a text file, in order; a kind without any has none."""
         written = []
         for kind, name in TEXTS.items():
-            texts = [line["text"] for line in self._lines if _is_kept(line, kind)]
-            if texts:
+            lines = (line for line in self._lines if line["kind"] == kind and not line["dropped"])
+            if texts := [line["text"] for line in lines]:
                 with atomic_file(folder / name) as beside:
                     beside.write_bytes("".join(texts).encode("utf-8"))
                 written.append(folder / name)
@@ -100,19 +97,16 @@ def is_synthesis(folder: Path) -> bool:
 
 
 def finished(folder: Path) -> Path:
-    """The samples of a synthesis; SupraError while more of them are to come."""
+    """The samples of a synthesis; SupraError unless it is finished."""
     if read_object(folder / RECORD).get("finished") is not True:
-        raise SupraError(
-            f"{folder} holds a synthesis that has not ended: run supra data synthesize again"
-        )
+        raise SupraError(f"{folder} holds an unfinished synthesis: run supra data synthesize again")
     return folder / SAMPLES
 
 
 def open_folder(out: Path, settings: Mapping[str, Any], *, force: bool) -> bool:
-    """Whether ``out`` holds a synthesis by these settings to go on with; else it is made empty.
+    """Whether ``out`` holds a synthesis by these settings to resume; else it is emptied.
 
-    Raises SupraError when it holds something else, or a synthesis by other settings and ``force``
-    is not given.
+    SupraError when it holds something else, or, without ``force``, a synthesis by other settings.
     """
     with writing(out):
         if out.exists() and not out.is_dir():
@@ -126,62 +120,40 @@ def open_folder(out: Path, settings: Mapping[str, Any], *, force: bool) -> bool:
         for name in (*TEXTS.values(), SAMPLES, RECORD):
             (out / name).unlink(missing_ok=True)
         return False
-    _same_settings(out / RECORD, settings)
-    return True
-
-
-def _same_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    before = read_object(path).get("settings")
+    before = read_object(out / RECORD).get("settings")
     if not isinstance(before, dict):
-        raise FormatError(f"{path} has no settings: begin anew with `force`")
+        raise FormatError(f"{out / RECORD} has no settings: {_ANEW}")
     for name, value in settings.items():
         if before.get(name) != value:
             raise SupraError(
-                f"{path} was begun with {name} {before.get(name)}, not {value}: give the same "
-                "again, another folder, or `force` to begin anew"
+                f"{out / RECORD} has {name} {before.get(name)}, not {value}: give the same again, "
+                f"name another folder, or {_ANEW}"
             )
+    return True
 
 
 def _whole_batches(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of complete batches, and the bytes that they take."""
-    if not path.exists():
-        return [], 0
-    lines: list[dict[str, Any]] = []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found: list[dict[str, Any]] = []
     whole = length = count = 0
-    for number, (raw, line) in enumerate(_parsed(path)):
-        if line is None:
-            break
-        if not line.keys() >= _FIELDS or line["row"] != number - whole:
-            raise FormatError(f"{path}, line {number + 1} is out of order: begin anew with `force`")
-        lines.append(line)
-        length += raw
-        if line["row"] + 1 == line["rows"]:
-            whole, count = number + 1, length
-    return lines[:whole], count
-
-
-def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Each line's bytes and object; None for a last line that is torn."""
-    content = path.read_bytes()
-    lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             value = parse(line) if line.endswith(b"\n") else None
         except ValueError:
             value = None
-        if not isinstance(value, dict) and number < len(lines):
-            raise FormatError(f"{path}, line {number} is damaged: begin anew with `force`")
-        yield len(line), value if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            if number < len(lines):
+                raise FormatError(f"{path}, line {number} is damaged: {_ANEW}")
+            break
+        if not value.keys() >= _FIELDS or value["row"] != len(found) - whole:
+            raise FormatError(f"{path}, line {number} is out of order: {_ANEW}")
+        found.append(value)
+        length += len(line)
+        if value["row"] + 1 == value["rows"]:
+            whole, count = number, length
+    return found[:whole], count
 
 
-def _is_kept(line: Mapping[str, Any], kind: str) -> bool:
-    return line["kind"] == kind and not line["dropped"]
-
-
-def _by_kind(
-    lines: Iterable[Mapping[str, Any]], count: Callable[[Mapping[str, Any]], int]
-) -> dict[str, int]:
-    counts = dict.fromkeys(KINDS, 0)
-    for line in lines:
-        counts[line["kind"]] += count(line)
-    return {str(kind): value for kind, value in counts.items()}
+def _by_kind(lines: list[dict[str, Any]], name: str) -> dict[str, int]:
+    return {kind: sum(int(x[name]) for x in lines if x["kind"] == kind) for kind in KINDS}

@@ -1,8 +1,8 @@
-"""Sampling a text from a model, without the model: what each row does with each token.
+"""Rows of a synthesis: which token each row feeds to the model, and the sample it becomes.
 
-Two kinds of sample. A document begins where the model's texts begin. A conversation is rendered by
-the chat template up to where the user speaks, and the model says both sides (Magpie, arXiv
-2406.08464).
+There are two kinds of sample. A document begins where the model's texts begin. A conversation is
+rendered by the chat template up to the user's first message, and the model generates both sides
+(Magpie, arXiv 2406.08464).
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 Kind = Literal["document", "conversation"]
 KINDS: tuple[Kind, ...] = ("document", "conversation")
 
-# What ends a text in the tokenizers of the field, the most common first.
+# Tokens that end a text in common tokenizers, the most common first.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 
-# A text loops if in a stretch of this many tokens less than this share of its pieces is distinct.
+# Tokens of a stretch and of a piece, and the share of distinct pieces below which a text loops.
 LOOP_STRETCH, LOOP_PIECE, LOOP_DISTINCT = 128, 8, 0.5
-# Below this many tokens a text is too short to say.
+# Tokens below which a text is too short to tell.
 LOOP_LEAST = 24
 
 
 @dataclass(frozen=True)
 class Part:
-    """What the model said in one go: its tokens, their text, and whether it ended by itself."""
+    """A generated message or document: tokens, text, and whether the model ended it."""
 
     ids: tuple[int, ...]
     text: str
@@ -45,7 +45,7 @@ class Part:
 class Sample:
     """One sampled text. ``dropped`` is the reason why it is not used, or empty.
 
-    ``tokens``: of the whole text, ``sampled``: of them those that the model chose, ends included.
+    ``tokens``: of the whole text; ``sampled``: those that the model chose, ends included.
     ``messages`` is None for a document.
     """
 
@@ -59,7 +59,7 @@ class Sample:
 
 
 class Row(Protocol):
-    """One sample under way, fed with what the model would say next."""
+    """One unfinished sample, which takes the tokens that the model samples."""
 
     done: bool
 
@@ -68,16 +68,16 @@ class Row(Protocol):
         ...
 
     def sample(self) -> Sample:
-        """What was sampled; a row that is not done is cut here."""
+        """The sampled text; a row that is not done is cut here."""
         ...
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer, with what a sampler has to know about its special tokens.
+    """The tokenizer with its special tokens.
 
-    ``start``: the token that documents begin with; ``end``: the one they end with;
-    ``ends``: all that end a text; ``special``: all special tokens, id to marker.
+    ``start`` and ``end``: the tokens around documents; ``ends``: all that end a text;
+    ``special``: all special tokens, id to marker.
     """
 
     tokenizer: ModelTokenizer
@@ -88,7 +88,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Ids that are tokens; a model's matrix may have more rows."""
+        """The number of tokens; a model's matrix may have more rows."""
         return self.tokenizer.raw.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
@@ -96,16 +96,12 @@ class Vocabulary:
         ids: list[int] = self.tokenizer.encode(text).ids.tolist()
         return ids
 
-    def count(self, text: str) -> int:
-        """How many tokens ``text`` is."""
-        return len(self.encode(text))
-
     def marker(self, ident: int) -> str:
         """A token as the tokenizer's file spells it."""
         return str(self.tokenizer.raw.id_to_token(ident))
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        """The text that ids add to the text of ``after``: some tokenizers drop leading spaces."""
+        """The text that ``ids`` add to that of ``after``: some tokenizers drop leading spaces."""
         before = self.tokenizer.decode(after, special=True)
         whole = self.tokenizer.decode([*after, *ids], special=True)
         return whole[len(before) :]
@@ -118,11 +114,11 @@ def vocabulary(
     turns: ChatTurns | None,
     where: str,
 ) -> Vocabulary:
-    """What documents begin and end with, from the spec's ``bos`` and ``eos``.
+    """The tokens around documents, from the spec's ``bos`` and ``eos``.
 
-    The end is the tokenizer's end-of-text marker, else ``eos``: a chat model's eos may be the end
-    of a turn. Documents begin with ``bos`` unless the template opens each turn with it, and else
-    with the end of the document before, as in training. FormatError if no token ends a text.
+    The end is the tokenizer's end-of-text marker, else ``eos``: a chat model's eos may end a turn.
+    Documents begin with ``bos`` unless the template opens each turn with it; then, as in training,
+    with the end of the document before. FormatError if no token ends a text.
     """
     special = {
         ident: token.content
@@ -145,7 +141,7 @@ def vocabulary(
 
 
 class DocumentRow:
-    """A text until one of the tokens that end it."""
+    """A document, up to a token that ends it."""
 
     def __init__(self, words: Vocabulary) -> None:
         self._words = words
@@ -167,13 +163,15 @@ class DocumentRow:
         whole = opening + part.text + words.marker(words.end)
         dropped = fault(part, words)
         sampled = len(self._ids) + self.done
-        return Sample("document", whole, None, words.count(whole), sampled, self.done, dropped)
+        return Sample(
+            "document", whole, None, len(words.encode(whole)), sampled, self.done, dropped
+        )
 
 
 class Script:
     """A conversation's strings as tokens: what a row feeds between the messages.
 
-    Spaces at the end of an opening are left to the model, whose words bring their own.
+    Spaces at the end of an opening are left to the model, whose words begin with them.
     """
 
     def __init__(self, words: Vocabulary, turns: ChatTurns, most: int) -> None:
@@ -185,7 +183,7 @@ class Script:
 
 
 class _End:
-    """How a message ends: by a special token, or by a text that is none."""
+    """How a message ends: by a special token, or by plain text."""
 
     def __init__(self, words: Vocabulary, between: str) -> None:
         self.text = between.rstrip(" ")
@@ -200,12 +198,12 @@ class _End:
 
 
 class ConversationRow:
-    """User and assistant in turns, until there have been enough or there is no room."""
+    """Messages of user and assistant in turns, up to a number of turns or the row's end."""
 
     def __init__(self, script: Script) -> None:
         self._script = script
         self._queue: deque[int] = deque()
-        self._said: list[Part] = []
+        self._parts: list[Part] = []
         self._ids: list[int] = []
         self._context: list[int] = script.words.encode(script.opening)
         self._sampled = 0
@@ -222,67 +220,61 @@ class ConversationRow:
             self._ids.append(sampled)
             if not end.mark or end.mark not in self._tail(len(end.mark)):
                 return sampled
-            # The mark has been said in plain tokens: only what comes after it is left to feed.
+            # The model generated the mark in plain tokens: only the text after it is left to feed.
             self._close(self._text().split(end.mark)[0], [sampled, *end.rest])
         return None if self.done else self._queue.popleft()
 
     def sample(self) -> Sample:
         if not self.done and self._answering and self._ids:
-            self._said.append(Part(tuple(self._ids), _whole(self._text()), False))
-        said = self._said[: len(self._said) // 2 * 2]
-        ended = bool(said) and said[-1].ended
-        reasons = [fault(part, self._script.words) for part in said] or ["no answer"]
+            self._parts.append(Part(tuple(self._ids), _whole(self._text()), False))
+        parts = self._parts[: len(self._parts) // 2 * 2]
+        ended = bool(parts) and parts[-1].ended
+        reasons = [fault(part, self._script.words) for part in parts] or ["no answer"]
         messages = [
             {"role": ("user", "assistant")[index % 2], "content": part.text.strip()}
-            for index, part in enumerate(said)
+            for index, part in enumerate(parts)
         ]
-        text = self._rendered(said)
-        return Sample(
-            "conversation", text, messages, self._script.words.count(text), self._sampled, ended,
-            next((reason for reason in reasons if reason), ""),
-        )  # fmt: skip
+        text = self._rendered(parts)
+        tokens, dropped = len(self._script.words.encode(text)), next(filter(None, reasons), "")
+        return Sample("conversation", text, messages, tokens, self._sampled, ended, dropped)
 
     @property
     def _answering(self) -> bool:
-        return len(self._said) % 2 == 1
+        return len(self._parts) % 2 == 1
 
     def _close(self, text: str, following: list[int]) -> None:
-        """The message under way has ended: the template goes on, if there is anything to add."""
-        self._said.append(Part(tuple(self._ids), text, True))
+        """End the current message; the template's tokens follow."""
+        self._parts.append(Part(tuple(self._ids), text, True))
         self._ids, self._context = [], following
         self._queue.extend(following)
         empty = not text.strip()
-        self.done = empty or len(self._said) == 2 * self._script.most
-        if empty and len(self._said) > 2:
-            # What went before is a conversation by itself.
-            del self._said[-2 if len(self._said) % 2 == 0 else -1 :]
+        self.done = empty or len(self._parts) == 2 * self._script.most
+        if empty and len(self._parts) > 2:
+            # The messages before it are a conversation.
+            del self._parts[-2 if len(self._parts) % 2 == 0 else -1 :]
 
     def _text(self) -> str:
         return self._script.words.decode(self._ids, self._context)
 
     def _tail(self, characters: int) -> str:
-        """The text of the latest tokens: a token is a character or more, or a byte of one."""
+        """At least the last ``characters`` of the text: a token is at least a byte of one."""
         return self._script.words.decode(self._ids[-4 * characters :])
 
-    def _rendered(self, said: Sequence[Part]) -> str:
-        turns, script = self._script.turns, self._script
-        text = script.opening
-        for index, part in enumerate(said):
-            text += part.text
-            if index % 2 == 0:
-                text += script.user_end.text
-            elif index + 1 < len(said):
-                text += script.answer_end.text
-            elif part.ended:
-                text += turns.closing
+    def _rendered(self, parts: Sequence[Part]) -> str:
+        script, text = self._script, self._script.opening
+        for index, part in enumerate(parts):
+            between = script.answer_end.text if index % 2 else script.user_end.text
+            if index + 1 == len(parts):
+                between = script.turns.closing if part.ended else ""
+            text += part.text + between
         end = script.words.marker(script.words.end)
         return text if text.endswith(end) else text + end
 
 
 def fault(part: Part, words: Vocabulary) -> str:
-    """Why a text is of no use: ``empty``, ``loop``, ``marker``; empty if it is.
+    """Why a text cannot be used: ``empty``, ``loop`` or ``marker``; empty if it can.
 
-    ``marker``: special tokens spelled in plain ones, which would be parsed as what they spell.
+    ``marker``: special tokens spelled in plain ones, which would be parsed as special tokens.
     """
     if not part.text.strip():
         return "empty"
@@ -294,10 +286,10 @@ def fault(part: Part, words: Vocabulary) -> str:
 
 
 def loops(ids: Sequence[int]) -> bool:
-    """Whether some stretch of the tokens says the same again and again.
+    """Whether some stretch of the tokens repeats itself.
 
-    In a stretch of LOOP_STRETCH tokens (or all, if they are fewer, but at least LOOP_LEAST), less
-    than LOOP_DISTINCT of the pieces of LOOP_PIECE tokens are distinct.
+    In a stretch of LOOP_STRETCH tokens (all if fewer, at least LOOP_LEAST), less than LOOP_DISTINCT
+    of the pieces of LOOP_PIECE tokens are distinct.
     """
     if len(ids) < LOOP_LEAST:
         return False
@@ -310,5 +302,5 @@ def loops(ids: Sequence[int]) -> bool:
 
 
 def _whole(text: str) -> str:
-    """A text that was cut, without the half of a character that it may end with."""
+    """A cut text without a partial character at its end."""
     return text.rstrip("\ufffd")

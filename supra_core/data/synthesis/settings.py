@@ -1,4 +1,4 @@
-"""What a synthesis is asked for, and which batch comes next."""
+"""The settings of a synthesis, and which batch comes next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from supra_core.errors import SupraError
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the text, beside the model; ``conversations`` None is the model's default."""
+    """What determines the text, besides the model; ``conversations`` None: the model's default."""
 
     tokens: int
     conversations: float | None
@@ -40,10 +40,10 @@ class Settings:
 
 
 def next_batch(tally: Tally, settings: Settings) -> tuple[Kind, int]:
-    """The kind that is behind its share, and as many rows as the missing tokens may need.
+    """The kind that is behind its share, and up to ``batch`` rows for the missing tokens.
 
-    Both follow from the batches before, so that a resumed run does as an uninterrupted one. A
-    sample is taken to be half of ``length``.
+    Both depend on earlier batches alone, so that a resumed run equals an uninterrupted one. The
+    estimate of a sample is half of ``length``.
     """
     share = settings.conversations or 0.0
     behind = share > 0 and tally.tokens["conversation"] <= share * tally.total

@@ -1,7 +1,7 @@
 """The header of a GGUF file: its metadata, and where each tensor lies.
 
-Everything the file claims is held against its size before anything is allocated: counts, lengths
-of strings and lists, extents, offsets. Format: ggml's docs/gguf.md, versions 2 and 3.
+Counts, lengths of strings and lists, extents and offsets are compared with the file's size before
+anything is allocated. Format: ggml's docs/gguf.md, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from supra_core.errors import FormatError
-from supra_core.formats.inside import open_regular
-from supra_core.formats.lfs import BEGINNING_BYTES, refuse_pointer
+from supra_core.formats.inside import open_regular, open_weights
 
-# Numbers of metadata and of tensors.
+# Limits: entries of metadata, and tensors.
 ENTRIES = 65_536
 TENSORS = 65_536
-# Bytes of a key or a tensor's name, of a string, and of a string in a list; a chat template is
-# the longest of strings, a token or a merge the longest in a list.
+# Bytes of a key or a tensor's name, of a string (the longest is a chat template), and of a string
+# in a list (a token or a merge).
 NAME_BYTES = 1024
 STRING_BYTES = 4_000_000
 LISTED_STRING_BYTES = 8192
 # Entries of all lists together, and bytes of the metadata.
 LISTED = 4_000_000
 METADATA_BYTES = 256_000_000
-# Of one tensor, as ggml has it.
+# Axes of a tensor in ggml.
 RANK = 4
 _LARGEST = 2**63 - 1
 
@@ -43,9 +43,9 @@ _LENGTH = 8  # Bytes of the number before a string.
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies in the file; ``shape`` is row-major, ``kind`` the package's type.
+    """Where one tensor lies in the file; ``shape`` is row-major, ``kind`` the gguf package's type.
 
-    ``byte_shape``: the same in bytes, for types of blocks.
+    ``byte_shape``: the shape in bytes, for types that store blocks.
     """
 
     path: Path
@@ -58,8 +58,7 @@ class Stored:
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """Metadata by key, tensors by name; :class:`FormatError` if the file is not what it claims."""
     try:
-        with open_regular(path) as file:
-            refuse_pointer(path, file.read(BEGINNING_BYTES))
+        with open_weights(path) as file:
             return _Reader(path, file, file.seek(0, 2)).header()
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist: check the path") from None
@@ -70,7 +69,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file says that it is one, whatever its name, as Ollama's have no ending."""
+    """Whether the content is GGUF, whatever the name: Ollama's files have no suffix."""
     try:
         with open_regular(path) as file:
             return file.read(len(_MAGIC)) == _MAGIC
@@ -79,7 +78,7 @@ def is_gguf(path: Path) -> bool:
 
 
 class _Reader:
-    """The file from its beginning; a damaged one is a ValueError."""
+    """Reads the file from its beginning; ValueError if it is damaged."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size, self.at = path, file, size, 0
@@ -112,7 +111,7 @@ class _Reader:
 
     @property
     def left(self) -> int:
-        """Bytes that the file has from here on."""
+        """Bytes from here to the end of the file."""
         return self.size - self.at
 
     def require(self, condition: bool, problem: str) -> None:
@@ -154,7 +153,7 @@ class _Reader:
         return [*struct.unpack(f"<{count}{_NUMBERS[kind]}", self.take(count * size))]
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, row-major shape, type and offset, as they are stated."""
+        """The stated name, row-major shape, type and offset."""
         name = self.string(NAME_BYTES)
         rank = self.number("I")
         self.require(rank <= RANK, f"{name} has {rank} axes")
@@ -176,7 +175,7 @@ class _Reader:
             kind = GGMLQuantizationType(number)
             block, block_bytes = GGML_QUANT_SIZES[kind]
             row = shape[-1] if shape else 1
-            self.require(row % block == 0, f"{name} has rows of {row}, no multiple of {block}")
+            self.require(row % block == 0, f"{name} has rows of {row}, not a multiple of {block}")
             self.require(offset % alignment == 0, f"{name} is not aligned")
             size = math.prod(shape) // block * block_bytes
             begin = start + offset
@@ -184,16 +183,14 @@ class _Reader:
             ranges.append((begin, begin + size))
             byte_shape = (*shape[:-1], row // block * block_bytes)
             tensors[name] = Stored(self.path, kind, shape, begin, byte_shape)
-        reached = 0
-        for begin, end in sorted(ranges):
-            self.require(begin >= reached, "tensors overlap")
-            reached = end
+        overlaps = any(end > begin for (_, end), (begin, _) in pairwise(sorted(ranges)))
+        self.require(not overlaps, "tensors overlap")
         return tensors
 
 
 def _alignment(metadata: dict[str, Any]) -> int:
-    """Bytes that tensors begin at a multiple of: a power of two."""
+    """Bytes of which each tensor's offset is a multiple: a power of two."""
     stated = metadata.get(_ALIGNMENT_KEY, _ALIGNMENT)
     if type(stated) is not int or not 0 < stated <= _ALIGNMENT_LIMIT or stated & (stated - 1):
-        raise ValueError(f"{_ALIGNMENT_KEY} is no power of two")
+        raise ValueError(f"{_ALIGNMENT_KEY} is not a power of two")
     return stated

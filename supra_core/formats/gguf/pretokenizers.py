@@ -1,8 +1,8 @@
-"""How a GGUF's byte-level tokenizer divides a text before it merges, by ``tokenizer.ggml.pre``.
+"""How a GGUF's byte-level tokenizer splits a text before merging, by ``tokenizer.ggml.pre``.
 
-The names are llama.cpp's (``src/llama-vocab.cpp``). The patterns are those of the models' own
-tokenizer.json, which llama.cpp restates for its own expressions. Each divides the pieces that the
-one before it left, into what it matches and what lies between.
+The names are llama.cpp's (``src/llama-vocab.cpp``), the patterns those of the models' own
+tokenizer.json. Each pattern splits the pieces of the one before it into matches and the text
+between them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """Patterns in the syntax of the tokenizers library, one after the other.
+    """Patterns in the syntax of the tokenizers library, applied in order.
 
-    ``ignore_merges``: a piece that is a token is that token, whatever the merges make of it.
-    ``add_bos``: whether BOS goes first where the file does not say.
+    ``ignore_merges``: a piece that is a token becomes that token without merging.
+    ``add_bos``: whether BOS is added unless the file says otherwise.
     """
 
     patterns: tuple[str, ...]
@@ -154,7 +154,7 @@ _KINDS: dict[PreTokenizer, tuple[str, ...]] = {
     ): ("chameleon",),
 }  # fmt: skip
 
-# What llama.cpp takes where a file states no name, as files of before May 2024 do.
+# llama.cpp's choice for files without a name, as before May 2024.
 DEFAULT = "default"
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {

@@ -1,7 +1,7 @@
 """GGUF files: a Llama-shaped model's config and weights, dequantised tensor by tensor.
 
-For Llama and Mistral llama.cpp stores the rows of q and k in the order its interleaved rotation
-wants; here they are put back into Hugging Face's half-split order, in which Qwen's are.
+For Llama and Mistral, llama.cpp stores the rows of q and k in the order of its interleaved
+rotation; here they are restored to Hugging Face's half-split order, which Qwen's files have.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from supra_core.mixers.positions import Llama3Scaling, RotaryEmbedding
 from supra_core.mixers.rotary import inverse_frequencies
 from supra_core.model.layout import check_tensors
 from supra_core.model.spec import ModelSpec
-from supra_core.tensors import BFLOAT16, Array, LazyTensor
+from supra_core.tensors import BFLOAT16, DTYPES, Array, LazyTensor
 
 _LLAMA = "llama"  # Mistral's files state it too.
 _ARCHITECTURES = (_LLAMA, "qwen2", "qwen3")
 _ROPE_FACTORS = "rope_freqs.weight"
-# What other architectures state, and what it is where it changes nothing.
+# Fields that other architectures state, and their values that change nothing.
 _NEUTRAL: dict[str, tuple[float | bool, ...]] = {
     "attention.causal": (True,),
     "attention.scale": (0.0,),
@@ -43,11 +43,7 @@ _NEUTRAL: dict[str, tuple[float | bool, ...]] = {
     "use_parallel_residual": (False,),
 }
 
-_PLAIN: dict[str, np.dtype[np.generic]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": BFLOAT16,
-}
+_PLAIN = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": BFLOAT16}
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -66,15 +62,15 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-# What every Llama 3.1 and later states; a GGUF stores only what follows from it.
+# The values of every Llama since 3.1; a GGUF file stores only the frequencies that follow.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A file that was read; ``assets()`` builds its tokenizer's files, which takes seconds.
+    """The model of a file; ``assets()`` builds its tokenizer's files, which takes seconds.
 
-    ``notes``: what the user should know of how it was read, one sentence each.
+    ``notes``: for the user, one sentence each.
     """
 
     spec: ModelSpec
@@ -89,10 +85,11 @@ def read(path: str | Path) -> GgufModel:
     metadata, stored = read_parts(path)
     config = _config(path, metadata, stored)
     spec = families.config_to_spec(config, str(path))
-    tensors: dict[str, LazyTensor] = {}
-    for name, entry in stored.items():
-        if name != _ROPE_FACTORS:
-            tensors[_canonical_name(name)] = _tensor(name, entry, spec, metadata)
+    tensors = {
+        _canonical_name(name): _tensor(name, entry, spec, metadata)
+        for name, entry in stored.items()
+        if name != _ROPE_FACTORS
+    }
     check_tensors(spec, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
     notes = tokenizer_notes(path, metadata)
     return GgufModel(spec, tensors, partial(tokenizer_assets, path, metadata, spec), notes)
@@ -102,7 +99,7 @@ def read(path: str | Path) -> GgufModel:
 
 
 def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
-    """The Hugging Face config the metadata amounts to."""
+    """The metadata as a Hugging Face config."""
     _refuse_unsupported(path, metadata)
     architecture = metadata["general.architecture"]
 
@@ -113,8 +110,8 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> 
             value = value[0]
         if not (value is default or isinstance(value, int | float | str)):
             raise FormatError(
-                f"{path}: {architecture}.{key} holds different values for the layers, which is "
-                "not supported: use another model"
+                f"{path}: {architecture}.{key} differs between layers, which is not supported: use "
+                "another model"
             )
         return _shortest(value) if isinstance(value, float) else value
 
@@ -129,17 +126,13 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> 
                 f"{head_dim} and is not supported: use another model"
             )
     window = stated("attention.sliding_window")
-    model_type = architecture
-    if window:
-        if architecture != _LLAMA:
-            raise SpecError(
-                f"{path}: {architecture}.attention.sliding_window does not say which layers slide: "
-                "convert from the Hugging Face folder instead"
-            )
-        model_type = "mistral"
+    if window and architecture != _LLAMA:
+        raise _unsupported(
+            path, f"{architecture}.attention.sliding_window does not say which layers have a window"
+        )
     base = stated("rope.freq_base", 10000.0)
     return {
-        "model_type": model_type,
+        "model_type": "mistral" if window else architecture,
         "sliding_window": window or None,
         "hidden_size": hidden,
         "intermediate_size": stated("feed_forward_length"),
@@ -164,38 +157,35 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Stored]) -> 
 def _refuse_unsupported(path: Path, metadata: dict[str, Any]) -> None:
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
-        raise SpecError(
-            f"{path}: general.architecture is {architecture!r}, but of GGUF files only "
-            f"{', '.join(_ARCHITECTURES)} (llama is Mistral's too) are read: convert from the "
-            "Hugging Face folder instead"
+        raise _unsupported(
+            path,
+            f"general.architecture is {architecture!r}, but only GGUF files of "
+            f"{', '.join(_ARCHITECTURES)} (llama is Mistral's too) are read",
         )
     for key, neutral in _NEUTRAL.items():
         value = metadata.get(f"{architecture}.{key}", neutral[0])
         if value not in neutral:
-            raise SpecError(
-                f"{path}: {architecture}.{key} is {value!r}, which is not supported: convert from "
-                "the Hugging Face folder instead"
-            )
+            raise _unsupported(path, f"{architecture}.{key} is {value!r}, which is not supported")
     if metadata.get(f"{architecture}.expert_count", 0) != 0:
-        raise SpecError(
-            f"{path} is a mixture of experts, which is not read from GGUF files: convert from the "
-            "Hugging Face folder instead"
-        )
+        raise _unsupported(path, "a mixture of experts, which is not read from GGUF files")
+
+
+def _unsupported(path: Path, problem: str) -> SpecError:
+    return SpecError(f"{path}: {problem}: convert from the Hugging Face folder instead")
 
 
 def _rows(path: Path, embedding: Stored | None, stated: Any, metadata: dict[str, Any]) -> Any:
-    """The vocabulary's size, as the embedding has it and whatever else states it."""
+    """The vocabulary's size: rows of the embedding; FormatError if something else contradicts."""
     rows = embedding.shape[0] if embedding and embedding.shape else stated
     tokens = metadata.get("tokenizer.ggml.tokens")
+    problem = None
     if stated not in (None, rows):
+        problem = f"{metadata['general.architecture']}.vocab_size is {stated}"
+    elif type(rows) is int and isinstance(tokens, list) and len(tokens) > rows:
+        problem = f"tokenizer.ggml.tokens has {len(tokens)} entries"
+    if problem is not None:
         raise FormatError(
-            f"{path}: {metadata['general.architecture']}.vocab_size is {stated}, but "
-            f"token_embd.weight has {rows} rows: get the file again"
-        )
-    if type(rows) is int and isinstance(tokens, list) and len(tokens) > rows:
-        raise FormatError(
-            f"{path}: tokenizer.ggml.tokens has {len(tokens)} entries, but token_embd.weight "
-            f"{rows} rows: get the file again"
+            f"{path}: {problem}, but token_embd.weight has {rows} rows: get the file again"
         )
     return rows
 
@@ -206,9 +196,8 @@ def _shortest(value: float) -> float:
 
 
 def _stop_tokens(metadata: dict[str, Any]) -> list[int]:
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    found = [metadata[key] for key in keys if key in metadata]
-    return [token for index, token in enumerate(found) if token not in found[:index]]
+    eos, eot = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    return [token for token in (eos, None if eot == eos else eot) if token is not None]
 
 
 def _rope_scaling(
@@ -219,21 +208,14 @@ def _rope_scaling(
     if _ROPE_FACTORS in stored:
         # llama.cpp would apply both.
         if kind != "none" and factor not in (0.0, 1.0):
-            raise SpecError(
-                f"{path}: {_ROPE_FACTORS} stands beside rope scaling '{kind}', which is not "
-                "supported: convert from the Hugging Face folder instead"
+            raise _unsupported(
+                path, f"{_ROPE_FACTORS} beside rope scaling '{kind}' is not supported"
             )
-        fields = Fields(
-            {"base": base, "original": stated("rope.scaling.original_context_length")},
-            f"{path}: rope",
-        )
-        return _llama3_scaling(
-            path,
-            stored[_ROPE_FACTORS],
-            RotaryEmbedding(base=fields.number("base")),
-            head_dim,
-            fields.integer("original", default=_LLAMA3_ORIGINAL),
-        )
+        original = stated("rope.scaling.original_context_length")
+        fields = Fields({"base": base, "original": original}, f"{path}: rope")
+        rope = RotaryEmbedding(base=fields.number("base"))
+        context = fields.integer("original", default=_LLAMA3_ORIGINAL)
+        return _llama3_scaling(path, stored[_ROPE_FACTORS], rope, head_dim, context)
     if kind == "linear" or (kind == "none" and factor not in (0.0, 1.0)):
         return {"rope_type": "linear", "factor": factor}
     if kind != "none":
@@ -244,34 +226,31 @@ def _rope_scaling(
 def _llama3_scaling(
     path: Path, entry: Stored, rope: RotaryEmbedding, head_dim: Any, original: int
 ) -> dict[str, Any] | None:
-    """Llama 3's scaling, recovered from the divisors of the frequencies it amounts to."""
+    """Llama 3's scaling, recovered from the divisors of the frequencies."""
     if type(head_dim) is not int or entry.shape != (head_dim // 2,) or entry.kind.name != "F32":
         raise FormatError(
-            f"{path}: {_ROPE_FACTORS} is no float32 for each pair of a head's channels: get the "
-            "file again"
+            f"{path}: {_ROPE_FACTORS} must be a float32 for each pair of a head's channels: get "
+            "the file again"
         )
-    divisors = read_range(entry.path, entry.offset, entry.shape, np.dtype(np.float32)).astype(
-        np.float64
-    )
+    stored = read_range(entry.path, entry.offset, entry.shape, np.dtype(np.float32))
+    divisors = stored.astype(np.float64)
     if (divisors == 1).all():
         return None
     if not (np.isfinite(divisors) & (divisors > 0)).all():
-        raise FormatError(f"{path}: {_ROPE_FACTORS} holds numbers that divide nothing: refused")
+        raise FormatError(f"{path}: {_ROPE_FACTORS} must hold positive, finite numbers: refused")
     scaling = Llama3Scaling(_shortest(divisors.max()), _LLAMA3_LOW, _LLAMA3_HIGH, original)
     scaled = inverse_frequencies(RotaryEmbedding(base=rope.base, scaling=scaling), head_dim)
     expected = inverse_frequencies(rope, head_dim) / scaled
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-        raise SpecError(
-            f"{path}: {_ROPE_FACTORS} is no Llama 3 rope scaling, which is not supported: convert "
-            "from the Hugging Face folder instead"
+        raise _unsupported(
+            path, f"{_ROPE_FACTORS} is not Llama 3's rope scaling, the only one supported"
         )
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position_embeddings,
-    }
+    return {"rope_type": "llama3"} | {
+        name: getattr(scaling, name)
+        for name in (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+        )
+    }  # fmt: skip
 
 
 # --- tensors --------------------------------------------------------------------------------
@@ -279,23 +258,19 @@ def _llama3_scaling(
 
 def _canonical_name(name: str) -> str:
     """The canonical name, or ``name`` itself where there is none (and the check lists it)."""
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _NAMES:
-        return f"model.layers.{parts[1]}.{_NAMES[parts[2]]}.{parts[3]}"
-    if len(parts) == 2 and parts[0] in _NAMES:
-        return f"{_NAMES[parts[0]]}.{parts[1]}"
+    match name.split("."):
+        case ["blk", layer, module, part] if module in _NAMES:
+            return f"model.layers.{layer}.{_NAMES[module]}.{part}"
+        case [module, part] if module in _NAMES:
+            return f"{_NAMES[module]}.{part}"
     return name
 
 
 def _tensor(name: str, entry: Stored, spec: ModelSpec, metadata: dict[str, Any]) -> LazyTensor:
     tensor = _numbers(name, entry)
-    if metadata["general.architecture"] != _LLAMA:
-        return tensor
-    for projection, heads in (
-        (".attn_q.", spec.num_attention_heads),
-        (".attn_k.", spec.num_key_value_heads),
-    ):
-        if projection in name:
+    projections = {".attn_q.": spec.num_attention_heads, ".attn_k.": spec.num_key_value_heads}
+    for projection, heads in projections.items():
+        if projection in name and metadata["general.architecture"] == _LLAMA:
             return tensor.map(tensor.shape, partial(_half_split_rows, heads=heads))
     return tensor
 
@@ -314,15 +289,14 @@ def _numbers(name: str, entry: Stored) -> LazyTensor:
         from gguf.quants import dequantize
 
         blocks = read_range(path, entry.offset, entry.byte_shape, np.dtype(np.uint8))
-        numbers: Array = dequantize(blocks, entry.kind).reshape(entry.shape)
-        return numbers
+        return np.asarray(dequantize(blocks, entry.kind).reshape(entry.shape))
 
     return LazyTensor(entry.shape, np.dtype(np.float32), read)
 
 
 @cache
 def _dequantises(kind: Any) -> bool:
-    """Whether the gguf package knows how, as it does of nearly every type that llama.cpp has."""
+    """Whether the gguf package can, as it can for nearly every type of llama.cpp."""
     from gguf import GGML_QUANT_SIZES
     from gguf.quants import dequantize
 

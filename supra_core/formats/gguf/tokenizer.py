@@ -1,18 +1,18 @@
-"""The tokenizer inside a GGUF file, as the files that Hugging Face's loaders read.
+"""The tokenizer of a GGUF file, as the files that Hugging Face's loaders read.
 
-Token ids are those of llama.cpp, whose statements these are; what was built is then read again and
-held against the file's list.
+Token ids are those of llama.cpp. The tokenizer is built, read again, and compared with the file's
+list of tokens.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from supra_core.errors import FormatError
 from supra_core.formats.gguf.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
+from supra_core.formats.jsonfile import json_bytes
 from supra_core.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 _SCORES, _KINDS = "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
 _PREFIX, _TEMPLATE = "tokenizer.ggml.add_space_prefix", "tokenizer.chat_template"
 _BYTES, _PIECES = "gpt2", "llama"
-# Of files that hold no tokenizer.
+# The kinds of files without a tokenizer.
 _NONE = ("none", "no_vocab")
 _UNKNOWN_KIND, _CONTROL_KIND, _USER_KIND = 2, 3, 4
 _SPECIAL_TOKENS = {
@@ -32,10 +32,10 @@ _SPECIAL_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-# What other kinds of tokenizer do; llama.cpp leaves it undone in these two.
+# Steps of other kinds of tokenizer, which llama.cpp does not take in these two.
 _NOT_DONE = ("remove_extra_whitespaces", "add_sep_token", "normalizer.lowercase")
 _SPACE = "\u2581"
-# What ends a turn or a text, which llama.cpp takes for control tokens whatever a file calls them.
+# Ends of a turn or a text: control tokens in llama.cpp, whatever a file calls them.
 _ENDS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>",
     "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "</s>",
@@ -44,17 +44,17 @@ _ENDS = {
 
 
 def holds_tokenizer(metadata: dict[str, Any]) -> bool:
-    """Whether the file has one at all."""
+    """Whether the file has a tokenizer."""
     return _TOKENS in metadata and metadata.get(_MODEL) not in _NONE
 
 
 def tokenizer_notes(path: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
-    """What the user should know of the tokenizer, one sentence each."""
+    """Notes for the user about the tokenizer, one sentence each."""
     if not holds_tokenizer(metadata) or metadata.get(_MODEL) != _BYTES or metadata.get(_PRE):
         return ()
     return (
-        f"{path} does not state {_PRE}: texts are divided by llama.cpp's default, which may not "
-        "be how the model learned them",
+        f"{path} does not state {_PRE}: texts are split by llama.cpp's default, which may differ "
+        "from the model's training",
     )
 
 
@@ -63,30 +63,25 @@ def tokenizer_assets(path: Path, metadata: dict[str, Any], spec: ModelSpec) -> d
 
     :class:`FormatError` if the file states a tokenizer that cannot be built.
     """
-    assets = {"generation_config.json": _generation_config(spec)}
-    if holds_tokenizer(metadata):
-        _check(path, metadata)
-        assets |= _tokenizer_files(path, metadata)
-    return assets
-
-
-def _generation_config(spec: ModelSpec) -> bytes:
     eos = list(spec.eos_token_id)
     ids = {
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": spec.pad_token_id,
     }
-    return _json({name: value for name, value in ids.items() if value is not None})
+    stated = {name: value for name, value in ids.items() if value is not None}
+    assets = {"generation_config.json": json_bytes(stated)}
+    if holds_tokenizer(metadata):
+        _check(path, metadata)
+        assets |= _tokenizer_files(path, metadata)
+    return assets
 
 
 def _tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, bytes]:
     tokens = _tokens(metadata)
     kind = _pre_tokenizer(path, metadata)
-    special = {
-        name: None if token_id is None else tokens[token_id]
-        for name, token_id in _special_ids(metadata).items()
-    }
+    ids = _special_ids(metadata)
+    special = {name: None if ident is None else tokens[ident] for name, ident in ids.items()}
     adds = _additions(path, metadata, kind, special)
     try:
         tokenizer = _built(metadata, tokens, kind)
@@ -94,20 +89,20 @@ def _tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, bytes]:
         _add_ends(tokenizer, adds, special)
         content = tokenizer.to_str(pretty=True)
         _verify(content, metadata, tokens, adds, special)
-    # The library raises whatever a stranger's lists run into, bare Exception among it.
+    # The library may raise anything for a stranger's lists, bare Exception included.
     except Exception as error:
         raise FormatError(
             f"{path}: its tokenizer cannot be built ({error}): convert from the Hugging Face "
             "folder instead"
         ) from None
     config = {
-        # The one class name that every release of transformers loads from tokenizer.json alone.
+        # The only class name that all releases of transformers load from tokenizer.json alone.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **{name: token for name, token in special.items() if token is not None},
         **adds,
     }
-    files = {"tokenizer.json": content.encode(), "tokenizer_config.json": _json(config)}
+    files = {"tokenizer.json": content.encode(), "tokenizer_config.json": json_bytes(config)}
     if _TEMPLATE in metadata:
         files["chat_template.jinja"] = metadata[_TEMPLATE].encode()
     return files
@@ -117,7 +112,7 @@ def _tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _check(path: Path, metadata: dict[str, Any]) -> None:
-    """The types of all that is read here, and that it is a tokenizer of a known kind."""
+    """Check the types of all fields that are read here, and the kind of the tokenizer."""
     tokens = metadata[_TOKENS]
     count = len(tokens) if isinstance(tokens, list) else 0
     lists: dict[str, tuple[type | tuple[type, ...], int | None]] = {
@@ -140,7 +135,7 @@ def _check(path: Path, metadata: dict[str, Any]) -> None:
     for name in (*_SPECIAL_TOKENS.values(), "eot_token_id"):
         token = metadata.get(f"tokenizer.ggml.{name}", 0)
         if type(token) is not int or not 0 <= token < max(count, 1):
-            raise _wrong(path, f"tokenizer.ggml.{name}", f"is no id among {count} tokens")
+            raise _wrong(path, f"tokenizer.ggml.{name}", f"is not an id among {count} tokens")
     for name in ("add_bos_token", "add_eos_token", "add_space_prefix", *_NOT_DONE):
         if not isinstance(metadata.get(f"tokenizer.ggml.{name}", False), bool):
             raise _wrong(path, f"tokenizer.ggml.{name}", "must be true or false")
@@ -154,13 +149,12 @@ def _check_supported(path: Path, metadata: dict[str, Any]) -> None:
         raise _unsupported(path, f"{_MODEL} is {model!r} instead of {_BYTES!r} or {_PIECES!r}")
     if needed[model] not in metadata:
         raise _wrong(path, needed[model], f"is missing, which {_MODEL} {model!r} needs")
-    for name in _NOT_DONE:
+    prefix = ["add_space_prefix"] if model == _BYTES else []
+    for name in (*_NOT_DONE, *prefix):
         if metadata.get(f"tokenizer.ggml.{name}"):
             raise _unsupported(path, f"tokenizer.ggml.{name} is true beside {_MODEL} {model!r}")
     if metadata.get("tokenizer.ggml.precompiled_charsmap"):
         raise _unsupported(path, "tokenizer.ggml.precompiled_charsmap is stated")
-    if model == _BYTES and metadata.get(_PREFIX):
-        raise _unsupported(path, f"{_PREFIX} is true beside {_MODEL} {_BYTES!r}")
 
 
 def _wrong(path: Path, key: str, problem: str) -> FormatError:
@@ -174,12 +168,12 @@ def _unsupported(path: Path, problem: str) -> FormatError:
 
 
 def _tokens(metadata: dict[str, Any]) -> list[str]:
-    """The list; an empty token has the name that llama.cpp gives it."""
+    """The list of tokens; empty ones get llama.cpp's name for them."""
     return [token or f"[EMPTY_{index}]" for index, token in enumerate(metadata[_TOKENS])]
 
 
 def _pre_tokenizer(path: Path, metadata: dict[str, Any]) -> PreTokenizer | None:
-    """How texts are divided before merging; None where they are not."""
+    """How texts are split before merging; None where they are not."""
     if metadata[_MODEL] == _PIECES:
         return None
     name = metadata.get(_PRE) or DEFAULT
@@ -189,7 +183,7 @@ def _pre_tokenizer(path: Path, metadata: dict[str, Any]) -> PreTokenizer | None:
 
 
 def _special_ids(metadata: dict[str, Any]) -> dict[str, int | None]:
-    """The ids of the special tokens; of a SentencePiece vocabulary the unknown one is needed."""
+    """The ids of the special tokens; a SentencePiece vocabulary always has an unknown one."""
     ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_TOKENS.items()}
     if metadata[_MODEL] == _PIECES and ids["unk_token"] is None and metadata[_TOKENS]:
         kinds = metadata.get(_KINDS, [])
@@ -201,19 +195,20 @@ def _special_ids(metadata: dict[str, Any]) -> dict[str, int | None]:
 def _additions(
     path: Path, metadata: dict[str, Any], kind: PreTokenizer | None, special: dict[str, str | None]
 ) -> dict[str, bool]:
-    """Whether BOS and EOS go around a text."""
-    # llama.cpp adds BOS to a SentencePiece vocabulary that does not say otherwise.
+    """Whether BOS and EOS are added to a text."""
+    # llama.cpp adds BOS to a SentencePiece vocabulary unless the file says otherwise.
     defaults = {"add_bos_token": kind is None or kind.add_bos, "add_eos_token": False}
     adds = {
         name: bool(metadata.get(f"tokenizer.ggml.{name}", default))
         for name, default in defaults.items()
     }
-    for token, name in (("bos_token", "add_bos_token"), ("eos_token", "add_eos_token")):
+    for name in adds:
+        token = name.removeprefix("add_")
         if adds[name] and special[token] is None:
             raise _wrong(
                 path,
                 f"tokenizer.ggml.{_SPECIAL_TOKENS[token]}",
-                f"is missing, though tokenizer.ggml.{name} is true or is so by default",
+                f"is missing, though tokenizer.ggml.{name} is true (or true by default)",
             )
     return adds
 
@@ -246,7 +241,7 @@ def _byte_tokenizer(metadata: dict[str, Any], ids: dict[str, int], kind: PreToke
 
 
 def _parts(merge: str) -> tuple[str, str]:
-    """The two tokens of a merge, of which the first may begin with a space."""
+    """The two tokens of a merge; the first may begin with a space."""
     middle = merge.find(" ", 1)
     if middle < 0:
         raise ValueError(f"the merge {merge!r} has one part")
@@ -280,7 +275,7 @@ def _piece_tokenizer(
 
 
 def _merges(ids: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
-    """Every two tokens that make a third, the one of the highest score first."""
+    """All pairs of tokens that make a third one, in the order of its score, highest first."""
     for token in sorted(ids, key=lambda token: (-scores[ids[token]], ids[token])):
         for split in range(1, len(token)):
             if token[:split] in ids and token[split:] in ids:
@@ -288,7 +283,7 @@ def _merges(ids: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str
 
 
 def _add_whole_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
-    """The tokens that are found in a text before anything else is done to it."""
+    """Add the tokens that are found in a text before anything else is done to it."""
     from tokenizers import AddedToken
 
     special = {
@@ -328,7 +323,7 @@ def _verify(
     adds: dict[str, bool],
     special: dict[str, str | None],
 ) -> None:
-    """That the tokenizer, read again, is the one that the file states; else ValueError."""
+    """Raise ValueError unless the tokenizer, read again, is the one that the file states."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(content)
@@ -337,14 +332,6 @@ def _verify(
     for index, token in enumerate(tokens):
         if tokenizer.token_to_id(token) != index or tokenizer.id_to_token(index) != token:
             raise ValueError(f"token {index} is not {token!r} any more")
-    around = [
-        tokens.index(str(special[token]))
-        for token, name in (("bos_token", "add_bos_token"), ("eos_token", "add_eos_token"))
-        if adds[name]
-    ]
+    around = [tokens.index(str(special[n])) for n in ("bos_token", "eos_token") if adds[f"add_{n}"]]
     if tokenizer.encode("").ids != around:
         raise ValueError("BOS and EOS are not added as the file says")
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

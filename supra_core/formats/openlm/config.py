@@ -36,8 +36,8 @@ _SOFTMAX_NAMES = ("auto", "torch_attn", "xformers_attn", "xformers_attn_variable
 _PAIRINGS = {"rotary": "half", "llama_rotary": "interleaved"}
 _GROUP_NORM_EPS = 1e-5  # PyTorch's default, which the published code uses.
 
-# The layout stores no token ids. Mistral's vocabulary has these sizes and ids, and the published
-# uptraining data ended documents with id 0, so generation must stop there too.
+# The layout stores no token ids. Mistral's vocabulary has this size and these ids; the published
+# uptraining data ends documents with id 0, so generation must stop there too.
 _MISTRAL_VOCABULARY = 32000
 _MISTRAL_BOS, _MISTRAL_EOS = 1, (2, 0)
 
@@ -113,7 +113,7 @@ def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
         "weight_tying": spec.tie_word_embeddings,
         "qk_norm": False,
         "v_head_dim": spec.value_head_dim,
-        "model_norm": _norm_name(spec.norm),
+        "model_norm": "rms_norm" if spec.norm.kind == "rms_norm" else "gain_only_lp_layer_norm",
         "norm_eps": spec.norm.eps,
         "ffn_type": "swiglu",
         **_rotary_config(spec),
@@ -123,13 +123,12 @@ def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
         raise _inexpressible("attention biases")
     for feature in sorted(later_features(spec)):
         raise _inexpressible(feature)
-    if spec.bos_token_id is not None:
-        config["bos_token_id"] = spec.bos_token_id
-    if spec.eos_token_id:
-        config["eos_token_id"] = list(spec.eos_token_id)
-    if spec.pad_token_id is not None:
-        config["pad_token_id"] = spec.pad_token_id
-    return config
+    ids = {
+        "bos_token_id": spec.bos_token_id,
+        "eos_token_id": list(spec.eos_token_id) or None,
+        "pad_token_id": spec.pad_token_id,
+    }
+    return config | {name: value for name, value in ids.items() if value is not None}
 
 
 def _refuse_unsupported(fields: Fields) -> None:
@@ -141,7 +140,7 @@ def _refuse_unsupported(fields: Fields) -> None:
 
 
 def _ffn_width(hidden: int) -> int:
-    """256 ceil(int(8 D / 3) / 256), what an absent ``intermediate_dim_ffn`` means."""
+    """256 ceil(int(8 D / 3) / 256), the default of ``intermediate_dim_ffn``."""
     return 256 * ((int(8 * hidden / 3) + 255) // 256)
 
 
@@ -191,10 +190,6 @@ def _rotary(fields: Fields) -> RotaryEmbedding:
         pairing=_PAIRINGS.get(positions, "half"),  # type: ignore[arg-type]
         scaling=None if scale == 1.0 else LinearScaling(scale),
     )
-
-
-def _norm_name(norm: Norm) -> str:
-    return "rms_norm" if norm.kind == "rms_norm" else "gain_only_lp_layer_norm"
 
 
 def _rotary_config(spec: ModelSpec) -> dict[str, Any]:

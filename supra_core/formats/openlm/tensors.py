@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from supra_core.errors import FormatError
-from supra_core.model.layout import layer_prefix, tensor_shapes
+from supra_core.model.layout import layer_prefix, mismatches, tensor_shapes
 from supra_core.model.spec import ModelSpec
 from supra_core.tensors import Array, LazyTensor, TensorSource
 
-# What data-parallel, compiled and hub models prepend to every name.
+# Prefixes of every name in data-parallel, compiled and hub models.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
@@ -25,7 +25,9 @@ def canonical_tensors(
     """OpenLM tensors under canonical names, checked against ``spec``."""
     stored = _unwrapped(tensors, where)
     if spec.tie_word_embeddings:
-        _complete_tie(stored)
+        # Some writers store a tied matrix once, under either name.
+        names = ("tok_embeddings.weight", "output.weight")
+        stored |= {n: stored[m] for n, m in (names, names[::-1]) if n not in stored and m in stored}
     _check(spec, {name: tensor.shape for name, tensor in stored.items()}, where)
     if spec.tie_word_embeddings:
         stored["tok_embeddings.weight"] = _checked_tie(stored, where)
@@ -57,18 +59,10 @@ def _check(spec: ModelSpec, found: Mapping[str, tuple[int, ...]], where: str) ->
     }
     if spec.tie_word_embeddings:
         expected["output.weight"] = expected["tok_embeddings.weight"]
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+    if problems := mismatches(expected, found):
         raise FormatError(
-            f"{where}: tensors do not match the OpenLM config ({'; '.join(problems[:8])}{more}): "
-            "name the config that belongs to these weights"
+            f"{where}: tensors do not match the OpenLM config ({problems}): name the config that "
+            "belongs to these weights"
         )
 
 
@@ -134,14 +128,6 @@ def _joined(pieces: list[LazyTensor]) -> LazyTensor:
     return LazyTensor(
         shape, pieces[0].dtype, lambda: np.concatenate([piece.read() for piece in pieces])
     )
-
-
-def _complete_tie(stored: dict[str, LazyTensor]) -> None:
-    """Some writers store a tied matrix once, under either name."""
-    names = ("tok_embeddings.weight", "output.weight")
-    for name, other in (names, names[::-1]):
-        if name not in stored and other in stored:
-            stored[name] = stored[other]
 
 
 def _checked_tie(stored: Mapping[str, LazyTensor], where: str) -> LazyTensor:

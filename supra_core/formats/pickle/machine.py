@@ -1,10 +1,9 @@
-"""A pickle's opcodes carried out by a machine that knows plain values and nothing else.
+"""A machine that runs a pickle's opcodes and knows plain values alone.
 
 Python's own unpickler calls whatever a pickle names; this one never looks a name up. A global is
-a value or a function that the caller of :func:`load` gives; any other, and every opcode that
-makes objects, is refused. All that grows is bounded, and nothing recurses into values or hashes,
-compares or prints anything but short text and numbers, so that the time is in proportion to the
-length of the pickle.
+a value or a function that the caller of :func:`load` gives; any other global, and every opcode
+that makes objects, is refused. All that grows is bounded, and only short text and numbers are
+hashed, compared or printed, so the time is proportional to the length of the pickle.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-# Opcodes of a pickle; values on the stack; marks on it, which nesting needs; numbers to remember.
+# Limits: opcodes, values on the stack, marks on it (levels of nesting), values in the memo.
 OPCODES = 4_000_000
 STACK = 100_000
 MARKS = 256
@@ -23,26 +22,26 @@ MEMO = 2_000_000
 TEXT = 16_000_000
 KEY = 1024
 NUMBER_BYTES = 256
-# Entries and characters that calls may make in all, since each may be handed the same long list.
+# Entries and characters that all calls may make: each may be given the same long list.
 MADE = 4_000_000
 
 
 class CodeError(ValueError):
-    """The pickle would run code; the message says by what."""
+    """The pickle would run code; the message says which."""
 
 
 class Function:
-    """What a global may be called as: ``call`` with the arguments of the pickle."""
+    """A global that a pickle may call."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
 
 
 class Described:
-    """A value that takes the state a pickle gives it, by :meth:`build`."""
+    """A value that takes the state which a pickle gives it."""
 
     def build(self, state: Any) -> None:
-        """Take ``state``, which may be anything; ValueError if it cannot be."""
+        """Take ``state``, which may be anything; ValueError if it does not fit."""
         raise NotImplementedError
 
 
@@ -53,12 +52,9 @@ def load(
 ) -> Any:
     """What ``content`` holds; a file is read from where it stands to the end of one pickle.
 
-    ``resolve(module, name)``: a global as a plain value, a
-    :class:`Function` or a :class:`Described`, or None to refuse it; ``reference(id)``: what a
-    persistent id means.
-
-    Raises :class:`CodeError` for what would run code, ValueError for what is damaged or beyond
-    the bounds of this module.
+    ``resolve(module, name)``: a global as a plain value or a :class:`Function`, or None to refuse
+    it. ``reference(id)``: the value of a persistent id. Raises :class:`CodeError` for what would
+    run code, ValueError for what is damaged or beyond the limits of this module.
     """
     machine = _Machine(resolve, reference)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
@@ -71,17 +67,18 @@ def load(
 
 
 def short(value: Any) -> str:
-    """``value`` for a message: text and numbers, cut; of anything else its type."""
+    """``value`` for a message: text and numbers, cut; the type of anything else."""
     if isinstance(value, str):
         return value if len(value) <= 80 else value[:80] + "..."
-    if value is None or isinstance(value, bool | float):
-        return str(value)
-    if isinstance(value, int) and value.bit_length() <= 64:
+    plain = value is None or isinstance(value, bool | float)
+    if plain or (isinstance(value, int) and value.bit_length() <= 64):
         return str(value)
     return type(value).__name__
 
 
 class _Machine:
+    """A stack, its marks and a memo; the method ``op_NAME`` carries out the opcode NAME."""
+
     def __init__(self, resolve: Callable[[str, str], Any], reference: Callable[[Any], Any]) -> None:
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -90,19 +87,14 @@ class _Machine:
         self.resolve, self.reference = resolve, reference
 
     def run(self, name: str, argument: Any) -> None:
-        if name in _VALUES:
+        if action := getattr(self, f"op_{name.lower()}", None):
+            action(argument)
+        elif name in _NEW:
+            self.push(_NEW[name]())
+        elif name in _VALUES:
             self.push(_checked(argument))
-        elif name in _CONSTANTS:
-            self.push(_CONSTANTS[name])
-        elif name in _EMPTY:
-            self.push(_EMPTY[name]())
-        elif name in _IGNORED:
-            pass
-        elif name in _ACTIONS:
-            _ACTIONS[name](self, argument)
-        else:
-            what = argument.replace(" ", ".") if name == "INST" else f"opcode {name}"
-            raise CodeError(what)
+        elif name not in _IGNORED:
+            raise CodeError(argument.replace(" ", ".") if name == "INST" else f"opcode {name}")
 
     def push(self, value: Any) -> None:
         if len(self.stack) >= STACK:
@@ -112,105 +104,111 @@ class _Machine:
     def pop(self) -> Any:
         """The topmost value, which is above the last mark."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise ValueError("a stack that is empty")
+            raise ValueError("an empty stack")
         return self.stack.pop()
 
-    def top(self) -> Any:
+    def top(self, *types: type) -> Any:
+        """The topmost value, which stays; of one of ``types`` if any are given."""
         value = self.pop()
         self.stack.append(value)
+        if types and type(value) not in types:
+            raise ValueError(f"a {types[0].__name__} of another type")
         return value
 
-    def mark(self, _: Any) -> None:
-        if len(self.marks) >= MARKS:
-            raise ValueError(f"more than {MARKS} levels deep")
-        self.marks.append(len(self.stack))
-
-    def popped_to_mark(self) -> list[Any]:
+    def to_mark(self) -> list[Any]:
+        """The values above the last mark, which are taken with it."""
         if not self.marks:
-            raise ValueError("a mark that is missing")
+            raise ValueError("a missing mark")
         start = self.marks.pop()
         values = self.stack[start:]
         del self.stack[start:]
         return values
 
-    def pop_or_mark(self, _: Any) -> None:
-        # POP takes a mark where that is the topmost.
+    def op_mark(self, _: Any) -> None:
+        if len(self.marks) >= MARKS:
+            raise ValueError(f"more than {MARKS} levels deep")
+        self.marks.append(len(self.stack))
+
+    def op_pop(self, _: Any) -> None:
+        # It takes the mark where that is the topmost.
         if self.marks and self.marks[-1] == len(self.stack):
             self.marks.pop()
         else:
             self.pop()
 
-    def pop_mark(self, _: Any) -> None:
-        self.popped_to_mark()
+    def op_pop_mark(self, _: Any) -> None:
+        self.to_mark()
 
-    def duplicate(self, _: Any) -> None:
+    def op_dup(self, _: Any) -> None:
         self.push(self.top())
 
-    def put(self, index: int | None) -> None:
+    def op_put(self, index: int | None) -> None:
         if len(self.memo) >= MEMO:
             raise ValueError(f"more than {MEMO:,} values to remember")
         self.memo[len(self.memo) if index is None else index] = self.top()
 
-    def get(self, index: int) -> None:
+    op_binput = op_long_binput = op_memoize = op_put
+
+    def op_get(self, index: int) -> None:
         if index not in self.memo:
             raise ValueError("a reference to nothing")
         self.push(self.memo[index])
 
-    def tuple_of(self, count: int) -> None:
-        values = [self.pop() for _ in range(count)]
-        self.push(tuple(reversed(values)))
+    op_binget = op_long_binget = op_get
 
-    def tuple_to_mark(self, _: Any) -> None:
-        self.push(tuple(self.popped_to_mark()))
+    def op_tuple(self, _: Any) -> None:
+        self.push(tuple(self.to_mark()))
 
-    def list_to_mark(self, _: Any) -> None:
-        self.push(self.popped_to_mark())
+    def op_tuple1(self, _: Any) -> None:
+        self.push((self.pop(),))
 
-    def dict_to_mark(self, _: Any) -> None:
-        values = self.popped_to_mark()
+    def op_tuple2(self, _: Any) -> None:
+        second, first = self.pop(), self.pop()
+        self.push((first, second))
+
+    def op_tuple3(self, _: Any) -> None:
+        third, second, first = self.pop(), self.pop(), self.pop()
+        self.push((first, second, third))
+
+    def op_list(self, _: Any) -> None:
+        self.push(self.to_mark())
+
+    def op_dict(self, _: Any) -> None:
+        values = self.to_mark()
         self.push({})
         self.set_items(values)
 
-    def frozen_set(self, _: Any) -> None:
-        self.push(frozenset(_key(value) for value in self.popped_to_mark()))
+    def op_frozenset(self, _: Any) -> None:
+        self.push(frozenset(map(_key, self.to_mark())))
 
-    def append(self, _: Any) -> None:
-        self.append_all([self.pop()])
+    def op_append(self, _: Any) -> None:
+        value = self.pop()
+        self.top(list).append(value)
 
-    def appends(self, _: Any) -> None:
-        self.append_all(self.popped_to_mark())
+    def op_appends(self, _: Any) -> None:
+        values = self.to_mark()
+        self.top(list).extend(values)
 
-    def append_all(self, values: list[Any]) -> None:
-        target = self.top()
-        if type(target) is not list:
-            raise ValueError("a list that is none")
-        target.extend(values)
+    def op_additems(self, _: Any) -> None:
+        values = self.to_mark()
+        self.top(set).update(map(_key, values))
 
-    def add_items(self, _: Any) -> None:
-        values, target = self.popped_to_mark(), self.top()
-        if type(target) is not set:
-            raise ValueError("a set that is none")
-        target.update(_key(value) for value in values)
-
-    def set_item(self, _: Any) -> None:
+    def op_setitem(self, _: Any) -> None:
         value, key = self.pop(), self.pop()
         self.set_items([key, value])
 
-    def set_items_to_mark(self, _: Any) -> None:
-        self.set_items(self.popped_to_mark())
+    def op_setitems(self, _: Any) -> None:
+        self.set_items(self.to_mark())
 
     def set_items(self, values: list[Any]) -> None:
-        target = self.top()
-        if type(target) not in (dict, OrderedDict) or len(values) % 2:
-            raise ValueError("a dictionary that is none")
+        target = self.top(dict, OrderedDict)
         for key, value in zip(values[::2], values[1::2], strict=True):
             target[_key(key)] = value
 
-    def global_named(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self.push(self.resolved(module, name))
+    def op_global(self, argument: str) -> None:
+        self.push(self.resolved(*argument.split(" ", 1)))
 
-    def global_on_stack(self, _: Any) -> None:
+    def op_stack_global(self, _: Any) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise ValueError("a global without a name")
@@ -222,7 +220,7 @@ class _Machine:
             raise CodeError(f"{short(module)}.{short(name)}")
         return found
 
-    def reduce(self, _: Any) -> None:
+    def op_reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Function) or type(arguments) is not tuple:
             raise CodeError("a call of something else than a known function")
@@ -231,7 +229,7 @@ class _Machine:
             raise ValueError(f"calls that make more than {MADE:,} entries")
         self.push(function.call(*arguments))
 
-    def build(self, _: Any) -> None:
+    def op_build(self, _: Any) -> None:
         state, target = self.pop(), self.top()
         if isinstance(target, Described):
             target.build(state)
@@ -239,33 +237,31 @@ class _Machine:
             raise CodeError("opcode BUILD")
         # An OrderedDict's state is the attribute _metadata of a module's weights: not needed.
 
-    def persistent(self, _: Any) -> None:
+    def op_binpersid(self, _: Any) -> None:
         self.push(self.reference(self.pop()))
 
 
 def ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:
     """An OrderedDict of a list of pairs, as a function for :func:`load`."""
-    found: OrderedDict[Any, Any] = OrderedDict()
-    for pair in _listed(pairs):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ValueError("a dictionary of no pairs")
-        found[_key(pair[0])] = pair[1]
-    return found
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in listed(pairs)):
+        raise ValueError("a dictionary of something else than pairs")
+    return OrderedDict((_key(name), value) for name, value in pairs)
 
 
 def set_of(values: Any = ()) -> set[Any]:
     """A set of a list of keys, as a function for :func:`load`."""
-    return {_key(value) for value in _listed(values)}
+    return set(map(_key, listed(values)))
 
 
-def _listed(values: Any) -> list[Any] | tuple[Any, ...]:
+def listed(values: Any) -> list[Any] | tuple[Any, ...]:
+    """``values`` as they are; ValueError unless they are a list or a tuple."""
     if not isinstance(values, list | tuple):
-        raise ValueError("a list that is none")
+        raise ValueError(f"{short(values)} where a list should be")
     return values
 
 
 def _checked(value: Any) -> Any:
-    """A string or number that is not longer than any is."""
+    """``value``; ValueError for a string or number that is too long."""
     if isinstance(value, str | bytes | bytearray):
         if len(value) > TEXT:
             raise ValueError(f"a string of more than {TEXT:,} characters")
@@ -275,7 +271,7 @@ def _checked(value: Any) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """Short text or a number; what else could be hashed may take any time to."""
+    """``value`` if it is short text or a number: hashing anything else may take forever."""
     if isinstance(value, str | bytes):
         if len(value) > KEY:
             raise ValueError(f"a key of more than {KEY} characters")
@@ -284,41 +280,13 @@ def _key(value: Any) -> Any:
     return value
 
 
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_IGNORED = frozenset(("PROTO", "FRAME"))
+_NEW: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set,
+}  # fmt: skip
+_IGNORED = ("PROTO", "FRAME")
 _VALUES = frozenset(
     ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
      "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
      "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 )  # fmt: skip
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "MARK": _Machine.mark,
-    "POP": _Machine.pop_or_mark,
-    "POP_MARK": _Machine.pop_mark,
-    "DUP": _Machine.duplicate,
-    "PUT": _Machine.put,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": _Machine.put,
-    "GET": _Machine.get,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "TUPLE": _Machine.tuple_to_mark,
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "LIST": _Machine.list_to_mark,
-    "DICT": _Machine.dict_to_mark,
-    "FROZENSET": _Machine.frozen_set,
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "ADDITEMS": _Machine.add_items,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items_to_mark,
-    "GLOBAL": _Machine.global_named,
-    "STACK_GLOBAL": _Machine.global_on_stack,
-    "REDUCE": _Machine.reduce,
-    "BUILD": _Machine.build,
-    "BINPERSID": _Machine.persistent,
-}
