@@ -24,7 +24,7 @@ from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.run_folder import checkpoint  # noqa: E402
 from supra_torch.run_folder.lock import Lock  # noqa: E402
-from supra_torch.uptrain import session as session_module  # noqa: E402
+from supra_torch.uptrain import gradients as gradients_module  # noqa: E402
 from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import Stop  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
@@ -289,8 +289,8 @@ def test_a_diverging_loss_stops(
         loss, steps = computed(*arguments, **options), steps + 1
         return loss * 1.5 ** max(0, steps - 20)
 
-    computed = session_module.gradients
-    monkeypatch.setattr(session_module, "gradients", gradients)
+    computed = gradients_module.gradients
+    monkeypatch.setattr(gradients_module, "gradients", gradients)
     # One stage of 60 steps.
     config = settings.model_copy(update={"stages": settings.stages[:1], "tokens": 60 * 64})
     run = tmp_path / "run"

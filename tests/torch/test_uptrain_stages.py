@@ -16,10 +16,10 @@ from supra_core.errors import SupraError  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.run_folder import checkpoint  # noqa: E402
-from supra_torch.uptrain import train as train_module  # noqa: E402
-from supra_torch.uptrain.one_step import learning_rate_factor  # noqa: E402
+from supra_torch.uptrain import evaluation  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from supra_torch.uptrain.step.stages import _mean_square  # noqa: E402
+from supra_torch.uptrain.step.step import learning_rate_factor  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     SETTINGS,
     end_by,
@@ -182,12 +182,12 @@ def test_a_perplexity_is_measured_once(
 ) -> None:
     counted = []
 
-    def count(session: Any, model: Any) -> float:
-        counted.append(model)
-        return measured(session, model)
+    def count(*given: Any) -> float:
+        counted.append(given)
+        return measured(*given)
 
-    measured = train_module._perplexity
-    monkeypatch.setattr(train_module, "_perplexity", count)
+    measured = evaluation.held_out_perplexity
+    monkeypatch.setattr(evaluation, "held_out_perplexity", count)
     run = tmp_path / "run"
     uptrain(paper.model_copy(update={"tokens": 128, "evaluate_every": 1}), run)
     # The teacher's, the untrained model's, and one after each of two steps.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,7 +47,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes and talks."""
+        """Whether this is rank 0, which writes files and messages."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -65,24 +65,25 @@ class Processes:
             self.wait()
 
     @property
-    def sharing(self) -> int:
+    def context_parallel_size(self) -> int:
         """How many processes share every row."""
         return 1 if self.part is None else self.part.count
 
     @property
-    def crews(self) -> int:
-        """Among how many the rows of a batch are divided: processes, or those that share rows."""
-        return self.size // self.sharing
+    def data_parallel_size(self) -> int:
+        """Among how many the rows of a batch are divided: processes, or groups that share rows."""
+        return self.size // self.context_parallel_size
 
     @property
-    def crew(self) -> int:
-        """Which of them this process belongs to."""
-        return self.rank // self.sharing
+    def data_parallel_rank(self) -> int:
+        """The number of this process, or of its group, among them."""
+        return self.rank // self.context_parallel_size
 
     def share(self, rows: int) -> slice:
-        """This process's rows of a batch; they are a multiple of the crews."""
-        own = rows // self.crews
-        return slice(self.crew * own, (self.crew + 1) * own)
+        """This process's rows of a batch of ``rows``, a multiple of the data-parallel size."""
+        own = rows // self.data_parallel_size
+        first = self.data_parallel_rank * own
+        return slice(first, first + own)
 
     def sums(self, values: list[float]) -> list[float]:
         """Each value summed over all processes, in float64."""
@@ -92,9 +93,26 @@ class Processes:
         dist.all_reduce(reduced, group=self.control)
         return reduced.tolist()
 
+    def together(
+        self, act: Callable[[], None], elsewhere: str, values: Sequence[float] = ()
+    ) -> list[float]:
+        """Run ``act`` in every process; returns the sums of ``values``.
+
+        Where it raises a SupraError in one, all raise: that error, or EndedByAnother(elsewhere).
+        """
+        error = None
+        try:
+            act()
+        except SupraError as found:
+            error = found
+        failed, *sums = self.sums([float(error is not None), *values])
+        if failed:
+            raise error or EndedByAnother(elsewhere)
+        return sums
+
 
 def is_first() -> bool:
-    """Whether this is the process that talks, of those that torchrun started."""
+    """Whether this is rank 0 of the processes that torchrun started, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 

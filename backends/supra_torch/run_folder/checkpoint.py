@@ -29,11 +29,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from supra_core.artifact import folder as artifact
 from supra_core.errors import (
-    EndedByAnother,
     FormatError,
     LayoutError,
     SpecError,
-    SupraError,
     WriteError,
 )
 from supra_core.formats import checksums, distributed, safetensors
@@ -129,14 +127,11 @@ class Checkpoints:
         self._writing = self._thread.submit(self._write, _Parts(place, spec, copied))
         self.saved = place
 
-    @property
-    def failed(self) -> bool:
-        """Whether the checkpoint under way is known to have failed, here."""
-        return (
-            self._writing is not None
-            and self._writing.done()
-            and self._writing.exception() is not None
-        )
+    def raise_if_failed(self) -> None:
+        """Raise WriteError when the checkpoint under way is known to have failed, here."""
+        writing = self._writing
+        if writing is not None and writing.done() and writing.exception() is not None:
+            self.wait()
 
     def wait(self) -> None:
         """Until the checkpoint under way is on disk; raises WriteError when it failed."""
@@ -259,15 +254,12 @@ def check(checkpoint: Path, processes: Processes) -> None:
 
     What older versions wrote has no sums, and is only seen to hold numbers.
     """
-    damage = None
-    if processes.is_first:
-        try:
+
+    def look() -> None:
+        if processes.is_first:
             _check(checkpoint)
-        except SupraError as error:
-            damage = error
-    (failed,) = processes.sums([float(damage is not None)])
-    if failed:
-        raise damage or EndedByAnother(f"{checkpoint} is not as it was written")
+
+    processes.together(look, f"{checkpoint} is not as it was written")
 
 
 def _check(checkpoint: Path) -> None:

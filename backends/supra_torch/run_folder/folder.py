@@ -25,6 +25,7 @@ from supra_core.formats import checksums, safetensors
 from supra_core.formats.atomic import atomic_file, clear_partial, is_partial, writing
 from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import parse, read_object, reason
+from supra_core.sources.source import RUN_FILE
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_torch.recipes.config import UptrainConfig
 from supra_torch.run_folder.checkpoint import Place
@@ -40,7 +41,7 @@ def metrics_of(run: Path) -> Path:
 
 def refuse_another_run(run: Path, config: UptrainConfig) -> None:
     """Raise SupraError when ``run`` is no run, or one that trained with other settings."""
-    file = run / "run.json"
+    file = run / RUN_FILE
     with writing(run):
         if run.exists() and not run.is_dir():
             raise SupraError(f"{run} is a file: name a folder for the run")
@@ -79,7 +80,7 @@ def refuse_another_run(run: Path, config: UptrainConfig) -> None:
 
 def claim(run: Path, config: UptrainConfig, precision: str, processes: int) -> None:
     """Write run.json, unless the run has one already."""
-    file = run / "run.json"
+    file = run / RUN_FILE
     if file.is_file():
         return
     with writing(run):
@@ -127,7 +128,7 @@ def unclaim(run: Path, existed: bool) -> None:
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "data", ignore_errors=True)
     # Last: without it the folder is no run's.
-    (run / "run.json").unlink()
+    (run / RUN_FILE).unlink()
     if not existed:
         run.rmdir()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from supra_core.errors import SupraError
+from supra_core.sources.source import RUN_FILE
 
 # Processes that were told to end may still be writing their checkpoint; torchrun gives them 30 s.
 _PATIENCE = 30.0
@@ -28,7 +29,7 @@ class Lock:
         Raises SupraError when another process has kept the lock for half a minute. Does nothing on
         file systems without locks.
         """
-        file = self._run / "run.json"
+        file = self._run / RUN_FILE
         if not file.is_file() or self._holds(file):
             return
         self.release()
