@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_says_how_to_go_on_without_it(
     newest = checkpoint.checkpoints(run)[-1]
     weights = sorted(newest.rglob("*.safetensors"))
     assert len(weights) == 2
-    remedy = f"or delete {newest}, to go on from {checkpoint.checkpoints(run)[-2]}"
+    remedy = f"or delete {newest}, to resume from {checkpoint.checkpoints(run)[-2]}"
     for file in (newest / "state.json", newest / "model" / "config.json", *weights):
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
@@ -129,7 +129,7 @@ def test_a_converted_model_holds_its_own_teacher(
     run = tmp_path / "run"
     assert run_in_process(config, run).wait() == 0
     assert logged_losses(run) == logged_losses(finished)
-    with pytest.raises(SupraError, match="no longer holds the transformer"):
+    with pytest.raises(SupraError, match="no longer holds its transformer"):
         uptrain(settings.model_copy(update={"model": str(run / "model")}), tmp_path / "again")
 
 
@@ -183,10 +183,10 @@ def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path
     ("overrides", "message"),
     [
         ({"tokens": "many"}, "field tokens"),
-        ({"segment_tokens": "true"}, "field segment_tokens: a number is needed"),
-        ({"activation_checkpointing": "-2"}, "true, false or a number of layers is needed, not -2"),
+        ({"segment_tokens": "true"}, "field segment_tokens: must be a number"),
+        ({"activation_checkpointing": "-2"}, "must be true, false or a number of layers, not -2"),
         ({"tokns": "3"}, "field tokns"),
-        ({"stages.7.learning_rate": "1e-3"}, "no such setting"),
+        ({"stages.7.learning_rate": "1e-3"}, "unknown setting stages.7.learning_rate"),
         ({"stages.0.kind": "guess"}, r"field stages\.0\.kind"),
         ({"linearize.window": "-4"}, r"field linearize\.window"),
         ({"sequence_length": "33", "stages.0.cut": "2"}, "33 cannot be cut into 2"),
@@ -221,7 +221,7 @@ def test_wrong_settings_are_named(overrides: dict[str, str], message: str) -> No
 
 def test_one_process_shares_no_rows(settings: UptrainConfig, tmp_path: Path) -> None:
     config = settings.model_copy(update={"context_parallel": 2})
-    with pytest.raises(SupraError, match="context_parallel is 2: one process is no multiple"):
+    with pytest.raises(SupraError, match="context_parallel is 2: one process is not a multiple"):
         uptrain(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -229,7 +229,7 @@ def test_one_process_shares_no_rows(settings: UptrainConfig, tmp_path: Path) -> 
 def test_a_recipe_in_a_file_is_a_name(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text('model = "m"\ndata = "d"\nrecipe = 5\n')
-    with pytest.raises(SupraError, match="field recipe: 5 is no name: use one of"):
+    with pytest.raises(SupraError, match="field recipe: 5 is not a name: use one of"):
         resolve(config=file, model=None, recipe=None, data=None, overrides={})
 
 

@@ -134,7 +134,7 @@ def test_activation_checkpointing_changes_no_loss(paper: UptrainConfig, tmp_path
 
 
 def test_a_stage_must_have_something_to_train(settings: UptrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(SupraError, match="nothing would learn"):
+    with pytest.raises(SupraError, match="are both 0: set one of them"):
         resolve(
             config=None, model="m", recipe=None, data="d",
             overrides={"stages.0.learning_rate": "0.0", "stages.0.new_learning_rate": "0.0"},

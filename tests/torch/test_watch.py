@@ -99,7 +99,7 @@ def test_a_service_that_does_not_begin_is_named(
     monkeypatch.setitem(watch._SINKS, "wandb", no_key)
     opening = watch.sinks(["tensorboard", "wandb"], tmp_path, {}, 0)
     with pytest.raises(
-        SupraError, match=r"report_to: wandb does not begin \(api_key not configured\)"
+        SupraError, match=r"report_to: wandb failed to start \(api_key not configured\)"
     ), opening:  # fmt: skip
         pass
     assert closed == ["tensorboard"]
@@ -121,7 +121,7 @@ def test_what_takes_less_memory_is_said(
         raise error
 
     monkeypatch.setattr(gradients_module, "gradients", gradients)
-    with pytest.raises(SupraError, match=r"memory has run out \(.*\): set device_rows=1"):
+    with pytest.raises(SupraError, match=r"out of memory \(.*\): set device_rows=1"):
         uptrain(settings, tmp_path / "run")
 
 

@@ -72,7 +72,7 @@ def stage_gradients(
             if sums is not None:
                 sums.add()
         if sums is not None:
-            sums.leave()
+            sums.put_back()
         return total * divisor
 
     return CapturedGradients(compute, trained, session.say) if captured else compute
