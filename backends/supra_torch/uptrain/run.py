@@ -46,7 +46,7 @@ from supra_torch.uptrain.inputs import Inputs, open_inputs, refuse_another_recip
 from supra_torch.uptrain.interrupts import Stop
 from supra_torch.uptrain.memory import keep_freed_memory, memory_errors
 from supra_torch.uptrain.session import Session
-from supra_torch.uptrain.step.data import Mixture, mixture, refuse_too_little, refuse_unfit, stored
+from supra_torch.uptrain.step.data import Mixture, Texts, mixture, refuse_too_little
 from supra_torch.uptrain.train import train
 from supra_torch.uptrain.watch import refuse_missing, sinks
 
@@ -123,14 +123,15 @@ def _claim(session: Session, inputs: Inputs, lock: Lock) -> Mixture:
     """Make the folder this run's, and tokenise its text; SupraError when the text will not do."""
     config, run, is_first = session.config, session.run, session.processes.is_first
     refuse_another_recipe(config, inputs.student_spec)
-    refuse_unfit(config.data_parts, inputs.student_assets)
+    texts = Texts(config.data_parts, inputs.student_assets, inputs.student_spec, run / "data")
+    texts.refuse_unfit()
     existed, begun = run.is_dir(), metrics_of(run).is_file()
     claim(run, config, session.precision, session.processes.size)
     if is_first:
         lock.take()
         clear(run)
     try:
-        return _text(session, inputs, begun)
+        return _tokenised(session, inputs, texts, begun)
     except WriteError:
         # The same command resumes once there is room.
         raise
@@ -140,13 +141,10 @@ def _claim(session: Session, inputs: Inputs, lock: Lock) -> Mixture:
         raise
 
 
-def _text(session: Session, inputs: Inputs, begun: bool) -> Mixture:
+def _tokenised(session: Session, inputs: Inputs, texts: Texts, begun: bool) -> Mixture:
     """The run's text in tokens; SupraError when it is too short, or has changed."""
-    config, parts = session.config, session.config.data_parts
-    tokens = stored(
-        parts, inputs.student_assets, inputs.student_spec, session.run / "data", session.progress,
-        begun=begun, check=session.processes.is_first,
-    )  # fmt: skip
+    config, parts = session.config, texts.parts
+    tokens = texts.stores(session.progress, begun=begun, check=session.processes.is_first)
     for part, store in zip(parts, tokens, strict=True):
         # Older versions did not count it.
         if left_out := store.index.get("left_out"):
