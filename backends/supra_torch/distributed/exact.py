@@ -64,6 +64,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], most: float, processes: P
     return norm
 
 
-def local(gradient: Tensor) -> Tensor:
-    """This process's shard of a gradient."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from supra_torch.distributed.exact import local
 from supra_torch.ops import chunked, final_state, losses, window_softmax
 
 _aten = torch.ops.aten
@@ -85,7 +86,7 @@ class Trace(TorchDispatchMode):
         """Label these tensors for :meth:`peak`."""
         for tensor in tensors:
             if tensor is not None:
-                self._labels[self._serial(_local(tensor))] = name
+                self._labels[self._serial(local(tensor))] = name
 
     def peak(self, since: int = 0) -> dict[str, int]:
         """Bytes of each label when the sum was largest, from event ``since`` on.
@@ -232,10 +233,6 @@ def _described(x: Any) -> Any:
     if isinstance(x, Tensor):
         return (x.shape, x.stride(), x.dtype, x.requires_grad)
     return x
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Checkpoints, written by all processes while training goes on, whole or not at all.
+"""Checkpoints, written by all processes during training, whole or not at all.
 
 ``RUN/checkpoints/step_00000050/`` holds ``model/`` (an artifact), ``optimiser/``, in a stage that
 trains adapters ``adapters/`` (``model/`` is then without them), and ``state.json``. Weights are
@@ -266,8 +266,6 @@ def _check(checkpoint: Path) -> None:
         for folder in (checkpoint, *(checkpoint / kind for kind in (MODEL, OPTIMISER, ADAPTERS))):
             checksums.refuse_changed(folder, "get it again")
         for kind in (MODEL, OPTIMISER, ADAPTERS):
-            if not _is_there(checkpoint / kind):
-                continue
             broken = first_not_finite(_read(checkpoint / kind))
             if broken is not None:
                 raise FormatError(
@@ -341,20 +339,14 @@ def _float32(
 
 
 def _read(place: Path) -> dict[str, LazyTensor]:
+    """The tensors of a part of a checkpoint; none where it has no such part."""
     if distributed.holds_shards(place):
         return distributed.read_folder(place)
     # Runs from before checkpoints were written by several processes.
     if place.is_dir():
         return safetensors.read_folder(place)
-    return safetensors.read_file(_single(place))
-
-
-def _is_there(place: Path) -> bool:
-    return place.is_dir() or _single(place).is_file()
-
-
-def _single(place: Path) -> Path:
-    return place.with_name(place.name + ".safetensors")
+    single = place.with_name(place.name + ".safetensors")
+    return safetensors.read_file(single) if single.is_file() else {}
 
 
 def _optimiser_tensors(

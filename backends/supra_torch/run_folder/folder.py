@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -25,6 +24,7 @@ from supra_core.formats import checksums, safetensors
 from supra_core.formats.atomic import atomic_file, clear_partial, is_partial, writing
 from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import parse, read_object, reason
+from supra_core.measure.machine import versions
 from supra_core.sources.source import RUN_FILE
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_torch.recipes.config import UptrainConfig
@@ -87,14 +87,13 @@ def claim(run: Path, config: UptrainConfig, precision: str, processes: int) -> N
         return
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
-    packages = ("supra-lm", "torch", "numpy", "safetensors", "tokenizers")
     record = {
         "config": config.model_dump(mode="json"),
         "directory": os.getcwd(),
         "teacher": _absolute(config.teacher or config.model),
         "precision": precision,
         "processes": processes,
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "versions": versions("torch", "numpy", "safetensors", "tokenizers"),
         "git": git_state(Path(__file__)),
         "machine": platform.machine(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -283,10 +282,3 @@ def _located(key: str, value: Any, directory: str) -> Any:
     if not is_path or not isinstance(value, str):
         return value
     return _absolute(value, directory)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
