@@ -105,7 +105,7 @@ def allocated_peak(config: UptrainConfig, number: int) -> int:
             if sums is not None:
                 sums.add()
         if sums is not None:
-            sums.leave()
+            sums.put_back()
         return total
 
     def step() -> None:
