@@ -19,21 +19,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from supra_core.measure.machine import processor_name, today, versions
 from supra_torch.ops import windowed_attention
 from supra_torch.ops.linear_attention import linear_attention_with_sums
+from supra_torch.uptrain.memory import peak_memory, reset_peak
 
 HEADS, KEY_HEADS, SIZE, WINDOW = 9, 3, 64, 64
 OPERATORS = ("sdpa", "dense", "paper", "windowed far", "windowed")
@@ -99,18 +99,12 @@ def seconds(step: Callable[[], Any], repeats: int) -> float:
 
 def own_peak_bytes(operator: str, tokens: int, dtype: torch.dtype) -> int:
     """What one step takes in this process, its inputs included."""
-    before = _status("VmRSS")
-    # Makes the peak start anew (man 5 proc).
-    Path("/proc/self/clear_refs").write_text("5")
+    device = torch.device("cpu")
+    # Right after the peak is reset, it is what is resident now.
+    reset_peak(device)
+    before = peak_memory(device)
     forward_backward(operator, 1, tokens, dtype)()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")
+    return peak_memory(device) - before
 
 
 def peak_bytes(operator: str, tokens: int, dtype: str) -> int:
@@ -139,20 +133,13 @@ def measure(repeats: int) -> dict[str, Any]:
                     row[operator] = round(peak_bytes(operator, tokens, dtype) / 1e6)
             peaks.append(row)
     return {
-        "date": date.today().isoformat(),
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "date": today(),
+        "machine": f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": versions("torch"),
         "repeats": repeats,
         "milliseconds": times,
         "peak_megabytes": peaks,
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores"
-    return platform.processor()
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ their published descriptions. ``--rows FILE`` compares other things, such as the
 this script: a TOML table a row, with its ``recipe`` (a name, or a file beside FILE) and under
 ``set`` the settings that differ. Each row is trained by ``supra uptrain`` and measured by ``supra
 eval``; FOLDER keeps runs and records, ``recipes.json`` and the table ``recipes.md``, written after
-every row. Run again, it goes on where it stopped.
+every row. Run again to resume.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def earlier(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
-    """The record of a call before with the same settings, or an empty one."""
+    """The record of an earlier call with the same settings, or an empty one."""
     settings = {
         "model": arguments.model,
         "data": arguments.data,
@@ -80,11 +80,11 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("model", help="what every row is trained from")
-    parser.add_argument("--against", help="the transformer, where MODEL is none")
+    parser.add_argument("model", help="the model that every row trains")
+    parser.add_argument("--against", help="the transformer, if MODEL is not one")
     parser.add_argument("--data", required=True, help="text to train on, as for supra uptrain")
     parser.add_argument(
-        "--eval", action="append", type=Path, required=True, help="as --data of supra eval"
+        "--eval", action="append", type=Path, required=True, help="a file, as for supra eval --data"
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -93,18 +93,18 @@ def parsed() -> argparse.Namespace:
         default=Path(__file__).with_name("recipes.toml"),
         help="what to compare",
     )
-    parser.add_argument("--row", action="append", help="one of them; default: all")
+    parser.add_argument("--row", action="append", help="name of a row; repeatable; default: all")
     parser.add_argument("--tokens", type=int, default=102_400)
-    parser.add_argument("--limit", type=int, default=20_480, help="tokens of a text")
-    parser.add_argument("--examples", type=int, default=250, help="of a .jsonl file's")
+    parser.add_argument("--limit", type=int, default=20_480, help="tokens of each text")
+    parser.add_argument("--examples", type=int, default=250, help="examples of each .jsonl file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[], help="as of supra uptrain, in all")
+    parser.add_argument("--set", action="append", default=[], help="setting of every row")
     parser.add_argument("--form", choices=("recurrent", "parallel"), default="recurrent")
     return parser.parse_args()
 
 
 def train(arguments: argparse.Namespace, row: Row, run: Path) -> dict[str, Any]:
-    """Uptrain, or take what is there; the summary, and the seconds of calibration and steps."""
+    """Uptrain unless it is done; the summary, and the seconds of calibration and steps."""
     settings = {"tokens": arguments.tokens, "seed": arguments.seed, **row.get("set", {})}
     recipe = row["recipe"]
     if recipe.endswith(".toml"):
@@ -180,7 +180,7 @@ def supra(command: list[str]) -> dict[str, Any]:
         [sys.executable, "-m", "supra_cli", *command, "--json"], stdout=subprocess.PIPE, check=False
     )
     if done.returncode < 0 or done.returncode == 130:
-        # Interrupted: the next call goes on.
+        # Interrupted: the next call resumes.
         sys.exit(130)
     if done.returncode:
         raise Failed(f"{shlex.join(['supra', *command])} ended with {done.returncode}")

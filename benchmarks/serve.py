@@ -4,7 +4,7 @@
     python benchmarks/serve.py http://127.0.0.1:8080/v1 --clients 1 4 16 --out serve.json
 
 Any server of that interface will do, so that two can be compared. Each client asks one question
-of ``--words`` words after another, each another one, and reads its answer as a stream; all
+after another, of ``--words`` words each, and reads the answer as a stream; all
 sample greedily, and answers are cut at ``--tokens``. Tokens are counted by the server.
 """
 
@@ -28,11 +28,11 @@ _WORDS = ("river", "stone", "market", "winter", "letter", "garden", "engine", "i
 
 
 class Answer(NamedTuple):
-    """Seconds to the first piece of text, and the tokens read and said."""
+    """Seconds to the first piece of text; prompt tokens and generated tokens."""
 
     first: float
     prompt: int
-    said: int
+    generated: int
 
 
 def main() -> None:
@@ -59,13 +59,13 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("url", help="up to and with /v1")
-    parser.add_argument("--model", help="as the server names it; default: its first")
-    parser.add_argument("--key", default="none", help="where the server wants one")
+    parser.add_argument("url", help="URL of the server, ending in /v1")
+    parser.add_argument("--model", help="name of the model; default: the server's first")
+    parser.add_argument("--key", default="none", help="API key, if the server needs one")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--questions", type=int, default=2, help="of each client")
-    parser.add_argument("--words", type=int, default=100, help="of a question")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
+    parser.add_argument("--questions", type=int, default=2, help="questions of each client")
+    parser.add_argument("--words", type=int, default=100, help="words in a question")
+    parser.add_argument("--tokens", type=int, default=64, help="upper limit of tokens in an answer")
     parser.add_argument("--out", type=Path, help="the record, a JSON file")
     return parser.parse_args()
 
@@ -86,14 +86,14 @@ def load(client: OpenAI, model: str, clients: int, arguments: argparse.Namespace
     with ThreadPoolExecutor(clients) as pool:
         answers = [answer for given in pool.map(one, range(clients)) for answer in given]
     seconds = time.perf_counter() - start
-    said = sum(answer.said for answer in answers)
+    generated = sum(answer.generated for answer in answers)
     return {
         "clients": clients,
         "answers": len(answers),
         "seconds": seconds,
         "prompt_tokens": sum(answer.prompt for answer in answers),
-        "tokens": said,
-        "tokens_per_second": said / seconds,
+        "tokens": generated,
+        "tokens_per_second": generated / seconds,
         "first_median": statistics.median(answer.first for answer in answers),
         "first_longest": max(answer.first for answer in answers),
     }
@@ -102,7 +102,7 @@ def load(client: OpenAI, model: str, clients: int, arguments: argparse.Namespace
 def ask(client: OpenAI, model: str, question: str, tokens: int) -> Answer:
     """One streamed answer."""
     start = time.perf_counter()
-    first, prompt, said = None, 0, 0
+    first, prompt, generated = None, 0, 0
     stream = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": question}],
@@ -115,8 +115,8 @@ def ask(client: OpenAI, model: str, question: str, tokens: int) -> Answer:
         if first is None and chunk.choices and chunk.choices[0].delta.content:
             first = time.perf_counter() - start
         if chunk.usage is not None:
-            prompt, said = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
-    return Answer(first if first is not None else time.perf_counter() - start, prompt, said)
+            prompt, generated = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+    return Answer(first if first is not None else time.perf_counter() - start, prompt, generated)
 
 
 if __name__ == "__main__":

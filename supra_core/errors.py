@@ -65,4 +65,4 @@ class EndedByAnother(SupraError):  # noqa: N818 - the error is another process's
 
 
 class Preempted(BaseException):  # noqa: N818 - like KeyboardInterrupt, no error
-    """SIGTERM stopped the process after it saved its state: start it again."""
+    """SIGTERM stopped the process after it saved its state: run the same command to resume."""

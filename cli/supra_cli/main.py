@@ -66,7 +66,7 @@ class SupraGroup(TyperGroup):
             log("", "supra: interrupted")
             _end(EXIT_INTERRUPTED)
         except Preempted:
-            log("supra: stopped by SIGTERM; progress is saved: run the same command to resume")
+            log("supra: stopped by SIGTERM; progress is saved. Run the same command to resume.")
             _end(EXIT_START_AGAIN)
         except Exception as error:
             # A broken pipe is left to typer: who read the output has gone, and wants no word.

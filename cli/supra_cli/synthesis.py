@@ -1,4 +1,4 @@
-"""Synthesis from a model's path to a folder of text: what is checked, sampled, written."""
+"""Synthesis: from a model to a folder of generated text."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from supra_core.sources.teacher import holds_original, original
 from supra_core.tensors import dtype_named
 from supra_core.text.chat_template import ChatTurns
 
-# So many batches without a sample to keep are no accident.
+# Batches in a row without a usable sample, after which to give up.
 _MOST_FRUITLESS = 4
-# Of conversations, for a model that has a template.
+# Share of conversations for a model with a chat template.
 _SHARE = 0.5
 
 
 def synthesize(
     model: str, out: Path, settings: Settings, *, force: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Sample until ``settings.tokens`` tokens are kept in the folder ``out``; the record of it.
+    """Sample until ``settings.tokens`` tokens are in the folder ``out``; returns the record.
 
-    Goes on where an earlier call with the same settings stopped. Raises SupraError for bad input
-    before anything is sampled, and when nothing worth keeping comes.
+    Resumes an earlier call with the same settings. Raises SupraError for bad input before
+    sampling begins, and when samples are unusable.
     """
     source = _transformer(model)
     turns, words, settings = _prepared(source, model, settings)
@@ -53,13 +53,13 @@ def synthesize(
 
 
 def _transformer(model: str) -> Source:
-    """The transformer that is to speak: ``model``, or the one inside a fresh conversion."""
+    """The transformer to sample from: ``model``, or the one inside a fresh conversion."""
     source = open_source(model)
     if source.spec.is_transformer:
         return source
     if not holds_original(source):
         raise SupraError(
-            f"{model} is no transformer and no longer holds the one it was made from: name that"
+            f"{model} is not a transformer and no longer holds the one it was made from: name that"
         )
     spec, tensors = original(source)
     return replace(source, spec=spec, tensors=dict(tensors))
@@ -68,7 +68,7 @@ def _transformer(model: str) -> Source:
 def _prepared(
     source: Source, model: str, settings: Settings
 ) -> tuple[ChatTurns | None, Vocabulary, Settings]:
-    """The template's strings, the tokenizer, and settings without defaults left open."""
+    """The template's strings, the tokenizer, and the settings with all defaults filled in."""
     most = source.spec.max_position_embeddings
     if settings.length > most:
         raise SupraError(f"--length must be at most {most}, the model's context")
@@ -79,7 +79,7 @@ def _prepared(
     share = settings.conversations
     if template is None and share:
         raise SupraError(
-            f"{model} has no chat template, so it cannot converse: leave out --conversations"
+            f"{model} has no chat template, so it cannot converse: remove --conversations"
         )
     if share is None:
         share = 0.0 if template is None else _SHARE
@@ -120,14 +120,14 @@ def _sample(
         fruitless = fruitless + 1 if all(sample.dropped for sample in samples) else 0
         if fruitless == _MOST_FRUITLESS:
             raise SupraError(
-                f"the last {fruitless} batches had nothing worth keeping: change --temperature, "
-                "--top-p or --length, or take another model"
+                f"the last {fruitless} batches had no usable sample: change --temperature, "
+                "--top-p or --length, or use another model"
             )
     progress("synthesize", settings.tokens, settings.tokens)
 
 
 class _Watch:
-    """Tells ``progress`` about every step, with the speed since the first."""
+    """Reports every step to ``progress``, with the speed since the first."""
 
     def __init__(self, wanted: int, progress: Progress) -> None:
         self._wanted, self._progress = wanted, progress
@@ -135,7 +135,7 @@ class _Watch:
         self._kept = self._new = 0
 
     def begin(self, kept: int) -> None:
-        """A batch begins; so many tokens are kept from those before."""
+        """Begin a batch; ``kept`` tokens come from those before."""
         self._kept, self._new = kept, 0
 
     def __call__(self, tokens: int) -> None:
@@ -159,7 +159,7 @@ def _write(out: Path, model: str, decided: dict[str, Any], tally: Tally | None) 
 
 
 def _fingerprint(source: Source) -> str:
-    """What tells models apart without reading them: shape, tokenizer, template, the last norm."""
+    """A hash of shape, tokenizer, template and last norm: cheap to read, different by model."""
     # Provenance names the place, which is no part of the model.
     shape = {key: part for key, part in source.spec.to_dict().items() if key != "provenance"}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())

@@ -288,4 +288,4 @@ def test_a_model_that_says_nothing_worth_keeping_is_told(
     )
     model = write_model(tmp_path / "model", None)
     message = refused(model, tmp_path / "out", "--length", "200", "--batch", "4")
-    assert "nothing worth keeping" in message and "--temperature" in message
+    assert "no usable sample" in message and "--temperature" in message

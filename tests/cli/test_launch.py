@@ -422,7 +422,7 @@ def test_a_recipe_in_a_file_does_not_travel(config: Path, scheduler: str, tmp_pa
     arguments = ["launch", scheduler, str(config), "--set", f"recipe={recipe}", *more]
     done = runner.invoke(app, arguments)
     assert done.exit_code == 2
-    assert "is a file, which is not there" in done.stderr
+    assert "is a file, which the job's nodes do not have" in done.stderr
 
 
 def test_a_missing_config_is_refused(tmp_path: Path) -> None:

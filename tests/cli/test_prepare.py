@@ -118,8 +118,8 @@ def test_left_out_records_are_told(model: Path, tmp_path: Path) -> None:
     assert "skip such records with --skip-bad" in said
     done = runner.invoke(app, [*map(str, arguments), str(tmp_path / "out"), "--skip-bad"])
     assert done.exit_code == 0
-    assert done.stderr.count("left out: ") == 11
-    assert "left out: 2 more" in done.stderr
+    assert done.stderr.count("skipped: ") == 11
+    assert "skipped: 2 more" in done.stderr
 
 
 BAD_RECORDS = {

@@ -106,7 +106,7 @@ def allocated_peak(config: UptrainConfig, number: int) -> int:
             if sums is not None:
                 sums.add()
         if sums is not None:
-            sums.leave()
+            sums.put_back()
         return total
 
     def step() -> None:
@@ -282,7 +282,7 @@ def test_a_row_shared_by_devices(tiny_transformer: Path, recipe: str) -> None:
         # Softmax has more keys, and the states at the end of a part are computed before.
         assert theirs.flops_per_token < ours.flops_per_token < 1.5 * theirs.flops_per_token
         assert ours.parts["activations"] == pytest.approx(theirs.parts["activations"], rel=0.5)
-    with pytest.raises(SupraError, match="context_parallel is 2: 3 processes are no multiple"):
+    with pytest.raises(SupraError, match="context_parallel is 2: 3 processes are not a multiple"):
         plan(whole.model_copy(update={"context_parallel": 2}), gpu="h100", gpus=3)
 
 
@@ -320,8 +320,8 @@ def test_this_machine_is_tried(tiny_transformer: Path) -> None:
     ("arguments", "message"),
     [
         ({"gpu": "h1000"}, "--gpu h1000 is unknown: use one of b200, h200, h100,"),
-        ({"gpu": "h100", "gpus": 0}, "--gpus 0: at least 1 is needed"),
-        ({"gpu": "h100", "nodes": -1}, "--nodes -1: at least 1 is needed"),
+        ({"gpu": "h100", "gpus": 0}, "`gpus` is 0: must be at least 1"),
+        ({"gpu": "h100", "nodes": -1}, "`nodes` is -1: must be at least 1"),
         ({"gpu": "h100", "gpus": 3}, "which 3 processes cannot share evenly: set batch_tokens"),
     ],
 )

@@ -176,7 +176,7 @@ def test_what_a_stage_is_done_with_is_freed(shared: UptrainConfig, tmp_path: Pat
     """Sharded modules are cycles: the student of the stage before, and a teacher of no use."""
     before = (
         "import weakref\n"
-        "from supra_torch.uptrain import train\n"
+        "from supra_torch.uptrain import stage, train\n"
         "seen = []\n"
         "def noting(make):\n"
         "    def made(*given):\n"
@@ -185,7 +185,7 @@ def test_what_a_stage_is_done_with_is_freed(shared: UptrainConfig, tmp_path: Pat
         "        seen.append(weakref.ref(model.model.layers[0].mlp.gate_proj.weight))\n"
         "        return model\n"
         "    return made\n"
-        "train.trained_student = noting(train.trained_student)\n"
+        "stage.trained_student = noting(stage.trained_student)\n"
         "train.frozen_teacher = noting(train.frozen_teacher)\n"
     )
     stages = [shared.stages[2].model_copy(update={"share": share}) for share in (0.5, 0.5)]

@@ -24,7 +24,7 @@ from supra_core.tensors import LazyTensor  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, resolve  # noqa: E402
 from supra_torch.run_folder import checkpoint  # noqa: E402
 from supra_torch.run_folder.lock import Lock  # noqa: E402
-from supra_torch.uptrain import session as session_module  # noqa: E402
+from supra_torch.uptrain import gradients as gradients_module  # noqa: E402
 from supra_torch.uptrain.guard import LossGuard  # noqa: E402
 from supra_torch.uptrain.interrupts import Stop  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_says_how_to_go_on_without_it(
     newest = checkpoint.checkpoints(run)[-1]
     weights = sorted(newest.rglob("*.safetensors"))
     assert len(weights) == 2
-    remedy = f"or delete {newest}, to go on from {checkpoint.checkpoints(run)[-2]}"
+    remedy = f"or delete {newest}, to resume from {checkpoint.checkpoints(run)[-2]}"
     for file in (newest / "state.json", newest / "model" / "config.json", *weights):
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
@@ -131,7 +131,7 @@ def test_a_converted_model_holds_its_own_teacher(
     run = tmp_path / "run"
     assert run_in_process(config, run).wait() == 0
     assert logged_losses(run) == logged_losses(finished)
-    with pytest.raises(SupraError, match="no longer holds the transformer"):
+    with pytest.raises(SupraError, match="no longer holds its transformer"):
         uptrain(settings.model_copy(update={"model": str(run / "model")}), tmp_path / "again")
 
 
@@ -185,10 +185,10 @@ def test_a_loss_that_is_not_finite_stops(settings: UptrainConfig, tmp_path: Path
     ("overrides", "message"),
     [
         ({"tokens": "many"}, "field tokens"),
-        ({"segment_tokens": "true"}, "field segment_tokens: a number is needed"),
-        ({"activation_checkpointing": "-2"}, "true, false or a number of layers is needed, not -2"),
+        ({"segment_tokens": "true"}, "field segment_tokens: must be a number"),
+        ({"activation_checkpointing": "-2"}, "must be true, false or a number of layers, not -2"),
         ({"tokns": "3"}, "field tokns"),
-        ({"stages.7.learning_rate": "1e-3"}, "no such setting"),
+        ({"stages.7.learning_rate": "1e-3"}, "unknown setting stages.7.learning_rate"),
         ({"stages.0.kind": "guess"}, r"field stages\.0\.kind"),
         ({"linearize.window": "-4"}, r"field linearize\.window"),
         ({"sequence_length": "33", "stages.0.cut": "2"}, "33 cannot be cut into 2"),
@@ -223,7 +223,7 @@ def test_wrong_settings_are_named(overrides: dict[str, str], message: str) -> No
 
 def test_one_process_shares_no_rows(settings: UptrainConfig, tmp_path: Path) -> None:
     config = settings.model_copy(update={"context_parallel": 2})
-    with pytest.raises(SupraError, match="context_parallel is 2: one process is no multiple"):
+    with pytest.raises(SupraError, match="context_parallel is 2: one process is not a multiple"):
         uptrain(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -231,7 +231,7 @@ def test_one_process_shares_no_rows(settings: UptrainConfig, tmp_path: Path) -> 
 def test_a_recipe_in_a_file_is_a_name(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text('model = "m"\ndata = "d"\nrecipe = 5\n')
-    with pytest.raises(SupraError, match="field recipe: 5 is no name: use one of"):
+    with pytest.raises(SupraError, match="field recipe: 5 is not a name: use one of"):
         resolve(config=file, model=None, recipe=None, data=None, overrides={})
 
 
@@ -291,8 +291,8 @@ def test_a_diverging_loss_stops(
         loss, steps = computed(*arguments, **options), steps + 1
         return loss * 1.5 ** max(0, steps - 20)
 
-    computed = session_module.gradients
-    monkeypatch.setattr(session_module, "gradients", gradients)
+    computed = gradients_module.gradients
+    monkeypatch.setattr(gradients_module, "gradients", gradients)
     # One stage of 60 steps.
     config = settings.model_copy(update={"stages": settings.stages[:1], "tokens": 60 * 64})
     run = tmp_path / "run"

@@ -93,7 +93,7 @@ def test_a_flipped_bit_is_named(
     newest, before = checkpoint.checkpoints(run)[-1], checkpoint.checkpoints(run)[-2]
     for file in files:
         _flip(run / file)
-        remedy = f"get it again; or delete {newest}, to go on from {before}"
+        remedy = f"get it again; or delete {newest}, to resume from {before}"
         if file.parts[0] == "data":
             remedy = "restore it, or use another run folder"
         said = re.escape(f"{run / file} is not as it was written: {remedy}")
@@ -151,7 +151,9 @@ def test_a_checkpoint_without_sums_is_still_looked_at(
     (file,) = (newest / kind).glob("*.safetensors")
     _rewrite(file, change)
     said = "holds NaN or infinity" if change is _nan else ""
-    with pytest.raises(SupraError, match=f"{said}.*; or delete {re.escape(str(newest))}, to go on"):
+    with pytest.raises(
+        SupraError, match=f"{said}.*; or delete {re.escape(str(newest))}, to resume"
+    ):
         uptrain(calibrated, run)
 
 
@@ -195,7 +197,9 @@ def test_state_json_of_any_other_kind_is_one_sentence(run: Path) -> None:
     cases += [{**whole, "unknown": 1}, {**whole, "step": 4}]
     for case in cases:
         (newest / "state.json").write_text(json.dumps(case))
-        with pytest.raises(SupraError, match=r"state\.json: field .*; or delete .*, to go on from"):
+        with pytest.raises(
+            SupraError, match=r"state\.json: field .*; or delete .*, to resume from"
+        ):
             checkpoint.read_place(newest)
     (newest / "state.json").write_text(json.dumps(whole | {"perplexity": float("nan")}))
     checkpoint.read_place(newest)
@@ -227,7 +231,9 @@ def test_odd_lines_of_the_log_are_one_sentence(calibrated: UptrainConfig, run: P
     odd += [json.dumps({k: v for k, v in step.items() if k != "gradient_norm"}), "{", "\x00"]
     for line in odd:
         log.write_text("\n".join([*lines[:at], line, *lines[at + 1 :]]) + "\n")
-        with pytest.raises(SupraError, match=rf"metrics\.jsonl, line {at + 1} is no line of an up"):
+        with pytest.raises(
+            SupraError, match=rf"metrics\.jsonl, line {at + 1} is not a line of an up"
+        ):
             uptrain(calibrated, run)
     # One that a kill cut off.
     log.write_text("\n".join(lines) + '\n{"step": 6, "lo')

@@ -191,7 +191,7 @@ def test_several_texts_train_one_model(
     [
         (["a:0.7", "b:0.6"], r"field data: the shares add up to 1\.3"),
         (["a:1.0", "b"], "leaves nothing for the others"),
-        (["a:2", "b"], "--data a:2: a share is above 0 and at most 1"),
+        (["a:2", "b"], "`data` a:2: a share must be above 0 and at most 1"),
     ],
 )
 def test_impossible_shares_are_named(data: list[str], message: str) -> None:

@@ -16,10 +16,10 @@ from supra_core.errors import SupraError  # noqa: E402
 from supra_core.sources.source import open_source  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig, recipe_names, resolve  # noqa: E402
 from supra_torch.run_folder import checkpoint  # noqa: E402
-from supra_torch.uptrain import train as train_module  # noqa: E402
-from supra_torch.uptrain.one_step import learning_rate_factor  # noqa: E402
+from supra_torch.uptrain import evaluation  # noqa: E402
 from supra_torch.uptrain.run import uptrain  # noqa: E402
 from supra_torch.uptrain.step.stages import _mean_square  # noqa: E402
+from supra_torch.uptrain.step.step import learning_rate_factor  # noqa: E402
 from tests.torch.uptraining import (  # noqa: E402
     SETTINGS,
     end_by,
@@ -135,7 +135,7 @@ def test_activation_checkpointing_changes_no_loss(paper: UptrainConfig, tmp_path
 
 
 def test_a_stage_must_have_something_to_train(settings: UptrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(SupraError, match="nothing would learn"):
+    with pytest.raises(SupraError, match="are both 0: set one of them"):
         resolve(
             config=None, model="m", recipe=None, data="d",
             overrides={"stages.0.learning_rate": "0.0", "stages.0.new_learning_rate": "0.0"},
@@ -183,12 +183,12 @@ def test_a_perplexity_is_measured_once(
 ) -> None:
     counted = []
 
-    def count(session: Any, model: Any) -> float:
-        counted.append(model)
-        return measured(session, model)
+    def count(*given: Any) -> float:
+        counted.append(given)
+        return measured(*given)
 
-    measured = train_module._perplexity
-    monkeypatch.setattr(train_module, "_perplexity", count)
+    measured = evaluation.held_out_perplexity
+    monkeypatch.setattr(evaluation, "held_out_perplexity", count)
     run = tmp_path / "run"
     uptrain(paper.model_copy(update={"tokens": 128, "evaluate_every": 1}), run)
     # The teacher's, the untrained model's, and one after each of two steps.

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from supra_core.errors import SupraError  # noqa: E402
 from supra_torch.recipes.config import UptrainConfig  # noqa: E402
 from supra_torch.run_folder import checkpoint  # noqa: E402
-from supra_torch.uptrain import one_step as step_module  # noqa: E402
+from supra_torch.uptrain import stage as stage_module  # noqa: E402
 from supra_torch.uptrain import watch  # noqa: E402
 from supra_torch.uptrain.estimate import Estimate  # noqa: E402
 from supra_torch.uptrain.guard import StepGuard  # noqa: E402
@@ -99,7 +99,7 @@ def test_a_service_that_does_not_begin_is_named(
     monkeypatch.setitem(watch._SINKS, "wandb", no_key)
     opening = watch.sinks(["tensorboard", "wandb"], tmp_path, {}, 0)
     with pytest.raises(
-        SupraError, match=r"report_to: wandb does not begin \(api_key not configured\)"
+        SupraError, match=r"report_to: wandb failed to start \(api_key not configured\)"
     ), opening:  # fmt: skip
         pass
     assert closed == ["tensorboard"]
@@ -115,13 +115,13 @@ def test_a_service_that_does_not_begin_is_named(
 def test_what_takes_less_memory_is_said(
     settings: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from supra_torch.uptrain import session as session_module
+    from supra_torch.uptrain import gradients as gradients_module
 
     def gradients(*arguments: Any, **options: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(session_module, "gradients", gradients)
-    with pytest.raises(SupraError, match=r"memory has run out \(.*\): set device_rows=1"):
+    monkeypatch.setattr(gradients_module, "gradients", gradients)
+    with pytest.raises(SupraError, match=r"out of memory \(.*\): set device_rows=1"):
         uptrain(settings, tmp_path / "run")
 
 
@@ -152,7 +152,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     import signal
 
     calls = 0
-    computed = step_module.training_step
+    computed = stage_module.training_step
 
     def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -161,15 +161,15 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return computed(*arguments, **options)
 
-    monkeypatch.setattr(step_module, "training_step", counted)
+    monkeypatch.setattr(stage_module, "training_step", counted)
 
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """These calls of a stage's gradients return a loss that is not a number."""
-    from supra_torch.uptrain import session as session_module
+    from supra_torch.uptrain import gradients as gradients_module
 
     calls = 0
-    computed = session_module.gradients
+    computed = gradients_module.gradients
 
     def gradients(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -177,7 +177,7 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         loss = computed(*arguments, **options)
         return loss * math.nan if calls in steps else loss
 
-    monkeypatch.setattr(session_module, "gradients", gradients)
+    monkeypatch.setattr(gradients_module, "gradients", gradients)
 
 
 def test_a_step_that_is_not_finite_is_left_out(
@@ -240,10 +240,10 @@ def test_a_diverging_stage_goes_back_and_on_with_other_text(
     settings: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the 21st step on the loss grows, until the run has gone back once."""
-    from supra_torch.uptrain import session as session_module
+    from supra_torch.uptrain import gradients as gradients_module
 
     calls, places = 0, list[int]()
-    computed, batch = session_module.gradients, Mixture.batch
+    computed, batch = gradients_module.gradients, Mixture.batch
 
     def gradients(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -256,14 +256,14 @@ def test_a_diverging_stage_goes_back_and_on_with_other_text(
 
     monkeypatch.setattr(Mixture, "batch", read)
     said = list[str]()
-    monkeypatch.setattr(session_module, "gradients", gradients)
+    monkeypatch.setattr(gradients_module, "gradients", gradients)
     config = settings.model_copy(
         update={"stages": settings.stages[:1], "tokens": 40 * 64, "rollbacks": 1}
     )
     run = tmp_path / "run"
     summary = uptrain(config, run, say=said.append)
     assert summary["steps"] == 40 and summary["tokens"] == 40 * 64
-    assert len(said) == 1 and "the loss diverges" in said[0] and "goes on from step" in said[0]
+    assert len(said) == 1 and "the loss diverges" in said[0] and "continues from step" in said[0]
     # Each step is logged once, and what it was trained on after going back is new.
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 41))

@@ -1,8 +1,7 @@
-"""Sums of gradients in float64, rounded once: no number of processes, and no order, shows in them.
+"""Sums of gradients in float64, rounded once: they depend on no order or number of processes.
 
-Every row's gradients are computed by themselves, so they are the same wherever that is. Sums of
-them in another order differ by some 1e-16 of their size, and round to the same float32 but once in
-some 1e8 times.
+Each row's gradients are computed alone, so they are the same on every process. Sums in another
+order differ by about 1e-16 of their size, and round to another float32 once in about 1e8 times.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from supra_torch.distributed.processes import Processes
 
 
 class Float64Sums:
-    """The gradients of parameters over the rows of a step, in a process without others.
+    """The gradients of parameters over the rows of a step, in a single process.
 
-    Where there are others, FSDP sums over rows and processes in its ``reduce_dtype``.
+    With several processes, FSDP sums over rows and processes in its ``reduce_dtype``.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -28,7 +27,7 @@ class Float64Sums:
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def add(self) -> None:
-        """Take what a row's backward left on the parameters."""
+        """Add and clear the gradients that a row's backward left on the parameters."""
         for parameter in self._parameters:
             if parameter.grad is None:
                 continue
@@ -38,20 +37,20 @@ class Float64Sums:
                 self._sums[parameter] = parameter.grad.double()
             parameter.grad = None
 
-    def leave(self) -> None:
-        """Put the sums back, in the parameters' own type."""
+    def put_back(self) -> None:
+        """Put the sums on the parameters, in their own type."""
         for parameter in list(self._sums):
             parameter.grad = self._sums.pop(parameter).to(parameter.dtype)
 
     def tensors(self) -> Iterable[Tensor]:
-        """The sums, for who asks what memory they take."""
+        """The sums, to measure their memory."""
         return self._sums.values()
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], most: float, processes: Processes) -> float:
     """Scale the gradients so that their norm over all processes is at most ``most``.
 
-    Returns the norm that they had: summed in float64 over whatever shards, and rounded once.
+    Returns their norm before: summed in float64 over all shards, and rounded once.
     """
     shards = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     squares = [torch.linalg.vector_norm(shard, dtype=torch.float64).square() for shard in shards]
@@ -65,6 +64,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], most: float, processes: P
     return norm
 
 
-def local(gradient: Tensor) -> Tensor:
-    """What this process holds of a gradient."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,13 +1,13 @@
-"""The processes of a run: one, or as many as torchrun started, one a device.
+"""The processes of a run: one, or as many as torchrun started, one per device.
 
-What torchrun sets in the environment decides: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE.
+The environment that torchrun sets decides: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,11 +30,10 @@ _PATIENCE = timedelta(days=1)
 class Processes:
     """All processes of a run, seen from one of them.
 
-    ``mesh``: over which models are sharded, and along its first axis, if it has two, replicated;
-    None for a process that was not started by torchrun. ``control``: a group for the CPU, for
-    waiting and for what is decided together; ``saving``: another, for checkpoints that are
-    written meanwhile. ``part``: of every row, what this one computes, None for all of it; those of
-    neighbouring ranks share rows.
+    ``mesh``: models are sharded over its last axis, and replicated along the first if it has two;
+    None for a process that torchrun did not start. ``control``: a CPU group for barriers and
+    joint decisions; ``saving``: another, for checkpoints written during training. ``part``: what
+    this process computes of every row, None for all of it; neighbouring ranks share rows.
     """
 
     rank: int
@@ -47,17 +46,17 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes and talks."""
+        """Whether this is rank 0, which writes files and messages."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.mesh is not None:
             dist.barrier(self.control)
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process runs the block before the others do."""
+        """Rank 0 runs the block before the others do."""
         if not self.is_first:
             self.wait()
         yield
@@ -65,24 +64,25 @@ class Processes:
             self.wait()
 
     @property
-    def sharing(self) -> int:
+    def context_parallel_size(self) -> int:
         """How many processes share every row."""
         return 1 if self.part is None else self.part.count
 
     @property
-    def crews(self) -> int:
-        """Among how many the rows of a batch are divided: processes, or those that share rows."""
-        return self.size // self.sharing
+    def data_parallel_size(self) -> int:
+        """Among how many the rows of a batch are divided: processes, or groups that share rows."""
+        return self.size // self.context_parallel_size
 
     @property
-    def crew(self) -> int:
-        """Which of them this process belongs to."""
-        return self.rank // self.sharing
+    def data_parallel_rank(self) -> int:
+        """The number of this process, or of its group, among them."""
+        return self.rank // self.context_parallel_size
 
     def share(self, rows: int) -> slice:
-        """This process's rows of a batch; they are a multiple of the crews."""
-        own = rows // self.crews
-        return slice(self.crew * own, (self.crew + 1) * own)
+        """This process's rows of a batch of ``rows``, a multiple of the data-parallel size."""
+        own = rows // self.data_parallel_size
+        first = self.data_parallel_rank * own
+        return slice(first, first + own)
 
     def sums(self, values: list[float]) -> list[float]:
         """Each value summed over all processes, in float64."""
@@ -92,9 +92,26 @@ class Processes:
         dist.all_reduce(reduced, group=self.control)
         return reduced.tolist()
 
+    def together(
+        self, act: Callable[[], None], elsewhere: str, values: Sequence[float] = ()
+    ) -> list[float]:
+        """Run ``act`` in every process; returns the sums of ``values``.
+
+        Where it raises a SupraError in one, all raise: that error, or EndedByAnother(elsewhere).
+        """
+        error = None
+        try:
+            act()
+        except SupraError as found:
+            error = found
+        failed, *sums = self.sums([float(error is not None), *values])
+        if failed:
+            raise error or EndedByAnother(elsewhere)
+        return sums
+
 
 def is_first() -> bool:
-    """Whether this is the process that talks, of those that torchrun started."""
+    """Whether this is rank 0 of the processes that torchrun started, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -106,8 +123,8 @@ def processes(
 
     Models are sharded over ``devices_together`` devices (0: over all of a node if there are
     several nodes, else over all), and replicated over as many groups of them. ``two_axes``: the
-    mesh has both axes even if there is one group. ``context_parallel``: so many processes share
-    every row. Raises SupraError when either does not divide the number of processes.
+    mesh has both axes even if there is one group. ``context_parallel``: how many processes share
+    each row. Raises SupraError when either does not divide the number of processes.
     """
     places = _places()
     refuse_unshared(context_parallel, 1 if places is None else places[1])
@@ -118,8 +135,8 @@ def processes(
     together = devices_together or local_size
     if size % together:
         raise SupraError(
-            f"devices_together: {size} processes are no multiple of {together}: set a divisor of "
-            "them, or start as many on every node"
+            f"devices_together: {size} processes are not a multiple of {together}: set a "
+            f"divisor of {size}, or start equally many on every node"
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -145,8 +162,8 @@ def processes(
                 part_of_rows(rank, context_parallel),
             )
     except BaseException:
-        # NCCL would wait here for processes that wait for this one: who catches this is to end
-        # the process at once.
+        # NCCL would wait here for processes that wait for this one: the caller has to end the
+        # process at once.
         if device.type != "cuda":
             dist.destroy_process_group()
         raise
@@ -154,9 +171,9 @@ def processes(
 
 
 def _places() -> tuple[int, int, int, int] | None:
-    """Rank, size, and both in the node, as torchrun says; None for a process by itself.
+    """Rank, size, and both within the node, as torchrun sets them; None for a single process.
 
-    SupraError where the environment says a part of it: some schedulers set WORLD_SIZE alone.
+    SupraError where some of them are missing: some schedulers set WORLD_SIZE alone.
     """
     size = os.environ.get("WORLD_SIZE")
     if size is None or (size == "1" and "LOCAL_RANK" not in os.environ):
@@ -168,14 +185,14 @@ def _places() -> tuple[int, int, int, int] | None:
         )
     except (KeyError, ValueError) as error:
         raise SupraError(
-            f"the environment has WORLD_SIZE={size}, but {error} of torchrun is missing or no "
+            f"the environment has WORLD_SIZE={size}, but {error} of torchrun is missing or not a "
             "number: start with torchrun, or unset WORLD_SIZE"
         ) from None
     return rank, whole, local, local_size
 
 
 def mesh_over(device_type: str, size: int, together: int, *, two_axes: bool = False) -> DeviceMesh:
-    """The mesh of so many processes, in groups of ``together``; with an axis of one if asked."""
+    """The mesh of ``size`` processes in groups of ``together``; two axes if there are groups."""
     if together == size and not two_axes:
         return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
     shape = (size // together, together)
@@ -183,7 +200,7 @@ def mesh_over(device_type: str, size: int, together: int, *, two_axes: bool = Fa
 
 
 def part_of_rows(rank: int, sharing: int) -> Part | None:
-    """The part of its rows that a process computes, if neighbouring ones share them."""
+    """The part of each row that a process computes; None if it computes whole rows."""
     if sharing == 1:
         return None
     group, _ = dist.new_subgroups(sharing)
@@ -192,15 +209,15 @@ def part_of_rows(rank: int, sharing: int) -> Part | None:
 
 @contextmanager
 def _ending_together(store: Store) -> Iterator[None]:
-    """What ends one process ends all, and one of them says it.
+    """If one process ends, all end, and one of them says why.
 
-    The first that fails notes so in ``store`` before it leaves, which the others see as a
-    connection that is closed.
+    The first that fails records it in ``store`` before it leaves, which the others see as a
+    closed connection.
     """
     try:
         yield
     except EndedByAnother:
-        # It has nothing to say, and may be the first to leave.
+        # It has nothing to report, and may be the first to leave.
         raise
     except SupraError:
         _refuse_to_repeat(store)
@@ -216,19 +233,19 @@ def _ending_together(store: Store) -> Iterator[None]:
                 raise kind from None
         _refuse_to_repeat(store)
         raise SupraError(
-            "another process of the run was killed, or its node was lost: start the run again; "
-            "it goes on after the last checkpoint"
+            "another process of the run was killed, or its node was lost: run the same command "
+            "again; it resumes from the last checkpoint"
         ) from None
 
 
 def _refuse_to_repeat(store: Store) -> None:
     """Raise EndedByAnother unless this is the first process that fails."""
     if _note(store, "failed") > 1:
-        raise EndedByAnother("another process of the run failed, and says why") from None
+        raise EndedByAnother("another process of the run failed, and reports why") from None
 
 
 def _note(store: Store, what: str) -> int:
-    """How many processes have noted this by now; 1 where the store is gone with its node."""
+    """How many processes have recorded ``what``; 1 where the store is gone with its node."""
     try:
         return int(store.add(what, 1))
     except dist.DistError:
@@ -243,5 +260,5 @@ def _is_noted(store: Store, what: str) -> bool:
 
 
 def _lost_another(error: RuntimeError) -> bool:
-    """Whether a collective failed because a process that takes part in it is gone."""
+    """Whether a collective failed because one of its processes is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

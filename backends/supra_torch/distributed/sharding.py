@@ -93,7 +93,7 @@ def trained_student(
     processes: Processes,
     adapters: Mapping[str, LazyTensor] | None = None,
 ) -> SupraModel:
-    """What a stage trains; ``adapters``: as they were saved, None where they begin."""
+    """The student of a stage; ``adapters``: as they were saved, None for new ones."""
     added = None
     if stage.lora_rank is not None:
         if adapters is None:
@@ -110,7 +110,7 @@ def trained_student(
 def frozen_teacher(
     spec: ModelSpec, tensors: Mapping[str, LazyTensor], precision: str, processes: Processes
 ) -> SupraModel:
-    """The transformer to learn from, in the type its products are taken in."""
+    """The teacher, in the type of its matrix products."""
     teacher = load_model(spec, tensors, processes, dtype=product_type(precision))
     return teacher.eval().requires_grad_(False)
 
@@ -148,7 +148,7 @@ def settle(model: SupraModel) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Let go of weights that were gathered for a forward without a backward."""
+    """Free weights that were gathered for a forward without a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,1 +1,1 @@
-"""What a run will need, before it is paid for: memory, time and cost."""
+"""What a run will need: memory, time and cost."""

@@ -29,9 +29,9 @@ from supra_torch.uptrain.step.step import trained_parameters
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a run is to be: ``devices`` in all, models sharded over ``together`` of them.
+    """The devices of a run: ``devices`` in all, models sharded over ``together`` of them.
 
-    ``sharing``: devices that share every row.
+    ``sharing``: devices that share each row.
     """
 
     devices: int
@@ -42,9 +42,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """A device's ``parts`` in bytes when they are most, and what a step costs it.
+    """A device's ``parts`` in bytes at the peak, and what a step costs.
 
-    ``sent``: bytes from other devices, by the operation that brings them.
+    ``sent``: bytes received from other devices, by operation.
     """
 
     parts: dict[str, int]
@@ -53,7 +53,7 @@ class StepTrace:
 
     @property
     def bytes(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return sum(self.parts.values())
 
 
@@ -65,7 +65,7 @@ def trace_stage(
     precision: str,
     where: Layout,
 ) -> StepTrace:
-    """One step of the stage on one of the devices, of which none is needed.
+    """Trace one step of the stage on one of the devices; this machine needs none of them.
 
     ``teacher_spec``: None for a run without a teacher. Raises SupraError when the stage trains
     nothing.
@@ -109,7 +109,7 @@ def trace_stage(
                     sums.add()
                     trace.label(sums.tensors(), "gradients")
             if sums is not None:
-                sums.leave()
+                sums.put_back()
             trace.repeats = 1
             trace.label((parameter.grad for parameter in trained), "gradients")
             nn.utils.clip_grad_norm_(trained, stage.clip)
@@ -122,9 +122,9 @@ def trace_stage(
 
 
 def _turns(rows: int, at_once: int) -> list[tuple[int, int, bool]]:
-    """The turns that a device takes for its rows: how many, of how many rows, whether the last.
+    """The turns of a device over its rows: (how many, rows in each, whether the last).
 
-    The first makes the gradients and the last shares them; those between are all alike.
+    The first makes the gradients and the last shares them; those between are alike.
     """
     sizes = [min(at_once, rows - start) for start in range(0, rows, at_once)]
     if len(sizes) < 3:
@@ -142,7 +142,7 @@ def _student(config: UptrainConfig, stage: Stage, spec: ModelSpec) -> SupraModel
 
 
 def _warm(optimiser: torch.optim.Optimizer, trace: Trace) -> None:
-    """Have the optimiser make its state, as the first step does."""
+    """Let the optimiser create its state, as the first step does."""
     for parameter in trained_parameters(optimiser):
         parameter.grad = torch.empty_like(parameter)
     optimiser.step()
@@ -159,7 +159,7 @@ def _all(model: nn.Module | None) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _processes(where: Layout, two_axes: bool) -> Iterator[Processes]:
-    """One process of several that do not exist: what it sends is lost."""
+    """One of several processes of which the others do not exist: what it sends is lost."""
     cpu = torch.device("cpu")
     if where.devices == 1:
         yield Processes(0, 1, cpu)

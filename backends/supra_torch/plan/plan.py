@@ -1,8 +1,8 @@
-"""A run before it is paid for: what a device holds, how long it takes, what that costs.
+"""A plan of a run: memory of a device, time, and cost.
 
-Memory is that of a step traced operation by operation, in the form that is not compiled. Time
-comes from a roofline (Williams et al., 2009, doi:10.1145/1498765.1498785): no operation takes less
-than its products need at the device's peak, nor than its bytes need at its bandwidth.
+Memory comes from a trace of one uncompiled step, operation by operation. Time comes from a
+roofline (Williams et al., 2009, doi:10.1145/1498765.1498785): each operation takes at least the
+time of its products at the device's peak, and of its bytes at the device's bandwidth.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from supra_torch.uptrain.step.stages import learning_rates
 
 # A CUDA context with the libraries' code and workspaces; the communicators of NCCL beside it.
 _CONTEXT, _COMMUNICATORS = 0.7e9, 0.7e9
-# What glibc's heap takes beside what is in use, in bytes and as a share of that, fitted to ten
+# What glibc's heap takes besides memory in use: bytes, and a share of that memory, fitted to ten
 # runs (docs/results/plan-memory.md).
 _HEAP, _HEAP_SHARE = 0.2e9, 0.07
-# What of the roofline a step attains (docs/results/plan-memory.md).
+# The share of the roofline that a step attains (docs/results/plan-memory.md).
 _ATTAINED = 0.6
 # Weights, and the two moments of AdamW of those that are trained, in float32.
 _WEIGHT_ITEMSIZE, _MOMENTS_ITEMSIZE = 4, 8
-# A trace takes its time with every part of a row.
+# The time of a trace grows with the parts of a row.
 _MOST_DEVICES, _LONGEST = 65_536, 1_048_576
-# What may make a run fit, the cheapest first.
+# Settings that may make a run fit, the cheapest first.
 _REMEDIES: tuple[dict[str, int | bool], ...] = (
     {"device_rows": 1},
     {"activation_checkpointing": 2},
@@ -56,9 +56,9 @@ _REMEDIES: tuple[dict[str, int | bool], ...] = (
 class StagePlan:
     """One stage: ``steps`` of ``step_tokens``, on all devices together.
 
-    ``parts``: bytes of one device when they are most; ``step_seconds`` what a step should take,
-    ``least_step_seconds`` what its products and its communication take at least;
-    ``received_bytes`` a step, from other devices.
+    ``parts``: bytes of one device at the peak; ``step_seconds``: of a step, as expected;
+    ``least_step_seconds``: of its products and communication at the device's peak;
+    ``received_bytes``: from other devices, per step.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class StagePlan:
 
     @property
     def bytes(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return sum(self.parts.values())
 
 
@@ -80,8 +80,8 @@ class StagePlan:
 class Plan:
     """A run on ``nodes`` machines with ``gpus`` devices each; ``student`` in bfloat16.
 
-    ``trained``: the most parameters that a stage trains, adapters included; ``remedy``: settings
-    with which it would fit, where it does not and some do.
+    ``trained``: parameters of the stage that trains most, adapters included; ``remedy``: settings
+    that would make the run fit, if it does not and there are some.
     """
 
     config: UptrainConfig
@@ -96,12 +96,12 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """The most that a device holds in any stage."""
+        """The peak of a device over all stages."""
         return max(stage.bytes for stage in self.stages)
 
     @property
     def device_bytes(self) -> int:
-        """What a device has; processes on a CPU share the machine's."""
+        """Memory of a device; processes on a CPU share the machine's."""
         shared = self.gpus if self.device.kind == CPU else 1
         return int(self.device.memory / shared)
 
@@ -112,22 +112,22 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all steps."""
+        """Expected time of all steps."""
         return sum(stage.steps * stage.step_seconds for stage in self.stages)
 
     @property
     def least_seconds(self) -> float:
-        """Of all steps at the device's peak."""
+        """Time of all steps at the device's peak."""
         return sum(stage.steps * stage.least_step_seconds for stage in self.stages)
 
     @property
     def device_hours(self) -> float:
-        """Hours times devices."""
+        """Hours times the number of devices."""
         return self.seconds / 3600 * self.gpus * self.nodes
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint inside the stage that trains most."""
+        """Size of a checkpoint in the stage that trains most."""
         return self.student.parameters * _WEIGHT_ITEMSIZE + self.trained * _MOMENTS_ITEMSIZE
 
 
@@ -139,22 +139,19 @@ def plan(
     nodes: int = 1,
     progress: Progress = silent,
 ) -> Plan:
-    """What a run of ``config`` needs; no weight is read and no such device is needed.
+    """Plan a run of ``config``; no weights are read and no such device is needed.
 
     ``gpu``: a name of :data:`~supra_torch.devices.DEVICES`, or ``cpu``. Raises SupraError
     when the config does not fit its model or the devices cannot share its batches.
     """
     for option, number in (("gpus", gpus), ("nodes", nodes)):
         if number < 1:
-            raise SupraError(f"--{option} {number}: at least 1 is needed")
+            raise SupraError(f"`{option}` is {number}: must be at least 1")
     if gpus * nodes > _MOST_DEVICES:
-        raise SupraError(
-            f"{gpus * nodes} devices are too many: at most {_MOST_DEVICES} are planned"
-        )
+        raise SupraError(f"{gpus * nodes} devices are too many: plan at most {_MOST_DEVICES}")
     if config.sequence_length > _LONGEST:
         raise SupraError(
-            f"field sequence_length is {config.sequence_length}: rows of at most {_LONGEST} tokens "
-            "are planned"
+            f"field sequence_length is {config.sequence_length}: a plan takes at most {_LONGEST}"
         )
     config.refuse_uneven(gpus * nodes)
     student, teacher = _specs(config)
@@ -174,7 +171,7 @@ def plan(
 
 
 def _trained(stage: Stage, spec: ModelSpec) -> int:
-    """Parameters with an optimiser's state."""
+    """The number of parameters with optimiser state."""
     rate_of = learning_rates(stage, spec)
     shapes = tensor_shapes(spec)
     count = sum(math.prod(shape) for name, shape in shapes.items() if rate_of(name))
@@ -182,7 +179,7 @@ def _trained(stage: Stage, spec: ModelSpec) -> int:
 
 
 def _specs(config: UptrainConfig) -> tuple[ModelSpec, ModelSpec | None]:
-    """The student's, and the teacher's where a stage learns from one."""
+    """Specs of the student, and of the teacher if a stage learns from one."""
     model = outline(config.model)
     student = model
     if model.is_transformer:
@@ -212,7 +209,7 @@ class _Planner:
         progress("plan", len(steps), len(steps))
 
     def with_remedy(self, made: Plan, progress: Progress) -> Plan:
-        """The plan, with the first settings that make it fit."""
+        """The plan with the first remedy that makes it fit, if any."""
         for remedy in _REMEDIES:
             if all(getattr(made.config, name) == value for name, value in remedy.items()):
                 continue
@@ -252,8 +249,7 @@ class _Planner:
             count * max(cost.flops / peak, cost.moved / device.bandwidth)
             for cost, count in traced.costs.items()
         )
-        communication = self._communication(where, traced)
-        exchange = self._exchange(where, traced)
+        communication, exchange = self._communication(where, traced)
         parts = {**traced.parts, **self._around(config, steps, traced, first=first)}
         return StagePlan(
             kind=stage.kind,
@@ -267,40 +263,35 @@ class _Planner:
             least_step_seconds=max(flops / peak, communication) + exchange,
         )
 
-    def _communication(self, where: Layout, traced: StepTrace) -> float:
-        """Seconds a step: weights and gradients in a group, sums of gradients between groups."""
-        between = sum(size for name, size in traced.sent.items() if "allreduce" in name)
-        within = sum(traced.sent.values()) - between - _exchanged(traced)
-        link = self.device.link if where.together <= self.gpus else self.device.network
-        return within / link + between / self.device.network
+    def _communication(self, where: Layout, traced: StepTrace) -> tuple[float, float]:
+        """Seconds per step that FSDP sends (in a group, and between), and that parts of rows do."""
 
-    def _exchange(self, where: Layout, traced: StepTrace) -> float:
-        """Seconds a step between devices that share rows."""
-        link = self.device.link if where.sharing <= self.gpus else self.device.network
-        return _exchanged(traced) / link
+        def link(devices: int) -> float:
+            return self.device.link if devices <= self.gpus else self.device.network
+
+        between = sum(size for name, size in traced.sent.items() if "allreduce" in name)
+        parts = sum(size for name, size in traced.sent.items() if EXCHANGE in name)
+        within = sum(traced.sent.values()) - between - parts
+        sharded = within / link(where.together) + between / self.device.network
+        return sharded, parts / link(where.sharing)
 
     def _around(
         self, config: UptrainConfig, steps: int, traced: StepTrace, *, first: bool
     ) -> dict[str, int]:
-        """What there is beside a step."""
+        """Memory besides that of a step."""
         if self.device.kind != CPU:
             many = self.gpus * self.nodes > 1
             return {"runtime": int(_CONTEXT + many * _COMMUNICATORS)}
         around = {"runtime": _resident(), "heap": int(_HEAP + _HEAP_SHARE * traced.bytes)}
         copied = ["weights", "optimiser"] if steps > config.checkpoint_every else ["weights"]
         if steps > config.checkpoint_every or not first:
-            # A copy of what is being written, while training goes on.
+            # A copy of what is being written while training continues.
             around["checkpoint"] = sum(traced.parts.get(part, 0) for part in copied)
         return around
 
 
-def _exchanged(traced: StepTrace) -> int:
-    """Bytes a step that came from devices with other parts of a row."""
-    return sum(size for name, size in traced.sent.items() if EXCHANGE in name)
-
-
 def _resident() -> int:
-    """Bytes of this process, which has loaded what a run loads."""
+    """Resident bytes of this process, which has loaded a run's libraries."""
     try:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
     except OSError:

@@ -1,7 +1,7 @@
-"""What came out of runs that were measured: what to expect of one that is planned.
+"""Quality of measured runs, as a hint for a planned one.
 
-Nothing is extrapolated: one small model was measured, and how its loss falls with tokens is no
-law for another. The figures are perplexities over the transformer's, from docs/results.
+Nothing is extrapolated: one small model was measured, and others may learn at another rate. The
+figures are perplexities relative to the transformer's, from docs/results.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measured:
-    """A run's perplexity, in windows of 512 tokens and by the recurrent form, over its teacher's.
+    """A run's perplexity relative to its teacher's, in windows of 512 tokens, recurrent form.
 
-    ``outside``: WikiText-2's validation set, no part of whose kind is in the training text;
-    ``inside``: held-out text of the training domain.
+    ``outside``: WikiText-2's validation set, unlike the training text; ``inside``: held-out text
+    of the training domain.
     """
 
     recipe: str
@@ -40,6 +40,6 @@ MEASURED = (
 
 
 def nearest(recipe: str, tokens: int) -> Measured | None:
-    """The measured run of a recipe whose tokens are nearest by ratio; None where there is none."""
+    """The measured run of a recipe with the nearest number of tokens, by ratio; None if none."""
     runs = [run for run in MEASURED if run.recipe == recipe]
     return min(runs, key=lambda run: abs(math.log(run.tokens / tokens)), default=None)

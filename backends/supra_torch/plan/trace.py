@@ -1,8 +1,8 @@
-"""What a computation allocates and costs, seen without computing it.
+"""The allocations and costs of a computation, traced without computing it.
 
-Under a FakeTensorMode tensors have shapes and storages but no numbers; a dispatch mode sees every
-operation on them: when each storage comes and goes, and what the operation would move and
-multiply. Our own operators are looked into, since what they hold inside counts too.
+Under a FakeTensorMode tensors have shapes and storages but no numbers. A dispatch mode sees every
+operation on them: when each storage is allocated and freed, and what the operation would move and
+multiply. Our own operators are traced inside, since their buffers count too.
 https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html
 """
 
@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from supra_torch.distributed.exact import local
 from supra_torch.ops import chunked, final_state, losses, window_softmax
 
 _aten = torch.ops.aten
-# Operations that do as much as one of those whose operations are known.
+# Operations with the same count of operations as a known one.
 _AS_MUCH = {
     _aten.baddbmm_: _aten.baddbmm,
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
@@ -38,7 +39,7 @@ _AS_MUCH = {
     ),
 }
 EXCHANGE = "all_to_all_single"
-# Tokens of a chunk of the Triton kernel, in which scores are taken; backward is three such scans.
+# Tokens of a chunk of the Triton kernel; its backward is three scans like its forward.
 _CHUNK = 64
 
 
@@ -52,7 +53,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Inside:
-    """What a call of one of our operators holds at most beside its results, and what it does."""
+    """Peak bytes besides its results of one of our operators, and its costs."""
 
     held: int
     costs: Counter[Cost]
@@ -61,9 +62,8 @@ class _Inside:
 class Trace(TorchDispatchMode):
     """Records what happens inside it; enter it within a FakeTensorMode.
 
-    ``costs``: how often there was an operation of such a cost; ``sent``: bytes that came from
-    other devices, by the operation that brought them. What is seen counts ``repeats`` times in
-    both.
+    ``costs``: the number of operations of each cost; ``sent``: bytes received from other devices,
+    by operation. Both count each operation ``repeats`` times.
     """
 
     def __init__(self) -> None:
@@ -80,19 +80,19 @@ class Trace(TorchDispatchMode):
         self._inner = False
         self._watches = True
 
-    # --- what is asked ------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------
 
     def label(self, tensors: Iterable[Tensor | None], name: str) -> None:
-        """Say what these tensors are, for :meth:`peak`."""
+        """Label these tensors for :meth:`peak`."""
         for tensor in tensors:
             if tensor is not None:
-                self._labels[self._serial(_local(tensor))] = name
+                self._labels[self._serial(local(tensor))] = name
 
     def peak(self, since: int = 0) -> dict[str, int]:
         """Bytes of each label when the sum was largest, from event ``since`` on.
 
-        Without a label: ``activations``; inside our operators ``buffers``; what was given back
-        without being deleted, as FSDP does with whole weights, ``gathered``.
+        Unlabelled tensors are ``activations``, those inside our operators ``buffers``; storages
+        that were resized to nothing, as FSDP does with whole weights, are ``gathered``.
         """
         live: Counter[int] = Counter()
         now, most, best = 0, -1, Counter[int]()
@@ -107,10 +107,10 @@ class Trace(TorchDispatchMode):
         return {name: held for name, held in found.items() if held}
 
     def now(self) -> int:
-        """How many events there were."""
+        """The number of events so far."""
         return len(self._events)
 
-    # --- what is seen -------------------------------------------------------------------------
+    # --- recording ----------------------------------------------------------------------------
 
     def __enter__(self) -> Trace:
         self._patches = ExitStack()
@@ -128,7 +128,7 @@ class Trace(TorchDispatchMode):
         self._patches.close()
 
     def _resized(self, resize_: Callable[..., Any]) -> Callable[..., Any]:
-        """FSDP lets go of whole weights so, which no dispatch mode sees."""
+        """FSDP frees whole weights by resizing, which no dispatch mode sees."""
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize_(storage, size)
@@ -141,7 +141,7 @@ class Trace(TorchDispatchMode):
         return resized
 
     def _unwatched(self, propagate: Callable[..., Any]) -> Callable[..., Any]:
-        """DTensor tries every operation on whole tensors of its own that no device ever holds."""
+        """DTensor tries each operation on whole tensors that no device ever holds."""
 
         def unwatched(*args: Any) -> Any:
             self._watches = False
@@ -194,7 +194,7 @@ class Trace(TorchDispatchMode):
         self._next += 1
 
     def _serial(self, tensor: Tensor) -> int:
-        """The number of a tensor's storage, which is watched from now on."""
+        """The number of a tensor's storage, which is tracked from now on."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         serial = self._serials.get(address)
@@ -219,7 +219,7 @@ class Trace(TorchDispatchMode):
 
 @cache
 def _bodies() -> dict[Any, Callable[..., Any]]:
-    """Our operators that are written in torch: what their calls run."""
+    """Our operators written in torch, with the functions that they run."""
     found = {}
     for module in (chunked, final_state, losses, window_softmax):
         for value in vars(module).values():
@@ -229,14 +229,10 @@ def _bodies() -> dict[Any, Callable[..., Any]]:
 
 
 def _described(x: Any) -> Any:
-    """Whatever of an argument decides what an operator does."""
+    """The properties of an argument that decide what an operator does."""
     if isinstance(x, Tensor):
         return (x.shape, x.stride(), x.dtype, x.requires_grad)
     return x
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -244,7 +240,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _came(func: Any, args: Any) -> int | None:
-    """Bytes that a collective brings to this device and takes from it; None if it is none."""
+    """Bytes that a collective moves to or from this device; None for other operations."""
     name = func.name()
     if EXCHANGE in name:
         # Between devices that share rows; what is a device's own stays.
@@ -259,7 +255,7 @@ def _came(func: Any, args: Any) -> int | None:
     return 2 * held[0]
 
 
-# They have results, but touch none of their bytes.
+# Operations that have results but move no bytes.
 _FREE = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten._unsafe_view}
 
 
@@ -274,7 +270,7 @@ def _cost(func: Any, args: Any, kwargs: Any, result: Any) -> Cost:
         for t in (*_tensors((args, kwargs)), *results)
     }
     flops = 0
-    # By name: they are known only where Triton is imported.
+    # By name: they exist only where Triton is imported.
     if func.name() == "supra::linear_attention_triton":
         flops = _scan_flops(args[0], args[2])
     elif func.name() == "supra::linear_attention_triton_backward":

@@ -1,4 +1,4 @@
-"""What an uptraining run is told: one validated, frozen description that is written to run.json."""
+"""The settings of an uptraining run: validated, frozen, and written to run.json."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class _Strict(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and annotation in (int, float):
-            raise ValueError(f"a number is needed, not {str(value).lower()}")
+            raise ValueError(f"must be a number, not {str(value).lower()}")
         return value
 
 
 class DataPart(_Strict):
-    """One of several texts: whatever ``supra data prepare`` reads, or what it wrote.
+    """One of several texts: anything that data preparation reads, or its output.
 
-    ``share``: of the run's tokens; None: what the stated shares leave, in proportion to size.
+    ``share``: of the run's tokens; None: a part of what the stated shares leave, by size.
     """
 
     path: str
@@ -54,12 +54,12 @@ class DataPart(_Strict):
 
     @staticmethod
     def parse(text: str) -> DataPart:
-        """``PATH`` or ``PATH:SHARE``, as on the command line."""
+        """Parse ``PATH`` or ``PATH:SHARE``."""
         path, colon, share = text.rpartition(":")
         try:
             return DataPart(path=path, share=float(share)) if colon else DataPart(path=text)
         except ValidationError:
-            raise SupraError(f"--data {text}: a share is above 0 and at most 1") from None
+            raise SupraError(f"`data` {text}: a share must be above 0 and at most 1") from None
         except ValueError:
             return DataPart(path=text)
 
@@ -82,15 +82,15 @@ class Linearize(_Strict):
 class Stage(_Strict):
     """One stage of a recipe.
 
-    ``transfer``: every linear mixer learns its teacher's output, given the teacher's input; only
+    ``transfer``: each linear mixer learns its teacher's output from the teacher's input; only
     mixers are trained. ``distill``: the model learns the teacher's distribution (KL), everything
     is trained. ``uptrain``: the model learns the next token (cross entropy), everything is
-    trained and no teacher is needed. ``share``: of the run's tokens. ``new_learning_rate``: for
-    what linearizing added (feature maps, decay, gains). ``warmup``: share of the stage's steps;
-    then a cosine to ``final_learning_rate`` times the peak. ``cut``: every sequence is cut into
-    so many rows; ``batch_share``: of the run's ``batch_tokens``. Few tokens are best spent on
-    many small steps. ``lora_rank``: instead of the transformer's weights, adapters of that rank
-    are trained beside the mixers' projections (factor ``lora_alpha`` / rank), at
+    trained and no teacher is needed. ``share``: of the run's tokens. ``new_learning_rate``: of
+    the weights that linearizing added (feature maps, decay, gains). ``warmup``: share of the
+    stage's steps; then a cosine to ``final_learning_rate`` times the peak. ``cut``: rows into
+    which a sequence is cut; ``batch_share``: of the run's ``batch_tokens``. With few tokens, many
+    small steps work best. ``lora_rank``: train adapters of that rank beside the mixers'
+    projections (factor ``lora_alpha`` / rank) instead of the transformer's weights, at
     ``learning_rate``. A learning rate of 0 freezes. ``freeze``: parts of the transformer that
     stay as they are; the embeddings include the output head.
     """
@@ -114,7 +114,7 @@ class Stage(_Strict):
     @model_validator(mode="after")
     def _trains(self) -> Stage:
         if self.learning_rate == 0 and self.new_learning_rate == 0:
-            raise ValueError("learning_rate and new_learning_rate are both 0: nothing would learn")
+            raise ValueError("learning_rate and new_learning_rate are both 0: set one of them")
         return self
 
 
@@ -122,40 +122,39 @@ class UptrainConfig(_Strict):
     """A whole run.
 
     ``model``: a transformer or a converted model; ``teacher``: the transformer to learn from,
-    when it is not ``model`` itself; ``data``: a text, as a :class:`DataPart` is, or several with
+    if it is not ``model`` itself; ``data``: a text, as in :class:`DataPart`, or several with
     their shares. No text is read more than ``epochs`` times: four are nearly as good as new
     text (arXiv 2305.16264). ``tokens`` in all stages; ``sequence_length`` and ``batch_tokens`` in
     tokens; ``checkpoint_every`` and ``evaluate_every`` in steps (0: only at the end of a stage).
-    ``keep_checkpoints``: how many of the newest stay, beside the best.
-    ``device_rows``: a device computes so many rows of a batch at a time (0: all of its share).
-    ``segment_tokens``: a device computes so many tokens of a row at a time (0: all), and passes the
-    state on to the next ones: memory of one segment, for one more forward.
-    ``context_parallel``: so many devices share every row, of which each computes a part, with
-    nothing but states to exchange in a linear layer.
-    ``reduce_dtype``: what gradients are summed in. In float64, a row at a time, the weights are the
-    same to the last bit whatever number of processes computes them, even if it changes.
-    ``devices_together``: models are sharded over so many devices, and replicated over as many
-    groups of them (0: over a node's where there are several nodes, else over all).
+    ``keep_checkpoints``: how many of the newest stay, besides the best.
+    ``device_rows``: rows that a device computes at a time (0: all of its share).
+    ``segment_tokens``: tokens of a row that a device computes at a time (0: all); the state is
+    passed on, so that one segment is in memory, for one more forward.
+    ``context_parallel``: devices that share each row; linear layers exchange only states.
+    ``reduce_dtype``: type in which gradients are summed. In float64, a row at a time, the weights
+    are bitwise equal for any number of processes, even if it changes.
+    ``devices_together``: devices over which a model is sharded; groups of them replicate it (0:
+    all devices of a node if there are several nodes, else all).
     ``compile``: every layer by torch.compile and, on a GPU, a step's forward and backward as one
     CUDA graph; ``auto`` does so on a GPU, where it takes half a minute a stage.
-    ``activation_checkpointing`` computes every layer's forward again in backward, or every
-    so-manieth's: less memory, more time.
-    ``divergence``: a stage whose mean loss of 16 steps exceeds its lowest so many times has
-    diverged; it goes back to its last good checkpoint and on with other text ``rollbacks`` times,
-    then it stops. ``spike``: a step is left out whose gradient norm exceeds the median of the last
-    64 so many times (0: none is); so is one whose loss or gradient is not finite. More than
+    ``activation_checkpointing``: compute the forward of every layer, or of every Nth, again in
+    backward: less memory, more time.
+    ``divergence``: a stage has diverged when its mean loss of 16 steps exceeds its lowest by this
+    factor; it returns to its last good checkpoint and continues with other text ``rollbacks``
+    times, then it stops. ``spike``: a step is skipped when its gradient norm exceeds the median of
+    the last 64 by this factor (0: never), or when loss or gradient are not finite. More than
     ``skips`` in a row stop the run.
-    ``report_to``: curves in TensorBoard or Weights & Biases too. ``profile_steps``: so many steps
-    of each stage are profiled.
+    ``report_to``: also write curves to TensorBoard or Weights & Biases. ``profile_steps``: steps
+    of each stage to profile.
     ``calibrate``: fit a freshly converted model in closed form on ``calibrate_tokens`` before the
-    first step, if there is a teacher: the heads, or output projections too (``all``), which is
-    better at once but learns more slowly, since it plays down heads that were still to learn.
-    ``documents``: ``apart`` begins positions, attention and state anew with every document inside
-    a row, and none predicts the next one's first token; ``joined`` reads a row as one text, as
-    the published code does.
+    first step, if there is a teacher: the heads, or also the output projections (``all``), which
+    starts better but learns more slowly.
+    ``documents``: ``apart`` resets positions, attention and state at every document inside a row,
+    and none predicts the next one's first token; ``joined`` reads a row as one text, as the
+    published code does.
     """
 
-    # What may be changed while a run goes on: no result depends on it but by rounding.
+    # Settings that may change when a run resumes: results depend on them only by rounding.
     FREE: ClassVar[frozenset[str]] = frozenset(
         {
             "activation_checkpointing",
@@ -210,7 +209,7 @@ class UptrainConfig(_Strict):
     @classmethod
     def _every_so_many(cls, value: Any) -> bool | int:
         if not isinstance(value, int) or value < 0:
-            raise ValueError(f"true, false or a number of layers is needed, not {value}")
+            raise ValueError(f"must be true, false or a number of layers, not {value}")
         return value if value > 1 else bool(value)
 
     @field_validator("data", mode="before")
@@ -242,12 +241,12 @@ class UptrainConfig(_Strict):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any stage learns from the original transformer."""
+        """Whether any stage learns from the teacher."""
         return any(stage.kind != "uptrain" for stage in self.stages)
 
     @property
     def sums_exactly(self) -> bool:
-        """Whether the sums of gradients are not to show their order."""
+        """Whether sums of gradients must not depend on their order."""
         return self.reduce_dtype == "float64"
 
     @property
@@ -260,8 +259,8 @@ class UptrainConfig(_Strict):
         if self.sums_exactly and (self.device_rows > 1 or self.segment_tokens):
             name = "segment_tokens" if self.segment_tokens else "device_rows"
             raise ValueError(
-                f"{name} {getattr(self, name)} and reduce_dtype float64 exclude each other, which "
-                f"computes one whole row at a time: leave {name} out"
+                f"{name} {getattr(self, name)} and reduce_dtype float64 exclude each other, since "
+                f"float64 computes one whole row at a time: remove {name}"
             )
         return self
 
@@ -281,13 +280,13 @@ class UptrainConfig(_Strict):
         if sharing == 1:
             return self
         for name, reason in (
-            ("segment_tokens", "one passes a row's states on in a device, the other between them"),
-            ("reduce_dtype", "sums in float64 are of whole rows"),
+            ("segment_tokens", "one passes states on within a device, the other between devices"),
+            ("reduce_dtype", "float64 sums need whole rows"),
         ):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"context_parallel {sharing} and {name} {getattr(self, name)} exclude each "
-                    f"other ({reason}): leave one of them out"
+                    f"other ({reason}): remove one of them"
                 )
         for index, stage in enumerate(self.stages):
             _, length = self.batch_shape(stage)
@@ -305,26 +304,26 @@ class UptrainConfig(_Strict):
         return 0 < self.segment_tokens < length
 
     def batch_shape(self, stage: Stage) -> tuple[int, int]:
-        """Rows a step of the stage, and tokens in a row."""
+        """Rows in a step of the stage, and tokens in a row."""
         length = self.sequence_length // stage.cut
         return max(1, int(self.batch_tokens * stage.batch_share) // length), length
 
     @property
     def calibration_cut(self) -> int:
-        """Into how many rows a sequence is cut to be calibrated on, of which two are needed."""
+        """Rows into which a sequence is cut for calibration, which needs two."""
         length, most = self.sequence_length, max(2, self.calibrate_tokens // 2)
         return next(n for n in range(-(-length // most), length + 1) if length % n == 0)
 
     def refuse_uneven(self, processes: int) -> None:
-        """Raise SupraError when a batch cannot be shared evenly by so many processes."""
+        """Raise SupraError when ``processes`` cannot share each batch evenly."""
         sharing = self.context_parallel
         refuse_unshared(sharing, processes)
-        crews = processes // sharing
-        who = f"{crews} processes" if sharing == 1 else f"{crews} groups of {sharing} processes"
+        size = processes // sharing
+        who = f"{size} processes" if sharing == 1 else f"{size} groups of {sharing} processes"
         for index, stage in enumerate(self.stages):
             rows, length = self.batch_shape(stage)
-            if rows % crews:
-                wanted = math.ceil(crews * length / stage.batch_share)
+            if rows % size:
+                wanted = math.ceil(size * length / stage.batch_share)
                 raise SupraError(
                     f"stage {index} ({stage.kind}) has {rows} rows of {length} tokens a step, "
                     f"which {who} cannot share evenly: set batch_tokens to a multiple of {wanted}"
@@ -341,12 +340,12 @@ class UptrainConfig(_Strict):
 
 
 def refuse_unshared(context_parallel: int, processes: int) -> None:
-    """Raise SupraError when so many processes are not groups that share rows."""
+    """Raise SupraError unless ``processes`` is a multiple of ``context_parallel``."""
     if processes % context_parallel:
         count = "one process is" if processes == 1 else f"{processes} processes are"
         raise SupraError(
-            f"field context_parallel is {context_parallel}: {count} no multiple of it: use "
-            f"a multiple (torchrun --nproc-per-node, supra plan --gpus), or set a divisor of them"
+            f"field context_parallel is {context_parallel}: {count} not a multiple of it: start a "
+            "multiple of it, or set a divisor of the number of processes"
         )
 
 
@@ -358,22 +357,17 @@ def resolve(
     data: str | Sequence[str] | None,
     overrides: Mapping[str, str],
 ) -> UptrainConfig:
-    """A TOML file or a model and a recipe, with single settings overridden.
+    """The settings of a TOML file, or of a model and a recipe, with ``overrides``.
 
-    Without a recipe it is the one that ``model`` was converted by, or the default. Keys of
+    The default recipe is the one that ``model`` was converted by. Keys of
     ``overrides`` may have dots (``linearize.window``, ``stages.0.learning_rate``); values are TOML
     values, or plain strings. Raises SupraError naming the first wrong field.
     """
     where = str(config) if config is not None else "the settings"
     values: dict[str, Any] = {} if config is None else _read_toml(config)
     texts = data if data is None or isinstance(data, str) else list(data)
-    given: tuple[tuple[str, Any], ...] = (("model", model), ("recipe", recipe), ("data", texts))
-    for key, value in given:
-        if value is not None:
-            values[key] = value
-    for key, text in overrides.items():
-        if key == "recipe":
-            values["recipe"] = text
+    given = {"model": model, "recipe": overrides.get("recipe", recipe), "data": texts}
+    values |= {key: value for key, value in given.items() if value is not None}
     if "recipe" not in values and "stages" not in values and isinstance(values.get("model"), str):
         values["recipe"] = _recipe_of(values["model"])
     base = recipe_named(values.get("recipe", DEFAULT_RECIPE))
@@ -386,24 +380,24 @@ def resolve(
 
 
 def _recipe_of(model: str) -> str:
-    """The recipe that a converted model here was made by; the default for a transformer."""
+    """The recipe by which a local model was converted; the default for a transformer."""
     if not os.path.exists(model):
         return DEFAULT_RECIPE
     try:
         made = open_source(model).spec.provenance.recipe
     except SupraError:
-        # Whoever opens it to train says what is wrong.
+        # Opening it to train reports what is wrong.
         return DEFAULT_RECIPE
     return made if made in recipe_names() else DEFAULT_RECIPE
 
 
 def validate(values: Mapping[str, Any], where: str) -> UptrainConfig:
-    """The run that ``values`` describe; SupraError names ``where`` and the first wrong field."""
+    """The validated settings; SupraError names ``where`` and the first wrong field."""
     for key in ("model", "data"):
         if not values.get(key):
             raise SupraError(f"{where}: field {key} is missing: name the {key} to uptrain with")
     try:
-        # TOML has dates, which no field takes: as texts they are refused by name.
+        # TOML has dates, which no field takes: as strings they are refused by name.
         return UptrainConfig.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         first = error.errors()[0]
@@ -424,7 +418,7 @@ def recipe_named(name: str) -> dict[str, Any]:
     """A recipe of the package by name, or a TOML file by path."""
     if not isinstance(name, str):
         raise SupraError(
-            f"field recipe: {name!r} is no name: use one of {', '.join(recipe_names())}"
+            f"field recipe: {name!r} is not a name: use one of {', '.join(recipe_names())}"
         )
     if name in recipe_names():
         text = resources.files("supra_torch.recipes").joinpath(f"{name}.toml").read_text("utf-8")
@@ -459,9 +453,6 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     try:
         for part in path:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        if isinstance(place, list):
-            place[int(last)] = value
-        else:
-            place[last] = value
+        place[int(last) if isinstance(place, list) else last] = value
     except (ValueError, IndexError, AttributeError, TypeError):
-        raise SupraError(f"--set {key}: there is no such setting") from None
+        raise SupraError(f"unknown setting {key}: check its spelling") from None

@@ -1,10 +1,10 @@
-"""Checkpoints, written by all processes while training goes on, whole or not at all.
+"""Checkpoints, written by all processes during training, whole or not at all.
 
 ``RUN/checkpoints/step_00000050/`` holds ``model/`` (an artifact), ``optimiser/``, in a stage that
 trains adapters ``adapters/`` (``model/`` is then without them), and ``state.json``. Weights are
 safetensors by torch.distributed.checkpoint, each process's parts in a file of its own, so that a
-run goes on with any number of processes and no pickle is ever read. Each folder has a
-``SHA256SUMS``, by which it is checked before a run goes on from it.
+run resumes with any number of processes and no pickle is ever read. Each folder has a
+``SHA256SUMS``, which is checked before a run resumes from it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from supra_core.artifact import folder as artifact
 from supra_core.errors import (
-    EndedByAnother,
     FormatError,
     LayoutError,
     SpecError,
-    SupraError,
     WriteError,
     reason,
 )
@@ -58,9 +56,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Place:
     """Where a run stands: the stage, the steps done in it, and in all.
 
-    ``perplexity``: the held-out one, where it was measured here. ``left_out``: steps of the stage
-    that moved no weight. ``passed_over``: tokens that the run diverged on and never came back to,
-    in ``rollbacks`` places.
+    ``perplexity``: held-out, where it was measured here. ``left_out``: skipped steps of the stage.
+    ``passed_over``: tokens skipped in ``rollbacks`` rollbacks, because the run diverged on them.
     """
 
     stage: int = 0
@@ -75,7 +72,7 @@ class Place:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a checkpoint is made of, copied to the host: folder name -> tensors."""
+    """The content of a checkpoint, copied to the host: folder name -> tensors."""
 
     place: Place
     spec: ModelSpec
@@ -83,9 +80,9 @@ class _Parts:
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, one at a time, beside the training.
+    """Writes a run's checkpoints, one at a time, during training.
 
-    ``kept``: how many of the newest stay, beside the one of the lowest held-out perplexity.
+    ``kept``: how many of the newest stay, besides the one of the lowest held-out perplexity.
     ``saved``: the place of the newest one.
     """
 
@@ -110,10 +107,10 @@ class Checkpoints:
         optimiser: torch.optim.Optimizer | None,
         names: Mapping[nn.Parameter, str],
     ) -> None:
-        """Begin to write one, of the weights as they are now; called by every process.
+        """Begin to write a checkpoint of the current weights; called by every process.
 
-        ``optimiser`` None: between two stages, of which each has its own, and adapters are added
-        to their weights. Waits for the one before; raises WriteError when that failed.
+        ``optimiser`` None: between two stages; adapters are merged into their weights. Waits for
+        the checkpoint before; raises WriteError when that failed.
         """
         self.wait()
         release(model)
@@ -130,17 +127,14 @@ class Checkpoints:
         self._writing = self._thread.submit(self._write, _Parts(place, spec, copied))
         self.saved = place
 
-    @property
-    def failed(self) -> bool:
-        """Whether the checkpoint under way is known to have failed, here."""
-        return (
-            self._writing is not None
-            and self._writing.done()
-            and self._writing.exception() is not None
-        )
+    def raise_if_failed(self) -> None:
+        """Raise WriteError when the current checkpoint is known to have failed, here."""
+        writing = self._writing
+        if writing is not None and writing.done() and writing.exception() is not None:
+            self.wait()
 
     def wait(self) -> None:
-        """Until the checkpoint under way is on disk; raises WriteError when it failed."""
+        """Wait until the current checkpoint is on disk; raises WriteError when it failed."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
@@ -152,12 +146,12 @@ class Checkpoints:
             if isinstance(cause, OSError):
                 said, then = reason(cause), remedy(cause)
             raise WriteError(
-                f"{self._run}: a checkpoint could not be written ({said}): {then}; the run goes on "
-                "after the checkpoint before"
+                f"{self._run}: a checkpoint could not be written ({said}): {then}; the run resumes "
+                "from the checkpoint before"
             ) from None
 
     def close(self) -> None:
-        """Until nothing is being written any more, whether that succeeds or not."""
+        """Wait until nothing is being written any more, whether that succeeds or not."""
         if self._writing is not None:
             wait_for([self._writing])
 
@@ -200,14 +194,14 @@ class Checkpoints:
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the host, where training does not change them."""
+    """Copies on the host, which training does not change."""
     stager = BlockingAsyncStager(cache_staged_state_dict=False)
     copied: dict[str, Tensor] = stager.stage({name: t.detach() for name, t in tensors.items()})
     return copied
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a process said first, where several report."""
+    """The first process's failure, where several report."""
     if isinstance(error, CheckpointException) and error.failures:
         return next(failure for failure, _ in error.failures.values())
     return error
@@ -233,7 +227,7 @@ def newest(run: Path) -> Path | None:
 
 
 def read_place(checkpoint: Path) -> Place:
-    """Where the run stood at a checkpoint; FormatError when that is not what it wrote."""
+    """The place of a checkpoint; FormatError when its file is not as it was written."""
     file = checkpoint / STATE
     with dispensable(checkpoint):
         stated = read_object(file)
@@ -256,19 +250,16 @@ def _is_stated(name: str, value: object) -> bool:
 
 
 def check(checkpoint: Path, processes: Processes) -> None:
-    """Raise, in all processes, unless a checkpoint is as it was written; the first one reads it.
+    """Raise, in all processes, unless a checkpoint is as it was written; rank 0 reads it.
 
-    What older versions wrote has no sums, and is only seen to hold numbers.
+    Checkpoints of older versions have no checksums, and are only checked for NaN and infinity.
     """
-    damage = None
-    if processes.is_first:
-        try:
+
+    def look() -> None:
+        if processes.is_first:
             _check(checkpoint)
-        except SupraError as error:
-            damage = error
-    (failed,) = processes.sums([float(damage is not None)])
-    if failed:
-        raise damage or EndedByAnother(f"{checkpoint} is not as it was written")
+
+    processes.together(look, f"{checkpoint} is not as it was written")
 
 
 def _check(checkpoint: Path) -> None:
@@ -276,8 +267,6 @@ def _check(checkpoint: Path) -> None:
         for folder in (checkpoint, *(checkpoint / kind for kind in (MODEL, OPTIMISER, ADAPTERS))):
             checksums.refuse_changed(folder, "get it again")
         for kind in (MODEL, OPTIMISER, ADAPTERS):
-            if not _is_there(checkpoint / kind):
-                continue
             broken = first_not_finite(_read(checkpoint / kind))
             if broken is not None:
                 raise FormatError(
@@ -287,25 +276,25 @@ def _check(checkpoint: Path) -> None:
 
 @contextmanager
 def dispensable(checkpoint: Path | None) -> Iterator[None]:
-    """Inside, what is damaged in a checkpoint says how the run goes on without it."""
+    """Inside, an error about a damaged checkpoint adds how to resume without it."""
     try:
         yield
     except (FormatError, LayoutError, SpecError) as error:
         if checkpoint is None or isinstance(error, _Dispensable):
             raise
         before = [path for path in checkpoints(checkpoint.parent.parent) if path < checkpoint]
-        then = f"go on from {before[-1]}" if before else "begin the run again"
+        then = f"resume from {before[-1]}" if before else "start the run anew"
         raise _Dispensable(f"{error}; or delete {checkpoint}, to {then}") from None
 
 
 class _Dispensable(FormatError):
-    """Its message says so already."""
+    """The message already has this advice."""
 
 
 def newest_place(run: Path, processes: Processes) -> Place:
-    """Where the run goes on, as its first process sees it; called by all.
+    """The place from which the run resumes, as rank 0 sees it; called by all.
 
-    On a network's disk others may still see the folder as it was.
+    On a network file system others may still see an older state of the folder.
     """
     found = newest(run) if processes.is_first else None
     (step,) = processes.sums([float(read_place(found).step) if found else 0.0])
@@ -333,7 +322,7 @@ def load_optimiser(
 
 
 def read_adapters(checkpoint: Path, spec: ModelSpec, rank: int) -> dict[str, LazyTensor]:
-    """The adapters of a checkpoint inside a stage that trains them."""
+    """The adapters of a checkpoint in a stage that trains them."""
     stored, place = _read(checkpoint / ADAPTERS), checkpoint / ADAPTERS
     wanted = lora.shapes(spec, rank)
     return {name: _float32(stored, name, shape, place) for name, shape in wanted.items()}
@@ -342,7 +331,7 @@ def read_adapters(checkpoint: Path, spec: ModelSpec, rank: int) -> dict[str, Laz
 def _float32(
     stored: Mapping[str, LazyTensor], name: str, shape: Sequence[int], place: Path
 ) -> LazyTensor:
-    """One of the tensors in a folder; FormatError unless it is of that shape."""
+    """One of the tensors in a folder; FormatError unless it is float32 of ``shape``."""
     found = stored.get(name)
     if found is None or found.shape != tuple(shape) or found.dtype != np.float32:
         said = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
@@ -351,20 +340,14 @@ def _float32(
 
 
 def _read(place: Path) -> dict[str, LazyTensor]:
+    """The tensors of a part of a checkpoint; none where it has no such part."""
     if distributed.holds_shards(place):
         return distributed.read_folder(place)
-    # Runs that began before checkpoints were written by several processes.
+    # Runs from before checkpoints were written by several processes.
     if place.is_dir():
         return safetensors.read_folder(place)
-    return safetensors.read_file(_single(place))
-
-
-def _is_there(place: Path) -> bool:
-    return place.is_dir() or _single(place).is_file()
-
-
-def _single(place: Path) -> Path:
-    return place.with_name(place.name + ".safetensors")
+    single = place.with_name(place.name + ".safetensors")
+    return safetensors.read_file(single) if single.is_file() else {}
 
 
 def _optimiser_tensors(
@@ -373,7 +356,7 @@ def _optimiser_tensors(
     tensors = {}
     for group in optimiser.param_groups:
         for parameter in group["params"]:
-            # There is none as long as every step was left out.
+            # There is none while every step was skipped.
             state = optimiser.state.get(parameter) or {}
             for moment in _MOMENTS:
                 found = state.get(moment)

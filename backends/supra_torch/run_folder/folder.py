@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and its log.
+"""A run's folder: which run it belongs to, and its log.
 
 ``RUN/run.json`` resolved config and versions; ``metrics.jsonl`` one object a step;
 ``data/`` the tokenised text; ``checkpoints/``; ``model/`` the finished artifact.
@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -25,6 +24,7 @@ from supra_core.formats import checksums, safetensors
 from supra_core.formats.atomic import atomic_file, clear_partial, is_partial, writing
 from supra_core.formats.finite import first_not_finite
 from supra_core.formats.jsonfile import parse, read_object, reason
+from supra_core.measure.machine import versions
 from supra_core.sources.source import RUN_FILE
 from supra_core.tensors import LazyTensor, TensorSource
 from supra_torch.recipes.config import UptrainConfig
@@ -35,28 +35,30 @@ _CALIBRATION = "calibration"
 
 
 def metrics_of(run: Path) -> Path:
-    """The log; it exists from the first step on."""
+    """The log; it exists once the first line is written."""
     return run / "metrics.jsonl"
 
 
 def refuse_another_run(run: Path, config: UptrainConfig) -> None:
-    """Raise SupraError when ``run`` is no run, or one that trained with other settings."""
+    """Raise SupraError when ``run`` is not a run, or one that trained with other settings."""
     file = run / RUN_FILE
     with writing(run):
         if run.exists() and not run.is_dir():
             raise SupraError(f"{run} is a file: name a folder for the run")
         if not file.is_file():
             if run.is_dir() and not all(map(is_partial, run.iterdir())):
-                raise SupraError(f"{run} exists and is no uptraining run: name another run folder")
+                raise SupraError(
+                    f"{run} exists and is not an uptraining run: name another run folder"
+                )
             return
     record, stated = read_object(file), config.model_dump(mode="json")
     before = record.get("config")
     if not isinstance(before, dict):
         raise SupraError(f"{file} has no config: name another run folder")
-    # A setting that is younger than the run had its default then, but for this one.
+    # A setting newer than the run had its default then, except for this one.
     defaults = {key: field.default for key, field in UptrainConfig.model_fields.items()}
     before = defaults | {"documents": "joined"} | before
-    # Runs that are older than this field have no directory: their paths are those of this one.
+    # Runs older than this field have no directory: their paths are relative to this one.
     begun_in, here = str(record.get("directory", "")), os.getcwd()
     different = [
         key
@@ -70,8 +72,8 @@ def refuse_another_run(run: Path, config: UptrainConfig) -> None:
         plain = all(isinstance(value, str | int | float) for value in values)
         said = f" ({key} was {values[0]} and is {values[1]} now)" if plain else ""
         raise SupraError(
-            f"{run} was begun with another setting of {key}{said}: resume with the same settings, "
-            "or name another run folder"
+            f"{run} was started with another setting of {key}{said}: resume with the same "
+            "settings, or name another run folder"
         )
     if different:
         # It never took a step: a corrected setting may begin it again.
@@ -85,14 +87,13 @@ def claim(run: Path, config: UptrainConfig, precision: str, processes: int) -> N
         return
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
-    packages = ("supra-lm", "torch", "numpy", "safetensors", "tokenizers")
     record = {
         "config": config.model_dump(mode="json"),
         "directory": os.getcwd(),
         "teacher": _absolute(config.teacher or config.model),
         "precision": precision,
         "processes": processes,
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "versions": versions("torch", "numpy", "safetensors", "tokenizers"),
         "git": git_state(Path(__file__)),
         "machine": platform.machine(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -123,7 +124,7 @@ def git_state(file: Path) -> dict[str, Any] | None:
 
 
 def unclaim(run: Path, existed: bool) -> None:
-    """Remove what a run that never took a step has made; only an ``existed`` folder stays."""
+    """Remove the files of a run that never took a step, and its folder unless it ``existed``."""
     for name in (CALIBRATED, checksums.NAME):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "data", ignore_errors=True)
@@ -147,7 +148,7 @@ def log(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def trim_log(run: Path, place: Place) -> None:
-    """Drop what was logged after the checkpoint that the run goes on from."""
+    """Drop what was logged after the checkpoint that the run resumes from."""
     kept = [line + "\n" for line, record in _logged(run) if _is_before(record, place)]
     file = metrics_of(run)
     if file.is_file():
@@ -156,7 +157,7 @@ def trim_log(run: Path, place: Place) -> None:
 
 
 def _logged(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of the log and what they say, but for a last one that was cut off.
+    """The lines of the log with their records, except for a last line that was cut off.
 
     Raises FormatError for a line that no run wrote.
     """
@@ -168,7 +169,7 @@ def _logged(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = parse(line)
             if not isinstance(record, dict):
-                raise ValueError("no object")
+                raise ValueError("not an object")
             for name, kinds in _LOGGED.items():
                 if name in record and type(record[name]) not in kinds:
                     raise ValueError(f"field {name}")
@@ -183,7 +184,7 @@ def _logged(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if number == len(lines):
                 return
             raise FormatError(
-                f"{file}, line {number} is no line of an uptraining run ({reason(error)}): "
+                f"{file}, line {number} is not a line of an uptraining run ({reason(error)}): "
                 "restore the file, or remove the line"
             ) from None
         yield line, record
@@ -199,7 +200,7 @@ _LOGGED: dict[str, tuple[type, ...]] = {
 
 
 def _is_before(record: Mapping[str, Any], place: Place) -> bool:
-    """Whether a line was logged by the time of a checkpoint."""
+    """Whether a line was logged before a checkpoint was taken."""
     if "calibration" in record or record["step"] < place.step:
         return True
     measured = "evaluation" not in record or place.perplexity is not None
@@ -207,7 +208,7 @@ def _is_before(record: Mapping[str, Any], place: Place) -> bool:
 
 
 def log_calibration(run: Path) -> None:
-    """Log how the run's calibration went, unless that has been logged."""
+    """Log the run's calibration, unless it has been logged."""
     file = run / CALIBRATED
     stated = safetensors.metadata(file).get(_CALIBRATION)
     if not stated or any("calibration" in record for _, record in _logged(run)):
@@ -218,21 +219,21 @@ def log_calibration(run: Path) -> None:
         record = None
     if not isinstance(record, dict) or "calibration" not in record or record.get("step") != 0:
         raise FormatError(
-            f"{file}: its metadata do not say how calibrating went: delete it, to calibrate again"
+            f"{file}: its metadata hold no calibration record: delete it, to calibrate again"
         )
     log(run, record)
 
 
 def write_calibrated(run: Path, tensors: TensorSource, record: Mapping[str, Any]) -> None:
-    """Keep what calibrating made, and how it went, in one file; its sum stands beside it."""
+    """Write the calibrated tensors and their record to one file, with a checksum beside it."""
     with atomic_file(run / CALIBRATED) as beside:
         digest = safetensors.write_file(beside, tensors, {_CALIBRATION: json.dumps(record)})
-        # First: a file without a sum would be taken for an older version's.
+        # First: a file without a checksum would be taken for an older version's.
         checksums.write_sums(run, {CALIBRATED: digest})
 
 
 def read_calibrated(run: Path, begins: TensorSource) -> dict[str, LazyTensor]:
-    """What calibrating made of some of the tensors ``begins``.
+    """The calibrated ones of the tensors ``begins``.
 
     Raises FormatError for a file that is not as it was written, or is another model's.
     """
@@ -252,13 +253,13 @@ def read_calibrated(run: Path, begins: TensorSource) -> dict[str, LazyTensor]:
 
 
 def logged_teacher_perplexity(run: Path) -> float | None:
-    """What the run's beginning logged of its teacher; None if there is no such line."""
+    """The teacher's held-out perplexity from the log; None if there is no such line."""
     stated = (r["teacher_perplexity"] for _, r in _logged(run) if "teacher_perplexity" in r)
     return next(stated, None)
 
 
 def logged_steps(run: Path, place: Place) -> list[dict[str, Any]]:
-    """The lines of the stage under way up to ``place``, a step each."""
+    """The logged steps of the current stage, up to ``place``."""
     if not place.stage_step:
         return []
     first = place.step - place.stage_step
@@ -266,13 +267,13 @@ def logged_steps(run: Path, place: Place) -> list[dict[str, Any]]:
 
 
 def _absolute(path: str, directory: str = "") -> str:
-    """A path as seen from ``directory``, from wherever it is looked for; a hub id as it is."""
+    """A path relative to ``directory`` as an absolute one; a hub id as it is."""
     place = os.path.join(directory, path)
     return os.path.realpath(place) if os.path.exists(place) else path
 
 
 def _located(key: str, value: Any, directory: str) -> Any:
-    """A setting, its paths as they are from anywhere: one file has many names."""
+    """A setting with absolute paths, so that two names of one file are equal."""
     if key == "data" and isinstance(value, list):
         return [_located(key, part, directory) for part in value]
     if key == "data" and isinstance(value, dict):
@@ -281,10 +282,3 @@ def _located(key: str, value: Any, directory: str) -> Any:
     if not is_path or not isinstance(value, str):
         return value
     return _absolute(value, directory)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

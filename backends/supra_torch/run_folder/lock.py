@@ -1,4 +1,4 @@
-"""One run trains in a folder at a time."""
+"""Only one process group trains in a folder at a time."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import BinaryIO
 from supra_core.errors import SupraError
 from supra_core.sources.source import RUN_FILE
 
-# Processes that were told to end may still be writing their checkpoint; torchrun gives them 30 s.
+# Processes that were stopped may still be writing their checkpoint; torchrun gives them 30 s.
 _PATIENCE = 30.0
 
 
 class Lock:
-    """A lock on the run's own file, which the system lets go of however the process ends."""
+    """A lock on the run's own file, which the system releases however the process ends."""
 
     def __init__(self, run: Path, say: Callable[[str], None]) -> None:
         self._run, self._say = run, say
         self._file: BinaryIO | None = None
 
     def take(self) -> None:
-        """Keep others out, once there is a run.
+        """Take the lock if the run exists.
 
         Raises SupraError when another process has kept the lock for half a minute. Does nothing on
         file systems without locks.
@@ -38,13 +38,13 @@ class Lock:
             self._wait(self._file)
         except BlockingIOError:
             raise SupraError(
-                f"{self._run} is being trained by another process: wait for its end, or end it"
+                f"{self._run} is being trained by another process: wait for it to end, or stop it"
             ) from None
         except OSError:
             return
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         if self._file is not None:
             self._file.close()
             self._file = None

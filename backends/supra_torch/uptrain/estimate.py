@@ -12,10 +12,9 @@ _FIRST, _SECONDS = 1, 20.0
 
 
 class Estimate:
-    """Told of every step of a stage, it says once how long the stage takes.
+    """Says once, after some steps and seconds of a stage, how long the rest will take.
 
-    ``steps``: those that are left; ``say`` is told after some steps and seconds, if the stage is
-    not over by then.
+    ``steps``: how many are left.
     """
 
     def __init__(
@@ -30,7 +29,7 @@ class Estimate:
         self._said = False
 
     def step(self, tokens: int, memory_bytes: int | None) -> None:
-        """One more step of so many tokens is done; peak memory so far, where it is known."""
+        """Count a step of ``tokens``; ``memory_bytes`` is the peak so far, where it is known."""
         self._done += 1
         if self._done == _FIRST:
             self._began = self._clock()

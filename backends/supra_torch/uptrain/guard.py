@@ -1,4 +1,4 @@
-"""Does a run go well: is the loss still falling, and is a step no worse than those before it?"""
+"""Whether a run goes well: the loss still falls, and no step is far worse than those before."""
 
 from __future__ import annotations
 
@@ -20,31 +20,27 @@ _NORMS = 64
 class LossGuard:
     """Compares the mean loss of the last steps with the lowest such mean of the stage.
 
-    ``factor``: how many times it a stage may reach before it counts as diverged.
+    ``lowest`` is infinite in the first steps. ``factor``: a stage has diverged when its mean
+    exceeds the lowest by this factor.
     """
 
     def __init__(self, factor: float, losses: Iterable[float] = ()) -> None:
         self.factor = factor
         self._last: deque[float] = deque(maxlen=_STEPS)
-        self._lowest = math.inf
+        self.lowest = math.inf
         for loss in losses:
             self.add(loss)
 
     def add(self, loss: float) -> None:
-        """Take the loss of one more step into account."""
+        """Add the loss of one more step."""
         self._last.append(loss)
         if len(self._last) == _STEPS:
-            self._lowest = min(self._lowest, self.mean)
+            self.lowest = min(self.lowest, self.mean)
 
     @property
     def mean(self) -> float:
-        """Of the last steps."""
+        """Mean loss of the last steps."""
         return math.fsum(self._last) / len(self._last)
-
-    @property
-    def lowest(self) -> float:
-        """The lowest mean so far; infinite in the first steps."""
-        return self._lowest
 
     @property
     def diverged(self) -> bool:
@@ -58,21 +54,21 @@ class LossGuard:
 
     def _ratio(self) -> float:
         # A loss of zero has nothing to grow from.
-        return self.mean / self._lowest if self._last and self._lowest > 0 else 1.0
+        return self.mean / self.lowest if self._last and self.lowest > 0 else 1.0
 
 
 class StepGuard:
-    """Which steps to leave out: gradients that are not finite, or far above those before them.
+    """Which steps to skip: gradients that are not finite, or far above those before them.
 
-    ``spike``: a step is left out whose gradient norm is so many times the median of the last 64
-    of the stage, once there are as many; 0 for none. ``in_a_row``: so many steps may be left out
-    one after the other. ``norms``: of the steps before, None where one was left out.
+    ``spike``: a step is skipped if its gradient norm exceeds the median of the stage's last 64
+    by this factor, once there are 64; 0 skips none. ``in_a_row``: how many steps in a row may be
+    skipped. ``norms``: of the steps before, None where one was skipped.
     """
 
     def __init__(self, spike: float, in_a_row: int, norms: Iterable[float | None] = ()) -> None:
         self._spike, self._in_a_row = spike, in_a_row
         self._last: deque[float] = deque(maxlen=_NORMS)
-        self._left_out = 0
+        self._skipped = 0
         for norm in norms:
             self.add(norm)
 
@@ -83,25 +79,25 @@ class StepGuard:
         return self._spike * statistics.median(self._last)
 
     def add(self, norm: float | None) -> None:
-        """One more step: the norm of its gradient, None if it was left out."""
-        self._left_out = self._left_out + 1 if norm is None else 0
+        """One more step: the norm of its gradient, None if it was skipped."""
+        self._skipped = self._skipped + 1 if norm is None else 0
         if norm is not None:
             self._last.append(norm)
 
     @property
     def in_trouble(self) -> bool:
-        """Whether the last step was left out."""
-        return self._left_out > 0
+        """Whether the last step was skipped."""
+        return self._skipped > 0
 
     @property
     def gives_up(self) -> bool:
-        """Whether too many were left out in a row."""
-        return self._left_out > self._in_a_row
+        """Whether too many in a row were skipped."""
+        return self._skipped > self._in_a_row
 
 
 @dataclass(frozen=True)
 class Guards:
-    """Both, fed by the lines of metrics that a stage's steps leave."""
+    """Both guards, fed with the metrics of a stage's steps."""
 
     losses: LossGuard
     steps: StepGuard
@@ -110,7 +106,7 @@ class Guards:
     def of(
         divergence: float, spike: float, skips: int, records: Iterable[Mapping[str, Any]]
     ) -> Guards:
-        """As they are after the steps that were logged."""
+        """The guards after the steps that were logged."""
         guards = Guards(LossGuard(divergence), StepGuard(spike, skips))
         for record in records:
             guards.add(record)

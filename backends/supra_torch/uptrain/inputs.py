@@ -1,4 +1,4 @@
-"""What a run begins with: its student, and the transformer that it learns from."""
+"""What a run begins with: its student and its teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from supra_torch.recipes.config import UptrainConfig
 
 @dataclass(frozen=True)
 class Inputs:
-    """The student as it begins, and the transformer to learn from where there is one."""
+    """The student before the first step, and its teacher if there is one."""
 
     student_spec: ModelSpec
     student_tensors: TensorSource
@@ -27,7 +27,10 @@ class Inputs:
 
 
 def open_inputs(config: UptrainConfig) -> Inputs:
-    """What ``config`` names; a transformer is linearized. Raises SupraError without a teacher."""
+    """Open what ``config`` names, and linearize a transformer.
+
+    Raises SupraError when a stage needs a teacher and there is none.
+    """
     model = open_source(config.model)
     teacher = _teacher_of(config, model)
     if model.spec.is_transformer:
@@ -45,17 +48,14 @@ def _linearize_options(config: UptrainConfig) -> LinearizeOptions:
 
 
 def refuse_another_recipe(config: UptrainConfig, spec: ModelSpec) -> None:
-    """Raise SupraError when the recipe describes other mixers than the student has.
-
-    Only one that was converted before can have others.
-    """
+    """Raise SupraError when the recipe describes other mixers than a converted student has."""
     made, preset = spec.provenance.recipe, config.linearize.preset
     if not made:
         return
     if made != preset:
         raise SupraError(
             f"{config.model} was converted by recipe {made}, and {config.recipe} begins with "
-            f"{preset}: uptrain it with --recipe {made}, or name the transformer as the model"
+            f"{preset}: set recipe to {made}, or name the transformer as the model"
         )
     # A conversion may have chosen otherwise than its preset: only what is stated must agree.
     if not config.linearize.model_dump(exclude_defaults=True, exclude={"preset"}):
@@ -64,7 +64,7 @@ def refuse_another_recipe(config: UptrainConfig, spec: ModelSpec) -> None:
     if [layer.mixer for layer in expected.layers] != [layer.mixer for layer in spec.layers]:
         raise SupraError(
             f"{config.model} was converted to other mixers than {config.recipe} and the settings "
-            "of linearize describe: leave those out, or name the transformer as the model"
+            "of linearize describe: remove those, or name the transformer as the model"
         )
 
 
@@ -79,7 +79,7 @@ def _teacher_of(config: UptrainConfig, model: Source) -> tuple[ModelSpec, Tensor
         return original(model)
     if config.needs_teacher:
         raise SupraError(
-            f"{config.model} no longer holds the transformer to learn from: name it with "
-            "--set teacher=PATH"
+            f"{config.model} no longer holds its transformer, which the stages learn from: set "
+            "teacher to its path"
         )
     return None

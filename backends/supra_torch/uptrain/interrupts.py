@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at a moment that suits: an optimiser step moves all weights or none."""
+"""Ctrl-C and SIGTERM between steps: an optimiser step moves all weights or none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop:
     """Inside its block, Ctrl-C raises KeyboardInterrupt and SIGTERM raises Preempted.
 
-    At once, or inside :meth:`held` when the loop looks for them. A second SIGTERM is nothing new:
+    At once, or inside :meth:`held` when the loop asks for them. A second SIGTERM is ignored:
     schedulers send it to every process, and so does torchrun. A second Ctrl-C interrupts at once,
     maybe in the middle of an optimiser step, and sets ``is_forced``.
     Outside the main thread, where Python delivers no signals, nothing changes.
@@ -41,7 +41,7 @@ class Stop:
 
     @contextmanager
     def held(self, noticed: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Signals wait for :meth:`flags` to be looked at, or for the end of the block.
+        """Signals wait until :meth:`flags` is read, or for the end of the block.
 
         ``noticed`` is called when the first one comes.
         """
@@ -53,7 +53,7 @@ class Stop:
         stop_if_asked(self.flags())
 
     def flags(self) -> list[float]:
-        """1.0 for each of SIGINT and SIGTERM that has come, so that processes can agree."""
+        """1.0 for each of SIGINT and SIGTERM that was received, so that processes can agree."""
         return [float(number in self._received) for number in _SIGNALS]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -66,7 +66,7 @@ class Stop:
         if not self.is_held:
             stop_if_asked(self.flags())
         elif first:
-            # A line that was being written when the signal came cannot be begun again.
+            # The signal may have interrupted a line that is being written.
             with suppress(RuntimeError):
                 self._noticed()
 

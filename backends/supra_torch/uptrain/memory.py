@@ -1,4 +1,4 @@
-"""Memory of a training process: how much it took, and that what it frees is not given away."""
+"""Memory of a training process: its peak, and that glibc keeps what is freed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def memory_errors(run: Path) -> Iterator[None]:
-    """Inside, what a device has no memory for is a SupraError with what takes less."""
+    """Inside, running out of memory is a SupraError that names settings which need less."""
     try:
         yield
     except RuntimeError as error:
@@ -43,9 +43,9 @@ def memory_errors(run: Path) -> Iterator[None]:
             raise
         said = str(error).strip().split("\n")[0].split(". ")[0]
         raise SupraError(
-            f"{run}: memory has run out ({said}): set device_rows=1, "
+            f"{run}: out of memory ({said}): set device_rows=1, "
             "activation_checkpointing=true, segment_tokens or, on several GPUs, context_parallel; "
-            "the run goes on after the last checkpoint, and supra plan says what each of them takes"
+            "run again to resume from the last checkpoint; supra plan shows what each setting takes"
         ) from None
 
 
@@ -60,7 +60,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocations, or the most that was resident of this process."""
+    """Peak bytes: of the GPU's allocations, or of this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""Which operators the first steps of each stage spend their time on, when asked."""
+"""Profiles of the first steps of each stage: which operators take the time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROWS = 40
 
 @contextmanager
 def profiled(folder: Path, name: str, steps: int) -> Iterator[Callable[[], None]]:
-    """What it yields is called after every step; ``steps`` of them are profiled (0: none).
+    """Yields what to call after every step; ``steps`` of them are profiled (0: none).
 
     Writes ``folder``/``name``.json, a trace for chrome://tracing or Perfetto, and ``name``.txt, the
     operators that take longest: https://docs.pytorch.org/docs/stable/profiler.html

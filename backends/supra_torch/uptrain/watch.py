@@ -1,4 +1,4 @@
-"""Where a run's figures go beside ``metrics.jsonl``: TensorBoard, Weights & Biases."""
+"""Where a run's figures go besides ``metrics.jsonl``: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sink(Protocol):
     def add(self, step: int, figures: Mapping[str, float]) -> None: ...
 
     def go_back(self, step: int) -> None:
-        """What was added after ``step`` no longer counts."""
+        """Drop what was added after ``step``."""
         ...
 
     def close(self) -> None: ...
@@ -31,7 +31,7 @@ def refuse_missing(report_to: Sequence[ReportTo]) -> None:
     for name in report_to:
         if importlib.util.find_spec(name) is None:
             raise SupraError(
-                f"report_to: {name} is not installed: pip install {name}, or leave it out"
+                f"report_to: {name} is not installed: pip install {name}, or remove it"
             )
 
 
@@ -39,17 +39,17 @@ def refuse_missing(report_to: Sequence[ReportTo]) -> None:
 def sinks(
     report_to: Sequence[ReportTo], run: Path, config: Mapping[str, Any], step: int
 ) -> Iterator[list[Sink]]:
-    """Those that are asked for, for a run that goes on after ``step``; closed at the end."""
+    """Open the sinks of a run that resumes after ``step``; they are closed at the end."""
     with ExitStack() as stack:
         opened = []
         for name in report_to:
             try:
                 sink = _SINKS[name](run, config, step)
-            # Whatever a service meets: no key, no network, a run of that name that is gone.
+            # Any failure of a service: no key, no network, a run of that name that is gone.
             except Exception as error:
                 said = str(error).strip().split("\n")[0] or type(error).__name__
                 raise SupraError(
-                    f"report_to: {name} does not begin ({said}): set it up, or leave it out"
+                    f"report_to: {name} failed to start ({said}): set it up, or remove it"
                 ) from None
             stack.callback(sink.close)
             opened.append(sink)
@@ -57,7 +57,7 @@ def sinks(
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics that are worth a curve, by the names they get there."""
+    """The numbers of a line of metrics that become curves, by the names of these."""
     group = record.get("stage") or record.get("evaluation")
     if group is None:
         return {}
@@ -94,7 +94,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of Weights & Biases that every start of this run goes on with.
+    """A run of Weights & Biases that every start of this run continues.
 
     Project, entity and mode are those of its environment variables (WANDB_PROJECT, WANDB_MODE).
     """
@@ -110,7 +110,7 @@ class _WeightsAndBiases:
             resume="allow",
             config=dict(config),
         )
-        # Its own step only counts up; a run that goes on from a checkpoint takes steps again.
+        # Its own step only counts up; a resumed run repeats steps.
         self._run.define_metric("*", step_metric="step")
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:

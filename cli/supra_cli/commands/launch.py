@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,18 +14,23 @@ from supra_cli.shared import options
 if TYPE_CHECKING:
     from supra_cli.launch.job import Job
 
-app = typer.Typer(no_args_is_help=True, help="Print a job file that uptrains until it is done.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Print a job file for a scheduler; the job resumes until the run is done.",
+)
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="The run's settings.")]
-Nodes = Annotated[int, typer.Option(help="Machines.")]
-Gpus = Annotated[int, typer.Option(help="GPUs of each machine.")]
-Run = Annotated[str | None, typer.Option(help="Run folder; default: runs/ and the config's name.")]
-Name = Annotated[str | None, typer.Option(help="The job's; default: the config's.")]
+Config = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="Settings of the run.")]
+Nodes = Annotated[int, typer.Option(help="Number of nodes.")]
+Gpus = Annotated[int, typer.Option(help="GPUs per node.")]
+Run = Annotated[
+    str | None, typer.Option(help="Run folder; default: runs/ plus the name of the config.")
+]
+Name = Annotated[str | None, typer.Option(help="Job name; default: the name of the config.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
 ]
-Grace = Annotated[int, typer.Option(help="Seconds for the last checkpoint when told to end.")]
-Out = Annotated[Path | None, typer.Option(help="File to write instead of stdout.")]
+Grace = Annotated[int, typer.Option(help="Seconds to write the last checkpoint after SIGTERM.")]
+Out = Annotated[Path | None, typer.Option(help="Write the job file here instead of stdout.")]
 
 
 @app.command("slurm")
@@ -35,29 +42,27 @@ def slurm(
     name: Name = None,
     settings: Settings = None,
     grace: Grace = 300,
-    time: Annotated[str, typer.Option(help="Of one allocation, as sbatch takes it.")] = (
-        "1-00:00:00"
-    ),
-    cpus: Annotated[int, typer.Option(help="CPU cores for each GPU.")] = 8,
-    partition: Annotated[str | None, typer.Option(help="Of the cluster.")] = None,
-    account: Annotated[str | None, typer.Option(help="That the time is charged to.")] = None,
+    time: Annotated[str, typer.Option(help="Time limit (sbatch --time).")] = ("1-00:00:00"),
+    cpus: Annotated[int, typer.Option(help="CPU cores per GPU.")] = 8,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
     out: Out = None,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """A file for sbatch, which queues again until the run is done."""
+    """Print a file for sbatch; the job queues again until the run is done."""
     from supra_cli.launch import files
 
     job = _job(config, nodes, gpus, run, name, settings, grace)
-    text = files.slurm(job, time=time, cpus=cpus, partition=partition, account=account)
-    more = {"time": time, "cpus": cpus, "partition": partition, "account": account}
-    _give("slurm", "sbatch", job, text, more, out, force, json_output)
+    more: dict[str, Any] = {"time": time, "cpus": cpus, "partition": partition, "account": account}
+    made = _JobFile("slurm", "sbatch", job, more, files.slurm(job, **more))
+    _give(made, out, force, json_output)
 
 
 @app.command("kubernetes")
 def kubernetes(
     config: Config,
-    image: Annotated[str, typer.Option(help="Container image that holds supra and torch.")],
+    image: Annotated[str, typer.Option(help="Container image with supra and torch.")],
     nodes: Nodes = 1,
     gpus: Gpus = 8,
     run: Run = None,
@@ -65,19 +70,19 @@ def kubernetes(
     settings: Settings = None,
     grace: Grace = 300,
     volume: Annotated[
-        str, typer.Option(help="Claim for text and runs that every node can write to.")
+        str, typer.Option(help="PersistentVolumeClaim for text and runs, writable by every node.")
     ] = "supra",
     out: Out = None,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """Manifests of an Indexed Job for kubectl; no operator is needed."""
+    """Print an Indexed Job for kubectl; no operator is needed."""
     from supra_cli.launch import files
 
     job = _job(config, nodes, gpus, run, name, settings, grace)
-    text = files.kubernetes(job, image=image, volume=volume)
     more = {"image": image, "volume": volume}
-    _give("kubernetes", "kubectl apply -f", job, text, more, out, force, json_output)
+    made = _JobFile("kubernetes", "kubectl apply -f", job, more, files.kubernetes(job, **more))
+    _give(made, out, force, json_output)
 
 
 @app.command("skypilot")
@@ -90,22 +95,27 @@ def skypilot(
     settings: Settings = None,
     grace: Grace = 300,
     volume: Annotated[str, typer.Option(help="Volume for text and runs.")] = "supra",
-    accelerator: Annotated[str, typer.Option(help="Kind of GPU.")] = "H100",
-    spot: Annotated[bool, typer.Option(help="Machines that may be taken away.")] = True,
-    install: Annotated[str, typer.Option(help="What pip installs on every machine.")] = (
+    accelerator: Annotated[str, typer.Option(help="GPU model.")] = "H100",
+    spot: Annotated[bool, typer.Option(help="Use spot instances, which may be preempted.")] = True,
+    install: Annotated[str, typer.Option(help="Packages that pip installs on every node.")] = (
         "supra-lm[torch,data]"
     ),
     out: Out = None,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """A task for sky jobs launch, which finds machines again where some were taken away."""
+    """Print a task for sky jobs launch, which replaces preempted machines."""
     from supra_cli.launch import files
 
     job = _job(config, nodes, gpus, run, name, settings, grace)
-    more = {"volume": volume, "accelerator": accelerator, "spot": spot, "install": install}
-    text = files.skypilot(job, volume=volume, accelerator=accelerator, spot=spot, install=install)
-    _give("skypilot", "sky jobs launch", job, text, more, out, force, json_output)
+    more: dict[str, Any] = {
+        "volume": volume,
+        "accelerator": accelerator,
+        "spot": spot,
+        "install": install,
+    }
+    made = _JobFile("skypilot", "sky jobs launch", job, more, files.skypilot(job, **more))
+    _give(made, out, force, json_output)
 
 
 def _job(
@@ -123,16 +133,18 @@ def _job(
     return job(config, nodes=nodes, gpus=gpus, run=run, name=name, overrides=overrides, grace=grace)
 
 
-def _give(
-    scheduler: str,
-    submit: str,
-    job: Job,
-    text: str,
-    more: dict[str, Any],
-    out: Path | None,
-    force: bool,
-    json_output: bool,
-) -> None:
+@dataclass(frozen=True)
+class _JobFile:
+    """``text`` of a job for a ``scheduler``; ``submit``: its command; ``more``: its own options."""
+
+    scheduler: str
+    submit: str
+    job: Job
+    more: Mapping[str, Any]
+    text: str
+
+
+def _give(made: _JobFile, out: Path | None, force: bool, json_output: bool) -> None:
     """Write or print a job file."""
     import shlex
 
@@ -142,14 +154,15 @@ def _give(
     if out is not None:
         check_new_file(out, force)
         with atomic_file(out, replace=force) as beside:
-            beside.write_text(text, encoding="utf-8")
-        log(f"submit it: {submit} {shlex.quote(str(out))}")
+            beside.write_text(made.text, encoding="utf-8")
+        log(f"Submit it: {made.submit} {shlex.quote(str(out))}")
     if json_output:
+        job = made.job
         shared = {
-            "scheduler": scheduler, "config": job.file, "run": job.run, "name": job.name,
+            "scheduler": made.scheduler, "config": job.file, "run": job.run, "name": job.name,
             "nodes": job.nodes, "gpus": job.gpus, "grace": job.grace, "set": job.overrides,
         }  # fmt: skip
-        settings = job.config.model_dump(mode="json")
-        print_json({**shared, **more, "out": out and str(out), "settings": settings, "text": text})
+        last = {"settings": job.config.model_dump(mode="json"), "text": made.text}
+        print_json({**shared, **made.more, "out": out and str(out), **last})
     elif out is None:
-        write_piece(text)
+        write_piece(made.text)

@@ -28,40 +28,49 @@ _PARTS = {
     "runtime": "libraries",
 }
 
+_STAGE = (
+    "kind", "steps", "step_tokens", "flops_per_token", "received_bytes", "step_seconds",
+    "least_step_seconds",
+)  # fmt: skip
+_STUDENT = (
+    "parameters", "active_parameters", "state_bytes", "growing_bytes_per_token",
+    "kv_bytes_per_token", "break_even_tokens",
+)  # fmt: skip
+
 
 def command(
     start: Annotated[
         str,
         typer.Argument(
             metavar="CONFIG.toml|MODEL",
-            help="A run's settings, or a model: anything supra convert reads, or its config.json.",
+            help="Settings of a run, or a model: anything supra convert reads, or a config.json.",
         ),
     ],
     recipe: Annotated[
-        str | None, typer.Option(help="Stages and settings by name; default: windowed.")
+        str | None, typer.Option(help="Recipe: a name or a .toml file; default: windowed.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, in all stages.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens in all stages.")] = None,
     gpu: Annotated[
-        str, typer.Option(help="Kind of device, as h100; cpu tries this machine's.")
+        str, typer.Option(help="Device model, such as h100; cpu measures this machine.")
     ] = "h100",
-    gpus: Annotated[int, typer.Option(help="Devices of each machine.")] = 1,
-    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs per node.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Number of nodes.")] = 1,
     price: Annotated[
-        float | None, typer.Option(help="Of a device for an hour, in any currency.")
+        float | None, typer.Option(help="Price of a device hour, in any currency.")
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
     json_output: options.Json = False,
 ) -> None:
-    """Say what a run would take: memory, time, cost."""
+    """Estimate the memory, time and cost of a run."""
     from supra_cli.shared.backends import require
     from supra_cli.shared.output import print_json
     from supra_cli.shared.progress import ProgressReporter
     from supra_core.errors import SupraError
 
     if price is not None and not 0 <= price < 1e9:
-        raise SupraError(f"--price {price:g}: a price is at least 0, and below 1e9")
+        raise SupraError(f"--price {price:g}: must be at least 0 and below 1e9")
     require("torch", "planning")
     from supra_torch.plan.plan import plan
     from supra_torch.recipes.config import resolve
@@ -102,15 +111,9 @@ def _result(made: Plan, price: float | None) -> dict[str, Any]:
         "precision": made.precision,
         "stages": [
             {
-                "kind": stage.kind,
-                "steps": stage.steps,
-                "step_tokens": stage.step_tokens,
+                **{name: getattr(stage, name) for name in _STAGE},
                 "memory_bytes": stage.parts,
                 "peak_bytes": stage.bytes,
-                "flops_per_token": stage.flops_per_token,
-                "received_bytes": stage.received_bytes,
-                "step_seconds": stage.step_seconds,
-                "least_step_seconds": stage.least_step_seconds,
                 "tokens_per_second": stage.step_tokens / stage.step_seconds,
                 "most_tokens_per_second": stage.step_tokens / stage.least_step_seconds,
             }
@@ -120,18 +123,11 @@ def _result(made: Plan, price: float | None) -> dict[str, Any]:
         "device_bytes": made.device_bytes,
         "fits": made.fits,
         "remedy": made.remedy,
-        "seconds": made.seconds,
-        "least_seconds": made.least_seconds,
-        "device_hours": made.device_hours,
+        **{name: getattr(made, name) for name in ("seconds", "least_seconds", "device_hours")},
         "cost": None if price is None else made.device_hours * price,
         "checkpoint_bytes": made.checkpoint_bytes,
-        "parameters": made.student.parameters,
-        "active_parameters": made.student.active_parameters,
-        "state_bytes": made.student.state_bytes,
-        "growing_bytes_per_token": made.student.growing_bytes_per_token,
-        "kv_bytes_per_token": made.student.kv_bytes_per_token,
+        **{name: getattr(made.student, name) for name in _STUDENT},
         "transformer_windows": list(made.student.transformer_windows),
-        "break_even_tokens": made.student.break_even_tokens,
         "measured_quality": None if measured is None else asdict(measured),
     }
 
@@ -148,7 +144,7 @@ def _show(made: Plan, price: float | None) -> None:
     rows.append(("all", *(_gigabytes(stage.bytes) for stage in stages)))
     print_table(
         rows,
-        columns=("GB a device, at most", *(stage.kind for stage in stages)),
+        columns=("peak GB per device", *(stage.kind for stage in stages)),
         title=f"{Path(made.config.model).name} by {made.config.recipe}: {_where(made)}",
     )
     print_table(
@@ -163,7 +159,7 @@ def _show(made: Plan, price: float | None) -> None:
             )
             for stage in stages
         ],
-        columns=("stage", "steps", "tokens a step", "a step, s", "tokens/s", "at peak"),
+        columns=("stage", "steps", "tokens/step", "s/step", "tokens/s", "at peak"),
     )
     print_table(_summary(made, price))
 
@@ -175,29 +171,29 @@ def _summary(made: Plan, price: float | None) -> list[tuple[str, str]]:
     student, device_bytes = made.student, made.device_bytes
     hours = f"{made.device_hours:,.3g} device hours"
     if not made.fits:
-        hours += ", if it did fit"
+        hours += ", if it fitted"
     rows = [
         ("memory", f"{_gigabytes(made.bytes)} of {_gigabytes(device_bytes)} GB: {_verdict(made)}"),
         ("time", f"{duration(made.seconds)}; {duration(made.least_seconds)} at the device's peak"),
         ("cost", hours if price is None else f"{made.device_hours * price:,.2f} for {hours}"),
-        ("a checkpoint", f"{_gigabytes(made.checkpoint_bytes)} GB on disk"),
-        ("the model", _parameters(student)),
-        ("its state", bytes_text(student.state_bytes) + " a sequence, whatever the context"),
+        ("checkpoint", f"{_gigabytes(made.checkpoint_bytes)} GB on disk"),
+        ("model", _parameters(student)),
+        ("state", bytes_text(student.state_bytes) + " per sequence, at any context length"),
     ]
     if student.growing_bytes_per_token:
-        rows.append(("its cache", bytes_text(student.growing_bytes_per_token) + " a token"))
+        rows.append(("cache", bytes_text(student.growing_bytes_per_token) + " per token"))
     cache = cache_text(student)
     if student.break_even_tokens is not None:
-        cache += f", more than the state from {student.break_even_tokens:,} tokens"
-    return [*rows, ("the transformer's cache", cache), ("quality", _quality(made))]
+        cache += f", more than the state from {student.break_even_tokens:,} tokens on"
+    return [*rows, ("transformer's cache", cache), ("quality", _quality(made))]
 
 
 def _parameters(student: Sizes) -> str:
-    """All, and of a mixture of experts those that a token goes through."""
+    """All parameters, and the active ones of a mixture of experts."""
     text = f"{student.parameters:,} parameters"
     if student.active_parameters == student.parameters:
         return text
-    return f"{text}, {student.active_parameters:,} of them for a token"
+    return f"{text}, {student.active_parameters:,} of them active per token"
 
 
 def _quality(made: Plan) -> str:
@@ -205,7 +201,7 @@ def _quality(made: Plan) -> str:
 
     run = nearest(made.config.recipe, made.config.tokens)
     if run is None:
-        return f"not predicted; nothing was measured with {made.config.recipe}"
+        return f"not predicted; no run with {made.config.recipe} was measured"
     return (
         f"not predicted; {run.model} after {run.tokens:,} tokens: perplexity {run.outside:g} x the "
         f"transformer's outside the training domain, {run.inside:g} x inside"

@@ -13,28 +13,28 @@ from supra_cli.shared import options
 
 def command(
     start: Annotated[
-        str, typer.Argument(metavar="CONFIG.toml|MODEL", help="A run's settings, or a model.")
+        str, typer.Argument(metavar="CONFIG.toml|MODEL", help="Settings of a run, or a model.")
     ],
     recipe: Annotated[
-        str | None, typer.Option(help="Stages and settings by name; default: windowed.")
+        str | None, typer.Option(help="Recipe: a name or a .toml file; default: windowed.")
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATH[:SHARE]",
-            help="Text in any form that data prepare reads, or what it wrote; repeatable, each "
-            "with its share of the tokens.",
+            help="Text that supra data prepare reads, or its output; repeatable, each with "
+            "its share of the tokens.",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; default: runs/ and the config's name.")
+        Path | None, typer.Option(help="Run folder; default: runs/ plus the name of the config.")
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
     json_output: options.Json = False,
 ) -> None:
-    """Train a linearized model after its transformer; resumes."""
+    """Train the converted model to match its transformer. Run again to resume."""
     from supra_cli.shared.backends import require
     from supra_cli.shared.output import log, print_json
     from supra_cli.shared.progress import ProgressReporter
@@ -47,7 +47,7 @@ def command(
 
     is_config = start.endswith(".toml")
     if out is None and not is_config:
-        raise SupraError("uptraining a model needs --out: name the run's folder")
+        raise SupraError("uptraining a model needs --out: name a folder for the run")
     config = resolve(
         config=Path(start) if is_config else None,
         model=None if is_config else start,
@@ -59,7 +59,7 @@ def command(
         from supra_torch.recipes.config import DataPart
 
         if DataPart.parse(data[0]).share is not None:
-            raise SupraError(f"--data {data[0]}: a share needs a second --data to share with")
+            raise SupraError(f"--data {data[0]}: a share needs a second --data")
     folder = out or Path("runs") / Path(start).stem
     with ProgressReporter() as progress:
         summary = uptrain(config, folder, progress=progress, say=log)
@@ -68,4 +68,4 @@ def command(
     if json_output:
         print_json({"run": str(folder), "model": str(folder / "model"), **summary})
     else:
-        log(f"done: supra eval {folder} --tasks perplexity --data FILE measures it")
+        log(f"done. Measure it: supra eval {folder} --tasks perplexity --data FILE")

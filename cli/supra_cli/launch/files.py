@@ -30,11 +30,11 @@ def slurm(
     partition: str | None = None,
     account: str | None = None,
 ) -> str:
-    """A file for sbatch. ``time``: of one allocation; ``cpus``: for each GPU.
+    """A file for sbatch. ``time``: limit of one allocation; ``cpus``: per GPU.
 
-    Raises SupraError when one of them is not what Slurm takes.
+    Raises SupraError for a value that Slurm does not accept.
     """
-    _check("time", time, _TIME, "write 12:00:00 or 2-00:00:00, as sbatch takes it")
+    _check("time", time, _TIME, "write 12:00:00 or 2-00:00:00, as for sbatch")
     if cpus < 1:
         raise SupraError(f"--cpus {cpus}: at least 1 is needed")
     for option, value in (("partition", partition), ("account", account)):
@@ -46,8 +46,8 @@ def slurm(
 def kubernetes(job: Job, *, image: str, volume: str = "supra") -> str:
     """Manifests for kubectl: the config and the script, a Service, and an Indexed Job.
 
-    ``image``: holds supra and torch; ``volume``: a claim that every node can write to. Raises
-    SupraError when one of them has no name that Kubernetes takes, or the config names a file.
+    ``image``: has supra and torch; ``volume``: a claim that every node can write to. Raises
+    SupraError for a name that Kubernetes does not accept, and for a recipe in a file.
     """
     _refuse_recipe_file(job)
     _check("image", image, _IMAGE, "write REGISTRY/NAME:TAG")
@@ -64,16 +64,16 @@ def skypilot(
     spot: bool = True,
     install: str = "supra-lm[torch,data]",
 ) -> str:
-    """A task for ``sky jobs launch``. ``install``: what pip is told to install on every node.
+    """A task for ``sky jobs launch``. ``install``: packages for pip on every node.
 
-    ``volume``: as ``sky volumes apply`` made it. Raises SupraError when one of them has no name
-    that SkyPilot takes, or the config names a file.
+    ``volume``: made by ``sky volumes apply``. Raises SupraError for a name that SkyPilot does not
+    accept, and for a recipe in a file.
     """
     _refuse_recipe_file(job)
     _check("volume", volume, _VOLUME, "name a volume of sky volumes apply")
     _check("accelerator", accelerator, r"[A-Za-z][A-Za-z0-9-]*", "write H100 or A100-80GB")
     if not install.isprintable() or not install:
-        raise SupraError(f"--install {install!a}: write what pip installs, in one line")
+        raise SupraError(f"--install {install!a}: write the packages in one line")
     return _render(
         "skypilot.yaml",
         job,
@@ -91,11 +91,11 @@ def _check(option: str, value: str, pattern: str, remedy: str) -> None:
 
 
 def _refuse_recipe_file(job: Job) -> None:
-    """Only the config itself travels to where the job runs."""
+    """Only the config itself is copied to the nodes."""
     if job.config.recipe.endswith(".toml"):
         raise SupraError(
-            f"{job.file}: recipe {job.config.recipe} is a file, which is not there where the job "
-            "runs: write its settings and stages to the config"
+            f"{job.file}: recipe {job.config.recipe} is a file, which the job's nodes do not have: "
+            "write its settings and stages to the config"
         )
 
 
@@ -123,7 +123,7 @@ def yaml_string(text: str) -> str:
 
 
 def yaml_block(text: str, indent: int) -> str:
-    """A text as a literal block, its lines behind ``indent`` spaces; quoted where none can be."""
+    """A text as a literal block of ``indent`` spaces; quoted where a block cannot hold it."""
     plain = all(char.isprintable() or char in "\n\t" for char in text)
     if not plain or not text.endswith("\n") or text.endswith("\n\n"):
         return yaml_string(text)

@@ -1,4 +1,4 @@
-"""What a job is told, whatever starts it; checked before a file is written. Needs no torch."""
+"""A job, for any scheduler; checked before a file is written. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ _NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
 
 @dataclass(frozen=True)
 class Job:
-    """A run and the devices that it is for.
+    """A run and its devices.
 
-    ``file``: the config's, of which ``config`` is what it says with ``overrides``; ``run``: the
-    run's folder; ``gpus``: of each node; ``grace``: seconds for the last checkpoint, once the job
-    is told to end.
+    ``config``: the settings in ``file`` with ``overrides``; ``run``: the run's folder; ``gpus``:
+    per node; ``grace``: seconds to write the last checkpoint after SIGTERM.
     """
 
     file: str
@@ -51,19 +50,19 @@ def job(
     overrides: Mapping[str, str] | None = None,
     grace: int = 300,
 ) -> Job:
-    """The job of a config; ``run`` is runs/ and the config's name unless named.
+    """The job of a config; ``run``: runs/ plus the name of the config by default.
 
     Raises SupraError when the config is wrong, ``nodes`` x ``gpus`` processes cannot share its
     batches evenly, or a path or a name cannot stand in a job file.
     """
     path = Path(file)
     if path.suffix != ".toml":
-        raise SupraError(f"{file} is no CONFIG.toml: write model, data and settings to one")
+        raise SupraError(f"{file} is not a .toml file: write model, data and settings to one")
     for option, number in (("nodes", nodes), ("gpus", gpus)):
         if number < 1:
             raise SupraError(f"--{option} {number}: at least 1 is needed")
     if grace < 60:
-        raise SupraError(f"--grace {grace}: a last checkpoint needs 60 seconds at least")
+        raise SupraError(f"--grace {grace}: must be at least 60 seconds")
     from supra_torch.recipes.config import resolve
 
     config = resolve(config=path, model=None, recipe=None, data=None, overrides=overrides or {})
@@ -86,8 +85,8 @@ def job(
     for text in (made.file, made.run, *made.settings):
         if not text.isprintable():
             raise SupraError(
-                f"{text!a} holds a line break or a character that cannot be printed, which no job "
-                "file can: name it otherwise"
+                f"{text!a} has a line break or an unprintable character, which a job file cannot "
+                "hold: choose another name"
             )
     return made
 
@@ -105,12 +104,12 @@ def _refuse_uneven(file: Path, config: UptrainConfig, processes: int, gpus: int)
 
 
 def _argument(path: str | Path) -> str:
-    """A path as an argument, which no option looks like."""
+    """A path as an argument that does not look like an option."""
     text = str(path)
     return f"./{text}" if text.startswith("-") else text
 
 
 def _name_of(file: Path) -> str:
-    """The config's name, in what every scheduler takes for a name."""
+    """The config's name in characters that every scheduler accepts."""
     words = re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")
     return (words if words[:1].isalpha() else f"supra-{words}")[:50].strip("-")

@@ -41,8 +41,8 @@ _HELD_OUT = 16
 class Rows:
     """Rows of tokens, and where documents begin in them: both (N, T), ids int64, begins bool.
 
-    A row begins one, whether or not its document began before it; where it did, its first token
-    gives way to ``lead``, without which some models make nothing of it.
+    A row always begins a document. If the document began before the row, ``lead`` replaces its
+    first token: some models need it.
     """
 
     ids: npt.NDArray[np.int64]
@@ -56,7 +56,7 @@ class Rows:
         return len(self.ids)
 
     def cut(self, pieces: int) -> Rows:
-        """Every row cut into so many: (N pieces, T / pieces)."""
+        """Every row cut into ``pieces``: (N pieces, T / pieces)."""
         length = self.ids.shape[1] // pieces
         return self.led(self.ids.reshape(-1, length), self.begins.reshape(-1, length), self.lead)
 
@@ -78,7 +78,7 @@ class Rows:
     def cu_seqlens(self, documents: int) -> npt.NDArray[np.int32]:
         """Where each document begins among all N T tokens, row by row, then their number.
 
-        (documents + 1,): those that are more than there are in these rows are empty.
+        (documents + 1,); documents beyond those in these rows are empty.
         """
         starts = np.flatnonzero(self.begins)
         borders = np.full(documents + 1, self.begins.size, dtype=np.int32)
@@ -126,7 +126,7 @@ class Sequences:
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens of an epoch: what is not held out, in whole sequences."""
+        """Tokens of an epoch, without held-out ones, in whole sequences."""
         return (self.count - self.held_out_count) * self.length
 
     def sequence(self, number: int) -> Rows:
@@ -155,26 +155,26 @@ class Sequences:
 
 @lru_cache(maxsize=8)
 def _most_documents(tokens: TokenStore, length: int) -> int:
-    """The store's, found once for a length."""
+    """The store's, computed once per length."""
     return tokens.most_documents(length)
 
 
 @lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, trained: int) -> npt.NDArray[np.int64]:
-    """Which sequence comes when in an epoch; kept, since every row of a step asks for it."""
+    """The order of sequences in an epoch; cached, since every row of a step asks for it."""
     return np.random.default_rng([seed, epoch]).permutation(trained)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several texts, of whose sequences each gives its share; shares add up to 1."""
+    """Several texts, each with its share of the sequences; shares add up to 1."""
 
     parts: tuple[Sequences, ...]
     shares: tuple[float, ...]
 
     @property
     def length(self) -> int:
-        """Tokens in a sequence, of every part alike."""
+        """Tokens in a sequence, the same in every part."""
         return self.parts[0].length
 
     def batch(self, seen: int, size: int, cut: int = 1, part: slice = slice(None)) -> Rows:
@@ -227,7 +227,7 @@ def mixture(
     apart: bool = True,
     lead: int | None = None,
 ) -> Mixture:
-    """The texts as one source; what has no share divides the rest by size."""
+    """The texts as one source; those without a share divide the rest by size."""
     sequences = tuple(
         Sequences(found, length, seed, part.path, apart, lead)
         for found, part in zip(tokens, parts, strict=True)
@@ -255,85 +255,85 @@ def refuse_too_little(data: Mixture, parts: Sequence[DataPart], tokens: int, epo
             )
 
 
-def refuse_unfit(parts: Sequence[DataPart], assets: Mapping[str, bytes]) -> None:
-    """Raise SupraError when a part cannot be read, or was prepared with another tokenizer."""
-    for part in parts:
-        if not TokenStore.is_at(Path(part.path)):
-            source_files(part.path)
-        elif TokenStore(Path(part.path)).tokenizer_hash != tokenizer_hash(assets[TOKENIZER]):
-            raise SupraError(
-                f"{part.path} was prepared with another tokenizer than the model's: prepare the "
-                "text again with supra data prepare --tokenizer MODEL"
-            )
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a run and the model that tokenises them.
 
-
-def stored(
-    parts: Sequence[DataPart],
-    assets: Mapping[str, bytes],
-    spec: ModelSpec,
-    folder: Path,
-    progress: Progress,
-    *,
-    begun: bool = True,
-    check: bool = True,
-) -> list[TokenStore]:
-    """The tokens of every part: those of a prepared text, or of any other, prepared in ``folder``.
-
-    Several parts have a numbered folder each. Raises SupraError when there is no text or, in a
-    run that has ``begun`` to train, the data has changed. ``check``: all of it is read and
-    compared with its sums, which one process does for all.
+    ``folder``: for the tokens of texts that were not prepared before; several parts have a
+    numbered folder each.
     """
-    folders = [folder] if len(parts) == 1 else [folder / str(i) for i in range(len(parts))]
-    found = [
-        _stored(part.path, assets, spec, own, progress, begun)
-        for part, own in zip(parts, folders, strict=True)
-    ]
-    for store in found if check else ():
-        if store.folder.is_relative_to(folder):
-            store.check("restore it, or use another run folder")
-        else:
-            store.check()
-    return found
 
+    parts: Sequence[DataPart]
+    assets: Mapping[str, bytes]
+    spec: ModelSpec
+    folder: Path
 
-def _stored(
-    path: str,
-    assets: Mapping[str, bytes],
-    spec: ModelSpec,
-    folder: Path,
-    progress: Progress,
-    begun: bool,
-) -> TokenStore:
-    ends = spec.eos_token_id
-    separator = ends[0] if ends else None
-    settings = Settings((path,), separator, spec.vocab_size, needs_bos=needs_bos(spec))
-    prepared = TokenStore(Path(path)) if TokenStore.is_at(Path(path)) else None
-    note = folder / "data.json"
-    stated = {"files": listing(settings.sources)} if prepared is None else {"name": prepared.name}
-    kept = prepared is not None or TokenStore.is_at(folder / _TOKENS)
-    whole = kept and note.is_file()
-    if whole and _noted(note) == stated:
-        return prepared or TokenStore(folder / _TOKENS)
-    if begun and not whole:
-        raise SupraError(
-            f"{folder}, where the run keeps the tokens of {path}, is not whole any more: restore "
-            "it, or use another run folder"
+    def refuse_unfit(self) -> None:
+        """Raise SupraError when a part cannot be read, or was prepared with another tokenizer."""
+        for part in self.parts:
+            if not TokenStore.is_at(Path(part.path)):
+                source_files(part.path)
+            elif TokenStore(Path(part.path)).tokenizer_hash != tokenizer_hash(
+                self.assets[TOKENIZER]
+            ):
+                raise SupraError(
+                    f"{part.path} was prepared with another tokenizer than the model's: prepare "
+                    "the text again with supra data prepare --tokenizer MODEL"
+                )
+
+    def stores(self, progress: Progress, *, begun: bool, check: bool) -> list[TokenStore]:
+        """The tokens of every part, prepared now if they were not before.
+
+        Raises SupraError when there is no text or, in a run that has ``begun`` to train, the data
+        has changed. ``check``: compare all tokens with their checksums, as one process does for
+        all.
+        """
+        found = []
+        for number, part in enumerate(self.parts):
+            folder = self.folder if len(self.parts) == 1 else self.folder / str(number)
+            found.append(self._store(part.path, folder, progress, begun))
+        for store in found if check else ():
+            if store.folder.is_relative_to(self.folder):
+                store.check("restore it, or use another run folder")
+            else:
+                store.check()
+        return found
+
+    def _store(self, path: str, folder: Path, progress: Progress, begun: bool) -> TokenStore:
+        separator = next(iter(self.spec.eos_token_id or ()), None)
+        settings = Settings(
+            (path,), separator, self.spec.vocab_size, needs_bos=needs_bos(self.spec)
         )
-    if begun:
-        raise SupraError(
-            f"{path} is not the data this run began with: use another run folder, or restore it"
+        prepared = TokenStore(Path(path)) if TokenStore.is_at(Path(path)) else None
+        note = folder / "data.json"
+        stated = (
+            {"files": listing(settings.sources)} if prepared is None else {"name": prepared.name}
         )
-    found = prepared or prepare(
-        settings, assets, folder / _TOKENS, where="the model", force=True, progress=progress
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(note) as beside:
-        beside.write_text(json.dumps(stated), encoding="utf-8")
-    return found
+        kept = prepared is not None or TokenStore.is_at(folder / _TOKENS)
+        whole = kept and note.is_file()
+        if whole and _noted(note) == stated:
+            return prepared or TokenStore(folder / _TOKENS)
+        if begun and not whole:
+            raise SupraError(
+                f"{folder}, where the run keeps the tokens of {path}, is incomplete: restore it, "
+                "or use another run folder"
+            )
+        if begun:
+            raise SupraError(
+                f"{path} is not the data this run began with: use another run folder, or restore it"
+            )
+        found = prepared or prepare(
+            settings, self.assets, folder / _TOKENS, where="the model", force=True,
+            progress=progress,
+        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(note) as beside:
+            beside.write_text(json.dumps(stated), encoding="utf-8")
+        return found
 
 
 def _noted(note: Path) -> dict[str, Any]:
-    """What a run has noted of its data; older versions stated every file, however many."""
+    """A run's record of its data; older versions listed every file."""
     known = read_object(note, INDEX_BYTES)
     if "files" not in known:
         return known
@@ -341,5 +341,5 @@ def _noted(note: Path) -> dict[str, Any]:
         return known | {"files": in_short(known["files"])}
     except (TypeError, ValueError):
         raise FormatError(
-            f"{note}: field files is no list of files: restore it, or use another run folder"
+            f"{note}: field files is not a list of files: restore it, or use another run folder"
         ) from None

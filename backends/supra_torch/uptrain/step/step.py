@@ -84,3 +84,12 @@ def training_step(
         optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return StepResult(loss, norm, taken)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float, final: float) -> float:
+    """Linear warmup over a share of the steps, then a cosine to ``final``; 0 <= step < steps."""
+    warm = round(warmup * steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    done = (step - warm) / max(1, steps - warm)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,4 +1,4 @@
-"""``supra bench``: measurements, one module a subcommand."""
+"""``supra bench``: measurements, one module per subcommand."""
 
 from __future__ import annotations
 

@@ -14,15 +14,15 @@ EXIT_CHECK_FAILED = 1
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Anything supra convert reads.")],
     batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences at once; repeatable; default: 1.")
+        list[int] | None, typer.Option(help="Batch size; repeatable; default: 1.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Measured steps; the median counts.")] = 50,
+    steps: Annotated[int, typer.Option(help="Measured steps; the median is reported.")] = 50,
     dtype: options.Dtype = None,
     out: options.ReportFolder = None,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """Time decode steps: eager, and with static buffers, a CUDA graph on a GPU."""
+    """Time decode steps: eager, and with static buffers (a CUDA graph on a GPU)."""
     from supra_cli.commands.bench.output import check, show
     from supra_cli.shared.backends import require
     from supra_cli.shared.output import log

@@ -14,7 +14,7 @@ EXIT_CHECK_FAILED = 1
 def command(
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="A shape's name; repeatable; default: all, on a CPU the small ones."),
+        typer.Option(help="Name of a shape; repeatable; default: all, or the small ones on a CPU."),
     ] = None,
     implementation: Annotated[
         list[str] | None,
@@ -25,13 +25,13 @@ def command(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     repeats: Annotated[
-        int | None, typer.Option(help="Measured calls; the median counts.", min=1)
+        int | None, typer.Option(help="Measured calls; the median is reported.", min=1)
     ] = None,
     out: options.ReportFolder = None,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """Check linear attention against float64, then time it beside its peers."""
+    """Check linear attention against float64, then time it beside other implementations."""
     from supra_cli.commands.bench.output import check, show
     from supra_cli.shared.backends import require
     from supra_cli.shared.output import log

@@ -1,4 +1,4 @@
-"""A measurement on the screen, and in a folder if one is named."""
+"""Print a measurement, and write it to a folder if one is named."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def check(name: str, *, out: Path | None, force: bool, device: str = "auto") -> None:
-    """Raise SupraError when the files that :func:`show` will write exist and may not be replaced.
+    """Raise SupraError when the files that :func:`show` will write exist, unless ``force``.
 
-    To be called before anything is measured.
+    Call it before measuring.
     """
     if out is not None:
         from supra_core.measure.tables import refuse_existing

@@ -10,36 +10,42 @@ from supra_cli.shared import options
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A transformer, or a conversion.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A transformer, or a converted model.")
+    ],
     length: Annotated[
-        list[int] | None, typer.Option(help="Tokens a sequence; repeatable; default: 512.")
+        list[int] | None, typer.Option(help="Tokens per sequence; repeatable; default: 512.")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Measured steps of each; the median counts.")] = 5,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
+    steps: Annotated[int, typer.Option(help="Measured steps of each; the median is reported.")] = 5,
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="uptrain, transfer or distill; repeatable; default: uptrain."),
+        typer.Option(help="Stage: uptrain, transfer or distill; repeatable; default: uptrain."),
     ] = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="How a transformer is linearized; repeatable; default: windowed."),
+        typer.Option(help="Recipe that linearizes a transformer; repeatable; default: windowed."),
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
     activation_checkpointing: Annotated[
-        bool, typer.Option("--activation-checkpointing", help="Less memory, more time; for all.")
+        bool,
+        typer.Option(
+            "--activation-checkpointing",
+            help="Recompute activations in backward: less memory, more time.",
+        ),
     ] = False,
     segment_tokens: Annotated[
         int,
-        typer.Option(help="Ours compute so many tokens of a row at a time; 0: all of them."),
+        typer.Option(help="Tokens of a row that our model computes at a time; 0: all."),
     ] = 0,
     compile: Annotated[
-        str, typer.Option(help="auto (on a GPU), always or never; for ours alone.")
+        str, typer.Option(help="Compile our model: auto (on a GPU), always or never.")
     ] = "auto",
     out: options.ReportFolder = None,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """Time training steps beside the original transformer's, in turns."""
+    """Time training steps, in alternation with those of the transformer."""
     from supra_cli.commands.bench.output import check, show
     from supra_cli.shared.backends import require
     from supra_cli.shared.output import log
@@ -51,7 +57,7 @@ def command(
     check("train", out=out, force=force)
 
     def keep(measured: dict[str, Any]) -> None:
-        """What is measured stays if a later length fails."""
+        """Keep what is measured if a later length fails."""
         if out is not None:
             write(out, "train", measured, table(measured), force=True)
 

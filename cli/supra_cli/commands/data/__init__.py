@@ -1,4 +1,4 @@
-"""``supra data``: text to train on, one module a subcommand."""
+"""``supra data``: training text, one module per subcommand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import typer
 
 from supra_cli.commands.data import prepare, synthesize
 
-app = typer.Typer(no_args_is_help=True, help="Make text to train on, or tokens of it.")
+app = typer.Typer(no_args_is_help=True, help="Prepare or generate training text.")
 app.command("prepare")(prepare.command)
 app.command("synthesize")(synthesize.command)

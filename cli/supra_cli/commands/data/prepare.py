@@ -25,20 +25,20 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the shards; supra uptrain --data OUT.")],
     field: Annotated[
         str | None,
-        typer.Option(help="A record's field; default: text, messages, or another that is known."),
+        typer.Option(help="Field of a record; default: text, messages, or another known field."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of a data set on the hub.")] = "train",
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out records that are no documents.")
     ] = False,
     parse_markers: options.ParseMarkers = False,
     shard_tokens: Annotated[
-        int, typer.Option(help="A shard ends with the document that reaches so many tokens.")
+        int, typer.Option(help="Tokens per shard; the document that reaches them is the last.")
     ] = 100_000_000,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """Tokenise documents once, into shards that uptrain maps into memory; resumes."""
+    """Tokenise documents into shards for training. Run again to resume."""
     from supra_cli.shared.output import log, print_json
     from supra_cli.shared.progress import ProgressReporter
     from supra_core.data.documents import in_words
@@ -66,10 +66,10 @@ def command(
         print_json({"out": str(out), **index})
         return
     for problem in index["skipped_first"]:
-        log(f"left out: {problem}")
+        log(f"skipped: {problem}")
     more = index["skipped"] - len(index["skipped_first"])
     if more > 0:
-        log(f"left out: {more:,} more")
+        log(f"skipped: {more:,} more")
     if index["left_out"]:
         log(f"not read: {in_words(index['left_out'])}")
     log(

@@ -1,4 +1,4 @@
-"""``supra state``: files that a conversation goes on from, one module a subcommand."""
+"""``supra state``: saved conversation states, one module per subcommand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import typer
 
 from supra_cli.commands.state import info, read
 
-app = typer.Typer(no_args_is_help=True, help="Files that a conversation goes on from.")
+app = typer.Typer(no_args_is_help=True, help="Save and inspect conversation states.")
 app.command("read")(read.command)
 app.command("info")(info.command)

@@ -11,10 +11,10 @@ from supra_cli.shared import options
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="A file of /save or supra state read.")],
+    file: Annotated[Path, typer.Argument(help="A file written by /save or supra state read.")],
     json_output: options.Json = False,
 ) -> None:
-    """Whose state a file holds, what it has seen, and the transcript."""
+    """Show the model, the size and the transcript of a saved state."""
     from supra_cli.shared.output import print_json, say
     from supra_core.runtime.state_file import read_state
 
@@ -40,7 +40,7 @@ def command(
     say(f"{saved.state_bytes / 2**20:,.1f} MiB of state, {len(saved.tokens):,} tokens seen")
     for message in saved.messages:
         first, *more = _shortened(message["content"]).split("\n")
-        # Further lines stand in from the left: they cannot look like a message of their own.
+        # Further lines are indented: they cannot look like a message of their own.
         say("", f"{message['role']}: {first}", *(f"  {line}" if line else "" for line in more))
 
 

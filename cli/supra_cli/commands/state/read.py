@@ -13,7 +13,7 @@ from supra_cli.shared import options
 
 def command(
     model: Annotated[str, typer.Argument(help="Anything supra convert reads.")],
-    text: Annotated[Path, typer.Argument(help="What the model is to know: a UTF-8 text file.")],
+    text: Annotated[Path, typer.Argument(help="The text to read, a UTF-8 file.")],
     out: Annotated[Path, typer.Argument(help="The file to write, .safetensors.")],
     system: options.System = None,
     backend: options.GenerationBackend = None,
@@ -21,7 +21,7 @@ def command(
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
-    """Let a model read a text once, and keep its state: every chat may go on from there."""
+    """Read a text with a model once and save the state, for chats to start from."""
     from supra_cli.shared.output import log, print_json
     from supra_cli.shared.progress import ProgressReporter
     from supra_cli.shared.speech import check_text, load_speaker
