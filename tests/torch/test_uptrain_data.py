@@ -182,7 +182,7 @@ def test_several_texts_train_one_model(
     run = tmp_path / "run"
     assert uptrain(config, run)["tokens"] >= 192
     assert uptrain(config, run)["already_finished"]
-    with pytest.raises(SupraError, match="begun with another setting of data"):
+    with pytest.raises(SupraError, match="started with another setting of data"):
         uptrain(config.model_copy(update={"data": str(text_file)}), run)
 
 
