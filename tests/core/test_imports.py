@@ -32,7 +32,7 @@ ANYWHERE = {
 ROOMS = {
     "supra_core": "visible errors progress tensors mixers model families formats hub text data "
     "artifact sources runtime conversion measure",
-    "backends/supra_torch": "devices precision ops recipes model inference calibration "
+    "backends/supra_torch": "devices precision ops recipes model hf inference calibration "
     "distributed run_folder uptrain benchmark plan",
     "cli/supra_cli": "launch shared evaluation synthesis demo report_card serving talk commands "
     "main __main__",

@@ -60,7 +60,7 @@ def test_the_error_on_other_tokens_falls(options: LinearizeOptions) -> None:
     other = _ids(6, 60, seed=1)
     before = transfer(student, teacher, Batch(other))
     fits = calibrate(student, teacher, _ids(24, 61))
-    assert len(fits) == sum(hasattr(layer.self_attn, "mixer") for layer in student.model.layers)
+    assert len(fits) == sum(layer.mixer.converted for layer in student.spec.layers)
     assert all(fit.after < fit.before for fit in fits)
     assert transfer(student, teacher, Batch(other)) < 0.9 * before
 

@@ -269,9 +269,9 @@ class SupraPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, 1.0 - module.norm.weight_offset)
         elif isinstance(module, MixerModule):
             left = {n: p for n, p in module.named_parameters() if not _is_initialised(p)}
-            spec = self.config.spec() if left else None
             generator = np.random.default_rng(int(torch.randint(2**31, ())))
-            for name, shape in module.mixer.new_tensors(spec).items() if spec else ():
+            spec = self.config.spec()
+            for name, shape in module.mixer.new_tensors(spec).items() if left else ():
                 # A projection's bias is initialised with its weight.
                 if name in left and "_proj." not in name:
                     initial = module.mixer.initial(name, shape, spec, generator)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from supra_torch.ops.linear_attention import Operator
-
+Scan = Callable[..., tuple[Tensor, Tensor, Tensor]]
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton reads it when a kernel is defined; then CPU tensors are what it takes.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,7 +23,7 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ABSENT = "triton is not installed"
 
 
-def scan_kernel(q: Tensor, k: Tensor, v: Tensor) -> Operator | str:
+def scan_kernel(q: Tensor, k: Tensor, v: Tensor) -> Scan | str:
     """Linear attention of whole sequences by Triton, or why it cannot serve."""
     if not _INSTALLED:
         return _ABSENT
