@@ -197,7 +197,7 @@ def test_other_settings_need_force(model: Path, whole: Path, tmp_path: Path) -> 
         message = refused(model, out, *SETTINGS, option, value)
         assert field in message and "--force" in message
     other = write_model(tmp_path / "other", CHATML.replace("be brief", "be kind"))
-    assert "begun with model" in refused(other, out, *SETTINGS)
+    assert "has model" in refused(other, out, *SETTINGS)
     assert contents(out) == contents(whole)
     synthesize(model, out, "--seed", "1", "--force")
     assert contents(out) != contents(whole)
