@@ -19,6 +19,7 @@ from supra_core.errors import SupraError
 from supra_core.formats.atomic import check_replaceable
 from supra_core.formats.finite import Watch, first_not_finite
 from supra_core.formats.mlx_quantized import Packed
+from supra_core.mixers import PRESETS
 from supra_core.mixers.positions import LongropeScaling, RopeFactors
 from supra_core.model.layout import parameter_count
 from supra_core.model.original import left_out
@@ -105,6 +106,11 @@ class ConversionRequest:
                 f"{self.source} is not linearized here, so it cannot be calibrated: omit "
                 "`calibrate` and `calibration_text`, or start from the transformer"
             )
+        if self.calibrate is not None and not PRESETS[self._preset].can_calibrate:
+            raise SupraError(
+                f"the preset {self._preset} has nothing to calibrate: omit `calibrate` and "
+                "`calibration_text`"
+            )
 
     def open(self, progress: Progress = silent) -> ConversionRequest:
         """The request with its source opened; no weights are read."""
@@ -135,10 +141,13 @@ class ConversionRequest:
 
     @property
     def is_calibrated_by_default(self) -> bool:
-        """Whether the opened source gains from a calibration: not for the published recipe."""
-        published = self.options is not None and self.options.preset == "paper"
-        transformer = self.found.spec.is_transformer
-        return self.to == "supra" and self.linearizes and transformer and not published
+        """Whether the opened source gains from a calibration."""
+        transformer = self.to == "supra" and self.linearizes and self.found.spec.is_transformer
+        return transformer and PRESETS[self._preset].presets[self._preset]
+
+    @property
+    def _preset(self) -> str:
+        return (self.options or LinearizeOptions()).preset
 
 
 @dataclass(frozen=True)

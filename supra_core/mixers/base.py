@@ -80,8 +80,9 @@ class MixerKind:
 
     ``window``: how many of the last tokens get softmax weights; None: there is no window.
     ``converted``: whether conversion makes it; False for a transformer's own mixers.
-    ``presets``: the conversions that make it. ``can_calibrate``: whether its ``o_proj`` and new
-    tensors can be fitted to the transformer's mixer. ``caps_scores``: whether it caps scores by
+    ``presets``: the conversions that make it, and whether each is calibrated unless told otherwise.
+    ``can_calibrate``: whether its ``o_proj`` and new tensors can be fitted to the transformer's
+    mixer. ``caps_scores``: whether it caps scores by
     the model's ``attention_softcap``. ``float32_tensors``: its tensors that are always float32.
     ``format_version``: the version of the format that introduced the kind. ``later_fields``: fields
     added later, with their versions; they are written only where they differ from the default.
@@ -91,7 +92,7 @@ class MixerKind:
     float32_tensors: ClassVar[tuple[str, ...]] = ()
     format_version: ClassVar[int] = 1
     later_fields: ClassVar[dict[str, int]] = {}
-    presets: ClassVar[tuple[str, ...]] = ()
+    presets: ClassVar[dict[str, bool]] = {}
     can_calibrate: ClassVar[bool] = False
     caps_scores: ClassVar[bool] = False
 

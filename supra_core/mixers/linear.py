@@ -105,7 +105,7 @@ class LinearAttention(MixerKind):
     kind: Literal["linear_attention"] = "linear_attention"
     float32_tensors: ClassVar[tuple[str, ...]] = ("log_slope", "log_far_gain", "log_sink")
     later_fields: ClassVar[dict[str, int]] = {"rotary": 2}
-    presets: ClassVar[tuple[str, ...]] = ("paper", "windowed", "pure")
+    presets: ClassVar[dict[str, bool]] = {"paper": False, "windowed": True, "pure": True}
     can_calibrate: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

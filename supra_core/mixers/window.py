@@ -42,7 +42,7 @@ class WindowAttention(MixerKind):
     kind: Literal["window_attention"] = "window_attention"
     caps_scores: ClassVar[bool] = True
     format_version: ClassVar[int] = 5
-    presets: ClassVar[tuple[str, ...]] = ("window",)
+    presets: ClassVar[dict[str, bool]] = {"window": False}
 
     def __post_init__(self) -> None:
         require_window(self.window)

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from supra_core.errors import SupraError
+from supra_core.mixers import PRESETS
 from supra_core.sources.source import open_source
 
 DEFAULT_RECIPE = "windowed"
@@ -67,7 +68,7 @@ class DataPart(_Strict):
 class Linearize(_Strict):
     """How a plain transformer becomes linear; the fields of ``LinearizeOptions``."""
 
-    preset: Literal["paper", "windowed", "pure"] = "windowed"
+    preset: str = "windowed"
     feature_map: Literal["relu", "signed_relu", "signed_softmax", "none"] | None = None
     decay: Literal["lightning", "retnet", "none", "learned"] | None = None
     output_norm: Literal["group_norm", "sum", "sum_sink"] | None = None
@@ -77,6 +78,13 @@ class Linearize(_Strict):
     gain: Literal["none", "per_head", "per_channel"] | None = None
     keep_softmax: tuple[int, ...] = ()
     keep_softmax_every: int | None = Field(default=None, ge=2)
+
+    @field_validator("preset")
+    @classmethod
+    def _is_known(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            raise ValueError(f"must be one of {', '.join(PRESETS)}")
+        return preset
 
 
 class Stage(_Strict):

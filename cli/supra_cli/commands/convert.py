@@ -32,7 +32,10 @@ def command(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="windowed (default), pure, or paper, the published model.")
+        str | None,
+        typer.Option(
+            help="windowed (default), pure, window (no state), or paper (the published model)."
+        ),
     ] = None,
     feature_map: Annotated[
         str | None, typer.Option(help="relu, signed_relu, signed_softmax or none.")
@@ -40,7 +43,8 @@ def command(
     decay: Annotated[str | None, typer.Option(help="lightning, retnet, none or learned.")] = None,
     output_norm: Annotated[str | None, typer.Option(help="group_norm, sum or sum_sink.")] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens with softmax attention; recipe windowed: 128.")
+        int | None,
+        typer.Option(help="Tokens with softmax attention; recipes windowed and window: 128."),
     ] = None,
     keep_softmax: Annotated[
         str | None, typer.Option(help="Layers that keep softmax attention, as in 0,15.")
