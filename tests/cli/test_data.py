@@ -195,7 +195,7 @@ def test_other_settings_need_force(model: Path, whole: Path, tmp_path: Path) -> 
         ("--turns", "1", "turns 3, not 1"),
     ):
         message = refused(model, out, *SETTINGS, option, value)
-        assert field in message and "by force" in message
+        assert field in message and "--force" in message
     other = write_model(tmp_path / "other", CHATML.replace("be brief", "be kind"))
     assert "has model" in refused(other, out, *SETTINGS)
     assert contents(out) == contents(whole)
@@ -243,9 +243,7 @@ def test_a_model_without_a_template_writes_documents(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_make_no_sense(option: str, value: str, model: Path, tmp_path: Path) -> None:
-    assert option.removeprefix("--").replace("-", "_") in refused(
-        model, tmp_path / "out", option, value
-    )
+    assert option.removeprefix("--") in refused(model, tmp_path / "out", option, value)
     assert not (tmp_path / "out").exists()
 
 

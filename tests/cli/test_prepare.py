@@ -98,7 +98,7 @@ def test_tokens_of_another_model_are_refused(model: Path, text: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--field", "body"), "line 1 has no field body, but text: name the field to read"),
+        (("--field", "body"), "line 1 has no field body, but text: name one with --field"),
         (("--shard-tokens", "0"), "at least one token"),
     ],
 )

@@ -185,7 +185,7 @@ EXPERTS = {"count": 3, "per_token": 2, "intermediate_size": 8}
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "field model_type must be 'supra'"),
-        ({"format_version": 5}, "field format_version is 5, but this supra reads up to 4"),
+        ({"format_version": 6}, "field format_version is 6, but this supra reads up to 5"),
         ({"format_version": None}, "field format_version is missing"),
         ({"num_hidden_layers": 4}, "field num_hidden_layers contradicts layer_mixers"),
         ({"layer_types": ["full_attention"] * 3}, "field layer_types contradicts layer_mixers"),

@@ -176,7 +176,7 @@ def test_a_token_beyond_the_vocabulary_in_pieces(
 BAD = {
     '{"text": "x"': r"line 2 is not JSON",
     '"text"': r"line 2 is not an object",
-    '{"body": "x", "id": 1}': r"line 2 has no field text, .* but body, id: name the field",
+    '{"body": "x", "id": 1}': r"line 2 has no field text, .* but body, id: name one with `field`",
     '{"text": 3}': r"line 2: text is neither text nor messages",
     '{"messages": [{"role": "user"}]}': r"line 2: messages has a message without",
     '{"messages": [{"role": "user", "content": "x"}, 3]}': r"line 2: messages has a message",

@@ -208,7 +208,7 @@ _LONGROPE = {
     "original_max_position_embeddings": 8,
 }  # fmt: skip
 REFUSED = [
-    ("format_version", 5, "field format_version is 5, but this supra reads up to 4"),
+    ("format_version", 6, "field format_version is 6, but this supra reads up to 5"),
     ("quantization", {"bits": 4}, "packed for MLX"),
     ("hidden_act", "relu", "field hidden_act must be silu or gelu_pytorch_tanh"),
     ("block_norm", "around", "field block_norm: must be 'before' or .* not 'around'"),

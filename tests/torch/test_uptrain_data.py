@@ -233,7 +233,7 @@ def test_more_text_may_be_given_before_the_first_step(
     text.write_text(text_file.read_text())
     for lost in (run / "data" / "tokens", run / "data"):
         shutil.rmtree(lost)
-        with pytest.raises(SupraError, match=r"run/data, where .*text\.txt, is not whole"):
+        with pytest.raises(SupraError, match=r"run/data, where .*text\.txt, is incomplete"):
             uptrain(config, run)
 
 

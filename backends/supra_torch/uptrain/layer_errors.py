@@ -12,7 +12,7 @@ from supra_core.progress import Progress, silent
 from supra_core.runtime.backend import Ids, check_ids
 from supra_torch.model.model import SupraModel
 from supra_torch.uptrain.step.batches import Batch
-from supra_torch.uptrain.step.stages import is_linear, teacher_forced
+from supra_torch.uptrain.step.stages import is_converted, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def layer_errors(
         tokens = torch.from_numpy(np.asarray(ids[row : row + 1], dtype=np.int64)).to(device)
         walk = teacher_forced(student, teacher, Batch(tokens))
         for index, (ours, x, target, positions) in enumerate(walk):
-            if is_linear(ours):
+            if is_converted(ours):
                 output, _ = ours.self_attn(x, positions, None, None)
                 difference[index] += (output.float() - target.float()).square().mean().item()
             scale[index] += target.float().square().mean().item()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from supra_torch.model.feed_forward import MixtureOfExperts
+from supra_torch.model.mixers.base import has_fixed_size
 from supra_torch.model.model import SupraModel
 from supra_torch.model.trunk import Layer
 from supra_torch.recipes.config import StageKind
@@ -70,7 +71,7 @@ def _called(kind: StageKind, model: SupraModel, segments: bool) -> Iterator[nn.M
         # An expert gets other numbers of tokens in every batch, softmax more keys in every segment,
         # each number a compilation of its own.
         experts = isinstance(layer.mlp, MixtureOfExperts)
-        grows = segments and not layer.self_attn.fixed_memory
+        grows = segments and not has_fixed_size(layer.self_attn.mixer)
         if not (experts or grows or kind == "transfer"):
             yield layer
             continue

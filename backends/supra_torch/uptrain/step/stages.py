@@ -68,7 +68,7 @@ def transfer(
     for ours, x, target, positions in teacher_forced(student, teacher, batch):
         # The positions are those of all layers.
         places = places or _places(positions, pieces)
-        if is_linear(ours):
+        if is_converted(ours):
             total += _match(ours, x, target, pieces, places, share, batch)
             linear += 1
     return total / max(linear, 1)
@@ -233,9 +233,9 @@ def last_hidden(model: SupraModel, batch: Batch) -> Tensor:
     return model.hidden(ids, remember=False, positions=batch.positions(model))[0]
 
 
-def is_linear(layer: Layer) -> bool:
-    """Whether the layer's mixer is linear attention."""
-    return hasattr(layer.self_attn, "mixer")
+def is_converted(layer: Layer) -> bool:
+    """Whether conversion made the layer's mixer."""
+    return layer.self_attn.mixer.converted
 
 
 def optimiser_for(student: SupraModel, stage: Stage, *, fused: bool = True) -> torch.optim.AdamW:
