@@ -131,6 +131,7 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(endless: Path, tmp_path: P
     assert terminal.leave("\x04") == 0
 
 
+@pytest.mark.slow
 def test_many_lines_are_one_question(terminal: Terminal, tmp_path: Path) -> None:
     saved = tmp_path / "chat.state"
     terminal.line(PASTE.format("first line\nsecond line\n\nfourth line"), "tokens seen, ")
@@ -143,6 +144,7 @@ def test_many_lines_are_one_question(terminal: Terminal, tmp_path: Path) -> None
     assert terminal.leave("\x04") == 0
 
 
+@pytest.mark.slow
 def test_lines_are_remembered(folder: Path, tmp_path: Path) -> None:
     first = Terminal(folder, tmp_path, "--max-tokens", "4", "--backend", "mlx")
     first.line("a memorable line", "tokens seen, ")

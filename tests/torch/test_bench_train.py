@@ -72,6 +72,7 @@ def test_adapters_are_trained_where_the_recipe_trains_them(
     assert result["rows"][-1]["name"] == f"{recipe}: {kind}"
 
 
+@pytest.mark.slow
 def test_a_linear_model_is_measured_alone_and_it_is_said(converted: Path) -> None:
     result = benchmark(str(converted), **SETTINGS)
     (row,) = result["rows"]
@@ -96,6 +97,7 @@ def test_bad_input_is_named(tiny_transformer: Path, settings: dict[str, Any], me
         benchmark(str(tiny_transformer), **{**SETTINGS, **settings})
 
 
+@pytest.mark.slow
 def test_what_is_measured_outlives_a_process_that_dies(
     converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def test_every_model_is_one_graph(name: str) -> None:
     _assert_same(_results(name, "aot_eager"), _results(name, None))
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_is_one_graph() -> None:
     found = _results("hybrid", "aot_eager", checkpointing=True)
     _assert_same(found, _results("hybrid", None))
@@ -75,6 +76,7 @@ def _by_tracing(module: Any, **settings: Any) -> None:
     _compile(module, **settings, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "borders"),
     [("transfer", [0, 20, 33, 75, 150]), pytest.param("uptrain", None, marks=pytest.mark.slow)],

@@ -80,6 +80,7 @@ def test_rows_in_segments(shared: UptrainConfig, alone: Path, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "sharded_over"), [(2, 1), pytest.param(4, 0, marks=pytest.mark.slow)]
 )
@@ -172,6 +173,7 @@ def test_one_precision_for_all(settings: UptrainConfig) -> None:
         every.sums.assert_called_once_with([float(ours != "bf16")])
 
 
+@pytest.mark.slow
 def test_what_a_stage_is_done_with_is_freed(shared: UptrainConfig, tmp_path: Path) -> None:
     """Sharded modules are cycles: the student of the stage before, and a teacher of no use."""
     before = (

@@ -86,6 +86,7 @@ def test_ctrl_c_writes_a_checkpoint(settings: UptrainConfig, tmp_path: Path) -> 
     assert open_source(run).spec.provenance.trained_tokens == 5 * 64
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_says_how_to_go_on_without_it(
     settings: UptrainConfig, finished: Path, tmp_path: Path
 ) -> None:

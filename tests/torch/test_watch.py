@@ -125,6 +125,7 @@ def test_what_takes_less_memory_is_said(
         uptrain(settings, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_curves_go_to_tensorboard_and_are_taken_back(
     settings: UptrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_diverging_stage_goes_back_and_on_with_other_text(
     assert back["step"] == 40 - (calls - back["went_back_from"])
 
 
+@pytest.mark.slow
 def test_steps_are_profiled_on_request(settings: UptrainConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     uptrain(settings.model_copy(update={"profile_steps": 2, "tokens": 16 * 64}), run)
