@@ -34,6 +34,9 @@ ROOMS = {
     "artifact sources runtime conversion measure",
     "backends/supra_torch": "devices precision ops recipes model hf inference calibration "
     "distributed run_folder uptrain benchmark plan",
+    "backends/supra_mlx": "feed_forward metal norms numbered pieces rotary ops selftest "
+    "windowed_attention mixers model weights caches generate quantize backend batch stock_backend "
+    "benchmark engine",
     "cli/supra_cli": "launch shared evaluation synthesis demo report_card serving talk commands "
     "main __main__",
 }

@@ -14,7 +14,7 @@ mx = pytest.importorskip("mlx.core")
 
 from supra_core.mixers import linear as reference  # noqa: E402
 from supra_mlx import ops  # noqa: E402
-from supra_mlx.window import in_order, windowed_attention  # noqa: E402
+from supra_mlx.windowed_attention import in_order, windowed_attention  # noqa: E402
 
 # Rounding of float32, 2^-24, times the few dozen roundings that one term passes through, times
 # the sum of the terms' sizes, which the operator itself gives for absolute values.

@@ -18,7 +18,7 @@ from supra_mlx.mixers.base import Context, Entry, MixerModule
 from supra_mlx.norms import norm_module
 from supra_mlx.ops import linear_attention
 from supra_mlx.rotary import Rotate
-from supra_mlx.window import WindowMemory, windowed_attention
+from supra_mlx.windowed_attention import WindowMemory, windowed_attention
 
 # Slots of the cache; those after the first two are the window's.
 _SLOTS = ("state", "positions", "keys", "values", "features")

@@ -55,7 +55,7 @@ def command(
         typer.Option(
             "--calibrate/--no-calibrate",
             help="Fit the new layers to the transformer without training. Default: if torch is "
-            "installed, except for the paper recipe.",
+            "installed and the recipe has something to fit (not paper, window).",
         ),
     ] = None,
     calibration_text: Annotated[

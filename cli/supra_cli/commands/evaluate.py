@@ -24,8 +24,8 @@ def command(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks by name, such as perplexity,copying, or tasks of the lm-eval harness; an "
-            "unknown name lists all of ours. Default: what the files are for."
+            help="Tasks of supra (perplexity, lambada, multiple_choice, positions, permutations, "
+            "copying, recall) or of the lm-eval harness. Default: the first task for each file."
         ),
     ] = None,
     limit: Annotated[
@@ -36,7 +36,8 @@ def command(
     batch: Annotated[int, typer.Option(help="Windows computed together.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of generated sequences and orders.")] = 0,
     teacher: Annotated[
-        str | None, typer.Option(help="Transformer to measure beside it; default: the one known.")
+        str | None,
+        typer.Option(help="Transformer to compare with; default: the one that MODEL names."),
     ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Measure no teacher.")] = False,
     backend: Annotated[

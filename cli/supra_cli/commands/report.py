@@ -20,7 +20,8 @@ def command(
         typer.Option(help="A text or .jsonl file as in eval; repeatable. Default: Python's docs."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Transformer to measure beside it; default: the one known.")
+        str | None,
+        typer.Option(help="Transformer to compare with; default: the one that MODEL names."),
     ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Measure no teacher.")] = False,
     limit: Annotated[

@@ -21,14 +21,15 @@ DEFAULT_BACKENDS = ("torch", "mlx")
 def command(
     first: Annotated[Path, typer.Argument(metavar="A", help="A model.")],
     second: Annotated[
-        Path | None, typer.Argument(metavar="[B]", help="Another, for all backends but the first.")
+        Path | None,
+        typer.Argument(metavar="[B]", help="Second model: the first backend runs A, all others B."),
     ] = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(help="reference, torch, mlx, transformers, mlx-lm; repeatable."),
     ] = None,
     ids: Annotated[Path | None, typer.Option(help="Token ids, a .npy file (T,) or (B, T).")] = None,
-    text: Annotated[str | None, typer.Option(help="Text to tokenise instead.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text to tokenise and compare on.")] = None,
     form: options.Form = "parallel",
     save_logits: Annotated[
         Path | None, typer.Option(help="Folder for BACKEND.npy, float32 (B, T, V).")

@@ -34,15 +34,17 @@ Stop = Annotated[
     list[str] | None, typer.Option(help="End an answer before this text; may be repeated.")
 ]
 MaxTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
-Seed = Annotated[int | None, typer.Option(help="Repeatable sampling.")]
+Seed = Annotated[int | None, typer.Option(help="Seed for repeatable sampling.")]
 ParseMarkers = Annotated[
     bool,
     typer.Option(
         "--parse-markers",
-        help="Take markers of turns inside messages, such as <|im_end|>, for markers, not text.",
+        help="Parse chat markers in messages, such as <|im_end|>, instead of taking them as text.",
     ),
 ]
-State = Annotated[Path | None, typer.Option(help="Go on from a file of /save or supra state read.")]
+State = Annotated[
+    Path | None, typer.Option(help="Continue from a file of /save or supra state read.")
+]
 System = Annotated[str | None, typer.Option(help="System prompt; default: the template's own.")]
 GenerationBackend = Annotated[
     str | None, typer.Option(help="mlx or torch; default: mlx where it is installed.")

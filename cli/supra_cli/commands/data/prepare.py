@@ -19,9 +19,7 @@ def command(
             "them, hub:ORG/NAME.",
         ),
     ],
-    model: Annotated[
-        str, typer.Option("--tokenizer", help="The model to train: anything supra convert reads.")
-    ],
+    model: Annotated[str, typer.Option("--tokenizer", help="Model whose tokenizer to use.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards; supra uptrain --data OUT.")],
     field: Annotated[
         str | None,
@@ -29,7 +27,7 @@ def command(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a data set on the hub.")] = "train",
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out records that are no documents.")
+        bool, typer.Option("--skip-bad", help="Skip records that cannot be read.")
     ] = False,
     parse_markers: options.ParseMarkers = False,
     shard_tokens: Annotated[

@@ -1,1 +1,0 @@
-"""Text to train on: documents from many formats, tokenised once into shards."""
