@@ -34,7 +34,10 @@ def _synthesizer(seed: int = 0, length: int = 120, temperature: float = 1.0) -> 
     return Synthesizer(_model(), _words(), draw, length=length, turns=TURNS, most_turns=2)
 
 
-@pytest.mark.parametrize("name", ["transformer", "sliding", "windowed", "hybrid", "paper_variant"])
+@pytest.mark.parametrize(
+    "name",
+    ["transformer", "sliding", "windowed", "hybrid", "paper_variant", "window", "window_hybrid"],
+)
 def test_the_decoders_logits_are_the_full_forwards(name: str) -> None:
     model, rng = _model(name), np.random.default_rng(0)
     prefix = torch.from_numpy(rng.integers(0, 50, 9))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_ssm_mask
+from mlx_lm.models.cache import ArraysCache
 
 from supra_core.mixers import Mixer
 from supra_core.model.spec import ModelSpec
@@ -117,3 +118,34 @@ class MixerModule(nn.Module):
 
     def own(self, cache: Any) -> None:
         """Give a cache that was taken from a batch arrays that do not share the batch's memory."""
+
+
+class ArraysMixer(MixerModule):
+    """Its cache is arrays of fixed size, named by ``slots``; the second is ``positions``."""
+
+    keeps_positions = True
+    slots: ClassVar[tuple[str, ...]]
+
+    def make_cache(self, *, bounded: bool) -> ArraysCache:
+        return ArraysCache(len(self.slots))
+
+    def tokens_seen(self, cache: ArraysCache, batch: int) -> mx.array:
+        before: mx.array | None = cache[1]
+        return mx.zeros((batch,), dtype=mx.int32) if before is None else before
+
+    def entries(self, cache: ArraysCache) -> Iterator[tuple[str, Entry]]:
+        return zip(self.slots, cache.cache, strict=False)
+
+    def restore(self, cache: ArraysCache, read: Callable[[str], Entry]) -> None:
+        for slot in range(len(cache.cache)):
+            cache[slot] = read(self.slots[slot])
+
+    def lacks_zeros(self, cache: ArraysCache) -> bool:
+        return bool(cache.empty())
+
+    def write_zeros(self, cache: ArraysCache, like: ArraysCache) -> None:
+        cache.cache = [mx.zeros_like(array) for array in like.cache]
+
+    def own(self, cache: ArraysCache) -> None:
+        if not cache.empty():
+            cache.cache = [mx.contiguous(array) for array in cache.cache]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -14,21 +13,19 @@ from supra_core.mixers.decay import slopes
 from supra_core.mixers.linear import LinearAttention
 from supra_core.mixers.parts import FeatureMap, GroupNorm, LearnedDecay, Projection
 from supra_core.model.spec import ModelSpec
-from supra_mlx.mixers.base import Context, Entry, MixerModule
+from supra_mlx.mixers.base import ArraysMixer, Context
 from supra_mlx.norms import norm_module
 from supra_mlx.ops import linear_attention
 from supra_mlx.rotary import Rotate
 from supra_mlx.windowed_attention import WindowMemory, windowed_attention
 
-# Slots of the cache; those after the first two are the window's.
-_SLOTS = ("state", "positions", "keys", "values", "features")
 
-
-class LinearMixer(MixerModule):
+class LinearMixer(ArraysMixer):
     """Linear attention with every choice of :class:`~supra_core.mixers.linear.LinearAttention`."""
 
-    keeps_positions = True
-    finer_matrices = (*MixerModule.finer_matrices, "q_feature", "k_feature")
+    # Those after the first two are the window's.
+    slots = ("state", "positions", "keys", "values", "features")
+    finer_matrices = (*ArraysMixer.finer_matrices, "q_feature", "k_feature")
 
     def __init__(self, spec: ModelSpec, mixer: LinearAttention) -> None:
         super().__init__(spec, mixer)
@@ -123,28 +120,7 @@ class LinearMixer(MixerModule):
         return self._fixed_decay
 
     def make_cache(self, *, bounded: bool) -> ArraysCache:
-        return ArraysCache(2 if self._mixer.window is None else len(_SLOTS))
-
-    def tokens_seen(self, cache: ArraysCache, batch: int) -> mx.array:
-        before: mx.array | None = cache[1]
-        return mx.zeros((batch,), dtype=mx.int32) if before is None else before
-
-    def entries(self, cache: ArraysCache) -> Iterator[tuple[str, Entry]]:
-        return zip(_SLOTS, cache.cache, strict=False)
-
-    def restore(self, cache: ArraysCache, read: Callable[[str], Entry]) -> None:
-        for slot in range(len(cache.cache)):
-            cache[slot] = read(_SLOTS[slot])
-
-    def lacks_zeros(self, cache: ArraysCache) -> bool:
-        return bool(cache.empty())
-
-    def write_zeros(self, cache: ArraysCache, like: ArraysCache) -> None:
-        cache.cache = [mx.zeros_like(array) for array in like.cache]
-
-    def own(self, cache: ArraysCache) -> None:
-        if not cache.empty():
-            cache.cache = [mx.contiguous(array) for array in cache.cache]
+        return ArraysCache(2 if self._mixer.window is None else len(self.slots))
 
 
 class PerHeadLinear(nn.Module):

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache
 
 from supra_core.mixers.window import WindowAttention
 from supra_core.model.spec import ModelSpec
-from supra_mlx.mixers.base import Context, Entry, MixerModule
+from supra_mlx.mixers.base import ArraysMixer, Context
 from supra_mlx.mixers.softmax import capped_attention
 
-# Slots of the cache. keys and values: (B, K, sinks + window, d), a row's token n at slot n, or if
-# it is no sink at sinks + (n - sinks) mod window.
-_RING = ("keys", "positions", "values")
 
+class WindowMixer(ArraysMixer):
+    """The transformer's attention to the first ``sinks`` tokens and the last ``window``.
 
-class WindowMixer(MixerModule):
-    """The transformer's attention to the first ``sinks`` tokens and the last ``window``."""
+    Its keys and values (B, K, sinks + window, d) hold a row's token n at slot n or, if it is not a
+    sink, at sinks + (n - sinks) mod window.
+    """
 
-    keeps_positions = True
+    slots = ("keys", "positions", "values")
 
     def __init__(self, spec: ModelSpec, mixer: WindowAttention) -> None:
         super().__init__(spec, mixer)
@@ -83,26 +81,3 @@ class WindowMixer(MixerModule):
         came = mx.take_along_axis(order, mx.clip(fresh, 0, T - 1), axis=1)
         kept = mx.where(fresh >= 0, came + n + W, mx.arange(n + W))
         return (seen | itself)[:, None], kept[:, None, :, None]
-
-    def make_cache(self, *, bounded: bool) -> ArraysCache:
-        return ArraysCache(len(_RING))
-
-    def tokens_seen(self, cache: ArraysCache, batch: int) -> mx.array:
-        before: mx.array | None = cache[1]
-        return mx.zeros((batch,), dtype=mx.int32) if before is None else before
-
-    def entries(self, cache: ArraysCache) -> Iterator[tuple[str, Entry]]:
-        return zip(_RING, cache.cache, strict=True)
-
-    def restore(self, cache: ArraysCache, read: Callable[[str], Entry]) -> None:
-        cache.cache = [read(name) for name in _RING]
-
-    def lacks_zeros(self, cache: ArraysCache) -> bool:
-        return bool(cache.empty())
-
-    def write_zeros(self, cache: ArraysCache, like: ArraysCache) -> None:
-        cache.cache = [mx.zeros_like(array) for array in like.cache]
-
-    def own(self, cache: ArraysCache) -> None:
-        if not cache.empty():
-            cache.cache = [mx.contiguous(array) for array in cache.cache]

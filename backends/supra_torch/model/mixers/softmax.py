@@ -163,12 +163,16 @@ class SoftmaxMixer(MixerModule):
         q, k = (z[:, 0] for z in self.rotated(x, positions))
         keys, values = state["keys"], state["values"]
         keys[:, :, seen], values[:, :, seen] = k, self.values(x)[:, 0]
-        first = 0 if self.window is None else max(0, seen + 1 - self.window)
-        slots = slice(first, seen + 1)
+        near_keys, near_values = self.in_view(keys, seen), self.in_view(values, seen)
         # The queries of a group stand beside each other, where attention has its sequence.
         grouped = q.unflatten(1, (keys.shape[1], -1))
-        out = self.attend(grouped, keys[:, :, slots], values[:, :, slots], None, causal=False)
+        out = self.attend(grouped, near_keys, near_values, None, causal=False)
         return self.o_proj(out.flatten(1))[:, None], state
+
+    def in_view(self, x: Tensor, seen: int) -> Tensor:
+        """Of keys or values (n, K, length, d) those that the token after ``seen`` others sees."""
+        first = 0 if self.window is None else max(0, seen + 1 - self.window)
+        return x[:, :, first : seen + 1]
 
     def keep_rows(self, state: LayerState, rows: Tensor, seen: int) -> LayerState:
         for x in state.values():

@@ -99,18 +99,6 @@ class WindowMixer(SoftmaxMixer):
             roomy[name] = room
         return roomy
 
-    def step_in_room(
-        self, x: Tensor, positions: Positions, state: LayerState, seen: int
-    ) -> tuple[Tensor, LayerState]:
-        q, k = (z[:, 0] for z in self.rotated(x, positions))
-        keys, values = state["keys"], state["values"]
-        keys[:, :, seen], values[:, :, seen] = k, self.values(x)[:, 0]
+    def in_view(self, x: Tensor, seen: int) -> Tensor:
         first = max(0, seen + 1 - self.reach)
-        visible = [slice(min(self.sinks, first)), slice(first, seen + 1)]
-        near_keys, near_values = (
-            torch.cat([z[:, :, slots] for slots in visible], dim=2) for z in (keys, values)
-        )
-        # The queries of a group stand beside each other, where attention has its sequence.
-        grouped = q.unflatten(1, (keys.shape[1], -1))
-        out = self.attend(grouped, near_keys, near_values, None, causal=False)
-        return self.o_proj(out.flatten(1))[:, None], state
+        return torch.cat([x[:, :, : min(self.sinks, first)], x[:, :, first : seen + 1]], dim=2)
