@@ -214,8 +214,10 @@ def test_every_recipe_has_a_plan(tiny_transformer: Path, recipe: str) -> None:
         assert 0 < planned.least_step_seconds <= planned.step_seconds
         counted = flops_per_token(stage, outlined_student(config))
         # Attention and what a recipe computes twice come on top of the products with weights.
+        # Without feature maps little does, and the first layer's input has no gradient.
+        least = 0.9 * counted if recipe == "window" else counted
         if stage.lora_rank is None:
-            assert counted < planned.flops_per_token < 6 * counted
+            assert least < planned.flops_per_token < 6 * counted
     assert made.seconds == sum(stage.steps * stage.step_seconds for stage in made.stages)
 
 
