@@ -77,7 +77,7 @@ class SoftmaxMixer(MixerModule):
         alike = state is None and mask is None and positions.documents is None
         seen = None
         if not alike or (self.window is not None and self.window < T):
-            seen = seen_keys(B, T, positions, state, mask)
+            seen = self.sight(B, T, positions, state, mask)
         memory = self._remember(k, v, positions, state, mask)
         if state is not None:
             k, v = (torch.cat([state[name], x], dim=1) for name, x in (("keys", k), ("values", v)))
@@ -141,11 +141,17 @@ class SoftmaxMixer(MixerModule):
         memory = {"keys": k, "values": v, "valid": valid, "positions": place}
         if state is not None:
             memory = {name: torch.cat([state[name], x], dim=1) for name, x in memory.items()}
-        return (
-            memory
-            if self.window is None
-            else last_tokens(memory, self.window - 1, mask is not None)
-        )
+        return self.kept(memory, mask is not None)
+
+    def sight(
+        self, B: int, T: int, positions: Positions, state: LayerState | None, mask: Tensor | None
+    ) -> Seen:
+        """What decides which keys each of T queries sees, those of ``state`` before their own."""
+        return seen_keys(B, T, positions, state, mask)
+
+    def kept(self, memory: LayerState, padded: bool) -> LayerState:
+        """What a later token may see; ``padded``: padding may stand among the tokens."""
+        return memory if self.window is None else last_tokens(memory, self.window - 1, padded)
 
     def with_room(self, state: LayerState, rows: int, seen: int, length: int) -> LayerState:
         """Keys and values (1, T, K, d) as (rows, K, length, d), the last in slot ``seen`` - 1."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from supra_core.mixers.base import ModelFields
 from supra_core.mixers.window import WindowAttention
 from supra_torch.model.layers import Positions
-from supra_torch.model.mixers.base import LayerState, continued
+from supra_torch.model.mixers.base import LayerState
 from supra_torch.model.mixers.softmax import SoftmaxMixer
 from supra_torch.model.visibility import Seen, seen_keys
 
@@ -44,35 +44,20 @@ class WindowMixer(SoftmaxMixer):
 
     def __init__(self, spec: ModelFields, mixer: WindowAttention) -> None:
         super().__init__(spec, mixer)  # type: ignore[arg-type]
-        # The base remembers everything, of which this keeps what may still be seen.
-        self.window, self.reach, self.sinks = None, mixer.window, mixer.sinks
+        self.window: int
+        self.sinks = mixer.sinks
 
-    def heads_output(
-        self, x: Tensor, positions: Positions, state: LayerState | None, mask: Tensor | None
-    ) -> tuple[Tensor, LayerState]:
-        (q, k), v = self.rotated(x, positions), self.values(x)
-        state = continued(state, positions)
-        B, T = x.shape[:2]
-        if positions.before is not None:
-            assert state is None and mask is None
-            return self._shared(q, k, v, positions, positions.before), {}
-        alike = state is None and mask is None and positions.documents is None
-        seen = None if alike and self.reach >= T else self._seen(B, T, positions, state, mask)
-        memory = self._remember(k, v, positions, state, mask)
-        if state is not None:
-            k, v = (torch.cat([state[name], x], dim=1) for name, x in (("keys", k), ("values", v)))
-        return self._attended(q, k, v, seen, self.reach), self._visible(memory)
-
-    def _seen(
+    def sight(
         self, B: int, T: int, positions: Positions, state: LayerState | None, mask: Tensor | None
     ) -> SeenWithSinks:
-        return SeenWithSinks(**vars(seen_keys(B, T, positions, state, mask)), sinks=self.sinks)
+        seen = seen_keys(B, T, positions, state, mask)
+        return SeenWithSinks(**vars(seen), sinks=self.sinks)
 
-    def _visible(self, memory: LayerState) -> LayerState:
-        """Of every row the tokens that the next one may see: the window's in order, then sinks."""
+    def kept(self, memory: LayerState, padded: bool) -> LayerState:
+        """Of every row the window's tokens in order, then the sinks."""
         valid, places = memory["valid"], memory["positions"]
         rank = valid.byte() + (valid & (places < self.sinks)).byte()
-        order = rank.argsort(dim=1, stable=True)[:, -(self.sinks + self.reach - 1) :]
+        order = rank.argsort(dim=1, stable=True)[:, -(self.sinks + self.window - 1) :]
         return {
             name: x.take_along_dim(order.view(*order.shape, *[1] * (x.ndim - 2)), dim=1)
             for name, x in memory.items()
@@ -84,9 +69,9 @@ class WindowMixer(SoftmaxMixer):
         """The heads' output (B, T, H, Dv) for a part of rows, of which others have the rest."""
         B, H, part = len(q), q.shape[2], before.part
         everywhere = replace(positions, positions=before.places, documents=before.documents)
-        seen = self._seen(B, before.places.shape[1], everywhere, None, None)
+        seen = self.sight(B, before.places.shape[1], everywhere, None, None)
         q, k, v = (part.by_heads(x, of=H) for x in (q, k, v))
-        return part.by_tokens(self._attended(q, k, v, seen, self.reach), H)
+        return part.by_tokens(self._attended(q, k, v, seen, self.window), H)
 
     def with_room(self, state: LayerState, rows: int, seen: int, length: int) -> LayerState:
         """Keys and values (1, n, K, d) as (rows, K, length, d), each token in its own slot."""
@@ -100,5 +85,5 @@ class WindowMixer(SoftmaxMixer):
         return roomy
 
     def in_view(self, x: Tensor, seen: int) -> Tensor:
-        first = max(0, seen + 1 - self.reach)
+        first = max(0, seen + 1 - self.window)
         return torch.cat([x[:, :, : min(self.sinks, first)], x[:, :, first : seen + 1]], dim=2)
